@@ -4,18 +4,21 @@ Parameter names and shapes are timm's, which are also those of the released MAE 
 ``cls_token [1, 1, D]``, ``pos_embed [1, 1 + N, D]``, ``patch_embed.proj.{weight, bias}``, ``blocks.i.*``, ``norm.*``.
 """
 
-import difflib
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+
 
 @dataclass(frozen=True)
 class Arch:
-    """One encoder size: embedding width, number of blocks, attention heads, patch side and pre-training input side (px)."""
+    """One encoder size: embedding width, blocks, attention heads, patch side and pre-training input side (px)."""
 
     name: str
     dim: int
@@ -43,11 +46,9 @@ norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
 
 def get_arch(name: str) -> Arch:
-    """The Arch of that name; ValueError with the nearest names if there is none."""
+    """The Arch of that name; UserError with the nearest names if there is none."""
     if name not in ARCHS:
-        near = difflib.get_close_matches(name, ARCHS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(ARCHS)}"
-        raise ValueError(f"unknown arch '{name}'; {hint}")
+        raise UserError(f"unknown arch '{name}'; {did_you_mean(name, list(ARCHS))}")
     return ARCHS[name]
 
 
@@ -85,31 +86,34 @@ def build_vit(
     pool: "token" (class token after ``norm``) or "avg" (mean of the patch tokens, then ``fc_norm``; no ``norm``).
     drop_path: rate of the last block; it rises linearly from 0 at block 0.
     """
-    a = get_arch(arch)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size or (a.image_size, a.image_size)
-    if size[0] % a.patch or size[1] % a.patch or min(size) < a.patch:
-        raise ValueError(f"{arch} cuts images into patches of {a.patch} px: {size[0]}x{size[1]} is not divisible by it")
     vit = VisionTransformer(
-        img_size=size,
-        patch_size=a.patch,
-        embed_dim=a.dim,
-        depth=a.depth,
-        num_heads=a.heads,
-        num_classes=num_classes,
-        global_pool=pool,
-        drop_path_rate=drop_path,
-        norm_layer=norm_layer,
-        weight_init="skip",
+        **vit_arguments(arch, image_size), num_classes=num_classes, global_pool=pool, drop_path_rate=drop_path
     )
     init_as_mae(vit)
-    with torch.no_grad():
-        vit.pos_embed.copy_(sincos_position_embedding(a.dim, vit.patch_embed.grid_size))
     return vit
 
 
-def init_as_mae(module: nn.Module) -> None:
+def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """What timm's VisionTransformer needs to be this arch at this input size; UserError if the patches do not fit."""
+    a = get_arch(arch)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size or (a.image_size, a.image_size)
+    if size[0] % a.patch or size[1] % a.patch or min(size) < a.patch:
+        raise UserError(f"{arch} cuts images into patches of {a.patch} px: {size[0]}x{size[1]} is not divisible by it")
+    return {
+        "img_size": size,
+        "patch_size": a.patch,
+        "embed_dim": a.dim,
+        "depth": a.depth,
+        "num_heads": a.heads,
+        "norm_layer": norm_layer,
+        "weight_init": "skip",
+    }
+
+
+def init_as_mae(module: VisionTransformer) -> None:
     """Initialise in place as MAE does (paper A.1, "ViT architecture" and official code): xavier-uniform for every
-    linear layer and for the patch projection seen as one, zero biases, unit LayerNorms, tokens normal with std 0.02."""
+    linear layer and for the patch projection seen as one, zero biases, unit LayerNorms, tokens normal with std 0.02,
+    sin-cos positions."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -126,3 +130,6 @@ def init_as_mae(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02)
+        elif name.endswith("pos_embed"):
+            with torch.no_grad():
+                parameter.copy_(sincos_position_embedding(parameter.shape[-1], module.patch_embed.grid_size))

@@ -1,14 +1,10 @@
 """Task, Job, Record: the whole vocabulary; how one job is run and its record written."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import os
 import platform
-import resource
 import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -19,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mae_core.checkpoint import Checkpoint
 
 from mae_core import distributed
-from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
+from mae_core.machine import Machine, hardware, peak_memory_gib
+from mae_core.settings import differences, write_json
 
 
 @dataclass(frozen=True)
@@ -75,20 +73,6 @@ class Task:
     look: Callable[[Path], Data]
     run: Callable[["Job"], Result]
     miniature: Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How the machine does the work. Recorded, and never part of a recipe: accumulation keeps the effective batch."""
-
-    device: str = "cpu"
-    precision: str = "fp32"  # "fp32" or "bf16" (autocast)
-    micro_batch: int = 0  # images per process and forward pass; 0: chosen by the task
-    workers: int = 0
-    activation_checkpointing: bool = False
-    compile: bool = False
-    processes: int = 1
-    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -194,18 +178,6 @@ class Record:
 RECORD_FILE = "record.json"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, sort_keys=True, ensure_ascii=False)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def write_record(record: Record, work: Path) -> None:
     write_json(work / RECORD_FILE, dataclasses.asdict(record))
 
@@ -217,40 +189,6 @@ def read_record(path: Path) -> Record:
         return Record(**{**values, "notes": tuple(values.get("notes", ()))})
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
-
-
-def did_you_mean(word: str, known: list[str] | tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-
-
-def override(recipe: Any, settings: dict[str, str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe with `knob=value` strings applied, and the parsed values; UserError for an unknown knob or wrong type."""
-    types = {f.name: f.type for f in dataclasses.fields(recipe)}
-    parsed = {}
-    for knob, text in settings.items():
-        if knob not in types:
-            raise UserError(f"--set {knob}={text}: this recipe has no '{knob}'; {did_you_mean(knob, sorted(types))}")
-        parsed[knob] = parse_value(knob, text, getattr(recipe, knob), str(types[knob]))
-    return dataclasses.replace(recipe, **parsed), parsed
-
-
-def parse_value(knob: str, text: str, current: Any, kind: str) -> Any:
-    try:
-        if isinstance(current, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(current, int):
-            return int(text)
-        if isinstance(current, float):
-            return float(text)
-        if isinstance(current, tuple):
-            parts = tuple(float(part) for part in text.split(","))
-            if len(parts) != len(current):
-                raise ValueError
-            return parts
-    except (ValueError, KeyError):
-        raise UserError(f"--set {knob}={text}: not a {kind.replace('<class ', '').strip(chr(39) + '>')}") from None
-    return text
 
 
 def slug(text: str) -> str:
@@ -265,18 +203,6 @@ def work_folder(out: Path, checkpoint: Checkpoint, task: str, recipe_label: str,
     """Where a job works: readable names for people, the identity's hash so that different experiments never collide."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return checkpoint_folder(out, checkpoint) / task / f"{slug(recipe_label)[:40]}-seed{seed}-{digest}"
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`name: old -> new` for every entry in which two nested dicts differ."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} -> {b}")
-    return found
 
 
 def claim(work: Path, identity: dict[str, Any]) -> None:
@@ -368,20 +294,6 @@ def describe(job: Job, **outcome: Any) -> Record:
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
     )
-
-
-def peak_memory_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,94 @@
+"""The machine's knobs: where and how the work is done. Recorded, and never part of a recipe."""
+
+import argparse
+import contextlib
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from mae_core import distributed
+from mae_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How this machine does the work. Accumulation keeps the effective batch whatever the micro-batch.
+
+    precision: "fp32", or "bf16" for autocast. micro_batch: images per process and forward pass (0: the whole share
+    of the batch, at most 128).
+    """
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    micro_batch: int = 0
+    workers: int = 0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    processes: int = 1
+    threads: int = 1
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        kind = self.device.split(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--device, --precision, --micro-batch, --workers, --activation-checkpointing, --compile."""
+    group = parser.add_argument_group("machine (recorded, never part of the recipe)")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    group.add_argument(
+        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on GPU, else fp32"
+    )
+    group.add_argument("--micro-batch", type=int, default=0, help="images per process and forward pass")
+    group.add_argument(
+        "--workers", type=int, default=-1, help="processes that decode images (default: one per core, <= 16)"
+    )
+    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, about a third more time")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+
+
+def default_workers(processes: int) -> int:
+    # One process on few cores computes and decodes by turns faster than it feeds a second one.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= 2 else min(16, cores // processes)
+
+
+def machine_from(args: argparse.Namespace) -> Machine:
+    """The Machine that the flags ask for, with "auto" resolved; UserError if it is not there."""
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    if args.micro_batch < 0:
+        raise UserError(f"--micro-batch {args.micro_batch}: give a positive number of images")
+    processes = distributed.world_size()
+    return Machine(
+        device=device,
+        precision={"auto": "bf16" if device == "cuda" else "fp32"}.get(args.precision, args.precision),
+        micro_batch=args.micro_batch,
+        workers=args.workers if args.workers >= 0 else default_workers(processes),
+        activation_checkpointing=args.activation_checkpointing,
+        compile=args.compile,
+        processes=processes,
+        threads=torch.get_num_threads(),
+    )
+
+
+def peak_memory_gib(device: str) -> float:
+    """Peak memory so far in GiB: of the GPU, or this process's resident memory on CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
