@@ -40,13 +40,9 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     """--device, --precision, --micro-batch, --workers, --activation-checkpointing, --compile."""
     group = parser.add_argument_group("machine (recorded, never part of the recipe)")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    group.add_argument(
-        "--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on GPU, else fp32"
-    )
+    group.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on GPU")
     group.add_argument("--micro-batch", type=int, default=0, help="images per process and forward pass")
-    group.add_argument(
-        "--workers", type=int, default=-1, help="processes that decode images (default: one per core, <= 16)"
-    )
+    group.add_argument("--workers", type=int, default=-1, help="processes that decode images (default: up to 16)")
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, about a third more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
 

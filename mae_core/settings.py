@@ -17,7 +17,10 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def override(recipe: Any, settings: dict[str, str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe with `knob=value` strings applied, and the parsed values; UserError for an unknown knob or wrong type."""
+    """The recipe with `knob=value` strings applied, and the parsed values.
+
+    UserError for an unknown knob or a value of the wrong type.
+    """
     types = {f.name: f.type for f in dataclasses.fields(recipe)}
     parsed = {}
     for knob, text in settings.items():

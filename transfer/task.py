@@ -88,7 +88,7 @@ class Job:
     work: Path
     seed: int = 0
     engine: str = "torch"
-    machine: Machine = Machine()
+    machine: Machine = field(default_factory=Machine)
     parent: Checkpoint | None = None  # the fine-tuned classifier that a robustness task evaluates
 
     def identity(self) -> dict[str, Any]:

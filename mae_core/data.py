@@ -1,0 +1,172 @@
+"""Images from disk, in an order and with augmentations that depend on the seed and the position alone."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from mae_core import distributed
+from mae_core.errors import UserError
+
+# ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
+MAX_UNREADABLE = 10
+
+
+def list_images(root: Path) -> list[Path]:
+    """Every image below a folder, at any depth, sorted; UserError if there is none."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder of images")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not files:
+        raise UserError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
+    return files
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image as 8-bit RGB, whatever its mode."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def seed_for(*parts: int) -> int:
+    """One 64-bit seed from several integers; neighbouring inputs give unrelated seeds."""
+    low, high = np.random.SeedSequence(parts).generate_state(2)
+    return int(low) | int(high) << 32
+
+
+def seed_all(*parts: int) -> None:
+    """Seed every generator that an augmentation may draw from."""
+    seed = seed_for(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)
+
+
+class Sample(NamedTuple):
+    """What a dataset is asked for: image `index` of its list, augmented with the seed of `position` in the stream."""
+
+    index: int
+    position: int
+
+
+class Images(Dataset):
+    """Files (with optional labels) -> (tensor, label, unreadable file name or ""). A transform maps a PIL image to a
+    tensor; its random draws are seeded by (seed, position), so that worker counts and restarts change nothing.
+
+    skip_unreadable: a file that cannot be read gives zeros and its name; otherwise it raises UserError.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        transform: Callable[[Image.Image], torch.Tensor],
+        labels: Sequence[int] | None = None,
+        seed: int = 0,
+        skip_unreadable: bool = False,
+    ) -> None:
+        self.files = np.array([str(f) for f in files])  # one block of memory, so forked workers do not copy it
+        self.labels = np.zeros(len(files), np.int64) if labels is None else np.asarray(labels, np.int64)
+        self.transform, self.seed, self.skip_unreadable = transform, seed, skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, sample: Sample | int) -> tuple[torch.Tensor, int, str]:
+        index, position = sample if isinstance(sample, tuple) else (sample, sample)
+        path, bad = str(self.files[index]), ""
+        try:
+            image = read_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            if not self.skip_unreadable:
+                raise UserError(f"{path} cannot be read as an image ({e}): replace it") from e
+            image, bad = Image.new("RGB", (64, 64)), path
+        seed_all(self.seed, position)
+        return self.transform(image), int(self.labels[index]), bad
+
+
+class TrainingStream(Sampler):
+    """Micro-batches of Samples from a given step on, in the order that (seed, epoch) decides.
+
+    Epoch e is a permutation of the data without its last incomplete batch. Step s takes `batch` of it; each process
+    takes its own consecutive share, in micro-batches of `chunk`.
+    """
+
+    def __init__(self, size: int, batch: int, chunk: int, seed: int, first_step: int, last_step: int) -> None:
+        self.size, self.batch, self.chunk, self.seed = size, batch, chunk, seed
+        self.first_step, self.last_step = first_step, last_step
+        self.share = batch // distributed.world_size()
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * (self.share // self.chunk)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        steps_per_epoch = self.size // self.batch
+        epoch, order = -1, np.empty(0, np.int64)
+        for step in range(self.first_step, self.last_step):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+            start = (step % steps_per_epoch) * self.batch + distributed.rank() * self.share
+            for first in range(start, start + self.share, self.chunk):
+                yield [
+                    Sample(int(i), step * self.batch + k)
+                    for k, i in enumerate(order[first : first + self.chunk], first)
+                ]
+
+
+def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoader:
+    """A DataLoader over lists of Samples or indices; images, labels, unreadable names come as a tuple."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.startswith("cuda"),
+        persistent_workers=False,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def collate(samples: list[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    images, labels, bad = zip(*samples)
+    return torch.stack(images), torch.tensor(labels), [name for name in bad if name]
+
+
+def pretraining_transform(image_size: int, min_scale: float) -> v2.Compose:
+    """Random resized crop (bicubic) and horizontal flip to float, normalised: all that MAE's pre-training augments."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+class UnreadableFiles:
+    """Counts the files that could not be read, names each once, and gives up after MAX_UNREADABLE of them."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = set(names)
+
+    def add(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.names:
+                self.names.add(name)
+                print(f"unreadable image, replaced by zeros: {name}", flush=True)
+        if len(self.names) > MAX_UNREADABLE:
+            raise UserError(
+                f"{len(self.names)} images cannot be read (at most {MAX_UNREADABLE} are put up with): "
+                f"{', '.join(sorted(self.names)[:5])}, ...; mend or delete them"
+            )

@@ -1,0 +1,72 @@
+"""Parameter groups, optimizers and the learning-rate schedule of MAE, on timm's and torch's parts."""
+
+import math
+
+import torch
+from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+
+def learning_rate(base_lr: float, batch: int) -> float:
+    """The linear scaling rule: base_lr * batch / 256, batch being the effective one."""
+    return base_lr * batch / 256
+
+
+def half_cosine(
+    step: int, steps_per_epoch: int, lr: float, epochs: float, warmup_epochs: float, min_lr: float
+) -> float:
+    """The rate of one iteration: linear from 0 over warmup_epochs, then half a cosine from lr down to min_lr."""
+    epoch = step / steps_per_epoch
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Every group gets lr times its own lr_scale (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices only: none on 1-D parameters (MAE official code, through timm's grouping).
+
+    The mask and class tokens are 3-D and decay, as they do there.
+    """
+    return param_groups_weight_decay(model, weight_decay)
+
+
+def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Groups with lr_scale = layer_decay ** (depth + 1 - layer): patch, position and class embeddings are layer 0,
+    block i is layer i + 1, final norm, fc_norm and head are layer depth + 1 (BEiT's rule, as MAE fine-tunes).
+
+    No weight decay on 1-D parameters, positions and class token.
+    """
+    groups = param_groups_layer_decay(
+        model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
+    )
+    # timm counts the final norm of a class-token head to the last block; MAE counts it to the head.
+    norm = [p for name, p in model.named_parameters() if name.startswith("norm.") and p.requires_grad]
+    in_norm = {id(p) for p in norm}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in in_norm]
+    if norm:
+        groups.append({"params": norm, "lr_scale": 1.0, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas)
+
+
+def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> Lars:
+    """LARS as MAE's probe uses it: trust ratio and weight decay on tensors above one dimension, plain momentum SGD on
+    the rest. timm leaves the ratio out wherever weight decay is 0 unless told to adapt always; always_adapt on a
+    1-D tensor would scale it, which the official one does not do."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True}
+    vectors = {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False, "weight_decay": 0.0}
+    return Lars(
+        [matrices, vectors], lr=0.0, momentum=momentum, trust_coeff=trust_coefficient, weight_decay=weight_decay
+    )

@@ -1,0 +1,43 @@
+"""One line of progress at a time: how far, how fast, how long still."""
+
+import sys
+import time
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 7500 -> "2:05:00"."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class Progress:
+    """Prints "label 120/400 | 310 images/s | ETA 0:42 | loss 1.234" at most every few seconds.
+
+    On a terminal the line is rewritten in place; elsewhere each is a line of its own. Disabled except on rank 0.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, enabled: bool = True) -> None:
+        self.label, self.total, self.first, self.enabled = label, total, done, enabled
+        self.started = time.monotonic()
+        self.printed = 0.0
+        self.images = 0
+        self.interval = 1.0 if sys.stdout.isatty() else 3.0
+
+    def rate(self) -> float:
+        """Images per second since this process started."""
+        return self.images / max(time.monotonic() - self.started, 1e-9)
+
+    def update(self, done: int, images: int, note: str = "") -> None:
+        self.images += images
+        now = time.monotonic()
+        if not self.enabled or (now - self.printed < self.interval and done < self.total):
+            return
+        self.printed = now
+        per_step = (now - self.started) / max(done - self.first, 1)
+        eta = duration(per_step * (self.total - done))
+        line = f"{self.label} {done}/{self.total} | {self.rate():.0f} images/s | ETA {eta}" + (note and f" | {note}")
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)
+        else:
+            print(line, flush=True)
