@@ -1,5 +1,6 @@
 """Images from disk, in an order and with augmentations that depend on the seed and the position alone."""
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ class Images(Dataset):
         seed: int = 0,
         skip_unreadable: bool = False,
     ) -> None:
-        self.files = np.array([str(f) for f in files])  # one block of memory, so forked workers do not copy it
+        # One block of bytes: forked workers share it, where touching a list of str would copy it page by page.
+        self.files = np.array([os.fsencode(f) for f in files])
         self.labels = np.zeros(len(files), np.int64) if labels is None else np.asarray(labels, np.int64)
         self.transform, self.seed, self.skip_unreadable = transform, seed, skip_unreadable
 
@@ -82,7 +84,7 @@ class Images(Dataset):
 
     def __getitem__(self, sample: Sample | int) -> tuple[torch.Tensor, int, str]:
         index, position = sample if isinstance(sample, tuple) else (sample, sample)
-        path, bad = str(self.files[index]), ""
+        path, bad = os.fsdecode(self.files[index]), ""
         try:
             image = read_image(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -116,11 +118,10 @@ class TrainingStream(Sampler):
                 epoch = step // steps_per_epoch
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
             start = (step % steps_per_epoch) * self.batch + distributed.rank() * self.share
+            before = epoch * steps_per_epoch * self.batch  # positions of the earlier epochs
             for first in range(start, start + self.share, self.chunk):
-                yield [
-                    Sample(int(i), step * self.batch + k)
-                    for k, i in enumerate(order[first : first + self.chunk], first)
-                ]
+                picked = order[first : first + self.chunk]
+                yield [Sample(int(index), before + first + k) for k, index in enumerate(picked)]
 
 
 def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoader:
@@ -131,8 +132,6 @@ def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoad
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.startswith("cuda"),
-        persistent_workers=False,
-        multiprocessing_context="forkserver" if workers else None,
     )
 
 

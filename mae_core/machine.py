@@ -30,6 +30,7 @@ class Machine:
     compile: bool = False
     processes: int = 1
     threads: int = 1
+    save_minutes: float = 10.0  # between two training checkpoints
 
     def autocast(self) -> contextlib.AbstractContextManager:
         kind = self.device.split(":")[0]
@@ -45,6 +46,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--workers", type=int, default=-1, help="processes that decode images (default: up to 16)")
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, about a third more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--save-minutes", type=float, default=10.0, help="between two training checkpoints")
 
 
 def default_workers(processes: int) -> int:
@@ -72,6 +74,7 @@ def machine_from(args: argparse.Namespace) -> Machine:
         compile=args.compile,
         processes=processes,
         threads=torch.get_num_threads(),
+        save_minutes=args.save_minutes,
     )
 
 

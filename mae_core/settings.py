@@ -16,21 +16,24 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 
-def override(recipe: Any, settings: dict[str, str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe with `knob=value` strings applied, and the parsed values.
+def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The recipe with "knob=value" settings applied, and the parsed values.
 
     UserError for an unknown knob or a value of the wrong type.
     """
     types = {f.name: f.type for f in dataclasses.fields(recipe)}
     parsed = {}
-    for knob, text in settings.items():
+    for setting in settings:
+        knob, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write knob=value")
         if knob not in types:
-            raise UserError(f"--set {knob}={text}: this recipe has no '{knob}'; {did_you_mean(knob, sorted(types))}")
-        parsed[knob] = parse_value(knob, text, getattr(recipe, knob), str(types[knob]))
+            raise UserError(f"--set {setting}: this recipe has no '{knob}'; {did_you_mean(knob, sorted(types))}")
+        parsed[knob] = parse_value(knob, text, getattr(recipe, knob), types[knob])
     return dataclasses.replace(recipe, **parsed), parsed
 
 
-def parse_value(knob: str, text: str, current: Any, kind: str) -> Any:
+def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
     try:
         if isinstance(current, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -44,7 +47,7 @@ def parse_value(knob: str, text: str, current: Any, kind: str) -> Any:
                 raise ValueError
             return parts
     except (ValueError, KeyError):
-        raise UserError(f"--set {knob}={text}: not a {kind.replace('<class ', '').strip(chr(39) + '>')}") from None
+        raise UserError(f"--set {knob}={text}: {knob} is of type {getattr(kind, '__name__', kind)}") from None
     return text
 
 

@@ -1,0 +1,358 @@
+"""The training loop that pre-training and every classifier share: accumulation, DDP, progress, and exact resume.
+
+Everything random is a function of (seed, step, position), never of what ran before: so a killed run goes on where its
+last checkpoint stood and ends with the same weights, and the augmentation of a sample does not depend on the number of
+processes or workers.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mae_core import distributed
+from mae_core.data import Images, TrainingStream, UnreadableFiles, loader, seed_all
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.optim import set_learning_rate
+from mae_core.progress import Progress
+from mae_core.settings import differences
+
+CHECKPOINT_FILE = "checkpoint.pth"
+LOG_FILE = "log.jsonl"
+FLUSH_STEPS = 20  # losses wait on the device this long before they are looked at, so that a GPU is never held up
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, but for its model and optimizer.
+
+    batch: the effective batch over all processes. micro_batch: images per process and forward pass.
+    lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
+    the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
+    fixed: what a resumed run must agree in.
+    """
+
+    label: str
+    work: Path
+    dataset: Images
+    epochs: int
+    batch: int
+    micro_batch: int
+    seed: int
+    machine: Machine
+    fixed: dict[str, Any]
+    lr_at: Callable[[int], float]
+    prepare: Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
+    loss_of: Callable[..., Tensor]
+    tensorboard: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset) // self.batch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass
+class State:
+    """What grows while training; saved with the weights."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps of the epoch under way
+    seconds: float = 0.0
+    micro_batch: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def micro_batch_for(share: int, wanted: int) -> int:
+    """The largest divisor of a process's share of the batch that is at most `wanted`."""
+    return max(n for n in range(1, min(share, wanted) + 1) if share % n == 0)
+
+
+def check_batch(images: int, batch: int, where: str) -> None:
+    """UserError if an epoch would have no step or the batch does not divide among the processes."""
+    world = distributed.world_size()
+    if batch < 1 or batch % world:
+        raise UserError(f"a batch of {batch} cannot be shared by {world} processes: choose a multiple of {world}")
+    if images < batch:
+        raise UserError(
+            f"{where} has {images} images, less than one batch of {batch}: set a smaller batch (--set batch=N)"
+        )
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, ema: Any = None) -> State:
+    """Train to the end, or from training.work's checkpoint to the end. Ctrl-C and SIGTERM save first, then raise
+    KeyboardInterrupt. A loss that is not finite raises UserError and leaves the last checkpoint as it was."""
+    t, main = training, distributed.is_main()
+    state = State(micro_batch=t.micro_batch)
+    unreadable = UnreadableFiles()
+    resume(model, optimizer, t, state, unreadable, ema)
+    if state.step >= t.steps:
+        return state
+    truncate_log(t.work / LOG_FILE, state.step // t.steps_per_epoch)
+    forward = torch.compile(model) if t.machine.compile else model
+    if distributed.world_size() > 1:
+        forward = DistributedDataParallel(forward)
+    model.train()
+    writer = open_writer(t.work, state.step) if t.tensorboard and main else None
+    progress = Progress(t.label, t.steps, state.step, enabled=main)
+    waiting: list[tuple[int, Tensor]] = []
+    seconds_before, started, saved = state.seconds, time.monotonic(), time.monotonic()
+    batches, note = steps_of(t, state.step, unreadable), ""
+
+    with stop_requested() as stop:
+        for step in range(state.step, t.steps):
+            lr = t.lr_at(step)
+            set_learning_rate(optimizer, lr)
+            loss = train_step(forward, optimizer, next(batches), step, t, state, careful=step == progress.first)
+            if ema is not None:
+                ema.update(model)
+            waiting.append((step, loss))
+            state.step = step + 1
+            state.seconds = seconds_before + time.monotonic() - started
+            end_of_epoch = state.step % t.steps_per_epoch == 0
+            due = main and time.monotonic() - saved >= 60 * t.machine.save_minutes
+            if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stop:
+                last_loss = flush(waiting, state, t)
+                note = f"epoch {step // t.steps_per_epoch + 1}/{t.epochs} loss {last_loss:.4f} lr {lr:.2e}"
+                if writer:
+                    writer.add_scalar("train/loss", last_loss, step)
+                    writer.add_scalar("train/lr", lr, step)
+            progress.update(state.step, t.batch, note)
+            if end_of_epoch:
+                end_epoch(t, state, lr, progress.rate())
+            if main and (due or stop or state.step == t.steps):
+                save(model, optimizer, t, state, unreadable, ema)
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt
+    if writer:
+        writer.close()
+    return state
+
+
+def steps_of(t: Training, first_step: int, unreadable: UnreadableFiles) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The (images, labels) micro-batches of each step from first_step on, for this process."""
+    share = t.batch // distributed.world_size()
+    stream = TrainingStream(len(t.dataset), t.batch, t.micro_batch, t.seed, first_step, t.steps)
+    chunks = []
+    for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device):
+        unreadable.add(bad)
+        chunks.append((images, labels))
+        if len(chunks) == share // t.micro_batch:
+            yield chunks
+            chunks = []
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    chunks: list[tuple[Tensor, Tensor]],
+    step: int,
+    t: Training,
+    state: State,
+    careful: bool,
+) -> Tensor:
+    """One optimizer step over the effective batch; its mean loss on this process. Out of memory halves the micro-batch
+    and takes the step again. With several processes that is possible in the first step only ("careful"), where the
+    gradients are averaged by hand after everyone has said that it went well."""
+    parallel = isinstance(model, DistributedDataParallel)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        try:
+            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not careful), False
+        except torch.OutOfMemoryError:
+            if (parallel and not careful) or state.micro_batch == 1:
+                raise UserError(
+                    f"out of GPU memory at step {step} with a micro-batch of {state.micro_batch}: start again with a "
+                    f"smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
+                ) from None
+            failed = True
+        if not (distributed.any_process(failed) if careful else failed):
+            break
+        torch.cuda.empty_cache()
+        state.micro_batch = max(1, state.micro_batch // 2)
+        note = f"out of GPU memory: micro-batch reduced to {state.micro_batch}, effective batch kept"
+        state.notes += (note,)
+        print(note, flush=True)
+    if parallel and careful:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= distributed.world_size()
+    optimizer.step()
+    return loss
+
+
+def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_batch: int, sync: bool) -> Tensor:
+    """Forward and backward over all micro-batches; gradients of the mean. sync: let DDP average them on the last."""
+    share = t.batch // distributed.world_size()
+    total = torch.zeros((), device=t.machine.device)
+    first = distributed.rank() * share
+    for number, (images, labels) in enumerate(chunks):
+        seed_all(t.seed, step, first)
+        images = images.to(t.machine.device, non_blocking=True)
+        labels = labels.to(t.machine.device, non_blocking=True)
+        tensors = t.prepare(images, labels, step, first)
+        first += len(images)
+        for start in range(0, len(images), micro_batch):
+            part = [tensor[start : start + micro_batch] for tensor in tensors]
+            last = number == len(chunks) - 1 and start + micro_batch >= len(images)
+            quiet = isinstance(model, DistributedDataParallel) and not (sync and last)
+            with model.no_sync() if quiet else contextlib.nullcontext():
+                with t.machine.autocast():
+                    loss = t.loss_of(model, *part) * (len(part[0]) / share)
+                loss.backward()
+            total += loss.detach()
+    return total
+
+
+def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float:
+    """Look at the losses that are still on the device; UserError for the first that is not finite. Returns the last."""
+    values = torch.stack([loss for _, loss in waiting]).tolist()
+    for (step, _), value in zip(waiting, values):
+        if not math.isfinite(value):
+            kept = t.work / CHECKPOINT_FILE
+            after = f"{kept} holds the last good state" if kept.exists() else "no checkpoint was written yet"
+            raise UserError(
+                f"the loss is {value} at step {step} (epoch {step // t.steps_per_epoch}, lr {t.lr_at(step):.2e}): "
+                f"stopped; {after}; a lower base_lr, a longer warm-up or --precision fp32 may help"
+            )
+    state.loss_sum += sum(values)
+    waiting.clear()
+    return values[-1]
+
+
+def end_epoch(t: Training, state: State, lr: float, images_per_second: float) -> None:
+    """One JSON line: mean loss over the epoch and all processes, rate, time."""
+    losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)
+    state.loss_sum = 0.0
+    if not distributed.is_main():
+        return
+    line = {
+        "epoch": state.step // t.steps_per_epoch - 1,
+        "step": state.step,
+        "loss": sum(losses) / len(losses),
+        "lr": lr,
+        "images_per_second": round(images_per_second, 1),
+        "seconds": round(state.seconds, 1),
+    }
+    with open(t.work / LOG_FILE, "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def truncate_log(path: Path, epochs: int) -> None:
+    """Keep the first `epochs` lines: a killed run may have logged epochs that it now trains again."""
+    if path.exists() and distributed.is_main():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:epochs]), encoding="utf-8")
+
+
+def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+    """Write the checkpoint atomically: the old one stands until the new one is whole."""
+    content = {
+        "format": "mae-transfer training",
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.module.state_dict() if ema is not None else {},
+        "state": dataclasses.asdict(state),
+        "fixed": t.fixed,
+        "machine": decides_rounding(t),
+        "unreadable": sorted(unreadable.names),
+    }
+    path = t.work / CHECKPOINT_FILE
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def decides_rounding(t: Training) -> dict[str, Any]:
+    """What the last bits of the weights depend on, besides the recipe and the seed."""
+    m = t.machine
+    return {
+        "device": m.device.split(":")[0],
+        "precision": m.precision,
+        "micro_batch": t.micro_batch,
+        "activation_checkpointing": m.activation_checkpointing,
+        "compile": m.compile,
+        "processes": m.processes,
+        "threads": m.threads,
+        "torch": str(torch.__version__),
+    }
+
+
+def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+    """Load the work folder's checkpoint, if there is one, into everything given. UserError if it is of another run."""
+    path = t.work / CHECKPOINT_FILE
+    if not path.exists():
+        return
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    changed = differences(content["fixed"], json.loads(json.dumps(t.fixed)))
+    if changed:
+        raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    if ema is not None:
+        ema.module.load_state_dict(content["ema"])
+    for name, value in content["state"].items():
+        setattr(state, name, value)
+    state.notes = tuple(state.notes)
+    unreadable.names.update(content["unreadable"])
+    moved = differences(content["machine"], decides_rounding(t))
+    if moved:
+        note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
+        state.notes += (note,)
+    if distributed.is_main():
+        print(f"resuming {t.label} at step {state.step}/{t.steps}", *moved, sep="; ", flush=True)
+
+
+def open_writer(work: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+
+    return SummaryWriter(str(work / "tensorboard"), purge_step=step)
+
+
+class Stop:
+    """True once a signal has asked to stop."""
+
+    requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set the flag, so that the step under way ends before anything is saved; a second one acts at
+    once."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
