@@ -44,12 +44,15 @@ def seed_for(*parts: int) -> int:
     return int(low) | int(high) << 32
 
 
-def seed_all(*parts: int) -> None:
-    """Seed every generator that an augmentation may draw from."""
+def seed_all(*parts: int, device: str = "cpu") -> None:
+    """Seed every generator that an augmentation or a layer may draw from, the GPU's where that is the device."""
     seed = seed_for(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
+    # Not torch.manual_seed: where CUDA is not initialised it queues every call with its stack, for ever.
+    torch.default_generator.manual_seed(seed % 2**63)
+    if device.startswith("cuda"):
+        torch.cuda.manual_seed(seed % 2**63)
 
 
 class Sample(NamedTuple):
@@ -63,7 +66,7 @@ class Images(Dataset):
     """Files (with optional labels) -> (tensor, label, unreadable file name or ""). A transform maps a PIL image to a
     tensor; its random draws are seeded by (seed, position), so that worker counts and restarts change nothing.
 
-    skip_unreadable: a file that cannot be read gives zeros and its name; otherwise it raises UserError.
+    A file that cannot be read gives a black image and its name: the caller decides what that means.
     """
 
     def __init__(
@@ -72,12 +75,11 @@ class Images(Dataset):
         transform: Callable[[Image.Image], torch.Tensor],
         labels: Sequence[int] | None = None,
         seed: int = 0,
-        skip_unreadable: bool = False,
     ) -> None:
         # One block of bytes: forked workers share it, where touching a list of str would copy it page by page.
         self.files = np.array([os.fsencode(f) for f in files])
         self.labels = np.zeros(len(files), np.int64) if labels is None else np.asarray(labels, np.int64)
-        self.transform, self.seed, self.skip_unreadable = transform, seed, skip_unreadable
+        self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,9 +89,7 @@ class Images(Dataset):
         path, bad = os.fsdecode(self.files[index]), ""
         try:
             image = read_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            if not self.skip_unreadable:
-                raise UserError(f"{path} cannot be read as an image ({e}): replace it") from e
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             image, bad = Image.new("RGB", (64, 64)), path
         seed_all(self.seed, position)
         return self.transform(image), int(self.labels[index]), bad
@@ -163,7 +163,7 @@ class UnreadableFiles:
         for name in names:
             if name not in self.names:
                 self.names.add(name)
-                print(f"unreadable image, replaced by zeros: {name}", flush=True)
+                print(f"unreadable image, replaced by black: {name}", flush=True)
         if len(self.names) > MAX_UNREADABLE:
             raise UserError(
                 f"{len(self.names)} images cannot be read (at most {MAX_UNREADABLE} are put up with): "

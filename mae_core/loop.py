@@ -205,7 +205,7 @@ def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_bat
     total = torch.zeros((), device=t.machine.device)
     first = distributed.rank() * share
     for number, (images, labels) in enumerate(chunks):
-        seed_all(t.seed, step, first)
+        seed_all(t.seed, step, first, device=t.machine.device)
         images = images.to(t.machine.device, non_blocking=True)
         labels = labels.to(t.machine.device, non_blocking=True)
         tensors = t.prepare(images, labels, step, first)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mae_core.checkpoint import Checkpoint
 
 from mae_core import distributed
+from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, hardware, peak_memory_gib
 from mae_core.settings import differences, write_json
@@ -38,6 +38,7 @@ class Data:
     label: str = ""
     fingerprint: str = ""
     counts: dict[str, int] = field(default_factory=dict)
+    chance: float | None = None  # the accuracy (percent) of guessing among the classes that occur
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,6 @@ class Task:
     module: str  # python -m MODULE runs it
     metric: str  # the headline
     higher_is_better: bool
-    chance: float | None
     version: int  # raised whenever the same inputs give another number
     needs: str
     cost: int  # rank for "cheapest first"
@@ -101,7 +101,7 @@ class Job:
             self.data,
             self.machine.precision,
             self.engine,
-            self.parent,
+            self.parent.sha256 if self.parent else "",
         )
 
 
@@ -113,9 +113,10 @@ def identity(
     data: Data,
     precision: str,
     engine: str = "torch",
-    parent: Checkpoint | None = None,
+    parent: str = "",
 ) -> dict[str, Any]:
-    """The fields that make two runs the same experiment, as plain JSON values."""
+    """The fields that make two runs the same experiment, as plain JSON values. parent: SHA-256 of the classifier that a
+    robustness task evaluates."""
     return json.loads(
         json.dumps(
             {
@@ -127,7 +128,7 @@ def identity(
                 "seed": seed,
                 "precision": precision,
                 "data": data.fingerprint,
-                "parent": parent.sha256 if parent else "",
+                "parent": parent,
             }
         )
     )
@@ -176,6 +177,7 @@ class Record:
 
 
 RECORD_FILE = "record.json"
+CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning leaves in its work folder
 
 
 def write_record(record: Record, work: Path) -> None:
@@ -269,7 +271,7 @@ def describe(job: Job, **outcome: Any) -> Record:
     return Record(
         task=job.task.name,
         metric=job.task.metric,
-        chance=job.task.chance,
+        chance=job.data.chance,
         checkpoint={
             "name": c.name,
             "path": str(c.path),

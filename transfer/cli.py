@@ -1,0 +1,150 @@
+"""What every task script and benchmarks/run_all.py share: the flags, the making of jobs, the reasons not to run one."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mae_core import distributed
+from mae_core.checkpoint import Checkpoint, read_checkpoint
+from mae_core.errors import UserError
+from mae_core.machine import Machine, add_machine_flags, machine_from
+from mae_core.settings import did_you_mean, override
+from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """--recipe, --data, --out and the machine's flags."""
+    parser.add_argument("--recipe", default="paper", choices=("paper", "mini"), help="default: paper")
+    parser.add_argument(
+        "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for runs and tables (default: results)"
+    )
+    add_machine_flags(parser)
+
+
+def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
+    """The root of the datasets; the mini recipe without --data gets the generated miniature, written if need be."""
+    if args.data is not None:
+        if not args.data.is_dir():
+            raise UserError(f"--data {args.data} is not a folder")
+        return args.data.resolve()
+    if args.recipe != "mini":
+        return Path(os.environ.get("MAE_TRANSFER_DATA", "datasets")).resolve()
+    root = (args.out / "miniature").resolve()
+    if distributed.is_main():
+        for write in dict.fromkeys(task.miniature for task in tasks):
+            write(root)
+    distributed.barrier()
+    return root
+
+
+def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
+    known = {task.name: task for task in tasks}
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown task '{name}'; {did_you_mean(name, list(known))}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def make_job(
+    task: Task,
+    checkpoint: Checkpoint,
+    recipe_name: str,
+    settings: Sequence[str],
+    data: Data,
+    out: Path,
+    seed: int,
+    machine: Machine,
+    parent: Checkpoint | None = None,
+) -> Job:
+    """The job and its work folder; UserError for an unknown knob."""
+    recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
+    job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, machine=machine, parent=parent)
+    label = Record(task.name, "", recipe_name=recipe_name, overrides=overrides).recipe_label
+    return replace(job, work=work_folder(out, checkpoint, task.name, label, seed, job.identity()))
+
+
+def obstacle(job: Job) -> tuple[str, str]:
+    """("skipped" or "failed", why) where the job cannot run at all; ("", "") where it can."""
+    task, kind = job.task, job.checkpoint.kind
+    if task.needs == "encoder" and kind == "classifier":
+        return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
+    if job.data.status == "missing":
+        return "skipped", job.data.detail
+    if job.data.status == "incomplete":
+        return "failed", job.data.detail
+    if task.needs == "classifier" and kind != "classifier" and job.parent is None:
+        return "skipped", "needs imagenet_finetune (same checkpoint, recipe and seed), or a fine-tuned file as --ckpt"
+    return "", ""
+
+
+def finished(job: Job) -> Record | None:
+    """The record that makes running the job unnecessary."""
+    return done(job.work, job.identity())
+
+
+def settle(job: Job) -> Record | None:
+    """The record of a job that is done or cannot run (the latter is written now); None if it is to be run."""
+    record = finished(job)
+    if record is None:
+        status, reason = obstacle(job)
+        if status:
+            record = describe(job, status=status, reason=reason)
+            if distributed.is_main():
+                write_record(record, job.work)
+    return record
+
+
+def headline(record: Record) -> str:
+    """ "imagenet_finetune: top1 83.66 +- 0.17" or "imagenet_a: skipped: ..."."""
+    if record.status != "ok":
+        return f"{record.task}: {record.status}: {record.reason}"
+    error = f" ± {record.stderr[record.metric]:.2f}" if record.metric in record.stderr else ""
+    return f"{record.task}: {record.metric} {record.metrics[record.metric]:.2f}{error}"
+
+
+def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
+    """Run some of a family's tasks on one checkpoint. Exit code: 0 all gave a number, 1 not all, 2 a wrong call."""
+    parser = argparse.ArgumentParser(prog=f"python -m {tasks[0].module}")
+    parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(t.name for t in tasks))
+    parser.add_argument("--ckpt", required=True, help="checkpoint file, or random:ARCH")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="override recipe knobs")
+    if any(task.needs == "classifier" for task in tasks):
+        parser.add_argument("--classifier", type=Path, help="classifier.safetensors that imagenet_finetune left")
+    add_common_flags(parser)
+    args = parser.parse_args(arguments)
+    try:
+        chosen = find_tasks(args.task, tasks)
+        machine = machine_from(args)
+        with distributed.process_group(machine.device) as device:
+            records = run_tasks(chosen, args, replace(machine, device=device))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0 if all(record.status == "ok" for record in records) else 1
+
+
+def run_tasks(tasks: Sequence[Task], args: Any, machine: Machine) -> list[Record]:
+    checkpoint = read_checkpoint(args.ckpt, args.seed)
+    classifier = getattr(args, "classifier", None)
+    parent = read_checkpoint(classifier) if classifier else None
+    root = data_root(args, tasks)
+    records = []
+    for task in tasks:
+        own = parent if task.needs == "classifier" and checkpoint.kind != "classifier" else None
+        job = make_job(task, checkpoint, args.recipe, args.set, task.look(root), args.out, args.seed, machine, own)
+        record = settle(job) or run_job(job)
+        if distributed.is_main():
+            print(f"{headline(record)} ({job.work / 'record.json'})", flush=True)
+        records.append(record)
+    return records

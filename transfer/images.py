@@ -1,0 +1,203 @@
+"""ImageNet and its robustness sets on disk: the classes by WNID, the readers, the transforms."""
+
+import hashlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
+from torchvision.transforms import InterpolationMode, v2
+
+from mae_core.data import EXTENSIONS, MEAN, STD
+from transfer.task import Data
+
+# ILSVRC 2012: classes, training and validation images (the counts that make data "official").
+IMAGENET_COUNTS = {"classes": 1000, "train": 1281167, "val": 50000}
+MINIATURE_MARKER = "miniature.json"
+
+
+@cache
+def wnids(which: str = "imagenet") -> tuple[str, ...]:
+    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each); timm's lists."""
+    return tuple(pkgutil.get_data("timm.data", f"_info/{which}_synsets.txt").decode().split())
+
+
+@cache
+def columns(which: str) -> tuple[int, ...]:
+    """Which of the 1000 logits the 200 classes of "imagenet_a" or "imagenet_r" are, in WNID order."""
+    place = {wnid: i for i, wnid in enumerate(wnids())}
+    return tuple(place[wnid] for wnid in sorted(wnids(which)))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Image files and their ImageNet-1k labels (0..999), sorted by WNID and file name."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def classes(self) -> frozenset[int]:
+        return frozenset(self.labels)
+
+    def of_classes(self, kept: Iterable[int]) -> "Split":
+        """Only the images whose label is among `kept`."""
+        kept = frozenset(kept)
+        pairs = [(f, c) for f, c in zip(self.files, self.labels) if c in kept]
+        return Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
+
+
+def read_split(folder: Path) -> tuple[Split, list[str]]:
+    """The images of folder/WNID/*, and what is wrong with the folder (empty: nothing).
+
+    The label comes from the folder's name, never from its rank: a folder of ten classes still means 1000 logits. All
+    usual extensions in any case and names with spaces are found.
+    """
+    place = {wnid: i for i, wnid in enumerate(wnids())}
+    files: list[Path] = []
+    labels: list[int] = []
+    strange, empty, loose = [], [], 0
+    for entry in sorted(folder.iterdir()):
+        if entry.is_file():
+            loose += entry.suffix.lower() in EXTENSIONS
+        elif entry.name not in place:
+            strange.append(entry.name)
+        else:
+            images = sorted(p for p in entry.iterdir() if p.suffix.lower() in EXTENSIONS)
+            files += images
+            labels += [place[entry.name]] * len(images)
+            if not images:
+                empty.append(entry.name)
+    problems = []
+    if loose:
+        problems.append(f"{loose} images lie in {folder} itself, not in class folders named by WNID")
+    if strange:
+        problems.append(f"{folder} has folders that are no ImageNet class: {some(strange)}")
+    if empty:
+        problems.append(f"{folder} has class folders without an image: {some(empty)}")
+    if not files and not problems:
+        problems.append(f"{folder} has no class folder with images in it")
+    return Split(tuple(files), tuple(labels)), problems
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def fingerprint(root: Path, *splits: Split) -> str:
+    """SHA-256 over the listing (paths below root and labels) of the splits."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for file, label in zip(split.files, split.labels):
+            digest.update(f"{file.relative_to(root)} {label}\n".encode(errors="surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def label_of(folder: Path, counts: dict[str, int], official: dict[str, int]) -> str:
+    if (folder / MINIATURE_MARKER).exists():
+        return "miniature"
+    return "official" if counts == official else "subset"
+
+
+def look_imagenet(root: Path) -> Data:
+    """ImageNet-1k below root: imagenet/{train,val}/WNID/*."""
+    folder = root / "imagenet"
+    where = f"{folder}/train/WNID/*.JPEG and {folder}/val/WNID/*.JPEG"
+    if not folder.is_dir():
+        return Data(str(root), "missing", f"no data: ImageNet must lie at {where}")
+    absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
+    if absent:
+        return Data(str(root), "incomplete", f"{folder} lacks {' and '.join(absent)}: ImageNet must lie at {where}")
+    (train, train_problems), (val, val_problems) = read_split(folder / "train"), read_split(folder / "val")
+    problems = train_problems + val_problems
+    unlearnt = sorted(wnids()[i] for i in val.classes - train.classes)
+    if unlearnt:
+        problems.append(f"{folder}/val has classes that train lacks: {some(unlearnt)}")
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} classes, {counts['train']} train, {counts['val']} val",
+        label_of(folder, counts, IMAGENET_COUNTS),
+        fingerprint(root, train, val),
+        counts,
+        100 / len(val.classes),
+    )
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep that many bits of each channel; none leaves black.
+
+    RandAugment asks for 0 bits where its random magnitude reaches 10. Pillow made that black when MAE was fine-tuned
+    and refuses it since version 13.
+    """
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
+
+
+def train_transform(image_size: int, min_scale: float, rand_augment: str, random_erasing: float) -> Callable:
+    """What fine-tuning augments with, by timm: random resized crop (bicubic), flip, RandAugment, normalisation and
+    random erasing with noise. rand_augment: timm's string, or "" for none."""
+    return create_transform(
+        image_size,
+        is_training=True,
+        scale=(min_scale, 1.0),
+        color_jitter=None,
+        auto_augment=rand_augment or None,
+        interpolation="bicubic",
+        re_prob=random_erasing,
+        re_mode="pixel",
+        mean=MEAN,
+        std=STD,
+    )
+
+
+class LoopFreeCrop(v2.RandomResizedCrop):
+    """Random resized crop that takes its first draw, cut to the image where it is too large, instead of drawing again:
+    what MAE's probe trains with, to match its TensorFlow original (official code, util/crop.py)."""
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        area = height * width * torch.empty(()).uniform_(*self.scale).item()
+        low, high = (math.log(r) for r in self.ratio)
+        aspect = math.exp(torch.empty(()).uniform_(low, high).item())
+        w = min(round(math.sqrt(area * aspect)), width)
+        h = min(round(math.sqrt(area / aspect)), height)
+        top = int(torch.randint(0, height - h + 1, ()))
+        left = int(torch.randint(0, width - w + 1, ()))
+        return {"top": top, "left": left, "height": h, "width": w}
+
+
+def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
+    """What the linear probe augments with: loop-free random resized crop (bicubic) and flip."""
+    crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised()])
+
+
+def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
+    """One view of an image for evaluation.
+
+    "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
+    the official evaluation does. "center_crop": centre crop alone, the reference for ImageNet-C's 224 px files.
+    "resize": short side to the size, bicubic, then centre crop.
+    """
+    # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
+    resized = {"resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size, "resize": image_size}
+    steps: list = [v2.CenterCrop(image_size), *to_normalised()]
+    if how in resized:
+        steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))
+    return v2.Compose(steps)
+
+
+def to_normalised() -> list:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]

@@ -1,0 +1,296 @@
+"""A fine-tuned ImageNet classifier on ImageNet-A, -R, -C and -Sketch: inference only.
+
+python -m transfer.robustness --task imagenet_a imagenet_r --ckpt FINE_TUNED --data DIR --out DIR
+"""
+
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+
+from mae_core.checkpoint import Checkpoint
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+from transfer import cli, miniature
+from transfer.images import Split, columns, eval_transform, fingerprint, label_of, read_split, some, wnids
+from transfer.task import Data, Job, Result, Task
+from transfer.train import EvalRecipe, Scores, evaluate, trained_classifier
+
+# Top-1 error of AlexNet, mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
+# another script lists the corruptions in another order.
+ALEXNET_ERROR = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+SEVERITIES = (1, 2, 3, 4, 5)
+# The released archives unpack into groups (noise/gaussian_noise/1/...); others lay the corruptions side by side.
+GROUPS = ("", "noise", "blur", "weather", "digital")
+COUNTS = {"imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889}
+FOLDERS = {
+    "imagenet_a": ("imagenet-a",),
+    "imagenet_r": ("imagenet-r",),
+    "imagenet_sketch": ("imagenet-sketch/sketch", "imagenet-sketch", "sketch"),
+}
+
+
+def recipe(arch: str, name: str) -> EvalRecipe:
+    """ImageNet-A, -R, -Sketch: the official evaluation transform at the classifier's own size."""
+    return choose(name, EvalRecipe())
+
+
+def recipe_c(arch: str, name: str) -> EvalRecipe:
+    """ImageNet-C: its files are 224 px already, and its authors' script only crops the centre. The paper does not say
+    what it did; --set imagenet_c.transform=resize_crop is the other transform in use."""
+    return choose(name, EvalRecipe(transform="center_crop"))
+
+
+def choose(name: str, r: EvalRecipe) -> EvalRecipe:
+    if name not in ("paper", "mini"):
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ('paper', 'mini'))}")
+    return r
+
+
+def sources(arch: str) -> dict[str, str]:
+    return {
+        "image_size": "the classifier's own",
+        "transform": "facebookresearch/mae util/datasets.py; ImageNet-C: hendrycks/robustness ImageNet-C/test.py "
+        "(stand-in: the paper does not state its transform)",
+    }
+
+
+def folder_of(root: Path, name: str) -> Path | None:
+    """The first of the usual folders that holds class folders."""
+    found = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
+    return next((f for f in found if any(d.name in wnids() for d in f.iterdir())), found[0] if found else None)
+
+
+def look(name: str, root: Path) -> Data:
+    """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
+    folder = folder_of(root, name)
+    if folder is None:
+        return Data(str(root), "missing", f"no data: it must lie at {root / FOLDERS[name][-1]}/WNID/*")
+    split, problems = read_split(folder)
+    allowed = set(columns(name)) if name != "imagenet_sketch" else set(range(len(wnids())))
+    foreign = sorted(wnids()[i] for i in split.classes - allowed)
+    if foreign:
+        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}")
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {"classes": len(split.classes), "images": len(split.files)}
+    clean = clean_split(root) if name != "imagenet_sketch" else Split((), ())
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} classes, {counts['images']} images",
+        label_of(folder, counts, {"classes": len(allowed), "images": COUNTS[name]}),
+        fingerprint(root, split, clean),
+        counts,
+        100 / len(split.classes),
+    )
+
+
+def clean_split(root: Path) -> Split:
+    """ImageNet's own validation images, if they are there: next to A and R stands the accuracy on them."""
+    folder = root / "imagenet" / "val"
+    return read_split(folder)[0] if folder.is_dir() else Split((), ())
+
+
+def corruption_folder(root: Path, corruption: str) -> Path:
+    base = root / "imagenet-c"
+    return next((base / g / corruption for g in GROUPS if (base / g / corruption).is_dir()), base / corruption)
+
+
+def look_c(root: Path) -> Data:
+    """ImageNet-C below root: 15 corruptions x 5 severities; a tree with holes is incomplete, and an mCE over what is
+    there would be another number."""
+    base = root / "imagenet-c"
+    if not base.is_dir():
+        return Data(str(root), "missing", f"no data: it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
+    missing = [c for c in ALEXNET_ERROR if not corruption_folder(root, c).is_dir()]
+    problems = [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}"] if missing else []
+    splits: dict[str, Split] = {}
+    for corruption in ALEXNET_ERROR.keys() - set(missing):
+        for severity in SEVERITIES:
+            folder = corruption_folder(root, corruption) / str(severity)
+            if not folder.is_dir():
+                problems.append(f"{folder} is missing")
+                continue
+            splits[f"{corruption}/{severity}"], wrong = read_split(folder)
+            problems += wrong
+    sizes = {name: len(split.files) for name, split in splits.items()}
+    if len(set(sizes.values())) > 1:
+        full = max(sizes.values())
+        short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
+        problems.append(f"{base} has fewer than {full} images in {some(short)}")
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    ordered = [splits[name] for name in sorted(splits)]
+    counts = {"classes": len(ordered[0].classes), "images": sum(sizes.values())}
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images",
+        label_of(base, counts, {"classes": 1000, "images": 3750000}),
+        fingerprint(root, *ordered),
+        counts,
+    )
+
+
+@cache
+def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+    """One model for all the sets that a process evaluates."""
+    model, size = trained_classifier(checkpoint, image_size, device)
+    if model.num_classes != len(wnids()):
+        raise UserError(f"{checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
+    return model, size
+
+
+def classifier(job: Job) -> tuple[VisionTransformer, int]:
+    return load_once(job.parent or job.checkpoint, job.recipe.image_size, job.machine.device)
+
+
+def run_200(job: Job) -> Result:
+    """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
+    model, size = classifier(job)
+    root, kept = Path(job.data.root), columns(job.task.name)
+    split, _ = read_split(folder_of(root, job.task.name))
+    transform = eval_transform(size, job.recipe.transform)
+    result = scored(evaluate(model, split, transform, job.machine, job.task.name, kept), len(split.files), size)
+    clean = clean_split(root).of_classes(kept)
+    if not clean.files:
+        return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
+    metrics, stderr = evaluate(model, clean, transform, job.machine, f"{job.task.name} clean", kept).metrics()
+    return replace(
+        result,
+        metrics=result.metrics | {"clean_200_top1": metrics["top1"]},
+        stderr=result.stderr | {"clean_200_top1": stderr["top1"]},
+    )
+
+
+def run_sketch(job: Job) -> Result:
+    model, size = classifier(job)
+    split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
+    scores = evaluate(model, split, eval_transform(size, job.recipe.transform), job.machine, job.task.name)
+    return scored(scores, len(split.files), size)
+
+
+def scored(scores: Scores, images: int, size: int) -> Result:
+    metrics, stderr = scores.metrics()
+    return Result(metrics, stderr, n_eval=images, images_seen=images, resolved={"image_size": size})
+
+
+def run_c(job: Job) -> Result:
+    """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
+    model, size = classifier(job)
+    transform = eval_transform(size, job.recipe.transform)
+    wrong: dict[str, list[np.ndarray]] = {}
+    for number, corruption in enumerate(ALEXNET_ERROR):
+        splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
+        whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
+        label = f"{job.task.name} {number + 1}/15 {corruption}"
+        scores = evaluate(model, whole, transform, job.machine, label)
+        wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
+    errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
+    metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}
+    images = sum(len(part) for parts in wrong.values() for part in parts)
+    return Result(
+        metrics,
+        mce_stderr(wrong),
+        n_eval=images,
+        images_seen=images,
+        tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
+        resolved={"image_size": size},
+    )
+
+
+def mce(errors: dict[str, list[float]]) -> float:
+    """Mean corruption error in percent: the mean over the 15 corruptions of the model's error, summed over the five
+    severities, over AlexNet's. errors: corruption -> five top-1 errors in 0..1. UserError if one is missing."""
+    missing = [c for c in ALEXNET_ERROR if len(errors.get(c, ())) != len(SEVERITIES)]
+    if missing:
+        raise UserError(f"no mCE without five severities of {', '.join(missing)}")
+    return 100 * float(np.mean([sum(errors[c]) / (len(SEVERITIES) * ALEXNET_ERROR[c]) for c in ALEXNET_ERROR]))
+
+
+def mce_stderr(wrong: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    """Standard errors of mce and mean_err over the images. The 75 versions of an image are not independent, so each
+    image's mean over them is the unit; the versions list the same images in the same order."""
+    per_image = {c: np.mean(np.stack([part.astype(float) for part in parts]), axis=0) for c, parts in wrong.items()}
+    n = len(next(iter(per_image.values())))
+    if n < 2:
+        return {}
+    ce = np.mean([per_image[c] / ALEXNET_ERROR[c] for c in per_image], axis=0)
+    err = np.mean(list(per_image.values()), axis=0)
+    return {name: 100 * float(v.std(ddof=1) / np.sqrt(n)) for name, v in (("mce", ce), ("mean_err", err))}
+
+
+COMMON = {"module": "transfer.robustness", "version": 1, "needs": "classifier", "sources": sources}
+TASKS = (
+    Task(
+        name="imagenet_a",
+        title="ImageNet-A",
+        metric="top1",
+        higher_is_better=True,
+        cost=41,
+        recipe=recipe,
+        look=lambda root: look("imagenet_a", root),
+        run=run_200,
+        miniature=lambda root: miniature.imagenet_a(root),
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_r",
+        title="ImageNet-R",
+        metric="top1",
+        higher_is_better=True,
+        cost=42,
+        recipe=recipe,
+        look=lambda root: look("imagenet_r", root),
+        run=run_200,
+        miniature=lambda root: miniature.imagenet_r(root),
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_sketch",
+        title="ImageNet-Sketch",
+        metric="top1",
+        higher_is_better=True,
+        cost=43,
+        recipe=recipe,
+        look=lambda root: look("imagenet_sketch", root),
+        run=run_sketch,
+        miniature=lambda root: miniature.imagenet_sketch(root),
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_c",
+        title="ImageNet-C",
+        metric="mce",
+        higher_is_better=False,
+        cost=44,
+        recipe=recipe_c,
+        look=look_c,
+        run=run_c,
+        miniature=lambda root: miniature.imagenet_c(root),
+        **COMMON,
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(TASKS))

@@ -1,0 +1,234 @@
+"""The classifier's training and evaluation: one recipe, one loop, one way to count."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from mae_core import distributed
+from mae_core.checkpoint import Checkpoint, load_classifier
+from mae_core.data import Images, loader
+from mae_core.errors import UserError
+from mae_core.loop import CHECKPOINT_FILE, State, Training, check_batch, fit, micro_batch_for
+from mae_core.machine import Machine
+from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
+from mae_core.progress import Progress
+from mae_core.vit import build_vit, get_arch
+from transfer.images import Split
+from transfer.task import Job
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Every number of one classifier's training. Values and their sources: transfer/classification.py.
+
+    optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
+    rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none.
+    """
+
+    image_size: int
+    epochs: int
+    warmup_epochs: int
+    batch: int
+    base_lr: float
+    min_lr: float
+    optimizer: str
+    betas: tuple[float, float]
+    momentum: float
+    trust_coefficient: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    pool: str
+    head_std: float
+    min_scale: float
+    rand_augment: str
+    random_erasing: float
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    ema: float
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """How a trained classifier is shown its images. image_size 0: the size it was trained at.
+
+    transform: "resize_crop", "center_crop" or "resize" (transfer/images.py, eval_transform).
+    """
+
+    image_size: int = 0
+    transform: str = "resize_crop"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per image, in the order of the data: cross-entropy [n], correct at 1 and at 5 [n]."""
+
+    loss: np.ndarray
+    top1: np.ndarray
+    top5: np.ndarray
+
+    def metrics(self) -> tuple[dict[str, float], dict[str, float]]:
+        """top1, top5 (percent) and loss, and the standard error of each over the images."""
+        n = len(self.loss)
+        metrics = {"top1": 100 * self.top1.mean(), "top5": 100 * self.top5.mean(), "loss": self.loss.mean()}
+        stderr = {
+            k: 100 * np.sqrt(p * (1 - p) / n) for k, p in (("top1", self.top1.mean()), ("top5", self.top5.mean()))
+        }
+        stderr["loss"] = self.loss.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+        return {k: float(v) for k, v in metrics.items()}, {k: float(v) for k, v in stderr.items()}
+
+
+def train_classifier(job: Job, model: VisionTransformer, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
+    """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
+    evaluate: the moving average of the weights where the recipe has one."""
+    r, machine = job.recipe, job.machine
+    check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
+    share = r.batch // machine.processes
+    mixes = r.mixup > 0 or r.cutmix > 0
+    # 512: what one GPU of the official probe takes, so that its BatchNorm sees the same batch.
+    micro_batch = micro_batch_for(share, machine.micro_batch or (512 if r.optimizer == "lars" else 128))
+    if mixes and micro_batch % 2:
+        raise UserError(f"mixup pairs the images of a micro-batch, which cannot be {micro_batch}: use an even batch")
+    mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model_classes(model))
+    loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
+    if r.optimizer == "lars":
+        optimizer = lars(model.head, r.momentum, r.trust_coefficient, r.weight_decay)
+    else:
+        optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
+    model.set_grad_checkpointing(machine.activation_checkpointing)
+    ema = ModelEmaV3(model, decay=r.ema) if r.ema else None
+    steps_per_epoch, lr = len(split.files) // r.batch, learning_rate(r.base_lr, r.batch)
+
+    def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+        return mixup(images, labels) if mixes else (images, labels)
+
+    state = fit(
+        model,
+        optimizer,
+        Training(
+            label=f"{job.task.name} {job.checkpoint.name}",
+            work=job.work,
+            dataset=Images(split.files, transform, split.labels, seed=job.seed),
+            epochs=r.epochs,
+            batch=r.batch,
+            micro_batch=micro_batch,
+            seed=job.seed,
+            machine=machine,
+            fixed=job.identity(),
+            lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
+            prepare=prepare,
+            loss_of=lambda m, images, labels: loss_function(m(images).float(), labels),
+        ),
+        ema,
+    )
+    return state, ema.module if ema is not None else model
+
+
+def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return SoftTargetCrossEntropy()(logits, targets)
+
+
+def model_classes(model: VisionTransformer) -> int:
+    head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
+    return head.out_features
+
+
+def forget_training(work: Path) -> None:
+    """Delete the training checkpoint after success: the optimizer's state is twice the weights."""
+    if distributed.is_main():
+        (work / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    transform: nn.Module,
+    machine: Machine,
+    label: str,
+    kept: Sequence[int] | None = None,
+) -> Scores:
+    """Score every image of a split exactly once, whatever the number of processes.
+
+    Whole batches are dealt out to the processes in turn, so a batch holds the same images however many there are, and
+    none is padded. kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then
+    over them.
+    """
+    size = machine.micro_batch or 128
+    indices = list(range(len(split.files)))
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+    mine = batches[distributed.rank() :: distributed.world_size()]
+    progress = Progress(f"evaluate {label}", len(indices), enabled=distributed.is_main())
+    place = {c: i for i, c in enumerate(kept)} if kept is not None else None
+    labels = [place[c] for c in split.labels] if place is not None else split.labels
+    model.eval()
+    parts: list[tuple[int, np.ndarray]] = []
+    dataset = Images(split.files, transform, labels)
+    for number, (images, targets, bad) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
+        if bad:
+            raise UserError(
+                f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data"
+            )
+        logits = torch.cat([forward(model, images, machine)])
+        if kept is not None:
+            logits = logits[:, list(kept)]
+        parts.append((number * distributed.world_size() + distributed.rank(), score(logits, targets.to(logits.device))))
+        progress.update(min(len(indices), (number + 1) * size * distributed.world_size()), len(images))
+    everyone = [part for process in distributed.gather_to_all(parts) for part in process]
+    rows = np.concatenate([rows for _, rows in sorted(everyone, key=lambda part: part[0])])
+    return Scores(rows[:, 0], rows[:, 1].astype(bool), rows[:, 2].astype(bool))
+
+
+def forward(model: nn.Module, images: Tensor, machine: Machine) -> Tensor:
+    """Logits in float32; out of GPU memory tries again in halves."""
+    try:
+        with machine.autocast():
+            return model(images.to(machine.device, non_blocking=True)).float()
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([forward(model, half, machine) for half in images.chunk(2)])
+
+
+def score(logits: Tensor, targets: Tensor) -> np.ndarray:
+    """[n, 3]: cross-entropy, right at 1, right at 5 (or at all, with fewer classes)."""
+    loss = nn.functional.cross_entropy(logits, targets, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return torch.stack([loss.double(), ranked[:, 0].double(), ranked.any(dim=1).double()], dim=1).cpu().numpy()
+
+
+def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+    """The ViT of a fine-tuned checkpoint, ready to evaluate, and its input size (0: the one it was trained at)."""
+    if checkpoint.kind != "classifier":
+        raise UserError(f"{checkpoint.name} is no fine-tuned classifier: it has no head")
+    patch = get_arch(checkpoint.arch).patch
+    size = image_size or patch * int((checkpoint.encoder["pos_embed"].shape[1] - 1) ** 0.5)
+    classes = checkpoint.classifier["head.weight"].shape[0]
+    pool = "avg" if "fc_norm.weight" in checkpoint.classifier else "token"
+    vit = build_vit(checkpoint.arch, size, classes, pool)
+    load_classifier(vit, checkpoint)
+    return vit.to(device), size
+
+
+def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_tensors(model: VisionTransformer) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in model.state_dict().items() if not name.startswith("head."))
