@@ -49,9 +49,8 @@ class Format:
     holds: frozenset[str] = frozenset()
 
 
-# The first that fits. Our safetensors say so in their metadata instead.
+# The first that fits. Our own files say what they are: in their metadata, or under "format" beside the model.
 FORMATS = (
-    Format("ours", under="model", beside=frozenset({"recipe"})),
     Format("mae-linprobe", under="model", holds=frozenset({"head.0.running_mean", "head.1.weight"})),
     Format("mae-training", under="model", beside=frozenset({"optimizer"}), holds=frozenset({"decoder_embed.weight"})),
     Format("mae-full", holds=frozenset({"decoder_embed.weight"})),
@@ -87,9 +86,10 @@ def read_weights(path: Path) -> Weights:
     under, entries = _state_dict(path, content)
     beside, names = content.keys() - {under}, entries.keys()
     format = next(f.name for f in FORMATS if f.under in (None, under) and f.beside <= beside and f.holds <= names)
-    if metadata.get("format") == OUR_FORMAT:
+    if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = "ours"
-    return Weights(format, entries, metadata or _training_facts(format, content))
+    facts = metadata or (_training_facts(format, content) if "decoder_embed.weight" in entries else {})
+    return Weights(format, entries, {name: value for name, value in facts.items() if name != "format"})
 
 
 def _state_dict(path: Path, content: object) -> tuple[str | None, dict[str, object]]:
@@ -108,16 +108,17 @@ def _state_dict(path: Path, content: object) -> tuple[str | None, dict[str, obje
     return under, entries
 
 
-def _training_facts(format: str, content: dict) -> dict:
+def _training_facts(format: str, content: dict) -> dict[str, object]:
     """What a pre-training checkpoint says about its run: the plain values of our recipe, or the official arguments."""
-    if format == "ours" and isinstance(content.get("recipe"), dict):
-        return {k: v for k, v in content["recipe"].items() if v is None or isinstance(v, str | int | float)}
-    args = content.get("args")
-    if format != "mae-training" or not isinstance(args, argparse.Namespace):
-        return {}
-    facts = {"epochs": getattr(args, "epochs", None), "norm_pix": getattr(args, "norm_pix_loss", None)}
-    facts["epochs_done"] = content["epoch"] + 1 if isinstance(content.get("epoch"), int) else None  # counted from 0
-    return {fact: value for fact, value in facts.items() if value is not None}
+    fixed, args, epoch = content.get("fixed"), content.get("args"), content.get("epoch")
+    if format == "ours" and isinstance(fixed, dict) and isinstance(fixed.get("recipe"), dict):
+        return {name: value for name, value in fixed["recipe"].items() if isinstance(value, str | int | float)}
+    facts = {}
+    if format == "mae-training" and isinstance(args, argparse.Namespace):
+        facts = {"epochs": getattr(args, "epochs", None), "norm_pix": getattr(args, "norm_pix_loss", None)}
+    if format == "mae-training" and isinstance(epoch, int):
+        facts["epochs_done"] = epoch + 1  # the official code counts from 0
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _read(path: Path) -> tuple[object, dict[str, str]]:
@@ -240,11 +241,14 @@ def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str,
     state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        with open(part, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
         save_file(state, part, metadata={**metadata, "format": OUR_FORMAT})
+        os.chmod(part, mode)  # safetensors makes files that only their owner can read
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
     finally:
         part.unlink(missing_ok=True)
