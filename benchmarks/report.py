@@ -1,0 +1,180 @@
+"""Records -> tables. Reads every record under OUT/runs, writes OUT/summary.csv, OUT/summary.md and OUT/tables.
+
+    python -m benchmarks.report --out results
+
+The same records in any order give the same bytes. What shares a row and a cell: benchmarks/tables.py.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_origin
+
+import pandas as pd
+
+from benchmarks.render import fixed, shareable, summary_markdown, table_markdown
+from benchmarks.tables import STATUS, TABLES, Cell, Section, Table, as_text, fill, of_table, row_of
+from mae_core.errors import UserError
+from transfer.task import RECORD_FILE, Record, read_record
+
+
+def report(out: Path) -> list[Path]:
+    """Write the tables of all records under out/runs; the files written.
+
+    UserError if there is no record; and, after all others are tabled, with one line for each that cannot be read.
+    """
+    records, unreadable = read_records(out)
+    if not records:
+        raise UserError("\n".join(unreadable) or f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
+    sections = into_sections(records)
+    files = {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
+    for table in TABLES:
+        mine = {section: found for section, members in sections.items() if (found := of_table(members, table))}
+        files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
+        files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
+    for name, text in files.items():
+        path = out / name
+        if text is None:
+            path.unlink(missing_ok=True)  # a table whose records are no longer there
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="\n")
+    if unreadable:
+        raise UserError("\n".join(unreadable))
+    return [out / name for name, text in files.items() if text is not None]
+
+
+def read_records(out: Path) -> tuple[list[Record], list[str]]:
+    """The records under out/runs, in an order that their content alone decides; a sentence for each unreadable one."""
+    records, unreadable = [], []
+    for path in sorted((out / "runs").rglob(RECORD_FILE)):
+        try:
+            record = read_record(path)
+            check(path, record)
+            records.append(record)
+        except UserError as e:
+            unreadable.append(" ".join(str(e).split()))
+    return sorted(records, key=as_text), unreadable
+
+
+def check(path: Path, record: Record) -> None:
+    """UserError unless every field has its type: a record may come from another version or an editor."""
+
+    def fits(value: Any, kind: Any) -> bool:
+        kind = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
+        return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+
+    wrong = [f.name for f in dataclasses.fields(Record) if not fits(getattr(record, f.name), f.type)]
+    wrong += [] if record.status in STATUS else ["status"]
+    for field in {"metrics", "stderr"} - set(wrong):
+        wrong += [field] if not all(fits(number, float) for number in getattr(record, field).values()) else []
+    if wrong:
+        fields = ", ".join(sorted(set(wrong)))
+        raise UserError(f"{path} is not a record of this version (wrong: {fields}); move it away or delete it")
+
+
+def data_title(data: dict[str, Any]) -> str:
+    """ "official data", "miniature data" or "subset FOLDER": no more of the root's path, which is the machine's."""
+    label = data.get("label") or "no"
+    return f"subset {Path(data.get('root') or '').name}" if label == "subset" else f"{label} data"
+
+
+def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
+    """The records of each section, the official one first.
+
+    A robustness number whose classifier was fine-tuned under another recipe or on other data says so in its label. A
+    record without a data label (nothing was found) stands in the sections of its recipe with the same data root.
+    """
+    origin = {sha: Section(r.recipe_label, data_title(r.data)) for r in records for sha in r.artifacts.values()}
+    sections, homes = defaultdict(list), defaultdict(set)
+    for r in records:
+        if r.data.get("label"):
+            section = Section(r.recipe_label, data_title(r.data))
+            homes[r.recipe_label, r.data.get("root")].add(section)
+            parent = origin.get(r.identity.get("parent"), section)
+            if parent != section:
+                section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
+            sections[section].append(r)
+    for r in records:
+        if not r.data.get("label"):
+            alone = {Section(r.recipe_label, data_title(r.data))}
+            for section in homes.get((r.recipe_label, r.data.get("root")), alone):
+                sections[section].append(r)
+    return {key: sections[key] for key in sorted(sections, key=lambda s: (not s.official, s))}
+
+
+def summary_csv(records: list[Record]) -> str:
+    """One line per record and metric, the headline first; failed and skipped ones have it without a value."""
+    lines = []
+    for r in records:
+        row = row_of(r)
+        for metric in sorted(r.metrics, key=lambda m: (m != r.metric, m)) or [r.metric]:
+            line = {
+                "checkpoint": row.name,
+                "sha256": row.sha256[:8],
+                "arch": row.arch,
+                "task": r.task,
+                "metric": metric,
+                "value": fixed(r.metrics.get(metric), 4),
+                "stderr": fixed(r.stderr.get(metric), 4),
+                "n_eval": r.n_eval,
+                "chance": fixed(r.chance, 4),
+                "seed": r.seed,
+                "recipe": r.recipe_label,
+                "data": data_title(r.data),
+                "data_detail": shareable(r.data.get("detail") or ""),
+                "data_fingerprint": (r.data.get("fingerprint") or "")[:8],
+                "image_size": row.image_size,
+                "engine": row.engine,
+                "precision": row.precision,
+                "status": r.status,
+                "reason": shareable(r.reason),
+                "notes": shareable("; ".join(r.notes)),
+                "seconds": fixed(r.seconds, 1),
+                "images_per_second": fixed(r.images_per_second, 2),
+                "peak_memory_gib": fixed(r.peak_memory_gib, 2),
+                "device": r.machine.get("device", ""),
+                "hardware": r.hardware,
+                "commit": r.commit,
+                "finished": r.finished,
+            }
+            lines.append(line)
+    keys = ["checkpoint", "sha256", "arch", "recipe", "data", "task", "seed", "engine", "precision", "finished"]
+    return pd.DataFrame(lines).sort_values(keys, kind="stable").to_csv(index=False, lineterminator="\n")
+
+
+def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
+    """One line per row, ours and published, with every column of the table. Numbers stand apart from status words."""
+    lines = []
+    for section, records in sections.items():
+        for x in fill(table, section, records):
+            recipe, data = ("", "") if x.published else section
+            line = {"row": "published" if x.published else "ours", "recipe": recipe, "data": data, "name": x.name}
+            line |= {"sha256": x.sha256[:8], "arch": x.arch, "image_size": x.image_size, "engine": x.engine}
+            line |= {"precision": x.precision, "pretraining": x.pretraining}
+            for column in table.columns:
+                c = x.cells.get(column.key, Cell())
+                line[column.key] = c.text or fixed(c.value, 4)
+                line |= {f"{column.key}.{k}": fixed(getattr(c, k), 4) for k in ("stderr", "sd", "delta")}
+                line |= {f"{column.key}.seeds": c.seeds or "", f"{column.key}.status": c.status}
+            lines.append(line)
+    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Make the tables of all records.")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="the folder that holds runs/")
+    try:
+        for path in report(parser.parse_args(argv).out):
+            print(path)
+    except UserError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
