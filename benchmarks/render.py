@@ -56,6 +56,7 @@ def summary_markdown(sections: dict[Section, list[Record]], records: list[Record
 
 
 def table_markdown(table: Table, sections: dict[Section, list[Record]]) -> str:
+    """One table in all sections that have records for it."""
     parts = [f"# {table.title}", LEGEND.strip()]
     for section, members in sections.items():
         parts += [f"## {section.title}", circumstances(members), section_table(table, section, members)]
@@ -100,7 +101,7 @@ def section_table(table: Table, section: Section, records: list[Record]) -> str:
             if c.key in with_delta:
                 delta = None if entry.delta is None else round(entry.delta, c.decimals) + 0.0  # + 0.0: no "-0.00"
                 grid[-1].append("" if delta is None else f"{delta:+.{c.decimals}f}")
-    below = footnotes(table, section, records, lines, columns, with_delta)
+    below = footnotes(table, records, lines, columns, with_delta)
     rows = [[*header.values(), *titles], *grid]
     return "\n\n".join(part for part in (table.caption, aligned(rows, left=len(header)), below) if part)
 
@@ -120,9 +121,11 @@ def in_words(cell: Cell, column: Column) -> str:
     return f"{number} ({', '.join(seeds)})" if seeds else number
 
 
-def footnotes(
-    table: Table, section: Section, records: list[Record], lines: list[Line], columns: list[Column], deltas: set[str]
-) -> str:
+def footnotes(table: Table, records: list[Record], lines: list[Line], columns: list[Column], deltas: set[str]) -> str:
+    """As a list: test images and chance, what the differences assume, reasons, notes, records that are not shown.
+
+    deltas: keys of the columns that have differences.
+    """
     notes, tested, sources = [], defaultdict(list), defaultdict(list)
     for c in columns:
         mine = [r for r in records if r.task == c.task and r.status == "ok" and r.metric == c.metric]

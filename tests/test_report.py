@@ -300,6 +300,11 @@ def test_nothing_published_elsewhere(tmp_path, changes):
     assert "83.6" not in text
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_minus(tmp_path):
+    text = (made(tmp_path, official(ok("imagenet_finetune", top1=83.599))) / "summary.md").read_text()
+    assert next(r for r in grid(text) if r["checkpoint"].startswith("**enc**"))["Δ MAE"] == "+0.00"
+
+
 def test_huge_at_448_is_compared_with_448(tmp_path):
     huge = {**CHECKPOINT, "arch": "vit_huge_patch14"}
     records = [
