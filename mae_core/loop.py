@@ -305,7 +305,7 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
     if not path.exists():
         return
     content = torch.load(path, map_location="cpu", weights_only=True)
-    changed = differences(content["fixed"], json.loads(json.dumps(t.fixed)))
+    changed = differences(as_json(content["fixed"]), as_json(t.fixed))
     if changed:
         raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
     model.load_state_dict(content["model"])
@@ -322,6 +322,11 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
         state.notes += (note,)
     if distributed.is_main():
         print(f"resuming {t.label} at step {state.step}/{t.steps}", *moved, sep="; ", flush=True)
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as JSON gives it back, so that a tuple and the list it may have become compare equal."""
+    return json.loads(json.dumps(value))
 
 
 def open_writer(work: Path, step: int) -> Any:
