@@ -288,7 +288,7 @@ TASKS = (
     Task(
         name="imagenet_eval",
         title="ImageNet-1k, evaluation of a fine-tuned checkpoint",
-        needs="classifier",
+        needs="fine-tuned file",
         cost=10,
         recipe=eval_recipe,
         sources=eval_sources,

@@ -66,8 +66,13 @@ def make_job(
     """The job and its work folder; UserError for an unknown knob."""
     recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
     job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, machine=machine, parent=parent)
-    label = Record(task.name, "", recipe_name=recipe_name, overrides=overrides).recipe_label
-    return replace(job, work=work_folder(out, checkpoint, task.name, label, seed, job.identity()))
+    return place(job, out)
+
+
+def place(job: Job, out: Path) -> Job:
+    """The job with the work folder that its identity decides."""
+    work = work_folder(out, job.checkpoint, job.task.name, job.recipe_label, job.seed, job.identity())
+    return replace(job, work=work)
 
 
 def obstacle(job: Job) -> tuple[str, str]:
@@ -79,6 +84,8 @@ def obstacle(job: Job) -> tuple[str, str]:
         return "skipped", job.data.detail
     if job.data.status == "incomplete":
         return "failed", job.data.detail
+    if task.needs == "fine-tuned file" and kind != "classifier":
+        return "skipped", f"{job.checkpoint.name} has no head: give a fine-tuned classifier as --ckpt"
     if task.needs == "classifier" and kind != "classifier" and job.parent is None:
         return "skipped", "needs imagenet_finetune (same checkpoint, recipe and seed), or a fine-tuned file as --ckpt"
     return "", ""

@@ -58,7 +58,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Task:
-    """One transfer experiment. `needs` is the kind of checkpoint: "encoder" or "classifier" (a fine-tuned one)."""
+    """One transfer experiment.
+
+    needs: "encoder" (a pre-trained one), "classifier" (a fine-tuned file, or what imagenet_finetune made of the
+    encoder) or "fine-tuned file" (that alone).
+    """
 
     name: str
     title: str
@@ -90,6 +94,10 @@ class Job:
     engine: str = "torch"
     machine: Machine = field(default_factory=Machine)
     parent: Checkpoint | None = None  # the fine-tuned classifier that a robustness task evaluates
+
+    @property
+    def recipe_label(self) -> str:
+        return recipe_label(self.recipe_name, self.overrides)
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a number to be this job's number."""
@@ -171,9 +179,13 @@ class Record:
 
     @property
     def recipe_label(self) -> str:
-        """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
-        knobs = ", ".join(f"{k}={v}" for k, v in sorted(self.overrides.items()))
-        return f"{self.recipe_name} with {knobs}" if knobs else self.recipe_name
+        return recipe_label(self.recipe_name, self.overrides)
+
+
+def recipe_label(name: str, overrides: dict[str, Any]) -> str:
+    """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
+    knobs = ", ".join(f"{k}={v}" for k, v in sorted(overrides.items()))
+    return f"{name} with {knobs}" if knobs else name
 
 
 RECORD_FILE = "record.json"

@@ -1,0 +1,120 @@
+"""The plan of a call: which job on which checkpoint, with what data, done already or to do."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from benchmarks.suite import TASKS
+from mae_core.checkpoint import Checkpoint, read_checkpoint
+from mae_core.errors import UserError
+from mae_core.machine import machine_from
+from mae_core.settings import did_you_mean
+from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place
+from transfer.task import CLASSIFIER_FILE, Job, Task
+
+FINETUNE = "imagenet_finetune"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the plan.
+
+    state: "done", "to do", "skipped" or "failed" (the last two: it cannot run). finetune: the job whose classifier
+    this one evaluates, where that is still to come.
+    """
+
+    job: Job
+    state: str
+    why: str
+    finetune: Job | None = None
+
+
+def make_plan(args: argparse.Namespace) -> list[Item]:
+    """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and looks at the data."""
+    named = find_tasks(args.tasks, TASKS) if args.tasks else None
+    settings = settings_by_task(args.set, TASKS)
+    machine = replace(machine_from(args), processes=args.gpus)
+    read = cache(read_checkpoint)
+    # Random weights are drawn anew for each seed; a file is read once.
+    checkpoints = [
+        (read(c, s if c.startswith("random:") else 0), s) for c in dict.fromkeys(args.ckpt) for s in args.seeds
+    ]
+    root = data_root(args, named or TASKS)
+    look = cache(lambda task: task.look(root))
+
+    def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
+        return make_job(task, checkpoint, args.recipe, settings[task.name], look(task), args.out, seed, machine)
+
+    items = []
+    for checkpoint, seed in checkpoints:
+        chosen = named or [task for task in TASKS if fits(task, checkpoint)]
+        finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
+        coming = finetune.task in chosen and not obstacle(finetune)[0]
+        for task in chosen:
+            items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming, args.out))
+    return sorted(items, key=lambda item: item.job.task.cost)
+
+
+def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:
+    """What is known of a job now; `coming`: this call will run the fine-tuning that it may wait for."""
+    waits = job.task.needs == "classifier" and job.checkpoint.kind != "classifier"
+    job = with_classifier(job, finetune, out) if waits else job
+    record = finished(job)
+    if record is not None:
+        return Item(job, "done", headline(record))
+    if waits and job.parent is None and coming and job.data.status == "found":
+        return Item(job, "to do", f"{job.data.detail} (after {FINETUNE})", finetune)
+    state, why = obstacle(job)
+    return Item(job, state or "to do", why or job.data.detail)
+
+
+def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
+    """The job with what imagenet_finetune left for the same checkpoint, recipe and seed, known by its hash; the job as
+    it is if that is not there."""
+    record = finished(finetune)
+    file = finetune.work / CLASSIFIER_FILE
+    if record is None or not file.exists():
+        return job
+    parent = replace(job.checkpoint, path=str(file), sha256=record.artifacts[CLASSIFIER_FILE], encoder={}, decoder={})
+    return place(replace(job, parent=parent), out)
+
+
+def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """["a.knob=1"] -> {"a": ["knob=1"]}; UserError for a task that is not run."""
+    names = [task.name for task in tasks]
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for setting in settings:
+        task, dot, rest = setting.partition(".")
+        if not dot or "=" not in rest:
+            raise UserError(f"--set {setting}: write TASK.KNOB=VALUE")
+        if task not in found:
+            raise UserError(f"--set {setting}: '{task}' is not among the tasks; {did_you_mean(task, names)}")
+        found[task].append(rest)
+    return found
+
+
+def fits(task: Task, checkpoint: Checkpoint) -> bool:
+    """Whether a task is run on this kind of checkpoint without being named."""
+    if checkpoint.kind == "classifier":
+        return task.needs in ("classifier", "fine-tuned file")
+    return task.needs in ("encoder", "classifier")
+
+
+def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
+    print(f"plan: recipe {args.recipe}, data {items[0].job.data.root if items else args.data}, out {args.out}")
+    by_checkpoint: dict[tuple, list[Item]] = {}
+    for item in items:
+        c = item.job.checkpoint
+        by_checkpoint.setdefault((c.name, c.arch, c.kind, c.sha256[:8], item.job.seed), []).append(item)
+    for (name, arch, kind, sha, seed), group in by_checkpoint.items():
+        print(f"  {name}: {arch}, {kind}, sha256 {sha}, seed {seed}")
+        for item in group:
+            job = item.job
+            print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<6} {item.state:<8} {item.why}")
+    states = [item.state for item in items]
+    print(
+        "  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states),
+        flush=True,
+    )

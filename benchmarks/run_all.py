@@ -1,0 +1,247 @@
+"""One checkpoint through every transfer experiment, to the paper's tables.
+
+python benchmarks/run_all.py --ckpt mae_vit_l.pth
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    from benchmarks.plan import Item, make_plan, print_plan, with_classifier
+    from benchmarks.report import report
+    from benchmarks.suite import TASKS
+    from mae_core.errors import UserError
+    from mae_core.progress import duration
+    from transfer.cli import add_common_flags, headline, settle
+    from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
+except ModuleNotFoundError as e:
+    python = ROOT / ".venv" / "bin" / "python"
+    print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
+    sys.exit(2)
+
+MAE_MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run_all.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--ckpt",
+        nargs="+",
+        metavar="FILE",
+        default=[str(MAE_MINI), "random:vit_mini_patch8"],
+        help="checkpoint files, or random:ARCH (default: the shipped mae_mini, and random weights of its size)",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all that fit the checkpoint)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
+    add_common_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def groups(items: Sequence[Item]) -> list[list[Item]]:
+    """What shares a child process: the sets on which one classifier is evaluated, so that it is loaded once."""
+    found: dict[tuple, list[Item]] = {}
+    for item in items:
+        job = item.job
+        alone = job.task.name if job.task.needs == "encoder" or job.overrides else ""
+        found.setdefault((job.checkpoint.path, job.seed, job.task.module, alone), []).append(item)
+    return list(found.values())
+
+
+class Child:
+    """One task script as a child process; its output goes to a log file, its last line to the terminal."""
+
+    def __init__(self, jobs: Sequence[Job], args: argparse.Namespace, lock: int, number: str) -> None:
+        job = jobs[0]
+        names = [job.task.name for job in jobs]
+        self.title = f"[{number}] {job.checkpoint.name} {' '.join(names)} seed {job.seed}"
+        self.log = args.out / "logs" / f"{slug(job.checkpoint.name)}-{'-'.join(names)}-seed{job.seed}.log"
+        self.command = [*launcher(args.gpus), "-m", job.task.module, "--task", *names, *flags(job, args)]
+        self.parallel = args.gpus > 1
+        self.lock = lock
+        self.last = ""
+
+    def run(self) -> int:
+        """Run to the end; the exit code. Ctrl-C is passed on once, waited for, and raised again."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(f"$ {' '.join(self.command)}\n")
+            log.flush()
+            # A session of its own keeps the terminal's Ctrl-C from reaching it twice; the lock's descriptor goes along,
+            # so that --out stays locked for as long as any child lives.
+            process = subprocess.Popen(
+                self.command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=(self.lock,),
+                start_new_session=True,
+            )
+            try:
+                self.follow(process, log)
+            except KeyboardInterrupt:
+                # torchrun passes SIGTERM on to its processes; a plain child takes SIGINT.
+                process.send_signal(signal.SIGTERM if self.parallel else signal.SIGINT)
+                print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
+                try:
+                    self.follow(process, log)
+                finally:
+                    process.kill()
+                raise
+            return process.wait()
+
+    def follow(self, process: subprocess.Popen, log) -> None:
+        shown = 0.0
+        for line in process.stdout:
+            log.write(line)
+            log.flush()
+            self.last = line.strip() or self.last
+            if sys.stdout.isatty():
+                width = os.get_terminal_size().columns - 1
+                print(f"\r\033[K{f'{self.title} | {self.last}'[:width]}", end="", flush=True)
+            elif time.monotonic() - shown > 15:
+                shown = time.monotonic()
+                print(f"{self.title} | {self.last}", flush=True)
+        process.wait()
+
+
+def launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    # --standalone makes torchrun choose a free port.
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def flags(job: Job, args: argparse.Namespace) -> list[str]:
+    """The child's command line; what it computes from it must be this very job."""
+    given = ["--ckpt", job.checkpoint.path if job.checkpoint.format != "random" else job.checkpoint.name]
+    given += ["--recipe", args.recipe, "--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
+    if job.overrides:
+        given += [
+            "--set",
+            *(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in job.overrides.items()),
+        ]
+    if job.parent is not None:
+        given += ["--classifier", job.parent.path]
+    given += ["--device", args.device, "--precision", args.precision, "--workers", str(args.workers)]
+    given += ["--micro-batch", str(args.micro_batch), "--save-minutes", str(args.save_minutes)]
+    given += ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
+    return given
+
+
+def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Record]:
+    """Run what the plan says; one Record for every item."""
+    records = []
+    parts = groups(items)
+    for number, group in enumerate(parts, 1):
+        todo = []
+        for item in group:
+            # The fine-tuning it waited for has run since the plan was made.
+            job = with_classifier(item.job, item.finetune, args.out) if item.finetune else item.job
+            record = settle(job)
+            if record is None:
+                (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt that failed
+                todo.append(job)
+            else:
+                records.append(record)
+                print(f"[{number}/{len(parts)}] {job.checkpoint.name} {headline(record)}", flush=True)
+        if not todo:
+            continue
+        child = Child(todo, args, lock, f"{number}/{len(parts)}")
+        started = time.monotonic()
+        code = child.run()
+        took = duration(time.monotonic() - started)
+        for job in todo:
+            record = outcome(job, code, child)
+            records.append(record)
+            start = "\r\033[K" if sys.stdout.isatty() else ""
+            tail = f"(seed {job.seed}, {took})"
+            print(f"{start}[{number}/{len(parts)}] {job.checkpoint.name} {headline(record)} {tail}", flush=True)
+    return records
+
+
+def outcome(job: Job, code: int, child: Child) -> Record:
+    """The record the child wrote, or a failed one in its place if it died without writing any."""
+    path = job.work / RECORD_FILE
+    if path.exists():
+        return read_record(path)
+    died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    reason = f"its process ended with {died} and left no record; last line: {child.last} (log: {child.log})"
+    record = describe(job, status="failed", reason=reason)
+    write_record(record, job.work)
+    return record
+
+
+def take_lock(out: Path) -> int:
+    """Lock --out for this run; UserError if another run holds it. Returns the descriptor, which holds the lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode().strip()
+        message = f"{out} is in use by another run (process {holder} or its child): wait, or use another --out"
+        raise UserError(message) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> int:
+    """0: all ran, were done or were skipped unasked; 1: something failed or a named task was skipped; 2: nothing ran."""
+    if all(item.state in ("skipped", "failed") for item in items):
+        return 2
+    bad = {"failed", "skipped"} if named else {"failed"}
+    return 1 if any(record.status in bad for record in records) else 0
+
+
+def list_tasks() -> None:
+    for task in TASKS:
+        direction = "higher" if task.higher_is_better else "lower"
+        print(f"{task.name:<18} {task.title:<50} {task.metric} ({direction} is better); needs: {task.needs}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.list:
+        list_tasks()
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job scheduler's SIGTERM stops like Ctrl-C
+    try:
+        items = make_plan(args)
+        print_plan(items, args)
+        if args.plan:
+            return 0
+        lock = take_lock(args.out)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    try:
+        records = run(items, args, lock)
+    except KeyboardInterrupt:
+        report(args.out)
+        print(
+            f"\nstopped; the same command goes on from here. Tables so far: {args.out / 'summary.md'}", file=sys.stderr
+        )
+        return 130
+    written = report(args.out)
+    print("tables: " + ", ".join(str(path) for path in written))
+    return exit_code(records, items, args.tasks is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""Which tasks exist, in the order of the paper's tables."""
+
+from transfer import classification, robustness
+
+TASKS = (*classification.TASKS, *robustness.TASKS)
