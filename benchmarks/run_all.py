@@ -202,7 +202,7 @@ def take_lock(out: Path) -> int:
 
 
 def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> int:
-    """0: all ran, were done or were skipped unasked; 1: something failed or a named task was skipped; 2: nothing ran."""
+    """0: all ran, were done, or skipped unasked; 1: something failed or a named task was skipped; 2: nothing ran."""
     if all(item.state in ("skipped", "failed") for item in items):
         return 2
     bad = {"failed", "skipped"} if named else {"failed"}
@@ -233,14 +233,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         records = run(items, args, lock)
     except KeyboardInterrupt:
-        report(args.out)
-        print(
-            f"\nstopped; the same command goes on from here. Tables so far: {args.out / 'summary.md'}", file=sys.stderr
-        )
+        table(args.out)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    written = report(args.out)
-    print("tables: " + ", ".join(str(path) for path in written))
-    return exit_code(records, items, args.tasks is not None)
+    tabled = table(args.out)
+    return exit_code(records, items, args.tasks is not None) or (0 if tabled else 1)
+
+
+def table(out: Path) -> bool:
+    """Write the tables of all records in `out` and say where; False, and why, if a record could not be read."""
+    try:
+        written = report(out)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return False
+    print("tables: " + ", ".join(str(path) for path in written), flush=True)
+    return True
 
 
 if __name__ == "__main__":
