@@ -14,6 +14,8 @@ from timm.data import auto_augment, create_transform
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.data import EXTENSIONS, MEAN, STD
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
 from transfer.task import Data
 
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").
@@ -189,12 +191,18 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": centre crop alone, the reference for ImageNet-C's 224 px files.
-    "resize": short side to the size, bicubic, then centre crop.
+    "resize": short side to the size, bicubic, then centre crop. UserError for another name.
     """
     # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
-    resized = {"resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size, "resize": image_size}
+    resized = {
+        "resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size,
+        "center_crop": None,
+        "resize": image_size,
+    }
+    if how not in resized:
+        raise UserError(f"unknown transform '{how}'; {did_you_mean(how, list(resized))}")
     steps: list = [v2.CenterCrop(image_size), *to_normalised()]
-    if how in resized:
+    if resized[how] is not None:
         steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))
     return v2.Compose(steps)
 
