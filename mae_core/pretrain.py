@@ -118,7 +118,7 @@ def pretrain(data: Path, arch: str, r: PretrainRecipe, out: Path, seed: int, mac
         Training(
             label=f"pre-train {arch}",
             work=out,
-            dataset=Images(files, pretraining_transform(r.image_size, r.min_scale), seed=seed, skip_unreadable=True),
+            dataset=Images(files, pretraining_transform(r.image_size, r.min_scale), seed=seed),
             epochs=r.epochs,
             batch=r.batch,
             micro_batch=micro_batch_for(share, machine.micro_batch or 256),
@@ -139,6 +139,7 @@ def pretrain(data: Path, arch: str, r: PretrainRecipe, out: Path, seed: int, mac
             "norm_pix": str(r.norm_pix).lower(),
             "image_size": str(r.image_size),
             "mask_ratio": str(r.mask_ratio),
+            "decoder_heads": str(r.decoder_heads),  # which no shape tells
             "images": str(len(files)),
             "seed": str(seed),
         }
@@ -176,8 +177,9 @@ def main() -> int:
         seen = state.step * r.batch
         label = f"{args.recipe} recipe with {changed}" if changed else f"{args.recipe} recipe"
         print(
-            f"{args.out / WEIGHTS_FILE}: {args.arch}, {label}, {r.epochs} epochs of {images} images in {duration(state.seconds)} ({seen / max(state.seconds, 1e-9):.0f} "
-            f"images/s) on {hardware(machine.device)}, peak {peak_memory_gib(machine.device):.1f} GiB"
+            f"{args.out / WEIGHTS_FILE}: {args.arch}, {label}, {r.epochs} epochs of {images} images in "
+            f"{duration(state.seconds)} ({seen / max(state.seconds, 1e-9):.0f} images/s), {hardware(machine.device)}, "
+            f"peak {peak_memory_gib(machine.device):.1f} GiB"
         )
     return 0
 

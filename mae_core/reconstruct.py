@@ -1,0 +1,184 @@
+"""Draw what a masked autoencoder sees and what it makes of it: the paper's Figures 2 to 4.
+
+python -m mae_core.reconstruct --ckpt FILE --images DIR --mask-ratio .75 .85 .95 --out picture.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from mae_core.autoencoder import MaskedAutoencoder, patchify, unpatchify
+from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from mae_core.data import MEAN, STD, list_images, read_image
+from mae_core.errors import UserError
+
+OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape tells the number of heads
+CELL_INCHES, DPI = 1.5, 160  # 240 px a picture: a 224 px image loses nothing
+
+
+class Reconstruction(NamedTuple):
+    """Images [B, 3, H, W], normalised as the model's input. masked: hidden patches at 0, the mean colour. prediction:
+    every patch as predicted. pasted: the predicted patches where hidden, the image where visible."""
+
+    masked: Tensor
+    prediction: Tensor
+    pasted: Tensor
+
+
+@torch.inference_mode()
+def reconstruct(model: MaskedAutoencoder, images: Tensor, mask_ratio: float, seed: int = 0) -> Reconstruction:
+    """What the model makes of normalised images [B, 3, H, W] with mask_ratio of their patches hidden.
+
+    A seed gives the same order of patches whatever the ratio: what is visible at 95 % is part of what is at 75 %.
+    Predictions of normalised pixels are taken back by each patch's true mean and standard deviation.
+    """
+    patches = patchify(images, model.patch)
+    noise = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(seed))
+    output = model(images, noise.to(images.device), mask_ratio)
+    predicted = output.prediction.float()
+    if model.norm_pix:
+        deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        predicted = predicted * deviation + patches.mean(dim=-1, keepdim=True)
+    hidden = output.mask[:, :, None]
+    pictures = (patches * (1 - hidden), predicted, patches * (1 - hidden) + predicted * hidden)
+    return Reconstruction(*(unpatchify(p, model.patch, model.patch_embed.grid_size) for p in pictures))
+
+
+def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAutoencoder:
+    """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads and the target
+    from what the file says about itself, else 16 heads and norm_pix.
+
+    CheckpointError for a file without decoder, for one that lacks a tensor, and where norm_pix contradicts the file.
+    """
+    decoder = checkpoint.decoder
+    if "decoder_embed.weight" not in decoder:
+        raise CheckpointError(
+            f"{checkpoint.path} has no decoder: a picture needs a full checkpoint, such as mae_visualize_vit_large.pth "
+            "or the mae.safetensors that mae_core.pretrain writes"
+        )
+    said = {"true": True, "false": False}.get(str(checkpoint.meta.get("norm_pix")).lower())
+    if said is False and norm_pix:
+        raise CheckpointError(f"{checkpoint.path} says that it predicts plain pixels: leave out --norm-pix")
+    model = MaskedAutoencoder(
+        checkpoint.arch,
+        checkpoint.meta["image_size"],
+        decoder_dim=len(decoder["decoder_embed.weight"]),
+        decoder_depth=len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}),
+        decoder_heads=int(checkpoint.meta.get("decoder_heads", OFFICIAL_HEADS)),
+        norm_pix=norm_pix if said is None else said,
+    )
+    state = {**checkpoint.encoder, **decoder}
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | state.keys()):
+        have, want = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, wanted))
+        if have != want:
+            raise CheckpointError(f"{checkpoint.path}: {name} is {have} where its decoder's size asks for {want}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_images(files: Sequence[Path], size: int) -> Tensor:
+    """Short side to `size` (bicubic), centre crop, normalised: [B, 3, size, size]. UserError for one unreadable."""
+    transform = v2.Compose(
+        [
+            v2.Resize(size, interpolation=InterpolationMode.BICUBIC),
+            v2.CenterCrop(size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    images = []
+    for file in files:
+        try:
+            images.append(transform(read_image(file)))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{file} cannot be read as an image ({error}): mend it or take it out") from None
+    return torch.stack(images)
+
+
+def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path) -> None:
+    """A picture file: one row an image, one titled column for each (title, normalised images), a gap after every
+    `group` columns, the note below."""
+    from matplotlib.figure import Figure  # imported late: it takes a second, and reconstruct() does without
+
+    rows, gap, edge = len(columns[0][1]), 0.15, 0.1  # in cells; 0.2 for the titles, 0.3 for the note
+    wide = len(columns) + gap * ((len(columns) - 1) // group) + 2 * edge
+    high = rows + 0.5 + 2 * edge
+    figure = Figure(figsize=(CELL_INCHES * wide, CELL_INCHES * high), dpi=DPI)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    for number, (title, images) in enumerate(columns):
+        left = edge + number + gap * (number // group)
+        for row, image in enumerate(images.cpu()):
+            bottom = edge + 0.3 + rows - 1 - row
+            axes = figure.add_axes((left / wide, bottom / high, 0.97 / wide, 0.97 / high))
+            axes.imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(title, fontsize=9)
+    figure.text(0.5, (edge + 0.12) / high, note, ha="center", va="center", fontsize=8, wrap=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+
+
+def picture(
+    model: MaskedAutoencoder, folder: Path, ratios: Sequence[float], out: Path, limit: int, seed: int, about: str
+) -> int:
+    """Draw up to `limit` images, spread evenly over the folder's list, at every ratio; returns how many."""
+    files = list_images(folder)
+    count = min(limit, len(files))
+    images = load_images([files[i * len(files) // count] for i in range(count)], model.patch_embed.img_size[0])
+    columns = []
+    for ratio in ratios:
+        parts = reconstruct(model, images, ratio, seed)
+        titles = (f"{100 * ratio:g} % masked", "reconstruction", "pasted on visible")
+        columns += zip(titles, parts)
+    columns.append(("original", images))
+    note = f"{about}; what it predicts of visible patches carried no loss"
+    if model.norm_pix:
+        note += "; normalised pixels, shown with the true mean and deviation of each patch"
+    draw(columns, 3, note, out)
+    return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_core.reconstruct", description="Draw images masked, reconstructed and as they are."
+    )
+    parser.add_argument("--ckpt", required=True, help="a checkpoint with its decoder")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images at any depth")
+    parser.add_argument("--mask-ratio", type=float, nargs="+", default=[0.75], metavar="R", help="default: 0.75")
+    parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
+    parser.add_argument("--limit", type=int, default=8, help="images at most, spread over the folder (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the masks")
+    parser.add_argument(
+        "--norm-pix", action="store_true", help="it predicts normalised pixels, if the file itself does not say so"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for ratio in args.mask_ratio:
+            if not 0 < ratio < 1:
+                raise UserError(f"--mask-ratio {ratio}: give the share of hidden patches, between 0 and 1")
+        if args.limit < 1:
+            raise UserError(f"--limit {args.limit}: give a positive number of images")
+        if args.out.suffix.lower() != ".png":
+            raise UserError(f"--out {args.out}: the picture is a PNG, name it so")
+        checkpoint = read_checkpoint(args.ckpt)
+        model = load_autoencoder(checkpoint, args.norm_pix)
+        about = f"{checkpoint.name}: {checkpoint.arch}"
+        count = picture(model, args.images, args.mask_ratio, args.out, args.limit, args.seed, about)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {count} images at mask ratios {', '.join(map(str, args.mask_ratio))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
