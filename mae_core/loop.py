@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core import distributed
 from mae_core.data import Images, TrainingStream, UnreadableFiles, loader, seed_all
 from mae_core.errors import UserError
-from mae_core.machine import Machine
+from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.settings import differences
@@ -105,6 +105,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     if state.step >= t.steps:
         return state
     truncate_log(t.work / LOG_FILE, state.step // t.steps_per_epoch)
+    suit_attention(model, t.machine)
     forward = torch.compile(model) if t.machine.compile else model
     if distributed.world_size() > 1:
         forward = DistributedDataParallel(forward)
