@@ -59,7 +59,7 @@ class Checkpoint:
     decoder: names of the official code (``mask_token``, ``decoder_*``); {} if the file has none.
     classifier: ``fc_norm.*`` and ``head.*``, or a linear probe's ``head.0.*`` (BatchNorm) and ``head.1.*``; else {}.
     dropped: names of entries that belong to none of these.
-    meta: safetensors metadata or facts of a training checkpoint; always `image_size`, the pre-training side in px.
+    meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
     """
 
     path: str

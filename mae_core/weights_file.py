@@ -88,8 +88,13 @@ def read_weights(path: Path) -> Weights:
     format = next(f.name for f in FORMATS if f.under in (None, under) and f.beside <= beside and f.holds <= names)
     if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = "ours"
-    facts = metadata or (_training_facts(format, content) if "decoder_embed.weight" in entries else {})
-    return Weights(format, entries, {name: value for name, value in facts.items() if name != "format"})
+    facts: dict[str, object] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
+    # Metadata is text alone, and "false" is true to Python.
+    facts |= {name: int(text) for name, text in metadata.items() if name == "epochs" and text.isdecimal()}
+    facts |= {name: text == "true" for name, text in metadata.items() if text in ("true", "false")}
+    if "decoder_embed.weight" in entries:
+        facts |= _training_facts(format, content)
+    return Weights(format, entries, facts)
 
 
 def _state_dict(path: Path, content: object) -> tuple[str | None, dict[str, object]]:
@@ -110,10 +115,13 @@ def _state_dict(path: Path, content: object) -> tuple[str | None, dict[str, obje
 
 def _training_facts(format: str, content: dict) -> dict[str, object]:
     """What a pre-training checkpoint says about its run: the plain values of our recipe, or the official arguments."""
-    fixed, args, epoch = content.get("fixed"), content.get("args"), content.get("epoch")
+    fixed, state, args, epoch = (content.get(key) for key in ("fixed", "state", "args", "epoch"))
+    facts: dict[str, object] = {}
     if format == "ours" and isinstance(fixed, dict) and isinstance(fixed.get("recipe"), dict):
-        return {name: value for name, value in fixed["recipe"].items() if isinstance(value, str | int | float)}
-    facts = {}
+        facts = {name: value for name, value in fixed["recipe"].items() if isinstance(value, str | int | float)}
+        # It counts steps: that the planned epochs are done is known of mae.safetensors alone.
+        facts["epochs_planned"] = facts.pop("epochs", None)
+        facts["steps_done"] = state.get("step") if isinstance(state, dict) else None
     if format == "mae-training" and isinstance(args, argparse.Namespace):
         facts = {"epochs": getattr(args, "epochs", None), "norm_pix": getattr(args, "norm_pix_loss", None)}
     if format == "mae-training" and isinstance(epoch, int):

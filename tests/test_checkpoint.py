@@ -186,11 +186,12 @@ def test_our_own_files_are_read(tmp_path, put):
         "format": "mae-transfer training",
         "model": model.state_dict(),
         "optimizer": {},
+        "state": {"step": 7},
         "fixed": {"arch": "vit_mini_patch8", "recipe": {"epochs": 100, "norm_pix": False, "betas": [0.9, 0.95]}},
     }
     for file, meta in (
-        (path, {"epochs": "100", "norm_pix": "false", "image_size": 48}),
-        (put(training), {"epochs": 100, "norm_pix": False, "image_size": 48}),
+        (path, {"epochs": 100, "norm_pix": False, "image_size": 48}),
+        (put(training), {"epochs_planned": 100, "steps_done": 7, "norm_pix": False, "image_size": 48}),
     ):
         checkpoint = read_checkpoint(file)
         assert (checkpoint.format, checkpoint.kind, checkpoint.meta) == ("ours", "encoder", meta)
