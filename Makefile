@@ -1,0 +1,52 @@
+# demo, test and check set up what they need first, in .venv of this checkout. PYTHON=python3.12 chooses another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint clean
+
+help:
+	@echo "make demo     install, pre-train for a minute, run every task on the miniature, write the tables to $(DEMO)/"
+	@echo "make test     install, run all tests"
+	@echo "make check    install, lint, run the quick tests"
+	@echo "make install  set up .venv with the versions in requirements.lock"
+
+install: .venv/.installed
+
+# The stamp is written last: an interrupted installation is taken up again.
+.venv/.installed: requirements.lock pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.version_info >= (3, 14))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; give another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "error: $(PYTHON) lacks the venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "== setting up .venv (about 6 GB, some minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+	@echo "== .venv is ready"
+
+demo: install
+	@echo "== 1/4 unlabelled images, generated"
+	$(BIN)/python -m transfer.miniature --out $(DEMO)/miniature --unlabelled 5000
+	@echo "== 2/4 pre-training for about a minute (mae_mini, which step 4 evaluates, had longer)"
+	$(BIN)/python -m mae_core.pretrain --data $(DEMO)/miniature/unlabelled --arch vit_mini_patch8 --recipe mini \
+		--set epochs=10 --out $(DEMO)/pretrain
+	@echo "== 3/4 what it reconstructs"
+	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors --images $(DEMO)/miniature/imagenet/val \
+		--limit 8 --out $(DEMO)/reconstruction.png
+	@echo "== 4/4 every task on mae_mini and on random weights"
+	$(BIN)/python benchmarks/run_all.py --recipe mini --out $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .ruff_cache
