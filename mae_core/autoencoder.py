@@ -59,7 +59,7 @@ class MaskedAutoencoder(VisionTransformer):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(**vit_arguments(arch, image_size), num_classes=0, global_pool="token")
-        if decoder_dim % decoder_heads or decoder_dim % 4:
+        if decoder_heads < 1 or decoder_dim % decoder_heads or decoder_dim % 4:
             raise UserError(f"decoder width {decoder_dim} must be divisible by 4 and by its {decoder_heads} heads")
         self.norm_pix = norm_pix
         self.activation_checkpointing = activation_checkpointing
@@ -78,12 +78,15 @@ class MaskedAutoencoder(VisionTransformer):
 
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> MAEOutput:
         """images [B, 3, H, W], normalised. noise [B, N]: the int(N * (1 - mask_ratio)) patches with the smallest noise
-        stay visible, per sample; uniform by default."""
+        stay visible, per sample; uniform by default. UserError if none or all would stay."""
         patches = patchify(images, self.patch)
+        kept = int(patches.shape[1] * (1 - mask_ratio))
+        if not 0 < kept < patches.shape[1]:
+            raise UserError(f"a mask ratio of {mask_ratio} leaves {kept} of {patches.shape[1]} patches visible")
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)
         order = noise.argsort(dim=1)
-        visible = order[:, : int(patches.shape[1] * (1 - mask_ratio))]
+        visible = order[:, :kept]
         mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, visible, 0.0)
         prediction = self.decode(self.encode(patches, visible), order)
         target = normalise_patches(patches) if self.norm_pix else patches

@@ -140,7 +140,7 @@ def picture(
         titles = (f"{100 * ratio:g} % masked", "reconstruction", "pasted on visible")
         columns += zip(titles, parts)
     columns.append(("original", images))
-    note = f"{about}; what it predicts of visible patches carried no loss"
+    note = f"{about}; predictions of visible patches carry no loss"
     if model.norm_pix:
         note += "; normalised pixels, shown with the true mean and deviation of each patch"
     draw(columns, 3, note, out)
