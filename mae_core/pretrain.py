@@ -55,11 +55,13 @@ MINI_FIELDS += ("batch", "base_lr")
 
 def recipe(arch: str, name: str) -> PretrainRecipe:
     """The recipe of that name: "paper", or "mini" for the generated 48 px images and vit_mini_patch8."""
-    paper = PretrainRecipe(image_size=get_arch(arch).image_size)
+    a = get_arch(arch)
+    paper = PretrainRecipe(image_size=a.image_size)
     recipes = {
         "paper": paper,
         "mini": replace(
             paper,
+            image_size=48 - 48 % a.patch,
             norm_pix=False,
             decoder_dim=96,
             decoder_depth=2,

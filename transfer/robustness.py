@@ -55,9 +55,9 @@ def recipe(arch: str, name: str) -> EvalRecipe:
 
 
 def recipe_c(arch: str, name: str) -> EvalRecipe:
-    """ImageNet-C: its files are 224 px already, and its authors' script only crops the centre. The paper does not say
-    what it did; --set imagenet_c.transform=resize_crop is the other transform in use."""
-    return choose(name, EvalRecipe(transform="center_crop"))
+    """ImageNet-C: its files are 224 px already, and its authors' script only crops the centre; a larger classifier gets
+    them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop is the other way in use."""
+    return choose(name, EvalRecipe(transform="native"))
 
 
 def choose(name: str, r: EvalRecipe) -> EvalRecipe:

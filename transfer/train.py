@@ -62,7 +62,7 @@ class ClassifierRecipe:
 class EvalRecipe:
     """How a trained classifier is shown its images. image_size 0: the size it was trained at.
 
-    transform: "resize_crop", "center_crop" or "resize" (transfer/images.py, eval_transform).
+    transform: "resize_crop", "center_crop", "resize" or "native" (transfer/images.py, eval_transform).
     """
 
     image_size: int = 0
