@@ -20,21 +20,28 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 MAX_UNREADABLE = 10
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every image below a folder, at any depth, sorted; UserError if there is none."""
+    """Every image below a folder, at any depth and through links, sorted; UserError if there is none."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    # Class folders are often links into a larger set; Path.rglob would pass over them without a word.
+    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    files = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
     if not files:
         raise UserError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return files
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, whatever its mode."""
+    """The image as 8-bit RGB, whatever its mode. One of UNREADABLE if that cannot be."""
     with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no fixed range")
         return image.convert("RGB")
 
 
@@ -89,7 +96,7 @@ class Images(Dataset):
         path, bad = os.fsdecode(self.files[index]), ""
         try:
             image = read_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except UNREADABLE:
             image, bad = Image.new("RGB", (64, 64)), path
         seed_all(self.seed, position)
         return self.transform(image), int(self.labels[index]), bad

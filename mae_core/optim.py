@@ -63,7 +63,8 @@ def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
 def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> Lars:
     """LARS as MAE's probe uses it: trust ratio and weight decay on tensors above one dimension, plain momentum SGD on
     the rest. timm leaves the ratio out wherever weight decay is 0 unless told to adapt always; always_adapt on a
-    1-D tensor would scale it, which the official one does not do."""
+    1-D tensor would scale it, which the official one does not do. With weight decay (MAE's probe has none) the ratio is
+    the LARS paper's, |w| / (|g| + decay |w|), where the official one divides by |g + decay w|."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True}
     vectors = {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False, "weight_decay": 0.0}

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder, patchify, unpatchify
 from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from mae_core.data import MEAN, STD, list_images, read_image
+from mae_core.data import MEAN, STD, UNREADABLE, list_images, read_image
 from mae_core.errors import UserError
 
 OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape tells the number of heads
@@ -98,7 +98,7 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
     for file in files:
         try:
             images.append(transform(read_image(file)))
-        except (OSError, ValueError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{file} cannot be read as an image ({error}): mend it or take it out") from None
     return torch.stack(images)
 
