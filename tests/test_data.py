@@ -1,0 +1,200 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_core.data import (
+    MAX_UNREADABLE,
+    MEAN,
+    STD,
+    Images,
+    Sample,
+    TrainingStream,
+    UnreadableFiles,
+    list_images,
+    loader,
+    pretraining_transform,
+    read_image,
+    seed_all,
+    seed_for,
+)
+from mae_core.errors import UserError
+
+
+def flat(stream):
+    return [sample for chunk in stream for sample in chunk]
+
+
+def test_an_epoch_takes_every_image_once_but_for_the_incomplete_batch():
+    for epoch in range(4):
+        samples = flat(TrainingStream(22, 5, 5, 0, 4 * epoch, 4 * (epoch + 1)))
+        assert len({s.index for s in samples}) == len(samples) == 20
+        assert {s.index for s in samples} <= set(range(22))
+    missed = [set(range(22)) - {s.index for s in flat(TrainingStream(22, 5, 5, 0, 4 * e, 4 * e + 4))} for e in range(9)]
+    assert len(set.union(*missed)) > 2  # not the same ones for ever
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    whole = flat(TrainingStream(22, 6, 6, 3, 0, 9))
+    assert flat(TrainingStream(22, 6, 2, 3, 0, 9)) == whole  # micro-batches of another size
+    assert flat(TrainingStream(22, 6, 6, 3, 4, 9)) == whole[24:]  # a restart in the middle of the second epoch
+    assert [s.position for s in whole] == list(range(54))  # no two samples share an augmentation
+    assert [s.index for s in whole[:18]] != [s.index for s in whole[18:36]]
+    assert flat(TrainingStream(22, 6, 6, 4, 0, 9)) != whole
+    assert len(TrainingStream(22, 6, 2, 3, 4, 9)) == len(list(TrainingStream(22, 6, 2, 3, 4, 9))) == 15
+
+
+def test_two_processes_share_each_batch(monkeypatch):
+    whole = list(TrainingStream(22, 8, 8, 0, 0, 4))
+    shares = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        shares.append(list(TrainingStream(22, 8, 4, 0, 0, 4)))
+    assert [first + second for first, second in zip(*shares)] == whole
+
+
+def coordinates(path, size=256):
+    """An image in which red tells the column and green the row."""
+    y, x = np.mgrid[:size, :size].astype(np.uint8)
+    Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1)).save(path)
+
+
+@pytest.fixture
+def coordinate_image(tmp_path):
+    coordinates(tmp_path / "coordinates.png")
+    return tmp_path / "coordinates.png"
+
+
+def test_augmentation_does_not_depend_on_workers_or_neighbours(noise_images):
+    files = list_images(noise_images)
+    dataset = Images(files, pretraining_transform(48, 0.2), seed=5)
+    stream = TrainingStream(len(files), 16, 8, 5, 0, 3)
+    by_workers = [list(loader(dataset, stream, workers, "cpu")) for workers in (0, 2)]
+    assert len(by_workers[0]) == len(by_workers[1]) == 6
+    for (images, _, bad), (again, _, bad_again) in zip(*by_workers):
+        assert torch.equal(images, again)
+        assert bad == bad_again == []
+    torch.rand(7), random.random(), np.random.rand()  # whatever was drawn before
+    image = dataset[flat(stream)[11]][0]
+    assert torch.equal(image, by_workers[0][1][0][3])
+
+
+def test_augmentation_follows_seed_and_position(coordinate_image):
+    transform = pretraining_transform(32, 0.2)
+    dataset = Images([coordinate_image] * 2, transform, labels=[4, 7], seed=1)
+    (image, label, _), (same, other_label, _) = dataset[Sample(0, 10)], dataset[Sample(1, 10)]
+    assert torch.equal(image, same)  # the position decides, not the file
+    assert (label, other_label) == (4, 7)
+    assert not torch.equal(image, dataset[Sample(0, 11)][0])
+    assert not torch.equal(image, Images([coordinate_image], transform, seed=2)[Sample(0, 10)][0])
+    assert torch.equal(dataset[1][0], dataset[Sample(1, 1)][0])  # a plain index is its own position
+
+
+def test_pretraining_crops_a_fifth_to_all_of_the_area_and_flips_half(coordinate_image):
+    dataset = Images([coordinate_image], pretraining_transform(64, 0.2), seed=0)
+    shares, ratios, flips = [], [], 0
+    for position in range(400):
+        image = dataset[Sample(0, position)][0]
+        assert image.shape == (3, 64, 64)
+        image = (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+        columns, rows = image[0, 32], image[1, :, 32]
+        # 64 samples at the centres of 64 equal parts: between the first and last lie 63/64 of the crop.
+        width, height = ((v[-1] - v[0]).item() * 64 / 63 for v in (columns, rows))
+        flips += width < 0
+        shares.append(abs(width) * height / 256**2)
+        ratios.append(abs(width) / height)
+    assert 0.18 < min(shares) < 0.25
+    assert 0.95 < max(shares) < 1.02
+    assert 0.72 < min(ratios) < 0.8
+    assert 1.25 < max(ratios) < 1.39
+    assert 150 < flips < 250  # five deviations of a fair coin
+
+
+def test_normalised_with_imagenet_s_mean_and_deviation(tmp_path):
+    Image.new("RGB", (40, 40), (255, 0, 128)).save(tmp_path / "flat.png")
+    image = Images([tmp_path / "flat.png"], pretraining_transform(8, 0.2))[0][0]
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
+    torch.testing.assert_close(image, torch.tensor(expected)[:, None, None].expand(3, 8, 8))
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    grey = np.full((4, 4), 200, np.uint8)
+    files = {
+        "L.png": (Image.fromarray(grey), (200, 200, 200)),
+        "LA.png": (Image.merge("LA", [Image.fromarray(grey), Image.new("L", (4, 4), 9)]), (200, 200, 200)),
+        "RGBA.png": (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), (10, 20, 30)),
+        "CMYK.tif": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        "P.png": (Image.new("RGB", (4, 4), (1, 2, 3)).convert("P", palette=Image.Palette.ADAPTIVE), (1, 2, 3)),
+        "1.png": (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        "16bit.png": (Image.fromarray(np.full((4, 4), 200 * 256 + 7, np.uint16)), (200, 200, 200)),
+    }
+    for name, (image, expected) in files.items():
+        image.save(tmp_path / name)
+        read = read_image(tmp_path / name)
+        assert (read.mode, read.size) == ("RGB", (4, 4)), name
+        assert read.getpixel((2, 1)) == expected, name
+
+
+def test_unreadable_files_give_black_and_their_name(tmp_path, coordinate_image):
+    whole = coordinate_image.read_bytes()
+    contents = {"cut.png": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"hello, I am no image"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    files = [tmp_path / name for name in [*contents, "float.tif", "absent.png", "coordinates.png"]]
+    dataset = Images(files, pretraining_transform(16, 0.2))
+    black = (-torch.tensor(MEAN) / torch.tensor(STD))[:, None, None].expand(3, 16, 16)
+    images, _, bad = next(iter(loader(dataset, [range(6)], 0, "cpu")))
+    assert bad == [str(f) for f in files[:5]]
+    for image in images[:5]:
+        torch.testing.assert_close(image, black)
+    assert images[5].std() > 0.1
+
+
+def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys):
+    unreadable = UnreadableFiles()
+    for number in range(MAX_UNREADABLE):
+        unreadable.add([f"file{number:02}", f"file{number:02}"])
+        unreadable.add(["file00"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"unreadable image, replaced by black: file{number:02}" for number in range(MAX_UNREADABLE)
+    ]
+    with pytest.raises(UserError, match=r"11 images cannot be read .at most 10 .*file00, file01,.*mend or delete"):
+        unreadable.add(["one more"])
+    with pytest.raises(UserError, match="11 images"):  # those of before a restart count
+        UnreadableFiles([f"file{number}" for number in range(MAX_UNREADABLE)]).add(["one more"])
+
+
+def test_list_images(tmp_path):
+    names = ["b/z.JPEG", "b/deep/er/y.png", "a.jpg", "c d/x.Tiff"]
+    for name in [*names, "b/notes.txt", "b/list.json"]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "set" / "folder.png").mkdir()
+    assert list_images(tmp_path / "set") == sorted(tmp_path / "set" / name for name in names)
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "class").symlink_to(tmp_path / "set" / "b")
+    assert [f.name for f in list_images(tmp_path / "subset")] == ["y.png", "z.JPEG"]
+
+
+def test_list_images_refuses_what_holds_none(tmp_path):
+    with pytest.raises(UserError, match=r"holds no image .*\.jpeg"):
+        list_images(tmp_path)
+    with pytest.raises(UserError, match="absent is not a folder of images"):
+        list_images(tmp_path / "absent")
+
+
+def test_seeds():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.randperm(9).tolist()
+
+    seed_all(1, 2)
+    first = draws()
+    assert draws() != first
+    seed_all(1, 2)
+    assert draws() == first
+    assert len({seed_for(a, b) for a in range(50) for b in range(50)}) == 2500
+    assert seed_for(1, 2) != seed_for(2, 1)
