@@ -1,0 +1,85 @@
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean, differences, override, write_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    epochs: int = 100
+    base_lr: float = 1e-3
+    norm_pix: bool = True
+    betas: tuple[float, float] = (0.9, 0.95)
+    pool: str = "avg"
+
+
+def test_override_parses_by_the_knob_s_own_type():
+    settings = ["epochs=7", "base_lr=1", "norm_pix=False", "betas=.8,0.9", "pool=token"]
+    recipe, parsed = override(Recipe(), settings)
+    assert recipe == Recipe(7, 1.0, False, (0.8, 0.9), "token")
+    assert parsed == {"epochs": 7, "base_lr": 1.0, "norm_pix": False, "betas": (0.8, 0.9), "pool": "token"}
+    assert type(recipe.base_lr) is float
+    assert type(recipe.norm_pix) is bool
+
+
+def test_override_without_settings_changes_nothing():
+    assert override(Recipe(), []) == (Recipe(), {})
+    assert override(Recipe(), ["norm_pix=true", "pool=a=b"])[0] == replace(Recipe(), pool="a=b")
+
+
+@pytest.mark.parametrize(
+    ("setting", "answer"),
+    [
+        ("epoch=3", r"--set epoch=3: this recipe has no 'epoch'; did you mean epochs\?"),
+        ("xyz=3", r"has no 'xyz'; known: base_lr, betas, epochs, norm_pix, pool"),
+        ("epochs", r"--set epochs: write knob=value"),
+        ("epochs=1.5", r"--set epochs=1.5: epochs is of type int"),
+        ("epochs=", r"epochs is of type int"),
+        ("base_lr=fast", r"base_lr is of type float"),
+        ("norm_pix=1", r"norm_pix is of type bool"),
+        ("betas=0.9", r"betas is of type tuple"),
+        ("betas=0.9,0.95,0.99", r"betas is of type tuple"),
+        ("betas=a,b", r"betas is of type tuple"),
+    ],
+)
+def test_override_refuses_in_one_sentence(setting, answer):
+    with pytest.raises(UserError, match=answer):
+        override(Recipe(), [setting])
+
+
+def test_did_you_mean():
+    assert did_you_mean("imagenet_linprob", ["imagenet_linprobe", "imagenet_c"]) == "did you mean imagenet_linprobe?"
+    assert did_you_mean("coco", ["a", "b"]) == "known: a, b"
+
+
+def test_differences_names_every_changed_entry():
+    old = {"arch": "b", "recipe": {"epochs": 3, "lr": 0.1, "gone": 1}, "same": [1, 2]}
+    new = {"arch": "l", "recipe": {"epochs": 3, "lr": 0.2, "new": None}, "same": [1, 2], "more": {"x": 1}}
+    assert differences(old, new) == [
+        "arch: b -> l",
+        "more: None -> {'x': 1}",
+        "recipe.gone: 1 -> None",
+        "recipe.lr: 0.1 -> 0.2",
+    ]
+    assert differences(old, old) == []
+
+
+def test_write_json(tmp_path):
+    path = tmp_path / "new" / "record.json"
+    write_json(path, {"b": [1, 2.5, None], "a": "é"})
+    assert path.read_text(encoding="utf-8") == '{\n "a": "é",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_write_json_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"whole": True})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_json(path, {"first": "written", "second": object()})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
