@@ -96,9 +96,14 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
     share = r.batch // machine.processes
     mixes = r.mixup > 0 or r.cutmix > 0
     # 512: what one GPU of the official probe takes, so that its BatchNorm sees the same batch.
-    micro_batch = micro_batch_for(share, machine.micro_batch or (512 if r.optimizer == "lars" else 128))
-    if mixes and micro_batch % 2:
-        raise UserError(f"mixup pairs the images of a micro-batch, which cannot be {micro_batch}: use an even batch")
+    wanted = machine.micro_batch or (512 if r.optimizer == "lars" else 128)
+    micro_batch = micro_batch_for(share, wanted)
+    if mixes:
+        if share % 2 or wanted < 2:
+            raise UserError(
+                f"mixup pairs images: {share} a process in micro-batches of {wanted} need to be even numbers"
+            )
+        micro_batch = 2 * micro_batch_for(share // 2, wanted // 2)
     mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model_classes(model))
     loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
     if r.optimizer == "lars":
@@ -131,7 +136,12 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
         ),
         ema,
     )
-    return state, ema.module if ema is not None else model
+    trained = ema.module if ema is not None else model
+    if machine.processes > 1:
+        # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
+        for buffer in trained.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return state, trained
 
 
 def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -173,19 +183,25 @@ def evaluate(
     labels = [place[c] for c in split.labels] if place is not None else split.labels
     model.eval()
     parts: list[tuple[int, np.ndarray]] = []
+    unreadable: list[str] = []
     dataset = Images(split.files, transform, labels)
     for number, (images, targets, bad) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
         if bad:
-            raise UserError(
-                f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data"
-            )
-        logits = torch.cat([forward(model, images, machine)])
+            unreadable = bad
+            break
+        logits = forward(model, images, machine)
         if kept is not None:
             logits = logits[:, list(kept)]
         parts.append((number * distributed.world_size() + distributed.rank(), score(logits, targets.to(logits.device))))
         progress.update(min(len(indices), (number + 1) * size * distributed.world_size()), len(images))
-    everyone = [part for process in distributed.gather_to_all(parts) for part in process]
+    # Every process hears of a bad file and stops with the others: one that stopped alone would fall out of step.
+    gathered = distributed.gather_to_all((parts, unreadable))
+    if bad := [name for _, names in gathered for name in names]:
+        raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
+    everyone = [part for process, _ in gathered for part in process]
     rows = np.concatenate([rows for _, rows in sorted(everyone, key=lambda part: part[0])])
+    if not np.isfinite(rows[:, 0]).all():
+        raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(rows[:, 0])))]} are not finite")
     return Scores(rows[:, 0], rows[:, 1].astype(bool), rows[:, 2].astype(bool))
 
 
