@@ -241,9 +241,16 @@ def done(work: Path, identity: dict[str, Any]) -> Record | None:
 
 
 def run_job(job: Job) -> Record:
-    """Run a job in its work folder and write its record, whatever happens; Ctrl-C alone leaves none."""
+    """Run a job in its work folder and write its record, whatever happens; Ctrl-C alone leaves none.
+
+    With several processes a failure ends them all (SystemExit): one that failed alone would leave the others waiting
+    for it, or mixing its next job's numbers with theirs.
+    """
     started = time.monotonic()
     claim(job.work, job.identity())
+    if distributed.is_main():
+        (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt
+    distributed.barrier()
     if job.machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -272,6 +279,11 @@ def run_job(job: Job) -> Record:
         artifacts=result.artifacts,
         notes=result.notes,
     )
+    if status == "failed" and distributed.world_size() > 1:
+        # The first reason stands: the other processes fail because this one is gone.
+        if not (job.work / RECORD_FILE).exists():
+            write_record(record, job.work)
+        raise SystemExit(f"error: {job.task.name}: {reason}")
     if distributed.is_main():
         write_record(record, job.work)
     return record
