@@ -205,10 +205,10 @@ def linprobe(job: Job) -> Result:
     artifacts = leave(job, "probe.safetensors", head, r.image_size)
     forget_training(job.work)
     result = trained_result(job, state, metrics, stderr, n_eval, artifacts)
-    seen = min(512, r.batch // job.machine.processes)
+    official = min(512, r.batch)  # one GPU's share of the official probe's batch
     notes = result.notes
-    if state.micro_batch != seen:
-        notes += (f"BatchNorm saw batches of {state.micro_batch}; the official probe's saw 512",)
+    if state.micro_batch != official:
+        notes += (f"BatchNorm saw batches of {state.micro_batch}, not of {official}",)
     return replace(result, notes=notes, resolved={"batchnorm_batch": state.micro_batch, "backbone_sha256": before})
 
 
