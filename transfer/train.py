@@ -21,9 +21,18 @@ from mae_core.loop import CHECKPOINT_FILE, State, Training, check_batch, fit, mi
 from mae_core.machine import Machine
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.progress import Progress
+from mae_core.settings import did_you_mean
 from mae_core.vit import build_vit, get_arch
-from transfer.images import Split
+from transfer.images import Split, eval_transform
 from transfer.task import Job
+
+# The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
+# on images that are cropped and flipped alone.
+UNUSED = {
+    "adamw": {"momentum": 0.0, "trust_coefficient": 0.0},
+    "lars": {"betas": (0.0, 0.0), "layer_decay": 1.0, "rand_augment": "", "random_erasing": 0.0},
+}
+POOLS = ("avg", "token")
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class ClassifierRecipe:
 
     optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
     rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none.
+    UserError for an unknown name, and for a knob that would do nothing.
     """
 
     image_size: int
@@ -57,16 +67,27 @@ class ClassifierRecipe:
     label_smoothing: float
     ema: float
 
+    def __post_init__(self) -> None:
+        for knob, known in (("optimizer", tuple(UNUSED)), ("pool", POOLS)):
+            if getattr(self, knob) not in known:
+                raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
+        for knob, value in UNUSED[self.optimizer].items():
+            if getattr(self, knob) != value:
+                raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
+
 
 @dataclass(frozen=True)
 class EvalRecipe:
     """How a trained classifier is shown its images. image_size 0: the size it was trained at.
 
-    transform: "resize_crop", "center_crop", "resize" or "native" (transfer/images.py, eval_transform).
+    transform: "resize_crop", "center_crop" or "resize" (transfer/images.py, eval_transform, which refuses others).
     """
 
     image_size: int = 0
     transform: str = "resize_crop"
+
+    def __post_init__(self) -> None:
+        eval_transform(self.image_size or 224, self.transform)
 
 
 @dataclass(frozen=True)
