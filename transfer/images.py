@@ -191,11 +191,8 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": centre crop alone. "resize": short side to the size, bicubic, then
-    centre crop. "native": for ImageNet-C's files of 224 px: "center_crop" at that size, "resize" at any other.
-    UserError for another name.
+    centre crop; nothing at all for an image of that size. UserError for another name.
     """
-    if how == "native":
-        how = "center_crop" if image_size == 224 else "resize"
     # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
     resized = {
         "resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size,
@@ -203,7 +200,7 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
         "resize": image_size,
     }
     if how not in resized:
-        raise UserError(f"unknown transform '{how}'; {did_you_mean(how, [*resized, 'native'])}")
+        raise UserError(f"unknown transform '{how}'; {did_you_mean(how, list(resized))}")
     steps: list = [v2.CenterCrop(image_size), *to_normalised()]
     if resized[how] is not None:
         steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))

@@ -12,6 +12,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.checkpoint import Checkpoint
+from mae_core.data import read_image
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer import cli, miniature
@@ -55,9 +56,10 @@ def recipe(arch: str, name: str) -> EvalRecipe:
 
 
 def recipe_c(arch: str, name: str) -> EvalRecipe:
-    """ImageNet-C: its files are 224 px already, and its authors' script only crops the centre; a larger classifier gets
-    them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop is the other way in use."""
-    return choose(name, EvalRecipe(transform="native"))
+    """ImageNet-C: its files are 224 px already, and a classifier of that size gets them as they are, as in its authors'
+    script; another one gets them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop
+    is the other way in use."""
+    return choose(name, EvalRecipe(transform="resize"))
 
 
 def choose(name: str, r: EvalRecipe) -> EvalRecipe:
@@ -125,7 +127,7 @@ def look_c(root: Path) -> Data:
     missing = [c for c in ALEXNET_ERROR if not corruption_folder(root, c).is_dir()]
     problems = [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}"] if missing else []
     splits: dict[str, Split] = {}
-    for corruption in ALEXNET_ERROR.keys() - set(missing):
+    for corruption in (c for c in ALEXNET_ERROR if c not in missing):
         for severity in SEVERITIES:
             folder = corruption_folder(root, corruption) / str(severity)
             if not folder.is_dir():
@@ -202,6 +204,12 @@ def run_c(job: Job) -> Result:
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
         splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
+        side = min(read_image(splits[0].files[0]).size)
+        if job.recipe.transform == "center_crop" and size > side:
+            raise UserError(
+                f"ImageNet-C's images are {side} px, a centre crop of {size} px would add a black border: "
+                "set transform=resize"
+            )
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
         label = f"{job.task.name} {number + 1}/15 {corruption}"
         scores = evaluate(model, whole, transform, job.machine, label)
