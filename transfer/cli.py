@@ -12,7 +12,7 @@ from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from
-from mae_core.settings import did_you_mean, override
+from mae_core.settings import did_you_mean, differences, override
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 
 
@@ -141,10 +141,24 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     return 0 if all(record.status == "ok" for record in records) else 1
 
 
+def classifier_of(checkpoint: Checkpoint, path: Path, args: Any) -> Checkpoint:
+    """The classifier in a file; UserError unless imagenet_finetune made it of this checkpoint, recipe and seed: its
+    numbers will stand in this checkpoint's row."""
+    classifier = read_checkpoint(path)
+    wanted = {"encoder_sha256": checkpoint.sha256, "recipe": args.recipe, "seed": str(args.seed)}
+    changed = differences({name: classifier.meta.get(name) for name in wanted}, wanted)
+    if changed:
+        raise UserError(
+            f"--classifier {path} is not what imagenet_finetune made of {checkpoint.name} ({'; '.join(changed)}): "
+            "give that one, or evaluate this one as --ckpt"
+        )
+    return classifier
+
+
 def run_tasks(tasks: Sequence[Task], args: Any, machine: Machine) -> list[Record]:
     checkpoint = read_checkpoint(args.ckpt, args.seed)
     classifier = getattr(args, "classifier", None)
-    parent = read_checkpoint(classifier) if classifier else None
+    parent = classifier_of(checkpoint, classifier, args) if classifier else None
     root = data_root(args, tasks)
     records = []
     for task in tasks:
