@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transfer_fixtures import (
@@ -364,12 +365,12 @@ def test_mixup_refuses_an_odd_batch(tmp_path):
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
     arguments = ["--task", "imagenet_finetune", "--ckpt", f"random:{ARCH}", "--recipe", "mini", "--data", str(root)]
-    knobs = ["batch=16", "epochs=10", "ema=0.9", "drop_path=0.1", "mixup=0.8", "cutmix=1.0"]
+    knobs = ["batch=16", "epochs=5", "ema=0.9", "drop_path=0.1", "mixup=0.8", "cutmix=1.0"]
     return ["-m", "transfer.classification", *arguments, "--out", str(out), "--device", "cpu", *more, "--set", *knobs]
 
 
 @pytest.mark.slow
-def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_weights(tmp_path):
     root = write_imagenet(tmp_path, train=32, val=8)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -385,14 +386,17 @@ def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not any(killed.rglob("record.json"))
     (checkpoint,) = killed.rglob(CHECKPOINT_FILE)
-    assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 80
+    assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 40
 
     again = subprocess.run(arguments, cwd=ROOT, env=env, check=True, timeout=300, capture_output=True, text=True)
     assert "resuming imagenet_finetune" in again.stdout
     (one,), (other,) = whole.rglob("record.json"), killed.rglob("record.json")
     a, b = read_record(one), read_record(other)
     assert (a.metrics, a.stderr, a.images_seen) == (b.metrics, b.stderr, b.images_seen)
-    assert (one.parent / CLASSIFIER_FILE).read_bytes() == (other.parent / CLASSIFIER_FILE).read_bytes()
+    whole_weights, killed_weights = (load_file(path.parent / CLASSIFIER_FILE) for path in (one, other))
+    assert whole_weights.keys() == killed_weights.keys()
+    for name, tensor in whole_weights.items():
+        assert torch.equal(tensor, killed_weights[name]), name
     assert not checkpoint.exists()
 
 
