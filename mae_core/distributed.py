@@ -31,7 +31,8 @@ def process_group(device: str) -> Iterator[str]:
     if world_size() == 1:
         yield device
         return
-    backend = "nccl" if device.startswith("cuda") else "gloo"
+    # gloo for what lies on the CPU also beside GPUs: a vote there does not wait for the GPU's queue.
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # Ranks wait for rank 0 while it evaluates or writes: the default 10 minutes is too short for a slow disk.
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
@@ -56,4 +57,8 @@ def gather_to_all(value: object) -> list:
 
 def any_process(flag: bool) -> bool:
     """True on every process if it is true on one."""
-    return any(gather_to_all(flag))
+    if world_size() == 1:
+        return flag
+    vote = torch.tensor(int(flag))
+    dist.all_reduce(vote, dist.ReduceOp.MAX)
+    return bool(vote)

@@ -32,6 +32,7 @@ from mae_core.settings import differences
 
 CHECKPOINT_FILE = "checkpoint.pth"
 LOG_FILE = "log.jsonl"
+FORMAT = "mae-transfer training"
 FLUSH_STEPS = 20  # losses wait on the device this long before they are looked at, so that a GPU is never held up
 
 
@@ -127,8 +128,10 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             state.step = step + 1
             state.seconds = seconds_before + time.monotonic() - started
             end_of_epoch = state.step % t.steps_per_epoch == 0
-            due = main and time.monotonic() - saved >= 60 * t.machine.save_minutes
-            if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stop:
+            # All stop after the same step, or one would wait for gradients that never come.
+            stopping = distributed.any_process(bool(stop))
+            due = distributed.any_process(main and time.monotonic() - saved >= 60 * t.machine.save_minutes)
+            if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping:
                 last_loss = flush(waiting, state, t)
                 note = f"epoch {step // t.steps_per_epoch + 1}/{t.epochs} loss {last_loss:.4f} lr {lr:.2e}"
                 if writer:
@@ -137,10 +140,14 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             progress.update(state.step, t.batch, note)
             if end_of_epoch:
                 end_epoch(t, state, lr, progress.rate())
-            if main and (due or stop or state.step == t.steps):
-                save(model, optimizer, t, state, unreadable, ema)
+            if due or stopping or state.step == t.steps:
+                # One checkpoint for all: after a restart every process goes on from the mean.
+                losses = distributed.gather_to_all(state.loss_sum)
+                state.loss_sum = sum(losses) / len(losses)
+                if main:
+                    save(model, optimizer, t, state, unreadable, ema)
                 saved = time.monotonic()
-            if stop:
+            if stopping:
                 raise KeyboardInterrupt
     if writer:
         writer.close()
@@ -228,15 +235,19 @@ def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float
     values = torch.stack([loss for _, loss in waiting]).tolist()
     for (step, _), value in zip(waiting, values):
         if not math.isfinite(value):
-            kept = t.work / CHECKPOINT_FILE
-            after = f"{kept} holds the last good state" if kept.exists() else "no checkpoint was written yet"
-            raise UserError(
-                f"the loss is {value} at step {step} (epoch {step // t.steps_per_epoch}, lr {t.lr_at(step):.2e}): "
-                f"stopped; {after}; a lower base_lr, a longer warm-up or --precision fp32 may help"
-            )
+            raise diverged(f"the loss is {value}", step, t)
     state.loss_sum += sum(values)
     waiting.clear()
     return values[-1]
+
+
+def diverged(what: str, step: int, t: Training) -> UserError:
+    kept = t.work / CHECKPOINT_FILE
+    after = f"{kept} holds the last good state" if kept.exists() else "no checkpoint was written yet"
+    return UserError(
+        f"{what} at step {step} (epoch {step // t.steps_per_epoch}, lr {t.lr_at(step):.2e}): stopped; {after}; "
+        f"a lower base_lr, a longer warm-up or --precision fp32 may help"
+    )
 
 
 def end_epoch(t: Training, state: State, lr: float, images_per_second: float) -> None:
@@ -261,13 +272,18 @@ def truncate_log(path: Path, epochs: int) -> None:
     """Keep the first `epochs` lines: a killed run may have logged epochs that it now trains again."""
     if path.exists() and distributed.is_main():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[:epochs]), encoding="utf-8")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
-    """Write the checkpoint atomically: the old one stands until the new one is whole."""
+    """Write the checkpoint atomically: the old one stands until the new one is whole. UserError, and the old one stays,
+    if a weight is not finite: the loss shows that only in the next step."""
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise diverged("a weight became infinite or NaN", state.step - 1, t)
     content = {
-        "format": "mae-transfer training",
+        "format": FORMAT,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "ema": ema.module.state_dict() if ema is not None else {},
@@ -305,7 +321,13 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
     path = t.work / CHECKPOINT_FILE
     if not path.exists():
         return
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        ours = content["format"] == FORMAT
+    except Exception:  # a damaged or foreign pickle fails in any way
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is damaged or no training checkpoint of ours: delete it, or choose another --out")
     changed = differences(as_json(content["fixed"]), as_json(t.fixed))
     if changed:
         raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
@@ -316,6 +338,8 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
     for name, value in content["state"].items():
         setattr(state, name, value)
     state.notes = tuple(state.notes)
+    if content["machine"]["micro_batch"] != t.micro_batch:
+        state.micro_batch = t.micro_batch  # asked for anew; else what lack of memory has made of it
     unreadable.names.update(content["unreadable"])
     moved = differences(content["machine"], decides_rounding(t))
     if moved:
