@@ -118,7 +118,8 @@ def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path
         for row, image in enumerate(images.cpu()):
             bottom = edge + 0.3 + rows - 1 - row
             axes = figure.add_axes((left / wide, bottom / high, 0.97 / wide, 0.97 / high))
-            axes.imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
+            axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(title, fontsize=9)
