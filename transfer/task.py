@@ -184,7 +184,9 @@ class Record:
 
 def recipe_label(name: str, overrides: dict[str, Any]) -> str:
     """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
-    knobs = ", ".join(f"{k}={v}" for k, v in sorted(overrides.items()))
+    # Several values as they are typed: a tuple comes back from JSON as a list.
+    shown = {k: ",".join(map(str, v)) if isinstance(v, tuple | list) else v for k, v in sorted(overrides.items())}
+    knobs = ", ".join(f"{k}={v}" for k, v in shown.items())
     return f"{name} with {knobs}" if knobs else name
 
 
@@ -307,7 +309,7 @@ def describe(job: Job, **outcome: Any) -> Record:
         },
         recipe_name=job.recipe_name,
         overrides=job.overrides,
-        recipe=dataclasses.asdict(job.recipe),
+        recipe=job.identity()["recipe"],
         sources=job.task.sources(c.arch) if job.recipe_name == "paper" else {},
         seed=job.seed,
         engine=job.engine,
