@@ -1,0 +1,353 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transfer_fixtures import (
+    CLASSES,
+    TableModel,
+    make_job,
+    one_hot_logits,
+    write_code,
+    write_imagenet,
+    write_split,
+)
+
+from mae_core.errors import UserError
+from transfer import robustness
+from transfer.images import columns, wnids
+from transfer.robustness import ALEXNET_ERROR, folder_of, look, look_c, mce, mce_stderr
+from transfer.task import run_job
+
+A, R, SKETCH, C = robustness.TASKS
+
+# Errors of AlexNet among 5 severities x 50000 images, by the names that its authors give the corruptions.
+ALEXNET_WRONG = {
+    "brightness": 141148,
+    "contrast": 213301,
+    "defocus_blur": 204970,
+    "elastic_transform": 161514,
+    "fog": 204831,
+    "frost": 206643,
+    "gaussian_noise": 221607,
+    "glass_blur": 206567,
+    "impulse_noise": 230660,
+    "jpeg_compression": 151625,
+    "motion_blur": 196487,
+    "pixelate": 179460,
+    "shot_noise": 223617,
+    "snow": 216704,
+    "zoom_blur": 199590,
+}
+
+
+def alexnet() -> dict[str, list[float]]:
+    """AlexNet's own mean error at every severity."""
+    return {c: [n / 250000] * 5 for c, n in ALEXNET_WRONG.items()}
+
+
+# mCE
+
+
+def test_alexnets_errors_are_the_published_counts():
+    assert {c: e * 250000 for c, e in ALEXNET_ERROR.items()} == pytest.approx(ALEXNET_WRONG, abs=1e-6)
+    assert np.mean(list(ALEXNET_ERROR.values())) == pytest.approx(0.788993, abs=1e-6)
+
+
+def test_alexnet_has_an_mce_of_100():
+    assert mce(alexnet()) == pytest.approx(100.0, abs=1e-9)
+
+
+def test_halving_one_corruption_takes_a_thirtieth_off():
+    errors = alexnet()
+    errors["fog"] = [e / 2 for e in errors["fog"]]
+    assert mce(errors) == pytest.approx(100 * (1 - 1 / 30))
+
+
+def test_severities_are_summed_before_dividing():
+    errors = alexnet()
+    total = 5 * ALEXNET_WRONG["snow"] / 250000
+    errors["snow"] = [0.0, 0.1, 0.2, 0.3, total - 0.6]
+    assert mce(errors) == pytest.approx(100.0)
+
+
+def test_constants_go_by_name_and_not_by_place():
+    errors = {c: [0.1 * i / 15] * 5 for i, c in enumerate(ALEXNET_WRONG)}
+    by_hand = 100 * np.mean([0.1 * i / 15 / (n / 250000) for i, n in enumerate(ALEXNET_WRONG.values())])
+    assert mce(errors) == pytest.approx(by_hand)
+    assert mce(dict(reversed(errors.items()))) == pytest.approx(by_hand)
+
+
+def test_no_mce_over_a_part():
+    errors = alexnet()
+    del errors["fog"]
+    errors["snow"] = errors["snow"][:4]
+    with pytest.raises(UserError, match="snow, fog"):
+        mce(errors)
+
+
+def test_the_standard_error_takes_the_versions_of_an_image_together():
+    """Four images, two of them wrong in all 75 versions: as four independent draws, not three hundred."""
+    wrong = {c: [np.array([True, True, False, False])] * 5 for c in ALEXNET_ERROR}
+    stderr = mce_stderr(wrong)
+    deviation = np.std([1, 1, 0, 0], ddof=1) / 2
+    assert stderr["mean_err"] == pytest.approx(100 * deviation)
+    assert stderr["mce"] == pytest.approx(100 * deviation * np.mean([250000 / n for n in ALEXNET_WRONG.values()]))
+
+
+# ImageNet-C on disk
+
+
+def write_c(root: Path, groups: dict[str, str] | None = None, codes=None) -> Path:
+    """root/imagenet-c: 15 corruptions x 5 severities, two classes with two images each. codes: what the images of a
+    corruption and severity say (write_code)."""
+    for number, corruption in enumerate(sorted(ALEXNET_WRONG)):
+        for severity in (1, 2, 3, 4, 5):
+            folder = root / "imagenet-c" / (groups or {}).get(corruption, "") / corruption / str(severity)
+            said = codes(number, severity) if codes else [0, 0, 1, 1]
+            for i, code in enumerate(said):
+                write_code(folder / wnids()[CLASSES[i // 2]] / f"ILSVRC2012_val_{i:08d}.png", code)
+    return root
+
+
+def test_a_complete_tree_is_found(tmp_path):
+    data = look_c(write_c(tmp_path))
+    assert (data.status, data.label) == ("found", "subset")
+    assert data.counts == {"classes": 2, "images": 15 * 5 * 4}
+
+
+def test_the_released_archives_groups_are_found(tmp_path):
+    groups = {c: "noise" for c in ALEXNET_WRONG if c.endswith("noise")}
+    groups |= {c: "blur" for c in ALEXNET_WRONG if c.endswith("blur")}
+    groups |= dict.fromkeys(("snow", "frost", "fog", "brightness"), "weather")
+    groups |= dict.fromkeys(("contrast", "elastic_transform", "pixelate", "jpeg_compression"), "digital")
+    assert len(groups) == 15
+    data = look_c(write_c(tmp_path, groups))
+    assert data.counts["images"] == 300
+
+
+def test_no_tree_is_missing_and_says_where_it_must_lie(tmp_path):
+    data = look_c(tmp_path)
+    assert data.status == "missing"
+    assert f"{tmp_path}/imagenet-c/CORRUPTION/SEVERITY/WNID" in data.detail
+
+
+def test_what_lacks_is_listed(tmp_path):
+    base = write_c(tmp_path) / "imagenet-c"
+    (base / "fog").rename(base / "foggy")
+    (base / "snow" / "3").rename(base / "snow" / "6")
+    for file in (base / "frost" / "2" / wnids()[CLASSES[1]]).iterdir():
+        file.unlink()
+    data = look_c(tmp_path)
+    assert data.status == "incomplete"
+    assert re.search(r"lacks 1 of the 15 corruptions: fog\b", data.detail)
+    assert str(base / "snow" / "3") in data.detail
+    assert "frost/2" in data.detail
+    assert "fewer than 4 images in frost/2 (2)" in data.detail
+
+
+def test_an_incomplete_tree_fails_and_gives_no_number(tmp_path):
+    base = write_c(tmp_path) / "imagenet-c"
+    (base / "fog" / "5").rename(base / "five")
+    status, reason = robustness.cli.obstacle(make_job(C, tmp_path, tmp_path / "work"))
+    assert status == "failed"
+    assert str(base / "fog" / "5") in reason
+
+
+# Runs with a model whose answers are known
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Replace the loading of classifiers: `loads(table)` sets the model; the list counts what was loaded."""
+    calls = []
+
+    def use(table, size=16):
+        def load(checkpoint, image_size, device):
+            calls.append(checkpoint)
+            return TableModel(table), image_size or size
+
+        monkeypatch.setattr(robustness, "trained_classifier", load)
+        robustness.load_once.cache_clear()
+        return calls
+
+    yield use
+    robustness.load_once.cache_clear()
+
+
+def test_imagenet_c_end_to_end(tmp_path, loads):
+    """Of the four images of corruption c (in alphabetical order) at severity s, (c + s) % 5 say what is not there."""
+
+    def codes(number, severity):
+        wrong = (number + severity) % 5
+        return [9] * wrong + [0, 0, 1, 1][wrong:]
+
+    loads(one_hot_logits([CLASSES[0], CLASSES[1], *[999] * 8]))
+    record = run_job(make_job(C, write_c(tmp_path, codes=codes), tmp_path / "work"))
+    assert record.status == "ok", record.reason
+    errors = {c: [(i + s) % 5 / 4 for s in range(1, 6)] for i, c in enumerate(sorted(ALEXNET_WRONG))}
+    by_hand = 100 * np.mean([sum(e) / (5 * ALEXNET_WRONG[c] / 250000) for c, e in errors.items()])
+    assert record.metrics["mce"] == pytest.approx(by_hand)
+    # Five severities run through all five remainders: 0, 1, 2, 3 and 4 of 4 wrong.
+    assert record.metrics["mean_err"] == pytest.approx(50.0)
+    (table,) = record.tables.values()
+    assert table == {c: [100 * e for e in values] for c, values in errors.items()}
+    assert record.n_eval == 300
+    assert (record.metric, record.resolved) == ("mce", {"image_size": 16})
+
+
+def test_a_perfect_and_a_hopeless_model_on_imagenet_c(tmp_path, loads):
+    root = write_c(tmp_path)
+    loads(one_hot_logits([CLASSES[0], CLASSES[1]]))
+    record = run_job(make_job(C, root, tmp_path / "right"))
+    assert record.metrics == {"mce": 0.0, "mean_err": 0.0}
+    loads(one_hot_logits([999, 999]))
+    record = run_job(make_job(C, root, tmp_path / "wrong"))
+    assert record.metrics["mean_err"] == 100.0
+    assert record.metrics["mce"] == pytest.approx(100 * np.mean([250000 / n for n in ALEXNET_WRONG.values()]))
+
+
+def test_a_crop_larger_than_the_files_is_refused(tmp_path, loads):
+    loads(one_hot_logits([0, 0]), size=32)
+    root = write_c(tmp_path)
+    record = run_job(make_job(C, root, tmp_path / "crop", transform="center_crop"))
+    assert record.status == "failed"
+    assert "transform=resize" in record.reason
+    record = run_job(make_job(C, root, tmp_path / "resize"))
+    assert record.status == "ok"
+    assert record.resolved == {"image_size": 32}
+
+
+def coded_set(folder: Path, codes: dict[int, list[int]]) -> None:
+    """folder/WNID/i.png for label -> what its images say."""
+    for label, said in codes.items():
+        for i, code in enumerate(said):
+            write_code(folder / wnids()[label] / f"{i}.png", code)
+
+
+def test_two_hundred_classes_compete_among_themselves(tmp_path, loads):
+    """Code 0: sure of a class outside the 200 and then of the right one; 1: of a wrong one inside; 2: right."""
+    inside, outside = CLASSES[0], 999
+    assert outside not in columns("imagenet_a")
+    table = torch.zeros(3, 1000)
+    table[0, outside], table[0, inside] = 9.0, 5.0
+    table[1, CLASSES[1]], table[1, inside] = 6.0, 5.0
+    table[2, inside] = 5.0
+    coded_set(tmp_path / "imagenet-a", {inside: [0, 1, 1, 2]})
+    coded_set(tmp_path / "imagenet" / "val", {inside: [0, 0, 1, 2], outside: [0, 0, 0, 0, 0]})
+    loads(table)
+    record = run_job(make_job(A, tmp_path, tmp_path / "work"))
+    assert record.status == "ok", record.reason
+    assert record.metrics["top1"] == 50.0
+    assert record.metrics["clean_200_top1"] == 75.0  # the class outside the 200 is not asked
+    assert record.metrics["top5"] == 100.0
+    assert record.n_eval == 4
+    assert record.stderr["clean_200_top1"] == pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5)
+    assert record.notes == ()
+
+
+def test_each_set_has_its_own_two_hundred(tmp_path, loads):
+    """A model that prefers a class of A alone is right on R and wrong on A."""
+    label = CLASSES[0]
+    of_a_alone = next(c for c in columns("imagenet_a") if c not in columns("imagenet_r"))
+    table = torch.zeros(1, 1000)
+    table[0, of_a_alone], table[0, label] = 9.0, 5.0
+    for folder in ("imagenet-a", "imagenet-r"):
+        coded_set(tmp_path / folder, {label: [0]})
+    loads(table)
+    assert run_job(make_job(A, tmp_path, tmp_path / "a")).metrics["top1"] == 0.0
+    assert run_job(make_job(R, tmp_path, tmp_path / "r")).metrics["top1"] == 100.0
+
+
+def test_no_clean_images_is_noted(tmp_path, loads):
+    coded_set(tmp_path / "imagenet-r", {CLASSES[0]: [0]})
+    loads(one_hot_logits([CLASSES[0]]))
+    record = run_job(make_job(R, tmp_path, tmp_path / "work"))
+    assert record.metrics["top1"] == 100.0
+    assert "clean_200_top1" not in record.metrics
+    assert any("no clean accuracy" in note for note in record.notes)
+
+
+def test_sketch_is_scored_among_a_thousand(tmp_path, loads):
+    label = next(c for c in range(1000) if c not in columns("imagenet_a") and c not in columns("imagenet_r"))
+    coded_set(tmp_path / "imagenet-sketch", {label: [0, 1]})
+    loads(one_hot_logits([label, (label + 1) % 1000]))
+    record = run_job(make_job(SKETCH, tmp_path, tmp_path / "work"))
+    assert record.metrics["top1"] == 50.0
+    assert record.data["counts"] == {"classes": 1, "images": 2}
+
+
+def test_all_sets_share_one_loading_of_a_classifier(tmp_path, loads):
+    for folder in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
+        coded_set(tmp_path / folder, {CLASSES[0]: [0]})
+    calls = loads(one_hot_logits([CLASSES[0]]))
+    first = make_job(A, tmp_path, tmp_path / "first")
+    second = replace(first.checkpoint)
+    for task in (A, R, SKETCH):
+        job = replace(make_job(task, tmp_path, tmp_path / task.name), checkpoint=first.checkpoint)
+        assert run_job(job).status == "ok"
+    assert calls == [first.checkpoint]
+    job = replace(make_job(A, tmp_path, tmp_path / "second"), checkpoint=second)
+    run_job(job)
+    assert len(calls) == 2
+
+
+def test_the_classifier_of_the_job_is_the_one_that_is_loaded(tmp_path, loads):
+    coded_set(tmp_path / "imagenet-a", {CLASSES[0]: [0]})
+    calls = loads(one_hot_logits([CLASSES[0]]))
+    job = make_job(A, tmp_path, tmp_path / "work")
+    parent = replace(job.checkpoint, name="fine-tuned")
+    run_job(replace(job, parent=parent))
+    assert [c.name for c in calls] == ["fine-tuned"]
+
+
+def test_a_classifier_without_a_thousand_classes_is_refused(tmp_path, loads):
+    coded_set(tmp_path / "imagenet-a", {CLASSES[0]: [0]})
+    loads(torch.zeros(1, 200))
+    record = run_job(make_job(A, tmp_path, tmp_path / "work"))
+    assert record.status == "failed"
+    assert "200 classes" in record.reason
+
+
+# The sets on disk
+
+
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_classes_that_do_not_belong_to_a_set_are_named(tmp_path, name):
+    foreign = next(c for c in range(1000) if c not in columns(name))
+    write_split(tmp_path / name.replace("_", "-"), 1, (CLASSES[0], foreign))
+    data = look(name, tmp_path)
+    assert data.status == "incomplete"
+    assert wnids()[foreign] in data.detail
+    assert wnids()[CLASSES[0]] not in data.detail
+
+
+@pytest.mark.parametrize("folder", ["imagenet-sketch", "imagenet-sketch/sketch", "sketch"])
+def test_sketch_is_found_under_its_usual_names(tmp_path, folder):
+    write_split(tmp_path / folder, 1, (CLASSES[0], 999))
+    assert folder_of(tmp_path, "imagenet_sketch") == tmp_path / folder
+    data = look("imagenet_sketch", tmp_path)
+    assert (data.status, data.counts) == ("found", {"classes": 2, "images": 2})
+
+
+def test_an_absent_set_says_where_it_must_lie(tmp_path):
+    data = look("imagenet_r", tmp_path)
+    assert data.status == "missing"
+    assert f"{tmp_path}/imagenet-r/WNID" in data.detail
+
+
+def test_the_clean_images_beside_a_set_are_part_of_its_data(tmp_path):
+    write_split(tmp_path / "imagenet-a", 1)
+    alone = look("imagenet_a", tmp_path).fingerprint
+    write_imagenet(tmp_path, train=1, val=1)
+    assert look("imagenet_a", tmp_path).fingerprint != alone
+
+
+@pytest.mark.parametrize(("name", "images"), [("imagenet_a", 7500), ("imagenet_r", 30000)])
+def test_a_part_of_a_set_is_not_official(tmp_path, monkeypatch, name, images):
+    """7500 and 30000 images of 200 classes are (timm's results and the authors' pages)."""
+    assert robustness.COUNTS[name] == images
+    write_split(tmp_path / name.replace("_", "-"), 1)
+    assert look(name, tmp_path).label == "subset"
