@@ -55,10 +55,10 @@ def gather_to_all(value: object) -> list:
     return values
 
 
-def any_process(flag: bool) -> bool:
-    """True on every process if it is true on one."""
+def any_process(*flags: bool) -> tuple[bool, ...]:
+    """Each flag: true on every process if it is true on one."""
     if world_size() == 1:
-        return flag
-    vote = torch.tensor(int(flag))
-    dist.all_reduce(vote, dist.ReduceOp.MAX)
-    return bool(vote)
+        return flags
+    votes = torch.tensor([int(flag) for flag in flags])
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return tuple(bool(vote) for vote in votes)

@@ -6,14 +6,10 @@ processes or workers.
 """
 
 import contextlib
-import dataclasses
-import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,61 +19,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae_core import distributed
-from mae_core.data import Images, TrainingStream, UnreadableFiles, loader, seed_all
+from mae_core.data import TrainingStream, UnreadableFiles, loader, seed_all
 from mae_core.errors import UserError
-from mae_core.machine import Machine, suit_attention
+from mae_core.machine import suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
-from mae_core.settings import differences
+from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
 
-CHECKPOINT_FILE = "checkpoint.pth"
-LOG_FILE = "log.jsonl"
-FORMAT = "mae-transfer training"
-FLUSH_STEPS = 20  # losses wait on the device this long before they are looked at, so that a GPU is never held up
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training, but for its model and optimizer.
-
-    batch: the effective batch over all processes. micro_batch: images per process and forward pass.
-    lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
-    the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
-    fixed: what a resumed run must agree in.
-    """
-
-    label: str
-    work: Path
-    dataset: Images
-    epochs: int
-    batch: int
-    micro_batch: int
-    seed: int
-    machine: Machine
-    fixed: dict[str, Any]
-    lr_at: Callable[[int], float]
-    prepare: Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
-    loss_of: Callable[..., Tensor]
-    tensorboard: bool = False
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.dataset) // self.batch
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-
-@dataclass
-class State:
-    """What grows while training; saved with the weights."""
-
-    step: int = 0
-    loss_sum: float = 0.0  # over the steps of the epoch under way
-    seconds: float = 0.0
-    micro_batch: int = 0
-    notes: tuple[str, ...] = ()
+FLUSH_STEPS = 10  # losses wait on the device this long before they are looked at, so that a GPU is never held up
 
 
 def micro_batch_for(share: int, wanted: int) -> int:
@@ -128,9 +77,9 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             state.step = step + 1
             state.seconds = seconds_before + time.monotonic() - started
             end_of_epoch = state.step % t.steps_per_epoch == 0
-            # All stop after the same step, or one would wait for gradients that never come.
-            stopping = distributed.any_process(bool(stop))
-            due = distributed.any_process(main and time.monotonic() - saved >= 60 * t.machine.save_minutes)
+            due = main and time.monotonic() - saved >= 60 * t.machine.save_minutes
+            # All save and stop after the same step, or one would wait for gradients that never come.
+            due, stopping = distributed.any_process(due, bool(stop))
             if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping:
                 last_loss = flush(waiting, state, t)
                 note = f"epoch {step // t.steps_per_epoch + 1}/{t.epochs} loss {last_loss:.4f} lr {lr:.2e}"
@@ -191,7 +140,7 @@ def train_step(
                     f"smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
                 ) from None
             failed = True
-        if not (distributed.any_process(failed) if careful else failed):
+        if not (distributed.any_process(failed)[0] if careful else failed):
             break
         torch.cuda.empty_cache()
         state.micro_batch = max(1, state.micro_batch // 2)
@@ -239,119 +188,6 @@ def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float
     state.loss_sum += sum(values)
     waiting.clear()
     return values[-1]
-
-
-def diverged(what: str, step: int, t: Training) -> UserError:
-    kept = t.work / CHECKPOINT_FILE
-    after = f"{kept} holds the last good state" if kept.exists() else "no checkpoint was written yet"
-    return UserError(
-        f"{what} at step {step} (epoch {step // t.steps_per_epoch}, lr {t.lr_at(step):.2e}): stopped; {after}; "
-        f"a lower base_lr, a longer warm-up or --precision fp32 may help"
-    )
-
-
-def end_epoch(t: Training, state: State, lr: float, images_per_second: float) -> None:
-    """One JSON line: mean loss over the epoch and all processes, rate, time."""
-    losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)
-    state.loss_sum = 0.0
-    if not distributed.is_main():
-        return
-    line = {
-        "epoch": state.step // t.steps_per_epoch - 1,
-        "step": state.step,
-        "loss": sum(losses) / len(losses),
-        "lr": lr,
-        "images_per_second": round(images_per_second, 1),
-        "seconds": round(state.seconds, 1),
-    }
-    with open(t.work / LOG_FILE, "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
-
-
-def truncate_log(path: Path, epochs: int) -> None:
-    """Keep the first `epochs` lines: a killed run may have logged epochs that it now trains again."""
-    if path.exists() and distributed.is_main():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
-        os.replace(temporary, path)
-
-
-def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
-    """Write the checkpoint atomically: the old one stands until the new one is whole. UserError, and the old one stays,
-    if a weight is not finite: the loss shows that only in the next step."""
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise diverged("a weight became infinite or NaN", state.step - 1, t)
-    content = {
-        "format": FORMAT,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "ema": ema.module.state_dict() if ema is not None else {},
-        "state": dataclasses.asdict(state),
-        "fixed": t.fixed,
-        "machine": decides_rounding(t),
-        "unreadable": sorted(unreadable.names),
-    }
-    path = t.work / CHECKPOINT_FILE
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def decides_rounding(t: Training) -> dict[str, Any]:
-    """What the last bits of the weights depend on, besides the recipe and the seed."""
-    m = t.machine
-    return {
-        "device": m.device.split(":")[0],
-        "precision": m.precision,
-        "micro_batch": t.micro_batch,
-        "activation_checkpointing": m.activation_checkpointing,
-        "compile": m.compile,
-        "processes": m.processes,
-        "threads": m.threads,
-        "torch": str(torch.__version__),
-    }
-
-
-def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
-    """Load the work folder's checkpoint, if there is one, into everything given. UserError if it is of another run."""
-    path = t.work / CHECKPOINT_FILE
-    if not path.exists():
-        return
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        ours = content["format"] == FORMAT
-    except Exception:  # a damaged or foreign pickle fails in any way
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is damaged or no training checkpoint of ours: delete it, or choose another --out")
-    changed = differences(as_json(content["fixed"]), as_json(t.fixed))
-    if changed:
-        raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    if ema is not None:
-        ema.module.load_state_dict(content["ema"])
-    for name, value in content["state"].items():
-        setattr(state, name, value)
-    state.notes = tuple(state.notes)
-    if content["machine"]["micro_batch"] != t.micro_batch:
-        state.micro_batch = t.micro_batch  # asked for anew; else what lack of memory has made of it
-    unreadable.names.update(content["unreadable"])
-    moved = differences(content["machine"], decides_rounding(t))
-    if moved:
-        note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
-        state.notes += (note,)
-    if distributed.is_main():
-        print(f"resuming {t.label} at step {state.step}/{t.steps}", *moved, sep="; ", flush=True)
-
-
-def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as JSON gives it back, so that a tuple and the list it may have become compare equal."""
-    return json.loads(json.dumps(value))
 
 
 def open_writer(work: Path, step: int) -> Any:

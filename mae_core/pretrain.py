@@ -18,11 +18,12 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
 from mae_core.data import Images, list_images, pretraining_transform, seed_for
 from mae_core.errors import UserError
-from mae_core.loop import CHECKPOINT_FILE, State, Training, check_batch, fit, micro_batch_for
+from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, peak_memory_gib
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
 from mae_core.settings import did_you_mean, override
+from mae_core.training import CHECKPOINT_FILE, State, Training
 from mae_core.vit import get_arch
 
 WEIGHTS_FILE = "mae.safetensors"

@@ -18,6 +18,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 
 TINY = {"batch": 16, "epochs": 2, "warmup_epochs": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
 EVERY_STEP = Machine(save_minutes=0)
@@ -49,7 +50,7 @@ def weights(out):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / loop.LOG_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (out / LOG_FILE).read_text().splitlines()]
 
 
 def differing(a, b):
@@ -236,7 +237,7 @@ def test_a_signal_saves_after_the_step_under_way_and_the_rest_is_the_same(
         with pytest.raises(KeyboardInterrupt):
             train(noise_images, out, Machine(save_minutes=60))
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert torch.load(out / loop.CHECKPOINT_FILE)["state"]["step"] == 6
+    assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
     assert not (out / pretrain.WEIGHTS_FILE).exists()
     assert train(noise_images, out).step == 8
     assert differing(weights(reference), weights(out)) == []
@@ -259,7 +260,7 @@ def test_log_lines_after_the_checkpoint_are_made_again(noise_images, reference, 
         with pytest.raises(KeyboardInterrupt):
             train(noise_images, out)
     # Killed after the first epoch was logged and while the second was, but before the next checkpoint.
-    (out / loop.LOG_FILE).write_text('{"epoch": 0, "loss": -1}\n{"epoch": 1, "lo')
+    (out / LOG_FILE).write_text('{"epoch": 0, "loss": -1}\n{"epoch": 1, "lo')
     train(noise_images, out)
     assert [(line["epoch"], line["loss"]) for line in log(out)] == [
         (line["epoch"], line["loss"]) for line in log(reference)
@@ -276,14 +277,14 @@ def test_log_lines_after_the_checkpoint_are_made_again(noise_images, reference, 
 )
 def test_a_work_folder_of_another_run_is_refused(noise_images, reference, tmp_path, change, named):
     images, out = noise_images, shutil.copytree(reference, tmp_path / "a")
-    before = (out / loop.CHECKPOINT_FILE).read_bytes()
+    before = (out / CHECKPOINT_FILE).read_bytes()
     if "images" in change:
         images = shutil.copytree(noise_images, tmp_path / "images")
         (images / "00.png").unlink()
         change = {}
     with pytest.raises(UserError, match=rf"is of another run \({named}\): choose another --out"):
         train(images, out, **change)
-    assert (out / loop.CHECKPOINT_FILE).read_bytes() == before
+    assert (out / CHECKPOINT_FILE).read_bytes() == before
 
 
 def test_a_changed_machine_is_named(noise_images, reference, tmp_path, capsys):
@@ -305,15 +306,15 @@ def test_a_checkpoint_that_is_none_of_ours_is_refused(noise_images, tmp_path, co
     out = tmp_path / "a"
     out.mkdir()
     if content is None:
-        torch.save({"model": {}, "epoch": 3}, out / loop.CHECKPOINT_FILE)
+        torch.save({"model": {}, "epoch": 3}, out / CHECKPOINT_FILE)
     else:
-        (out / loop.CHECKPOINT_FILE).write_bytes(content)
+        (out / CHECKPOINT_FILE).write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint.pth is damaged or no training checkpoint of ours: delete it"):
         train(noise_images, out)
 
 
 def assert_good(out, step):
-    content = torch.load(out / loop.CHECKPOINT_FILE)
+    content = torch.load(out / CHECKPOINT_FILE)
     assert content["state"]["step"] == step
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
 
@@ -411,11 +412,11 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(noise_images, tmp
     steps = []
     for lines, workers in ((2, 0), (6, 2)):
         process = start(command(noise_images, out, "--save-minutes", 0, "--workers", workers, epochs=12))
-        wait_for_lines(out / loop.LOG_FILE, lines, process)
+        wait_for_lines(out / LOG_FILE, lines, process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        steps.append(torch.load(out / loop.CHECKPOINT_FILE)["state"]["step"])
+        steps.append(torch.load(out / CHECKPOINT_FILE)["state"]["step"])
     assert 4 <= steps[0] < steps[1] < 48
     process = start(command(noise_images, out, epochs=12))
     output = process.communicate()[0]
@@ -430,13 +431,13 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(noise_images, tmp
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_130(noise_images, tmp_path):
     process = start(command(noise_images, tmp_path, epochs=500))
-    wait_for_lines(tmp_path / loop.LOG_FILE, 1, process)
+    wait_for_lines(tmp_path / LOG_FILE, 1, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate()[0]
     assert process.returncode == 130, output
-    assert f"stopped; the same command goes on from {tmp_path / loop.CHECKPOINT_FILE}" in output
+    assert f"stopped; the same command goes on from {tmp_path / CHECKPOINT_FILE}" in output
     assert "Traceback" not in output
-    step = torch.load(tmp_path / loop.CHECKPOINT_FILE)["state"]["step"]
+    step = torch.load(tmp_path / CHECKPOINT_FILE)["state"]["step"]
     assert 4 <= step < 2000
     assert len(log(tmp_path)) == step // 4
 
@@ -487,11 +488,11 @@ def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, 
         # One process was told to stop: both did, after the same step, and rank 0 has saved it.
         assert code != 0
         assert "Gloo" not in output
-        assert torch.load(out / loop.CHECKPOINT_FILE)["state"]["step"] == 6
+        assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
         output, code = torchrun(script, "none", command(noise_images, out))
         assert "resuming pre-train vit_mini_patch8 at step 6/8\n" in output
     assert code == 0, output
-    content = torch.load(out / loop.CHECKPOINT_FILE)
+    content = torch.load(out / CHECKPOINT_FILE)
     assert content["machine"]["processes"] == 2
     assert content["state"]["micro_batch"] == (2 if mishap == "memory" else 8)
     assert_equal_to_rounding(weights(reference), weights(out), rate_sum=5e-4)

@@ -26,8 +26,8 @@ from transfer_fixtures import (
 from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
-from mae_core.loop import CHECKPOINT_FILE, LOG_FILE
 from mae_core.machine import Machine
+from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from mae_core.vit import build_vit
 from transfer import classification
 from transfer.images import Split, eval_transform, read_split

@@ -17,11 +17,12 @@ from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, load_classifier
 from mae_core.data import Images, loader
 from mae_core.errors import UserError
-from mae_core.loop import CHECKPOINT_FILE, State, Training, check_batch, fit, micro_batch_for
+from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.progress import Progress
 from mae_core.settings import did_you_mean
+from mae_core.training import CHECKPOINT_FILE, State, Training
 from mae_core.vit import build_vit, get_arch
 from transfer.images import Split, eval_transform
 from transfer.task import Job

@@ -1,0 +1,179 @@
+"""One training as a value, its state, and both on disk: the checkpoint to resume from and the log."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae_core import distributed
+from mae_core.data import Images, UnreadableFiles
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.settings import differences
+
+CHECKPOINT_FILE = "checkpoint.pth"
+LOG_FILE = "log.jsonl"
+FORMAT = "mae-transfer training"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training, but for its model and optimizer.
+
+    batch: the effective batch over all processes. micro_batch: images per process and forward pass.
+    lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
+    the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
+    fixed: what a resumed run must agree in.
+    """
+
+    label: str
+    work: Path
+    dataset: Images
+    epochs: int
+    batch: int
+    micro_batch: int
+    seed: int
+    machine: Machine
+    fixed: dict[str, Any]
+    lr_at: Callable[[int], float]
+    prepare: Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
+    loss_of: Callable[..., Tensor]
+    tensorboard: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.dataset) // self.batch
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass
+class State:
+    """What grows while training; saved with the weights."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # over the steps of the epoch under way
+    seconds: float = 0.0
+    micro_batch: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def diverged(what: str, step: int, t: Training) -> UserError:
+    kept = t.work / CHECKPOINT_FILE
+    after = f"{kept} holds the last good state" if kept.exists() else "no checkpoint was written yet"
+    return UserError(
+        f"{what} at step {step} (epoch {step // t.steps_per_epoch}, lr {t.lr_at(step):.2e}): stopped; {after}; "
+        f"a lower base_lr, a longer warm-up or --precision fp32 may help"
+    )
+
+
+def end_epoch(t: Training, state: State, lr: float, images_per_second: float) -> None:
+    """One JSON line: mean loss over the epoch and all processes, rate, time."""
+    losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)
+    state.loss_sum = 0.0
+    if not distributed.is_main():
+        return
+    line = {
+        "epoch": state.step // t.steps_per_epoch - 1,
+        "step": state.step,
+        "loss": sum(losses) / len(losses),
+        "lr": lr,
+        "images_per_second": round(images_per_second, 1),
+        "seconds": round(state.seconds, 1),
+    }
+    with open(t.work / LOG_FILE, "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+
+
+def truncate_log(path: Path, epochs: int) -> None:
+    """Keep the first `epochs` lines: a killed run may have logged epochs that it now trains again."""
+    if path.exists() and distributed.is_main():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+    """Write the checkpoint atomically: the old one stands until the new one is whole. UserError, and the old one stays,
+    if a weight is not finite: the loss shows that only in the next step."""
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise diverged("a weight became infinite or NaN", state.step - 1, t)
+    content = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.module.state_dict() if ema is not None else {},
+        "state": dataclasses.asdict(state),
+        "fixed": t.fixed,
+        "machine": decides_rounding(t),
+        "unreadable": sorted(unreadable.names),
+    }
+    path = t.work / CHECKPOINT_FILE
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def decides_rounding(t: Training) -> dict[str, Any]:
+    """What the last bits of the weights depend on, besides the recipe and the seed."""
+    m = t.machine
+    return {
+        "device": m.device.split(":")[0],
+        "precision": m.precision,
+        "micro_batch": t.micro_batch,
+        "activation_checkpointing": m.activation_checkpointing,
+        "compile": m.compile,
+        "processes": m.processes,
+        "threads": m.threads,
+        "torch": str(torch.__version__),
+    }
+
+
+def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+    """Load the work folder's checkpoint, if there is one, into everything given. UserError if it is of another run."""
+    path = t.work / CHECKPOINT_FILE
+    if not path.exists():
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        ours = content["format"] == FORMAT
+    except Exception:  # a damaged or foreign pickle fails in any way
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is damaged or no training checkpoint of ours: delete it, or choose another --out")
+    changed = differences(as_json(content["fixed"]), as_json(t.fixed))
+    if changed:
+        raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    if ema is not None:
+        ema.module.load_state_dict(content["ema"])
+    for name, value in content["state"].items():
+        setattr(state, name, value)
+    state.notes = tuple(state.notes)
+    if content["machine"]["micro_batch"] != t.micro_batch:
+        state.micro_batch = t.micro_batch  # asked for anew; else what lack of memory has made of it
+    unreadable.names.update(content["unreadable"])
+    moved = differences(content["machine"], decides_rounding(t))
+    if moved:
+        note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
+        state.notes += (note,)
+    if distributed.is_main():
+        print(f"resuming {t.label} at step {state.step}/{t.steps}", *moved, sep="; ", flush=True)
+
+
+def as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as JSON gives it back, so that a tuple and the list it may have become compare equal."""
+    return json.loads(json.dumps(value))
