@@ -1,12 +1,15 @@
-"""The machine's knobs: where and how the work is done. Recorded, and never part of a recipe."""
+"""The machine: its knobs, which are recorded and never part of a recipe, and what it is."""
 
 import argparse
 import contextlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -101,3 +104,23 @@ def hardware(device: str) -> str:
     if device.startswith("cuda"):
         return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" where tracked files differ from it; empty outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+    except FileNotFoundError:  # no git on this machine
+        return ""

@@ -3,14 +3,11 @@
 import dataclasses
 import hashlib
 import json
-import platform
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import torch
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import Machine, hardware, peak_memory_gib
+from mae_core.machine import Machine, commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences, write_json
 
 
@@ -322,23 +319,3 @@ def describe(job: Job, **outcome: Any) -> Record:
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
     )
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-
-
-def commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ from it; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-    except FileNotFoundError:  # no git on this machine
-        return ""
