@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import resource
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,9 +95,12 @@ def peak_memory_gib(device: str) -> float:
     """Peak memory so far in GiB: of the GPU, or this process's resident memory on CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: at exec Linux hands a child the peak of its parent.
+        kibibytes = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(kibibytes[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
 def hardware(device: str) -> str:
