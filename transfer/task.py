@@ -182,9 +182,8 @@ class Record:
 def recipe_label(name: str, overrides: dict[str, Any]) -> str:
     """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
     # Several values as they are typed: a tuple comes back from JSON as a list.
-    shown = {k: ",".join(map(str, v)) if isinstance(v, tuple | list) else v for k, v in sorted(overrides.items())}
-    knobs = ", ".join(f"{k}={v}" for k, v in shown.items())
-    return f"{name} with {knobs}" if knobs else name
+    shown = {k: ",".join(map(str, v)) if isinstance(v, tuple | list) else v for k, v in overrides.items()}
+    return f"{name} with {', '.join(f'{k}={shown[k]}' for k in sorted(shown))}" if shown else name
 
 
 RECORD_FILE = "record.json"
