@@ -1,0 +1,137 @@
+"""The rules that no single file can show: who imports whom, how long a file is, what is never written."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("mae_core", "transfer", "benchmarks")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("**/*.py"))
+# Engines and tables: heavy, optional, or no business of a pre-trainer.
+FOREIGN_TO_CORE = {"detectron2", "mmseg", "mmengine", "mmcv", "pandas", "pycocotools", "fvcore"}
+LINES = 320
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file names in an import, late ones included; `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def packages_of(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports_of(path)}
+
+
+def families() -> list[str]:
+    """The modules of transfer that define TASKS: one per task family."""
+    found = []
+    for path in FILES:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {t.id for node in body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
+        if path.is_relative_to(ROOT / "transfer") and "TASKS" in names:
+            found.append(module_of(path))
+    return found
+
+
+def test_there_is_something_to_read():
+    """Else every rule below would hold."""
+    assert {"mae_core.vit", "transfer.task", "benchmarks.report"} <= {module_of(path) for path in FILES}
+    assert {"transfer.classification", "transfer.robustness"} <= set(families())
+    assert "mae_core" in packages_of(ROOT / "transfer" / "task.py")
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("mae_core", {"transfer", "benchmarks"} | FOREIGN_TO_CORE),
+        ("transfer", {"benchmarks"}),
+    ],
+)
+def test_arrows_point_one_way(package, never):
+    wrong = {module_of(path): packages_of(path) & never for path in FILES if path.parts[len(ROOT.parts)] == package}
+    assert {module: names for module, names in wrong.items() if names} == {}
+
+
+def test_task_families_never_import_each_other():
+    known = set(families())
+    wrong = {}
+    for path in FILES:
+        if module_of(path) in known:
+            wrong[module_of(path)] = imports_of(path) & (known - {module_of(path)})
+    assert not any(wrong.values()), wrong
+
+
+def test_what_families_share_imports_no_family():
+    """task.py, cli.py, train.py and the like."""
+    known = set(families())
+    shared = [path for path in FILES if path.is_relative_to(ROOT / "transfer") and module_of(path) not in known]
+    assert not [module_of(path) for path in shared if imports_of(path) & known]
+
+
+@pytest.mark.parametrize("absent", ["mmseg", "mmcv", "mmengine", "detectron2", "pandas"])
+def test_no_engine_is_imported_before_it_is_needed(absent):
+    """Statically here, by Python itself below."""
+    for path in FILES:
+        if path.is_relative_to(ROOT / "transfer"):
+            top = ast.parse(path.read_text(encoding="utf-8")).body
+            names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+            names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+            assert absent not in {name.split(".")[0] for name in names if name}, path
+
+
+def test_every_task_family_can_be_imported_without_the_engines():
+    """As on a machine that lacks them: their import raises."""
+    program = "\n".join(
+        [
+            "import sys",
+            "for name in ('mmseg', 'mmcv', 'mmengine', 'detectron2', 'pandas'): sys.modules[name] = None",
+            *(f"import {module}; print(*(task.name for task in {module}.TASKS))" for module in families()),
+        ]
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {"imagenet_finetune", "imagenet_c"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_enough_to_read(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+def committed() -> list[Path]:
+    """The Python files under version control, or all there are outside a checkout; but for the tests, of which one
+    shows what a malicious pickle would do."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "*.py"], capture_output=True, text=True)
+    paths = [ROOT / name for name in listed.stdout.split()] or FILES
+    return [path for path in paths if path.exists() and not path.is_relative_to(ROOT / "tests")]
+
+
+def keywords_of(path: Path) -> set[tuple[str, object]]:
+    """(name, value) of every keyword argument that is given a constant."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    constants = ((k.arg, k.value) for call in calls for k in call.keywords if isinstance(k.value, ast.Constant))
+    return {(name, value.value) for name, value in constants}
+
+
+def test_weights_are_read_strictly_and_no_pickle_is_run():
+    files = committed()
+    assert ("weights_only", True) in set().union(*map(keywords_of, files))
+    assert ("strict", True) in set().union(*map(keywords_of, files))
+    wrong = {path.name: keywords_of(path) & {("strict", False), ("weights_only", False)} for path in files}
+    assert {name: found for name, found in wrong.items() if found} == {}
