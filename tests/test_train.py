@@ -231,7 +231,7 @@ def two(tmp_path_factory):
         values = {"TESTS": str(ROOT / "tests"), "ROOT": str(root), "OUT": str(out), "PORT": str(s.getsockname()[1])}
     script = out / "child.py"
     script.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()) + CHILD)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert "exit codes [1, 1]" in done.stdout, done.stdout + done.stderr
     return root, [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], out
