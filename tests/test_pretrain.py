@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ def command(images, out, *flags, **knobs):
 
 
 def start(arguments):
-    # One thread, as here: a sum over two has other last bits.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # One thread, as here: a sum over two has other last bits. The path, because torchrun's children know no other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
