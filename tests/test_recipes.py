@@ -5,6 +5,7 @@ import pytest
 from transfer_fixtures import ARCH, make_job, small_checkpoint, write_imagenet
 
 from mae_core.errors import UserError
+from mae_core.machine import Machine
 from mae_core.settings import override
 from transfer import classification, robustness
 from transfer.train import UNUSED, ClassifierRecipe, EvalRecipe
@@ -119,8 +120,8 @@ def trained(tmp_path_factory):
     patch.setattr(classification, "validate", lambda job, model: ({"top1": 0.0}, {}, 4))
 
     def run(task, **changes) -> str:
-        seed = changes.pop("seed", 0)
-        job = make_job(task, root, tmp_path_factory.mktemp("work"), seed=seed, **(BASE | changes))
+        others = {name: changes.pop(name) for name in ("seed", "machine") if name in changes}
+        job = make_job(task, root, tmp_path_factory.mktemp("work"), **others, **(BASE | changes))
         job = replace(job, checkpoint=small_checkpoint())
         found.clear()
         task.run(job)
@@ -189,6 +190,11 @@ def test_the_knobs_of_an_evaluation_move_its_images():
     assert {f.name for f in fields(EvalRecipe)} == {"image_size", "transform"}
     with pytest.raises(UserError, match="did you mean resize_crop"):
         EvalRecipe(transform="resize_corp")
+
+
+@every((FINETUNE, LINPROBE))
+def test_the_processes_that_decode_move_nothing(trained, unchanged, task):
+    assert trained(task, machine=Machine(workers=2)) == unchanged[task.name]
 
 
 @every((FINETUNE, LINPROBE))

@@ -15,9 +15,10 @@ from transfer_fixtures import (
     write_split,
 )
 
+from mae_core.data import EXTENSIONS, read_image
 from mae_core.errors import UserError
 from transfer import robustness
-from transfer.images import columns, wnids
+from transfer.images import columns, eval_transform, probe_transform, train_transform, wnids
 from transfer.robustness import ALEXNET_ERROR, folder_of, look, look_c, mce, mce_stderr
 from transfer.task import run_job
 
@@ -351,3 +352,45 @@ def test_a_part_of_a_set_is_not_official(tmp_path, monkeypatch, name, images):
     assert robustness.COUNTS[name] == images
     write_split(tmp_path / name.replace("_", "-"), 1)
     assert look(name, tmp_path).label == "subset"
+
+
+# Real images, where they are
+
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "data"
+needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside this checkout")
+
+
+@needs_real_images
+def test_real_images_are_found_whatever_their_names():
+    assert look("imagenet_a", REAL).counts == {"classes": 2, "images": 2}
+    assert look("imagenet_sketch", REAL).counts == {"classes": 9, "images": 36}
+    assert any(" " in path.name for path in (REAL / "imagenet-a").rglob("*"))
+
+
+@needs_real_images
+def test_six_real_corruptions_are_no_imagenet_c():
+    data = look_c(REAL)
+    assert data.status == "incomplete"
+    there = {path.name for path in (REAL / "imagenet-c").iterdir()}
+    assert data.detail.startswith(f"{REAL / 'imagenet-c'} lacks 9 of the 15 corruptions: ")
+    assert all((c in data.detail) != (c in there) for c in ALEXNET_WRONG)
+
+
+@needs_real_images
+def test_real_images_go_through_every_transform():
+    """Greyscale and tiny ones among them."""
+    files = sorted((REAL / "imagenet_samples").rglob("*.*"))
+    images = [read_image(file) for file in files if file.suffix.lower() in EXTENSIONS]
+    assert len(images) > 50
+    for transform in (
+        eval_transform(224),
+        eval_transform(224, "resize"),
+        eval_transform(224, "center_crop"),
+        train_transform(224, 0.08, "rand-m9-mstd0.5-inc1", 0.25),
+        probe_transform(224, 0.08),
+    ):
+        for image in images:
+            out = transform(image)
+            assert out.shape == (3, 224, 224)
+            assert out.isfinite().all()
