@@ -475,7 +475,10 @@ def torchrun(script, mishap, arguments):
     process = start(
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, mishap, *arguments[2:]]
     )
-    return process.communicate()[0], process.returncode
+    try:
+        return process.communicate(timeout=240)[0], process.returncode
+    finally:
+        process.terminate()  # processes that wait for each other; torchrun ends its children
 
 
 @pytest.mark.slow
