@@ -26,7 +26,6 @@ from transfer.train import (
     EvalRecipe,
     backbone_tensors,
     evaluate,
-    forget_training,
     parameters_sha256,
     train_classifier,
     trained_classifier,
@@ -181,7 +180,6 @@ def finetune(job: Job) -> Result:
     if r.ema:
         metrics["top1_without_ema"] = validate(job, model)[0]["top1"]
     artifacts = leave(job, CLASSIFIER_FILE, trained.state_dict(), r.image_size)
-    forget_training(job.work)
     return trained_result(job, state, metrics, stderr, n_eval, artifacts)
 
 
@@ -203,7 +201,6 @@ def linprobe(job: Job) -> Result:
     metrics, stderr, n_eval = validate(job, trained)
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
     artifacts = leave(job, "probe.safetensors", head, r.image_size)
-    forget_training(job.work)
     result = trained_result(job, state, metrics, stderr, n_eval, artifacts)
     official = min(512, r.batch)  # one GPU's share of the official probe's batch
     notes = result.notes

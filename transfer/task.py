@@ -6,7 +6,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences, write_json
+from mae_core.training import CHECKPOINT_FILE
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def recipe_label(name: str, overrides: dict[str, Any]) -> str:
 
 
 RECORD_FILE = "record.json"
+TRACEBACK_FILE = "error.txt"
 CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning leaves in its work folder
 
 
@@ -247,7 +249,8 @@ def run_job(job: Job) -> Record:
     started = time.monotonic()
     claim(job.work, job.identity())
     if distributed.is_main():
-        (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt
+        for name in (RECORD_FILE, TRACEBACK_FILE):  # of an earlier attempt
+            (job.work / name).unlink(missing_ok=True)
     distributed.barrier()
     if job.machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
@@ -256,26 +259,18 @@ def run_job(job: Job) -> Record:
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
-        (job.work / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        (job.work / TRACEBACK_FILE).write_text(traceback.format_exc(), encoding="utf-8")
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
-        reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / 'error.txt'})"
+        reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"
     seconds = result.seconds if result.seconds is not None else time.monotonic() - started
     record = describe(
         job,
         status=status,
         reason=reason,
-        metrics=result.metrics,
-        stderr=result.stderr,
-        n_eval=result.n_eval,
-        resolved=result.resolved,
-        images_seen=result.images_seen,
-        seconds=round(seconds, 1),
         images_per_second=round(result.images_seen / seconds, 2) if seconds else 0.0,
         peak_memory_gib=round(peak_memory_gib(job.machine.device), 2),
-        tables=result.tables,
-        artifacts=result.artifacts,
-        notes=result.notes,
+        **vars(replace(result, seconds=round(seconds, 1))),
     )
     if status == "failed" and distributed.world_size() > 1:
         # The first reason stands: the other processes fail because this one is gone.
@@ -284,6 +279,8 @@ def run_job(job: Job) -> Record:
         raise SystemExit(f"error: {job.task.name}: {reason}")
     if distributed.is_main():
         write_record(record, job.work)
+        if status == "ok":  # a kill before the record was written must not cost the training
+            (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
     return record
 
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from mae_core.machine import Machine
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.progress import Progress
 from mae_core.settings import did_you_mean
-from mae_core.training import CHECKPOINT_FILE, State, Training
+from mae_core.training import State, Training
 from mae_core.vit import build_vit, get_arch
 from transfer.images import Split, eval_transform
 from transfer.task import Job
@@ -173,12 +172,6 @@ def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def model_classes(model: VisionTransformer) -> int:
     head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
     return head.out_features
-
-
-def forget_training(work: Path) -> None:
-    """Delete the training checkpoint after success: the optimizer's state is twice the weights."""
-    if distributed.is_main():
-        (work / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 @torch.inference_mode()
