@@ -14,8 +14,9 @@ from transfer_fixtures import ARCH, CLASSES, make_job, small_checkpoint, write_i
 
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
+from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
-from transfer import classification
+from transfer import classification, task
 from transfer.images import eval_transform, read_split, wnids
 from transfer.task import CLASSIFIER_FILE, run_job
 from transfer.train import evaluate, trained_classifier
@@ -104,9 +105,9 @@ def test_layer_decay_and_drop_path_of_the_real_sizes(arch, depth):
 # The start
 
 
-@pytest.mark.parametrize(("task", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
-def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, task, std):
-    job = make_job(task, root, tmp_path)
+@pytest.mark.parametrize(("which", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
+def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, which, std):
+    job = make_job(which, root, tmp_path)
     model = classification.start_model(job)
     assert model.head.weight.shape == (1000, 128)  # a thousand classes, though the folder has four
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.02)
@@ -160,6 +161,23 @@ def test_the_classifier_is_left_and_reads_as_a_fine_tuned_checkpoint(finetuned):
 def test_the_optimizer_state_is_gone_after_success(finetuned):
     job, _ = finetuned
     assert sorted(p.name for p in job.work.iterdir()) == [CLASSIFIER_FILE, "job.json", "log.jsonl", "record.json"]
+
+
+def test_a_kill_just_before_the_record_costs_no_training(root, tmp_path, monkeypatch):
+    job = make_job(LINPROBE, root, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job)
+    assert (tmp_path / CHECKPOINT_FILE).exists()
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    try:
+        record = run_job(job)
+    finally:
+        hook.remove()
+    assert (record.status, record.images_seen, steps) == ("ok", 64, [])
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
 def test_the_left_classifier_evaluates_to_the_recorded_numbers(finetuned, root, tmp_path):

@@ -82,6 +82,12 @@ def test_an_unexpected_error_leaves_its_traceback_beside_the_record(tmp_path):
     assert "in run" in traceback
 
 
+def test_the_traceback_of_an_earlier_attempt_goes(tmp_path):
+    run_job(job_that(fail(ZeroDivisionError()), tmp_path))
+    assert run_job(job_that(succeed, tmp_path)).status == "ok"
+    assert not (tmp_path / "error.txt").exists()
+
+
 def test_an_error_without_a_message_has_its_name_for_a_reason(tmp_path):
     assert run_job(job_that(fail(AssertionError()), tmp_path)).reason.startswith("AssertionError: ")
 
