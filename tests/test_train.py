@@ -141,6 +141,28 @@ def test_logits_that_are_no_numbers_give_no_accuracy(tmp_path):
         evaluate(TableModel(table), split, eval_transform(16), Machine(), "x")
 
 
+class Small(TableModel):
+    """Lacks memory for more than `room` images."""
+
+    room = 2
+
+    def forward(self, images):
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("too many")
+        return super().forward(images)
+
+
+def test_lack_of_memory_halves_what_is_evaluated_at_once(tmp_path):
+    labels = [3, 14, 15, 92, 65, 35, 89]
+    split, model = coded_split(tmp_path, labels), Small(one_hot_logits([3, 0, 15, 0, 65, 35, 89]))
+    scores = evaluate(model, split, eval_transform(16), Machine(), "x")
+    assert scores.top1.tolist() == [True, False, True, False, True, True, True]
+    assert sum(model.batches) == 7
+    model.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, split, eval_transform(16), Machine(), "x")
+
+
 # Two processes equal one
 
 
