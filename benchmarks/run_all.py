@@ -19,6 +19,7 @@ try:
     from benchmarks.report import report
     from benchmarks.suite import TASKS
     from mae_core.errors import UserError
+    from mae_core.machine import natural
     from mae_core.progress import duration
     from transfer.cli import add_common_flags, headline, settle
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
@@ -28,6 +29,8 @@ except ModuleNotFoundError as e:
     sys.exit(2)
 
 MAE_MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
+if MAE_MINI.is_relative_to(Path.cwd()):
+    MAE_MINI = MAE_MINI.relative_to(Path.cwd())  # records name it so
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="checkpoint files, or random:ARCH (default: the shipped mae_mini, and random weights of its size)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all that fit the checkpoint)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=natural, default=[0])
     parser.add_argument("--set", nargs="+", default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")

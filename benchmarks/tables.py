@@ -1,11 +1,9 @@
 """The tables of the MAE paper as data, and what stands in them.
 
 To add a table: add a `Table` to TABLES and, if numbers are published for it, results/published/<published>.csv.
-
-- A section is one recipe on one kind of data; a row of it is one checkpoint under one engine, precision and input
-  side. Numbers of different meaning therefore never share a row or a column.
-- A cell averages the seeds of one experiment. Its standard error is that of one run from the sampling of the test
-  images; the spread over seeds stands apart from it.
+A section is one recipe on one kind of data; a row of it is one checkpoint under one engine, precision and input side:
+numbers of different meaning never share a row or a column. A cell averages the seeds of one experiment. Its standard
+error is that of one run from the sampling of the test images; the spread over seeds stands apart from it.
 """
 
 import dataclasses
@@ -208,8 +206,7 @@ def as_text(record: Record) -> str:
 
 def rank(record: Record) -> tuple:
     """Of two records for one cell and seed the higher one stands: by status, then the latest, then by identity."""
-    identity = json.dumps(record.identity, sort_keys=True)
-    return STATUS.index(record.status), record.finished, identity, as_text(record)
+    return STATUS.index(record.status), record.finished, json.dumps(record.identity, sort_keys=True), as_text(record)
 
 
 def experiment(record: Record) -> str:
@@ -218,8 +215,7 @@ def experiment(record: Record) -> str:
 
 
 def of_table(records: list[Record], table: Table) -> list[Record]:
-    tasks = {column.task for column in table.columns}
-    return [r for r in records if r.task in tasks]
+    return [r for r in records if r.task in {column.task for column in table.columns}]
 
 
 def row_of(r: Record) -> Row:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from mae_core.checkpoint import save_weights
 from mae_core.data import Images, list_images, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
-from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, peak_memory_gib
+from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
 from mae_core.settings import did_you_mean, override
@@ -83,6 +84,7 @@ def training_images(data: Path) -> list[Path]:
     return list_images(data / "train" if (data / "train").is_dir() else data)
 
 
+@lru_cache(maxsize=1)  # every micro-batch of a step takes its part of the same noise
 def step_noise(seed: int, step: int, batch: int, patches: int) -> torch.Tensor:
     """The noise [batch, patches] that decides the masks of one step, the same however many processes share it."""
     generator = torch.Generator().manual_seed(seed_for(seed, step, 1) % 2**63)
@@ -158,7 +160,7 @@ def main() -> int:
     parser.add_argument("--arch", required=True)
     parser.add_argument("--recipe", default="paper", help="paper or mini")
     parser.add_argument("--out", type=Path, required=True, help="work folder; the same command resumes in it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="override recipe knobs")
     add_machine_flags(parser)
     args = parser.parse_args()
@@ -170,7 +172,7 @@ def main() -> int:
         with distributed.process_group(machine.device) as device:
             machine = replace(machine, device=device)
             state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine)
-    except UserError as e:
+    except (UserError, OSError) as e:  # OSError: a full or read-only disk
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

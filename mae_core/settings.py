@@ -17,7 +17,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 
 
 def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe with "knob=value" settings applied, and the parsed values.
+    """The recipe with "knob=value" settings applied, and the values that differ from it.
 
     UserError for an unknown knob or a value of the wrong type.
     """
@@ -30,6 +30,8 @@ def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]
         if knob not in types:
             raise UserError(f"--set {setting}: this recipe has no '{knob}'; {did_you_mean(knob, sorted(types))}")
         parsed[knob] = parse_value(knob, text, getattr(recipe, knob), types[knob])
+    # A knob set to the value it has changes nothing, the recipe's name neither.
+    parsed = {knob: value for knob, value in parsed.items() if value != getattr(recipe, knob)}
     return dataclasses.replace(recipe, **parsed), parsed
 
 

@@ -6,6 +6,7 @@ what a file is, not its extension.
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -239,6 +240,19 @@ def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sort_header(path: Path) -> None:
+    """Order a safetensors header by name, in place: the library writes metadata in any order, and the hash of a file
+    is the identity of what is in it."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) > length:
+            raise ValueError(f"the ordered header of {path} outgrew its {length} bytes")
+        file.seek(8)
+        file.write(ordered.ljust(length))
+
+
 def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as safetensors with the metadata and {"format": "mae-transfer"}.
 
@@ -252,6 +266,7 @@ def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str,
         with open(part, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
         save_file(state, part, metadata={**metadata, "format": OUR_FORMAT})
+        sort_header(part)
         os.chmod(part, mode)  # safetensors makes files that only their owner can read
         with open(part, "rb") as file:
             os.fsync(file.fileno())

@@ -17,7 +17,7 @@ ARCHS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "vit_small
 # All that "mini" may change.
 SIZES = {"image_size", "epochs", "warmup_epochs", "batch", "base_lr"}
 MINI_FIELDS = {
-    "imagenet_finetune": SIZES | {"mixup", "cutmix", "drop_path"},
+    "imagenet_finetune": SIZES | {"mixup", "cutmix", "drop_path", "min_scale", "rand_augment", "random_erasing"},
     "imagenet_linprobe": SIZES,
 }
 

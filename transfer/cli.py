@@ -11,7 +11,7 @@ from typing import Any
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import Machine, add_machine_flags, machine_from
+from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 
@@ -33,10 +33,10 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     if args.data is not None:
         if not args.data.is_dir():
             raise UserError(f"--data {args.data} is not a folder")
-        return args.data.resolve()
+        return args.data
     if args.recipe != "mini":
-        return Path(os.environ.get("MAE_TRANSFER_DATA", "datasets")).resolve()
-    root = (args.out / "miniature").resolve()
+        return Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
+    root = args.out / "miniature"
     if distributed.is_main():
         for write in dict.fromkeys(task.miniature for task in tasks):
             write(root)
@@ -121,7 +121,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {tasks[0].module}")
     parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(t.name for t in tasks))
     parser.add_argument("--ckpt", required=True, help="checkpoint file, or random:ARCH")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="override recipe knobs")
     if any(task.needs == "classifier" for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors that imagenet_finetune left")

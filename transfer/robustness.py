@@ -42,6 +42,7 @@ ALEXNET_ERROR = {
 SEVERITIES = (1, 2, 3, 4, 5)
 # The released archives unpack into groups (noise/gaussian_noise/1/...); others lay the corruptions side by side.
 GROUPS = ("", "noise", "blur", "weather", "digital")
+# Sketch: its README says 50,000, its archive holds 50,889.
 COUNTS = {"imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889}
 FOLDERS = {
     "imagenet_a": ("imagenet-a",),
@@ -180,6 +181,7 @@ def run_200(job: Job) -> Result:
     metrics, stderr = evaluate(model, clean, transform, job.machine, f"{job.task.name} clean", kept).metrics()
     return replace(
         result,
+        images_seen=result.images_seen + len(clean.files),
         metrics=result.metrics | {"clean_200_top1": metrics["top1"]},
         stderr=result.stderr | {"clean_200_top1": stderr["top1"]},
     )
