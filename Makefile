@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python -m transfer.miniature --out $(DEMO)/miniature --unlabelled 5000
 	@echo "== 2/4 pre-training for about a minute (mae_mini, which step 4 evaluates, had longer)"
 	$(BIN)/python -m mae_core.pretrain --data $(DEMO)/miniature/unlabelled --arch vit_mini_patch8 --recipe mini \
-		--set epochs=10 --out $(DEMO)/pretrain
+		--set epochs=7 --out $(DEMO)/pretrain
 	@echo "== 3/4 what it reconstructs"
 	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors --images $(DEMO)/miniature/imagenet/val \
 		--limit 8 --out $(DEMO)/reconstruction.png
