@@ -223,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         list_tasks()
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job scheduler's SIGTERM stops like Ctrl-C
+    # A job scheduler's SIGTERM stops like Ctrl-C. SIGINT too: a background job of a script inherits it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         items = make_plan(args)
         print_plan(items, args)

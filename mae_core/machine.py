@@ -53,7 +53,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine (recorded, never part of the recipe)")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     group.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on GPU")
-    group.add_argument("--micro-batch", type=natural, default=0, help="images per process and forward pass")
+    group.add_argument("--micro-batch", type=int, default=0, help="images per process and forward pass")
     group.add_argument("--workers", type=int, default=-1, help="processes that decode images (default: up to 16)")
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory, about a third more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -73,6 +73,8 @@ def machine_from(args: argparse.Namespace) -> Machine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    if args.micro_batch < 0:
+        raise UserError(f"--micro-batch {args.micro_batch}: give a positive number of images")
     processes = distributed.world_size()
     return Machine(
         device=device,

@@ -90,7 +90,7 @@ OWN = {
     "imagenet_finetune": {
         "betas": (0.5, 0.9),
         "layer_decay": 0.9,
-        "rand_augment": "",
+        "rand_augment": "rand-m9-mstd0.5-inc1",
         "random_erasing": 0.9,
         "optimizer": {"optimizer": "lars", "momentum": 0.9, "trust_coefficient": 0.001} | UNUSED["lars"],
     },
