@@ -28,12 +28,12 @@ install: .venv/.installed
 
 demo: install
 	@echo "== 1/4 unlabelled images, generated"
-	$(BIN)/python -m transfer.miniature --out $(DEMO)/miniature --unlabelled 5000
+	$(BIN)/python -m transfer.miniature --out $(DEMO)/data --unlabelled 5000
 	@echo "== 2/4 pre-training for about a minute (mae_mini, which step 4 evaluates, had longer)"
-	$(BIN)/python -m mae_core.pretrain --data $(DEMO)/miniature/unlabelled --arch vit_mini_patch8 --recipe mini \
+	$(BIN)/python -m mae_core.pretrain --data $(DEMO)/data/unlabelled --arch vit_mini_patch8 --recipe mini \
 		--set epochs=7 --out $(DEMO)/pretrain
 	@echo "== 3/4 what it reconstructs"
-	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors --images $(DEMO)/miniature/imagenet/val \
+	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors --images $(DEMO)/data/imagenet/val \
 		--limit 8 --out $(DEMO)/reconstruction.png
 	@echo "== 4/4 every task on mae_mini and on random weights"
 	$(BIN)/python benchmarks/run_all.py --recipe mini --out $(DEMO)

@@ -10,7 +10,7 @@ from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import machine_from
-from mae_core.settings import did_you_mean
+from mae_core.settings import did_you_mean, override
 from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place
 from transfer.task import CLASSIFIER_FILE, Job, Task
 
@@ -35,17 +35,19 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and looks at the data."""
     named = find_tasks(args.tasks, TASKS) if args.tasks else None
     settings = settings_by_task(args.set, TASKS)
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
     machine = replace(machine_from(args), processes=args.gpus)
     read = cache(read_checkpoint)
     # Random weights are drawn anew for each seed; a file is read once.
-    checkpoints = [
-        (read(c, s if c.startswith("random:") else 0), s) for c in dict.fromkeys(args.ckpt) for s in args.seeds
-    ]
+    checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
+    for task in TASKS:
+        override(task.recipe("vit_base_patch16", args.recipe), settings[task.name])  # also of tasks that are not run
     root = data_root(args, named or TASKS)
-    look = cache(lambda task: task.look(root))
+    look = cache(lambda look_below: look_below(root))  # some tasks share their data, and listing it takes a while
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
-        return make_job(task, checkpoint, args.recipe, settings[task.name], look(task), args.out, seed, machine)
+        return make_job(task, checkpoint, args.recipe, settings[task.name], look(task.look), args.out, seed, machine)
 
     items = []
     for checkpoint, seed in checkpoints:

@@ -4,6 +4,7 @@ python benchmarks/run_all.py --ckpt mae_vit_l.pth
 """
 
 import argparse
+import contextlib
 import fcntl
 import os
 import signal
@@ -38,18 +39,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ckpt",
         nargs="+",
+        action="extend",
         metavar="FILE",
-        default=[str(MAE_MINI), "random:vit_mini_patch8"],
         help="checkpoint files, or random:ARCH (default: the shipped mae_mini, and random weights of its size)",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all that fit the checkpoint)")
-    parser.add_argument("--seeds", nargs="+", type=natural, default=[0])
-    parser.add_argument("--set", nargs="+", default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")
+    parser.add_argument("--seeds", **several, type=natural, help="one run of every task for each (default: 0)")
+    parser.add_argument("--set", **several, default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.ckpt = list(dict.fromkeys(args.ckpt or [str(MAE_MINI), "random:vit_mini_patch8"]))
+    args.seeds = list(dict.fromkeys(args.seeds or [0]))
+    return args
 
 
 def groups(items: Sequence[Item]) -> list[list[Item]]:
@@ -67,7 +72,7 @@ class Child:
 
     def __init__(self, jobs: Sequence[Job], args: argparse.Namespace, lock: int, number: str) -> None:
         job = jobs[0]
-        names = [job.task.name for job in jobs]
+        names = self.names = [job.task.name for job in jobs]
         self.title = f"[{number}] {job.checkpoint.name} {' '.join(names)} seed {job.seed}"
         self.log = args.out / "logs" / f"{slug(job.checkpoint.name)}-{'-'.join(names)}-seed{job.seed}.log"
         self.command = [*launcher(args.gpus), "-m", job.task.module, "--task", *names, *flags(job, args)]
@@ -96,16 +101,21 @@ class Child:
             )
             try:
                 self.follow(process, log)
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C, or nobody reads what is printed here any more
                 # torchrun passes SIGTERM on to its processes; a plain child takes SIGINT.
                 process.send_signal(signal.SIGTERM if self.parallel else signal.SIGINT)
-                print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
+                self.say("stopping: the step under way is finished and saved (Ctrl-C again to kill)")
                 try:
-                    self.follow(process, log)
+                    log.writelines(process.stdout)
+                    process.wait()
                 finally:
                     process.kill()
                 raise
             return process.wait()
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            print(f"\n{line}", flush=True)
 
     def follow(self, process: subprocess.Popen, log) -> None:
         shown = 0.0
@@ -162,18 +172,21 @@ def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Reco
             else:
                 records.append(record)
                 print(f"[{number}/{len(parts)}] {job.checkpoint.name} {headline(record)}", flush=True)
-        if not todo:
-            continue
-        child = Child(todo, args, lock, f"{number}/{len(parts)}")
-        started = time.monotonic()
-        code = child.run()
-        took = duration(time.monotonic() - started)
-        for job in todo:
-            record = outcome(job, code, child)
-            records.append(record)
-            start = "\r\033[K" if sys.stdout.isatty() else ""
-            tail = f"(seed {job.seed}, {took})"
-            print(f"{start}[{number}/{len(parts)}] {job.checkpoint.name} {headline(record)} {tail}", flush=True)
+        while todo:
+            child = Child(todo, args, lock, f"{number}/{len(parts)}")
+            started = time.monotonic()
+            code = child.run()
+            took = duration(time.monotonic() - started)
+            # A child that ended early took the rest of its group with it: another one goes on behind the last record.
+            left = [job for job in todo if not (job.work / RECORD_FILE).exists()]
+            again = left if len(left) < len(todo) else []
+            for job in (job for job in todo if job not in again):
+                record = outcome(job, code, child)
+                records.append(record)
+                start = "\r\033[K" if sys.stdout.isatty() else ""
+                tail = f"(seed {job.seed}, {took})"
+                print(f"{start}[{number}/{len(parts)}] {job.checkpoint.name} {headline(record)} {tail}", flush=True)
+            todo = again
     return records
 
 
@@ -223,8 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         list_tasks()
         return 0
-    # A job scheduler's SIGTERM stops like Ctrl-C. SIGINT too: a background job of a script inherits it ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A scheduler's SIGTERM and a closed terminal stop like Ctrl-C. SIGINT too: a script's background job inherits it
+    # ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         items = make_plan(args)
@@ -232,15 +246,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.plan:
             return 0
         lock = take_lock(args.out)
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     try:
         records = run(items, args, lock)
-    except KeyboardInterrupt:
-        table(args.out)
-        print("stopped; the same command goes on from here", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):
+            if any(args.out.glob(f"runs/**/{RECORD_FILE}")):
+                table(args.out)
+            print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except (UserError, OSError) as e:
+        print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+        return 1
     tabled = table(args.out)
     return exit_code(records, items, args.tasks is not None) or (0 if tabled else 1)
 

@@ -23,7 +23,7 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
-from mae_core.settings import did_you_mean, override
+from mae_core.settings import check_ranges, did_you_mean, override
 from mae_core.training import CHECKPOINT_FILE, State, Training
 from mae_core.vit import get_arch
 
@@ -49,6 +49,9 @@ class PretrainRecipe:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     min_scale: float = 0.2  # random resized crop, smallest share of the area
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 MINI_FIELDS = ("image_size", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "warmup_epochs")
@@ -161,7 +164,9 @@ def main() -> int:
     parser.add_argument("--recipe", default="paper", help="paper or mini")
     parser.add_argument("--out", type=Path, required=True, help="work folder; the same command resumes in it")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="override recipe knobs")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
+    )
     add_machine_flags(parser)
     args = parser.parse_args()
     try:

@@ -1,5 +1,6 @@
 """One line of progress at a time: how far, how fast, how long still."""
 
+import os
 import sys
 import time
 
@@ -37,7 +38,11 @@ class Progress:
         per_step = (now - self.started) / max(done - self.first, 1)
         eta = duration(per_step * (self.total - done))
         line = f"{self.label} {done}/{self.total} | {self.rate():.0f} images/s | ETA {eta}" + (note and f" | {note}")
-        if sys.stdout.isatty():
-            print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)
-        else:
-            print(line, flush=True)
+        try:
+            if sys.stdout.isatty():
+                print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)
+            else:
+                print(line, flush=True)
+        except BrokenPipeError:  # whoever read this is gone: the work goes on
+            self.enabled = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

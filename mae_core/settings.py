@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,52 @@ def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]
     return dataclasses.replace(recipe, **parsed), parsed
 
 
+# What a recipe's numbers must lie in, whichever recipe has them: lowest, highest, and whether the highest is allowed.
+RANGES = {
+    "epochs": (1, math.inf, True),
+    "batch": (1, math.inf, True),
+    "warmup_epochs": (0, math.inf, True),
+    "base_lr": (0, math.inf, True),
+    "min_lr": (0, math.inf, True),
+    "betas": (0, 1, False),
+    "momentum": (0, 1, False),
+    "trust_coefficient": (0, math.inf, True),
+    "weight_decay": (0, math.inf, True),
+    "layer_decay": (0, 1, True),
+    "drop_path": (0, 1, False),
+    "head_std": (0, math.inf, True),
+    "min_scale": (0, 1, True),
+    "random_erasing": (0, 1, True),
+    "mixup": (0, math.inf, True),
+    "cutmix": (0, math.inf, True),
+    "label_smoothing": (0, 1, False),
+    "ema": (0, 1, False),
+    "mask_ratio": (0, 1, False),
+    "decoder_dim": (4, math.inf, True),
+    "decoder_depth": (1, math.inf, True),
+    "decoder_heads": (1, math.inf, True),
+}
+
+
+def check_ranges(recipe: Any) -> None:
+    """UserError for a number that no training can have, such as a negative number of epochs."""
+    for knob, (low, high, closed) in RANGES.items():
+        values = getattr(recipe, knob, ())
+        for value in values if isinstance(values, tuple) else (values,):
+            if not (low <= value <= high and (closed or value < high)):
+                limit = f"from {low} on" if high == math.inf else f"from {low} to {'' if closed else 'below '}{high}"
+                raise UserError(f"{knob}={value}: it must be {limit}")
+    if recipe.warmup_epochs > recipe.epochs:
+        raise UserError(f"warmup_epochs={recipe.warmup_epochs} is longer than the training (epochs={recipe.epochs})")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
     try:
         if isinstance(current, bool):
@@ -42,9 +89,9 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
         if isinstance(current, int):
             return int(text)
         if isinstance(current, float):
-            return float(text)
+            return finite(text)
         if isinstance(current, tuple):
-            parts = tuple(float(part) for part in text.split(","))
+            parts = tuple(finite(part) for part in text.split(","))
             if len(parts) != len(current):
                 raise ValueError
             return parts

@@ -128,7 +128,7 @@ def test_a_run_writes_official_names_and_says_how_it_was_made(reference):
 
 
 def test_a_run_trains(noise_images, reference, tmp_path):
-    train(noise_images, tmp_path / "untrained", epochs=0)
+    train(noise_images, tmp_path / "untrained", base_lr=0.0)
     before, after = weights(tmp_path / "untrained"), weights(reference)
     assert set(before) - set(differing(before, after)) == {"pos_embed", "decoder_pos_embed"}
     losses = [line["loss"] for line in log(reference)]
@@ -382,8 +382,8 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp
         (["--recipe", "tiny"], "error: unknown recipe 'tiny'; did you mean mini?"),
         (["--set", "epoch=3"], "error: --set epoch=3: this recipe has no 'epoch'; did you mean epochs?"),
         (["--set", "batch=128"], "has 64 images, less than one batch of 128: set a smaller batch (--set batch=N)"),
-        (["--set", "batch=0"], "error: a batch of 0 cannot be shared by 1 processes"),
-        (["--set", "batch=16", "mask_ratio=1"], "error: a mask ratio of 1.0 leaves 0 of 36 patches visible"),
+        (["--set", "batch=0"], "error: batch=0: it must be from 1 on"),
+        (["--set", "batch=16", "mask_ratio=1"], "error: mask_ratio=1.0: it must be from 0 to below 1"),
         (["--set", "batch=16", "image_size=50"], "50x50 is not divisible by it"),
         (["--data", "nowhere"], "error: nowhere is not a folder of images"),
         (["--micro-batch", "-1"], "error: --micro-batch -1: give a positive number of images"),

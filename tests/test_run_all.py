@@ -19,7 +19,7 @@ from benchmarks.plan import Item, settings_by_task
 from benchmarks.suite import TASKS
 from mae_core.errors import UserError
 from transfer.images import wnids
-from transfer.task import Record, read_record
+from transfer.task import Record, read_record, write_record
 
 RUN_ALL = Path(run_all.__file__).resolve()
 WNIDS = sorted({*wnids("imagenet_a")} & {*wnids("imagenet_r")})[:2]
@@ -152,11 +152,37 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=ten"], "epochs"),
         (["--ckpt", ARCH, "--set", "epochs=1"], "TASK.KNOB=VALUE"),
         (["--ckpt", ARCH, "--data", str(tmp_path / "nowhere")], "nowhere"),
+        (["--ckpt", ARCH, "--gpus", "0"], "--gpus 0"),
+        (["--ckpt", ARCH, "--set", "imagenet_finetune.image_size=50"], "50x50"),
+        (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=-1"], "epochs=-1"),
+        (["--ckpt", ARCH, "--tasks", "imagenet_linprobe", "--set", "imagenet_c.transfrm=1"], "transform"),
+        (["--ckpt", ARCH, "--out", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth"),
     ):
         assert run_all.main([*out, *arguments]) == 2
         errors = capsys.readouterr().err
         assert said in errors
         assert len(errors.splitlines()) == 1
+
+
+def test_a_group_goes_on_behind_a_child_that_ended_early(tmp_path: Path, data: Path, monkeypatch) -> None:
+    """Jobs that share a child: one record was written, then the process died; the rest gets a process of its own."""
+    write_images(data / "imagenet-a", 1)
+    write_images(data / "imagenet-r", 1)
+    args = run_all.parse(["--ckpt", ARCH, "--recipe", "mini", "--data", str(data), "--out", str(tmp_path / "out")])
+    items = [i for i in run_all.make_plan(args) if i.job.task.name in ("imagenet_a", "imagenet_r")]
+    monkeypatch.setattr(run_all, "settle", lambda job: None)
+    started = []
+
+    def run_one(child: run_all.Child) -> int:
+        started.append(child.names)
+        job = next(item.job for item in items if item.job.task.name == child.names[0])
+        write_record(Record(child.names[0], "ok", metric="top1", metrics={"top1": 1.0}), job.work)
+        return 1
+
+    monkeypatch.setattr(run_all.Child, "run", run_one)
+    made = run_all.run(items, args, lock=0)
+    assert started == [["imagenet_a", "imagenet_r"], ["imagenet_r"]]
+    assert [record.status for record in made] == ["ok", "ok"]
 
 
 def test_nothing_to_run_is_exit_code_2(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from mae_core.errors import UserError
+from mae_core.pretrain import PretrainRecipe
 from mae_core.settings import did_you_mean, differences, override, write_json
 
 
@@ -83,3 +84,21 @@ def test_write_json_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         write_json(path, {"first": "written", "second": object()})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("epochs=0", "from 1 on"),
+        ("batch=-4", "from 1 on"),
+        ("warmup_epochs=2000", "longer than the training"),
+        ("min_scale=2", "from 0 to 1"),
+        ("betas=0.9,1", "below 1"),
+        ("weight_decay=-0.1", "from 0 on"),
+        ("base_lr=nan", "base_lr"),
+        ("base_lr=inf", "base_lr"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_refused(setting: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        override(PretrainRecipe(), [setting])

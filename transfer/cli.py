@@ -13,6 +13,7 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
+from mae_core.vit import vit_arguments
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 
 
@@ -36,7 +37,7 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
         return args.data
     if args.recipe != "mini":
         return Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
-    root = args.out / "miniature"
+    root = args.out / "data"
     if distributed.is_main():
         for write in dict.fromkeys(task.miniature for task in tasks):
             write(root)
@@ -65,6 +66,7 @@ def make_job(
 ) -> Job:
     """The job and its work folder; UserError for an unknown knob."""
     recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
+    vit_arguments(checkpoint.arch, recipe.image_size or None)  # refuses a size that the patches do not divide
     job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, machine=machine, parent=parent)
     return place(job, out)
 
@@ -87,7 +89,8 @@ def obstacle(job: Job) -> tuple[str, str]:
     if task.needs == "fine-tuned file" and kind != "classifier":
         return "skipped", f"{job.checkpoint.name} has no head: give a fine-tuned classifier as --ckpt"
     if task.needs == "classifier" and kind != "classifier" and job.parent is None:
-        return "skipped", "needs imagenet_finetune (same checkpoint, recipe and seed), or a fine-tuned file as --ckpt"
+        where = "same checkpoint, recipe and seed, with its classifier.safetensors"
+        return "skipped", f"needs imagenet_finetune ({where}), or a fine-tuned file as --ckpt"
     return "", ""
 
 
@@ -119,10 +122,14 @@ def headline(record: Record) -> str:
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     """Run some of a family's tasks on one checkpoint. Exit code: 0 all gave a number, 1 not all, 2 a wrong call."""
     parser = argparse.ArgumentParser(prog=f"python -m {tasks[0].module}")
-    parser.add_argument("--task", nargs="+", required=True, metavar="TASK", help=", ".join(t.name for t in tasks))
+    parser.add_argument(
+        "--task", nargs="+", action="extend", required=True, metavar="TASK", help=", ".join(t.name for t in tasks)
+    )
     parser.add_argument("--ckpt", required=True, help="checkpoint file, or random:ARCH")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="override recipe knobs")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
+    )
     if any(task.needs == "classifier" for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors that imagenet_finetune left")
     add_common_flags(parser)
@@ -132,7 +139,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         machine = machine_from(args)
         with distributed.process_group(machine.device) as device:
             records = run_tasks(chosen, args, replace(machine, device=device))
-    except UserError as e:
+    except (UserError, OSError) as e:  # OSError: a full or read-only disk
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

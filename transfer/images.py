@@ -147,6 +147,21 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
 
 
+def look_imagenet_val(root: Path) -> Data:
+    """The validation images of ImageNet-1k alone: imagenet/val/WNID/*."""
+    folder = root / "imagenet" / "val"
+    if not folder.is_dir():
+        return Data(str(root), "missing", f"no data: ImageNet's validation images must lie at {folder}/WNID/*.JPEG")
+    val, problems = read_split(folder)
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {"classes": len(val.classes), "val": len(val.files)}
+    official = {name: IMAGENET_COUNTS[name] for name in counts}
+    detail = f"{counts['classes']} classes, {counts['val']} val"
+    label = label_of(root / "imagenet", counts, official)
+    return Data(str(root), "found", detail, label, fingerprint(root, val), counts, 100 / counts["classes"])
+
+
 def train_transform(image_size: int, min_scale: float, rand_augment: str, random_erasing: float) -> Callable:
     """What fine-tuning augments with, by timm: random resized crop (bicubic), flip, RandAugment, normalisation and
     random erasing with noise. rand_augment: timm's string, or "" for none."""

@@ -12,7 +12,7 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.checkpoint import Checkpoint
-from mae_core.data import read_image
+from mae_core.data import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer import cli, miniature
@@ -87,7 +87,7 @@ def look(name: str, root: Path) -> Data:
     """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
     folder = folder_of(root, name)
     if folder is None:
-        return Data(str(root), "missing", f"no data: it must lie at {root / FOLDERS[name][-1]}/WNID/*")
+        return Data(str(root), "missing", f"no data: it must lie at {root / name.replace('_', '-')}/WNID/*")
     split, problems = read_split(folder)
     allowed = set(columns(name)) if name != "imagenet_sketch" else set(range(len(wnids())))
     foreign = sorted(wnids()[i] for i in split.classes - allowed)
@@ -206,12 +206,8 @@ def run_c(job: Job) -> Result:
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
         splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
-        side = min(read_image(splits[0].files[0]).size)
-        if job.recipe.transform == "center_crop" and size > side:
-            raise UserError(
-                f"ImageNet-C's images are {side} px, a centre crop of {size} px would add a black border: "
-                "set transform=resize"
-            )
+        if job.recipe.transform == "center_crop":
+            check_crop(splits[0].files[0], size)
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
         label = f"{job.task.name} {number + 1}/15 {corruption}"
         scores = evaluate(model, whole, transform, job.machine, label)
@@ -227,6 +223,18 @@ def run_c(job: Job) -> Result:
         tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
         resolved={"image_size": size},
     )
+
+
+def check_crop(file: Path, size: int) -> None:
+    try:
+        side = min(read_image(file).size)
+    except UNREADABLE as e:
+        raise UserError(f"{file} cannot be read as an image ({e}): replace it") from None
+    if size > side:
+        raise UserError(
+            f"ImageNet-C's images are {side} px, a centre crop of {size} px would add a black border: "
+            "set transform=resize"
+        )
 
 
 def mce(errors: dict[str, list[float]]) -> float:

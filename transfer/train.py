@@ -20,10 +20,10 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.progress import Progress
-from mae_core.settings import did_you_mean
+from mae_core.settings import check_ranges, did_you_mean
 from mae_core.training import State, Training
 from mae_core.vit import build_vit, get_arch
-from transfer.images import Split, eval_transform
+from transfer.images import Split, eval_transform, train_transform
 from transfer.task import Job
 
 # The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
@@ -37,7 +37,7 @@ POOLS = ("avg", "token")
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """Every number of one classifier's training. Values and their sources: transfer/classification.py.
+    """Every number of one classifier's training. Values and their sources: transfer/classification_recipes.py.
 
     optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
     rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none.
@@ -68,12 +68,17 @@ class ClassifierRecipe:
     ema: float
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for knob, known in (("optimizer", tuple(UNUSED)), ("pool", POOLS)):
             if getattr(self, knob) not in known:
                 raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
         for knob, value in UNUSED[self.optimizer].items():
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
+        try:
+            train_transform(224, self.min_scale, self.rand_augment, self.random_erasing)
+        except Exception as e:  # timm parses the string, and fails in any way
+            raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
 
 
 @dataclass(frozen=True)
