@@ -369,7 +369,7 @@ def test_a_probe_says_when_its_batchnorm_saw_another_batch(tmp_path):
 def test_mixup_gets_an_even_micro_batch_wherever_the_batch_is_even(tmp_path, batch, micro_batch):
     root = write_imagenet(tmp_path, train=40)
     machine = Machine(micro_batch=micro_batch)
-    job = make_job(FINETUNE, root, tmp_path / "work", machine, batch=batch, mixup=0.8, epochs=0)
+    job = make_job(FINETUNE, root, tmp_path / "work", machine, batch=batch, mixup=0.8, epochs=1, warmup_epochs=0)
     state, _ = train(job)
     assert state.micro_batch % 2 == 0
     assert batch % state.micro_batch == 0
