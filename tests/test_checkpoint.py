@@ -386,6 +386,7 @@ def test_code_in_a_pickle_never_runs(put, tmp_path, way):
     found = "a Python pickle that torch.save did not write" if way == "plain pickle 4" else f"{os.name}.system"
     assert found in str(error.value)
     assert "\n" not in str(error.value)
+    # Loaded the unsafe way on purpose: an attack that does nothing anyway would prove nothing about the reader.
     torch.load(path, weights_only=False) if way in ("zip", "old pickle") else pickle.loads(pickle.dumps(attack))
     assert target.exists()  # the attack is real
 

@@ -149,17 +149,13 @@ def trained_result(
     )
 
 
-def write_miniature(root: Path) -> None:
-    miniature.imagenet(root)
-
-
 COMMON = {
     "module": "transfer.classification",
     "metric": "top1",
     "higher_is_better": True,
     "version": 1,
     "look": look_imagenet,
-    "miniature": write_miniature,
+    "miniature": miniature.imagenet,
 }
 TASKS = (
     Task(

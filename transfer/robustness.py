@@ -269,7 +269,7 @@ TASKS = (
         recipe=recipe,
         look=lambda root: look("imagenet_a", root),
         run=run_200,
-        miniature=lambda root: miniature.imagenet_a(root),
+        miniature=miniature.imagenet_a,
         **COMMON,
     ),
     Task(
@@ -281,7 +281,7 @@ TASKS = (
         recipe=recipe,
         look=lambda root: look("imagenet_r", root),
         run=run_200,
-        miniature=lambda root: miniature.imagenet_r(root),
+        miniature=miniature.imagenet_r,
         **COMMON,
     ),
     Task(
@@ -293,7 +293,7 @@ TASKS = (
         recipe=recipe,
         look=lambda root: look("imagenet_sketch", root),
         run=run_sketch,
-        miniature=lambda root: miniature.imagenet_sketch(root),
+        miniature=miniature.imagenet_sketch,
         **COMMON,
     ),
     Task(
@@ -305,7 +305,7 @@ TASKS = (
         recipe=recipe_c,
         look=look_c,
         run=run_c,
-        miniature=lambda root: miniature.imagenet_c(root),
+        miniature=miniature.imagenet_c,
         **COMMON,
     ),
 )

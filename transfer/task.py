@@ -74,7 +74,7 @@ class Task:
     sources: Callable[[str], dict[str, str]]  # arch -> where each paper value comes from
     look: Callable[[Path], Data]
     run: Callable[["Job"], Result]
-    miniature: Callable[[Path], None]
+    miniature: Callable[[Path], Path]  # writes its generated data below a root
 
 
 @dataclass(frozen=True)
