@@ -47,7 +47,8 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     look = cache(lambda look_below: look_below(root))  # some tasks share their data, and listing it takes a while
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
-        return make_job(task, checkpoint, args.recipe, settings[task.name], look(task.look), args.out, seed, machine)
+        data, knobs = look(task.look), settings[task.name]
+        return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, machine, args.engine)
 
     items = []
     for checkpoint, seed in checkpoints:
@@ -114,7 +115,7 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
         print(f"  {name}: {arch}, {kind}, sha256 {sha}, seed {seed}")
         for item in group:
             job = item.job
-            print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<6} {item.state:<8} {item.why}")
+            print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {item.why}")
     states = [item.state for item in items]
     print(
         "  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states),

@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
-    add_common_flags(parser)
+    add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
     args.ckpt = list(dict.fromkeys(args.ckpt or [str(MAE_MINI), "random:vit_mini_patch8"]))
     args.seeds = list(dict.fromkeys(args.seeds or [0]))
@@ -148,6 +148,8 @@ def flags(job: Job, args: argparse.Namespace) -> list[str]:
             "--set",
             *(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in job.overrides.items()),
         ]
+    if len(job.task.engines) > 1:
+        given += ["--engine", job.engine]
     if job.parent is not None:
         given += ["--classifier", job.parent.path]
     given += ["--device", args.device, "--precision", args.precision, "--workers", str(args.workers)]

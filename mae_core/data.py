@@ -142,9 +142,21 @@ def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoad
     )
 
 
-def collate(samples: list[tuple[torch.Tensor, int, str]]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+def collate(samples: list[tuple[torch.Tensor, Any, str]]) -> tuple[torch.Tensor, Any, list[str]]:
     images, labels, bad = zip(*samples)
-    return torch.stack(images), torch.tensor(labels), [name for name in bad if name]
+    targets = Targets(labels) if isinstance(labels[0], dict) else torch.tensor(labels)
+    return torch.stack(images), targets, [name for name in bad if name]
+
+
+class Targets(list):
+    """What images show, where it is no number: a dict of tensors each. Moves to a device and slices as a tensor does."""
+
+    def to(self, device: str, non_blocking: bool = False) -> "Targets":
+        return Targets({k: v.to(device, non_blocking=non_blocking) for k, v in one.items()} for one in self)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = super().__getitem__(index)
+        return Targets(found) if isinstance(index, slice) else found
 
 
 def pretraining_transform(image_size: int, min_scale: float) -> v2.Compose:

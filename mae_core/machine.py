@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -116,9 +117,13 @@ def hardware(device: str) -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
-def versions() -> dict[str, str]:
-    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+def versions(further: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, of what every number rests on, and of those further distributions that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "timm", "numpy", "pillow", *further):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def commit() -> str:

@@ -156,7 +156,11 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
     changed = differences(as_json(content["fixed"]), as_json(t.fixed))
     if changed:
         raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
-    model.load_state_dict(content["model"])
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as e:
+        problem = " ".join(str(e).split())[:200]
+        raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
     optimizer.load_state_dict(content["optimizer"])
     if ema is not None:
         ema.module.load_state_dict(content["ema"])

@@ -1,6 +1,7 @@
 """What every task script and benchmarks/run_all.py share: the flags, the making of jobs, the reasons not to run one."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from mae_core.vit import vit_arguments
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    """--recipe, --data, --out and the machine's flags."""
+def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
+    """--recipe, --data, --out, --engine where a task has a choice, and the machine's flags."""
     parser.add_argument("--recipe", default="paper", choices=("paper", "mini"), help="default: paper")
     parser.add_argument(
         "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
@@ -26,7 +27,31 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for runs and tables (default: results)"
     )
+    several = {task.name: list(task.engines) for task in tasks if len(task.engines) > 1}
+    names = list(dict.fromkeys(name for engines in several.values() for name in engines))
+    which = "; ".join(f"{task}: the first installed of {', '.join(engines)}" for task, engines in several.items())
+    if several:
+        parser.add_argument("--engine", default="auto", choices=("auto", *names), help=f"default: auto ({which})")
+    else:
+        parser.set_defaults(engine="auto")
     add_machine_flags(parser)
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module that another one has barred
+        return False
+
+
+def choose_engine(task: Task, asked: str = "auto") -> str:
+    """The engine that a task runs on: the one asked for where the task has it, else the first that is installed, else
+    the first. UserError if the one asked for is not installed."""
+    if asked in task.engines:
+        if not installed(task.engines[asked]):
+            raise UserError(f"--engine {asked}: it is not installed here; {task.install}")
+        return asked
+    return next((name for name, module in task.engines.items() if installed(module)), next(iter(task.engines)))
 
 
 def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
@@ -62,12 +87,14 @@ def make_job(
     out: Path,
     seed: int,
     machine: Machine,
+    engine: str = "auto",
     parent: Checkpoint | None = None,
 ) -> Job:
-    """The job and its work folder; UserError for an unknown knob."""
+    """The job and its work folder; UserError for an unknown knob or an engine that is not installed."""
     recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
     vit_arguments(checkpoint.arch, recipe.image_size or None)  # refuses a size that the patches do not divide
-    job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, machine=machine, parent=parent)
+    engine = choose_engine(task, engine)
+    job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, engine, machine, parent)
     return place(job, out)
 
 
@@ -82,6 +109,8 @@ def obstacle(job: Job) -> tuple[str, str]:
     task, kind = job.task, job.checkpoint.kind
     if task.needs == "encoder" and kind == "classifier":
         return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
+    if not installed(task.engines[job.engine]):
+        return "skipped", f"{job.engine} is not installed here; {task.install}"
     if job.data.status == "missing":
         return "skipped", job.data.detail
     if job.data.status == "incomplete":
@@ -132,7 +161,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     )
     if any(task.needs == "classifier" for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors that imagenet_finetune left")
-    add_common_flags(parser)
+    add_common_flags(parser, tasks)
     args = parser.parse_args(arguments)
     try:
         chosen = find_tasks(args.task, tasks)
@@ -170,7 +199,8 @@ def run_tasks(tasks: Sequence[Task], args: Any, machine: Machine) -> list[Record
     records = []
     for task in tasks:
         own = parent if task.needs == "classifier" and checkpoint.kind != "classifier" else None
-        job = make_job(task, checkpoint, args.recipe, args.set, task.look(root), args.out, args.seed, machine, own)
+        data = task.look(root)
+        job = make_job(task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, own)
         record = settle(job) or run_job(job)
         if distributed.is_main():
             print(f"{headline(record)} ({job.work / 'record.json'})", flush=True)

@@ -75,6 +75,10 @@ class Task:
     look: Callable[[Path], Data]
     run: Callable[["Job"], Result]
     miniature: Callable[[Path], Path]  # writes its generated data below a root
+    engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
+    install: str = ""  # how to install an engine that is absent
+    packages: tuple[str, ...] = ()  # further distributions whose versions the record names
+    plain_vit: bool = False  # it can hold no encoder but a plain ViT
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,7 @@ def describe(job: Job, **outcome: Any) -> Record:
         identity=job.identity(),
         machine=dataclasses.asdict(job.machine),
         hardware=hardware(job.machine.device),
-        versions=versions(),
+        versions=versions(job.task.packages),
         commit=commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
