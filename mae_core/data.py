@@ -149,7 +149,7 @@ def collate(samples: list[tuple[torch.Tensor, Any, str]]) -> tuple[torch.Tensor,
 
 
 class Targets(list):
-    """What images show, where it is no number: a dict of tensors each. Moves to a device and slices as a tensor does."""
+    """What images show, where it is no number: a dict of tensors each. Moves and slices as a tensor does."""
 
     def to(self, device: str, non_blocking: bool = False) -> "Targets":
         return Targets({k: v.to(device, non_blocking=non_blocking) for k, v in one.items()} for one in self)

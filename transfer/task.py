@@ -127,21 +127,18 @@ def identity(
 ) -> dict[str, Any]:
     """The fields that make two runs the same experiment, as plain JSON values. parent: SHA-256 of the classifier that a
     robustness task evaluates."""
-    return json.loads(
-        json.dumps(
-            {
-                "task": task.name,
-                "task_version": task.version,
-                "checkpoint": checkpoint.sha256,
-                "recipe": dataclasses.asdict(recipe),
-                "engine": engine,
-                "seed": seed,
-                "precision": precision,
-                "data": data.fingerprint,
-                "parent": parent,
-            }
-        )
-    )
+    fields = {
+        "task": task.name,
+        "task_version": task.version,
+        "checkpoint": checkpoint.sha256,
+        "recipe": dataclasses.asdict(recipe),
+        "engine": engine,
+        "seed": seed,
+        "precision": precision,
+        "data": data.fingerprint,
+        "parent": parent,
+    }
+    return json.loads(json.dumps(fields))
 
 
 @dataclass(frozen=True)
