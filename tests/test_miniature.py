@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mae_core.errors import UserError
-from transfer import miniature, scenes
+from transfer import miniature, miniature_dense, scenes
 from transfer.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 # The 15 names of ImageNet-C in the paper's order (Hendrycks and Dietterich, arXiv 1903.12261).
@@ -170,11 +170,14 @@ def test_real_data_are_never_overwritten(tmp_path):
 def test_command_line(tmp_path, capsys, monkeypatch):
     for name, per_class in {"TRAIN": 2, "VAL": 3, "HARD": 1, "RENDITION": 1, "SKETCH": 1, "CORRUPTED": 1}.items():
         monkeypatch.setattr(miniature, name, per_class)
+    monkeypatch.setattr(miniature_dense, "TRAIN", 3)
+    monkeypatch.setattr(miniature_dense, "VAL", 2)
     assert miniature.main(["--out", str(tmp_path / "data"), "--unlabelled", "20"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    names = ["imagenet", "imagenet-a", "imagenet-c", "imagenet-r", "imagenet-sketch", "unlabelled"]
+    names = ["ADEChallengeData2016", "coco"]
+    names += ["imagenet", "imagenet-a", "imagenet-c", "imagenet-r", "imagenet-sketch", "unlabelled"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir() if p.is_dir()) == names
-    assert len(printed) == 6
+    assert len(printed) == 8
     assert "train 32, val 48 images" in printed[0]
     assert len(digests(tmp_path / "data" / "imagenet-c")) == 16 * 15 * 5
 

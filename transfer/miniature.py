@@ -4,10 +4,11 @@
 
     DIR/imagenet/{train,val}/WNID/*.JPEG       DIR/imagenet-a/WNID/*.jpg       DIR/imagenet-sketch/WNID/*.JPEG
     DIR/imagenet-c/CORRUPTION/SEVERITY/WNID/*.JPEG       DIR/imagenet-r/WNID/*.jpg       DIR/unlabelled/*.JPEG
+    DIR/coco/       DIR/ADEChallengeData2016/            (transfer/miniature_dense.py)
 
-Images are 48 px; the 16 classes are shapes (transfer/scenes.py) that stand under real WNIDs, so that the class lists of
-ImageNet-1K, -A and -R apply to them unchanged. A WNID's real meaning plays no part. It is a world for trying things
-out: no number from it says anything about the real datasets.
+Images of ImageNet are 48 px; the 16 classes are shapes (transfer/scenes.py) that stand under real WNIDs, so that the
+class lists of ImageNet-1K, -A and -R apply to them unchanged. A WNID's real meaning plays no part. It is a world for
+trying things out: no number from it says anything about the real datasets.
 """
 
 import argparse
@@ -55,12 +56,12 @@ def class_wnids() -> dict[str, str]:
     return dict(zip(scenes.CLASSES, shared))
 
 
-def _rng(seed: int, split: str, label: int, index: int) -> np.random.Generator:
+def rng_of(seed: int, split: str, label: int, index: int) -> np.random.Generator:
     """The one source of randomness of an image. Different keys are different streams: no two splits share a scene."""
     return np.random.default_rng([seed, zlib.crc32(split.encode()), label, index])
 
 
-def _jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+def jpeg(image: np.ndarray, quality: int = 95) -> bytes:
     file = io.BytesIO()
     # Full colour resolution: at 48 px the usual halving of the colour channels blurs the outlines visibly.
     Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=0)
@@ -68,7 +69,7 @@ def _jpeg(image: np.ndarray, quality: int = 95) -> bytes:
 
 
 def _photograph(seed: int, split: str, label: int, index: int) -> np.ndarray:
-    rng = _rng(seed, split, label, index)
+    rng = rng_of(seed, split, label, index)
     return scenes.photograph(scenes.plain_scene(scenes.CLASSES[label], rng), rng)
 
 
@@ -85,47 +86,47 @@ def _val_name(label: int, index: int) -> str:
 
 def _imagenet_files(seed: int) -> Files:
     for wnid, label, index in _labelled(TRAIN):
-        yield f"train/{wnid}/{wnid}_{index}.JPEG", _jpeg(_photograph(seed, "train", label, index))
+        yield f"train/{wnid}/{wnid}_{index}.JPEG", jpeg(_photograph(seed, "train", label, index))
     for wnid, label, index in _labelled(VAL):
-        yield f"val/{wnid}/{_val_name(label, index)}", _jpeg(_photograph(seed, "val", label, index))
+        yield f"val/{wnid}/{_val_name(label, index)}", jpeg(_photograph(seed, "val", label, index))
 
 
 def _imagenet_a_files(seed: int) -> Files:
     for wnid, label, index in _labelled(HARD):
-        rng = _rng(seed, "imagenet-a", label, index)
+        rng = rng_of(seed, "imagenet-a", label, index)
         scene = scenes.hard_scene(scenes.CLASSES[label], rng)
-        yield f"{wnid}/{wnid}_{index}.jpg", _jpeg(scenes.photograph(scene, rng))
+        yield f"{wnid}/{wnid}_{index}.jpg", jpeg(scenes.photograph(scene, rng))
 
 
 def _imagenet_r_files(seed: int) -> Files:
     for wnid, label, index in _labelled(RENDITION):
-        rng = _rng(seed, "imagenet-r", label, index)
+        rng = rng_of(seed, "imagenet-r", label, index)
         style = scenes.STYLES[index % len(scenes.STYLES)]
         image = scenes.rendition(scenes.plain_scene(scenes.CLASSES[label], rng), style, rng)
-        yield f"{wnid}/{style}_{index}.jpg", _jpeg(image)
+        yield f"{wnid}/{style}_{index}.jpg", jpeg(image)
 
 
 def _imagenet_sketch_files(seed: int) -> Files:
     for wnid, label, index in _labelled(SKETCH):
-        rng = _rng(seed, "imagenet-sketch", label, index)
+        rng = rng_of(seed, "imagenet-sketch", label, index)
         drawing = scenes.line_drawing(scenes.plain_scene(scenes.CLASSES[label], rng), rng)
-        yield f"{wnid}/sketch_{index}.JPEG", _jpeg(drawing)
+        yield f"{wnid}/sketch_{index}.JPEG", jpeg(drawing)
 
 
 def _imagenet_c_files(seed: int) -> Files:
     for wnid, label, index in _labelled(CORRUPTED):
         # As published: the corruption is laid on the val image as it reads from its file, then saved at quality 85.
-        clean = np.asarray(Image.open(io.BytesIO(_jpeg(_photograph(seed, "val", label, index)))))
+        clean = np.asarray(Image.open(io.BytesIO(jpeg(_photograph(seed, "val", label, index)))))
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
-                rng = _rng(seed, f"imagenet-c/{name}", label, index)
+                rng = rng_of(seed, f"imagenet-c/{name}", label, index)
                 image = corrupt(clean, name, severity, rng)
-                yield f"{name}/{severity}/{wnid}/{_val_name(label, index)}", _jpeg(image, quality=85)
+                yield f"{name}/{severity}/{wnid}/{_val_name(label, index)}", jpeg(image, quality=85)
 
 
 def _unlabelled_file(seed: int, index: int) -> tuple[str, bytes]:
-    label = int(_rng(seed, "unlabelled/class", 0, index).integers(len(scenes.CLASSES)))
-    return f"{index:07d}.JPEG", _jpeg(_photograph(seed, "unlabelled", label, index))
+    label = int(rng_of(seed, "unlabelled/class", 0, index).integers(len(scenes.CLASSES)))
+    return f"{index:07d}.JPEG", jpeg(_photograph(seed, "unlabelled", label, index))
 
 
 def _unlabelled_files(seed: int, count: int) -> Files:
@@ -146,7 +147,7 @@ def _is_complete(folder: Path, marker: dict) -> bool:
     return found == marker and files == sum(marker["counts"].values())
 
 
-def _write(root: Path, name: str, seed: int, counts: dict[str, int], files: Iterable[tuple[str, bytes]]) -> Path:
+def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: Iterable[tuple[str, bytes]]) -> Path:
     """Write a dataset to root/name, whole or not at all; one that is already there, complete and the same, stays."""
     if seed < 0:
         raise UserError(f"the miniature's seed is {seed}; give one that is 0 or greater")
@@ -188,36 +189,38 @@ def imagenet(root: Path, seed: int = 0) -> Path:
     and UserError is raised if the folder holds something else or cannot be made.
     """
     counts = {"train": TRAIN * len(scenes.CLASSES), "val": VAL * len(scenes.CLASSES)}
-    return _write(root, "imagenet", seed, counts, _imagenet_files(seed))
+    return write_set(root, "imagenet", seed, counts, _imagenet_files(seed))
 
 
 def imagenet_a(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet-a: objects that are small, partly covered and among clutter, 40 a class."""
-    return _write(root, "imagenet-a", seed, {"test": HARD * len(scenes.CLASSES)}, _imagenet_a_files(seed))
+    return write_set(root, "imagenet-a", seed, {"test": HARD * len(scenes.CLASSES)}, _imagenet_a_files(seed))
 
 
 def imagenet_r(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet-r: renditions in the five styles of transfer/scenes.py, 40 a class."""
-    return _write(root, "imagenet-r", seed, {"test": RENDITION * len(scenes.CLASSES)}, _imagenet_r_files(seed))
+    return write_set(root, "imagenet-r", seed, {"test": RENDITION * len(scenes.CLASSES)}, _imagenet_r_files(seed))
 
 
 def imagenet_sketch(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet-sketch: line drawings without colour, 40 a class. The two classes that differ by colour alone
     look the same here."""
-    return _write(root, "imagenet-sketch", seed, {"test": SKETCH * len(scenes.CLASSES)}, _imagenet_sketch_files(seed))
+    return write_set(
+        root, "imagenet-sketch", seed, {"test": SKETCH * len(scenes.CLASSES)}, _imagenet_sketch_files(seed)
+    )
 
 
 def imagenet_c(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet-c: the first 4 val images of each class under 15 corruptions at severities 1 to 5."""
     count = CORRUPTED * len(scenes.CLASSES) * len(CORRUPTIONS) * len(SEVERITIES)
-    return _write(root, "imagenet-c", seed, {"test": count}, _imagenet_c_files(seed))
+    return write_set(root, "imagenet-c", seed, {"test": count}, _imagenet_c_files(seed))
 
 
 def unlabelled(root: Path, count: int = 20000, seed: int = 0) -> Path:
     """Write root/unlabelled: `count` images for pre-training, classes at random, as many processes as CPUs."""
     if count < 1:
         raise UserError(f"{count} unlabelled images were asked for; ask for at least 1")
-    return _write(root, "unlabelled", seed, {"train": count}, _unlabelled_files(seed, count))
+    return write_set(root, "unlabelled", seed, {"train": count}, _unlabelled_files(seed, count))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -228,7 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--unlabelled", type=int, default=0, metavar="N", help="also N unlabelled images (20000 is usual)"
     )
     args = parser.parse_args(arguments)
+    from transfer import miniature_dense  # late: it is built on this module
+
     makers = [imagenet, imagenet_a, imagenet_r, imagenet_sketch, imagenet_c]
+    makers += [miniature_dense.coco, miniature_dense.ade20k]
     if args.unlabelled:
         makers.append(partial(unlabelled, count=args.unlabelled))
     try:

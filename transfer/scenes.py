@@ -103,7 +103,7 @@ def outline(thing: PlacedObject) -> np.ndarray:
     return np.asarray(thing.centre) + thing.radius * np.asarray(_turned(unit, thing.rotation))
 
 
-def _object_colour(kind: str, rng: np.random.Generator) -> RGB:
+def object_colour(kind: str, rng: np.random.Generator) -> RGB:
     ranges = _HUES.get(kind, _OTHER_HUES)
     spans = np.array([high - low for low, high in ranges], float)
     low, high = ranges[rng.choice(len(ranges), p=spans / spans.sum())]
@@ -124,7 +124,7 @@ def _place(kind: str, size: int, radius: tuple[float, float], shift: float, rng:
     """An object with its radius and its greatest shift from the middle given as parts of the image's side."""
     centre = size * (0.5 + rng.uniform(-shift, shift, 2))
     turn = rng.uniform(-0.3, 0.3)
-    colour = _object_colour(kind, rng)
+    colour = object_colour(kind, rng)
     return PlacedObject(kind, (float(centre[0]), float(centre[1])), size * rng.uniform(*radius), turn, colour)
 
 
