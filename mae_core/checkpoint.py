@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
 from mae_core.vit import ARCHS, build_vit, get_arch
 from mae_core.weights_file import CheckpointError, as_float32, read_weights, save_weights, sha256_of
@@ -60,6 +61,8 @@ class Checkpoint:
     classifier: ``fc_norm.*`` and ``head.*``, or a linear probe's ``head.0.*`` (BatchNorm) and ``head.1.*``; else {}.
     dropped: names of entries that belong to none of these.
     meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
+    mean, std: of the channels (0..1) that its images are normalised with. eps: of its LayerNorms. pool: "token" or
+    "avg". plain: a ViT of class token, positions and blocks alone, as MAE's is.
     """
 
     path: str
@@ -72,6 +75,11 @@ class Checkpoint:
     classifier: dict[str, Tensor] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
     meta: dict
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    eps: float = 1e-6
+    pool: str = "token"
+    plain: bool = True
 
     @property
     def kind(self) -> str:

@@ -42,7 +42,8 @@ ARCHS = {
     )
 }
 
-norm_layer = partial(nn.LayerNorm, eps=1e-6)
+EPS = 1e-6  # of MAE's LayerNorms
+norm_layer = partial(nn.LayerNorm, eps=EPS)
 
 
 def get_arch(name: str) -> Arch:
@@ -79,16 +80,16 @@ def build_vit(
     num_classes: int = 0,
     pool: str = "token",
     drop_path: float = 0.0,
+    eps: float = EPS,
 ) -> VisionTransformer:
     """A timm VisionTransformer of that size with MAE's initialisation.
 
     image_size: side or (height, width) in px, each divisible by the patch; the arch's own by default.
     pool: "token" (class token after ``norm``) or "avg" (mean of the patch tokens, then ``fc_norm``; no ``norm``).
-    drop_path: rate of the last block; it rises linearly from 0 at block 0.
+    drop_path: rate of the last block; it rises linearly from 0 at block 0. eps: of every LayerNorm.
     """
-    vit = VisionTransformer(
-        **vit_arguments(arch, image_size), num_classes=num_classes, global_pool=pool, drop_path_rate=drop_path
-    )
+    arguments = vit_arguments(arch, image_size) | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
+    vit = VisionTransformer(**arguments, num_classes=num_classes, global_pool=pool, drop_path_rate=drop_path)
     init_as_mae(vit)
     return vit
 
