@@ -1,5 +1,6 @@
 """The masked autoencoder of the paper (arXiv 2111.06377, section 3)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,36 +9,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mae_core.errors import UserError
+from mae_core.masking import kept_patches
+from mae_core.patches import patchify, take
+from mae_core.targets import PixelTarget
 from mae_core.vit import init_as_mae, norm_layer, sincos_position_embedding, vit_arguments
+
+LOSS_ON = ("masked", "all")
 
 
 class MAEOutput(NamedTuple):
-    """loss: scalar, mean squared error over the masked patches. prediction [B, N, patch*patch*3]: pixels of each patch
-    in the order (row, column, channel), in the space of the target. mask [B, N]: 1 where a patch was hidden."""
+    """loss: scalar, the mean of the target's error over the patches index [B, M]: the hidden ones, or all of them where
+    the loss is on all. prediction [B, M, W]: of those patches, in the space of the target."""
 
     loss: Tensor
     prediction: Tensor
-    mask: Tensor
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images [B, 3, H, W] -> patches [B, N, patch*patch*3], row by row, each as (row, column, channel)."""
-    b, c, h, w = images.shape
-    grid = images.reshape(b, c, h // patch, patch, w // patch, patch)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
-
-
-def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of patchify: [B, N, patch*patch*3] -> [B, 3, H, W] for a grid of (rows, columns)."""
-    b, (rows, columns) = patches.shape[0], grid
-    pixels = patches.reshape(b, rows, columns, patch, patch, 3)
-    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, rows * patch, columns * patch)
-
-
-def normalise_patches(patches: Tensor) -> Tensor:
-    """Each patch minus its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    return (patches - mean) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    index: Tensor
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -46,6 +32,13 @@ class MaskedAutoencoder(VisionTransformer):
 
     norm_pix: reconstruct per-patch normalised pixels instead of pixels.
     activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
+    target: what to reconstruct instead of pixels (mae_core/targets.py).
+    loss_on: "masked" patches (section 3), or "all" (its footnote 1).
+    encoder_mask_tokens: the encoder sees a learned token in place of each hidden patch (Table 1c); mask_token then has
+    the encoder's width, and the decoder gets what the encoder made of it.
+
+    Past the patch projection everything runs in the order of the noise, visible patches first: a Transformer takes no
+    notice of order, and what is hidden is then a slice.
     """
 
     def __init__(
@@ -57,22 +50,29 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_heads: int = 16,
         norm_pix: bool = False,
         activation_checkpointing: bool = False,
+        target: nn.Module | None = None,
+        loss_on: str = "masked",
+        encoder_mask_tokens: bool = False,
     ) -> None:
         super().__init__(**vit_arguments(arch, image_size), num_classes=0, global_pool="token")
         if decoder_heads < 1 or decoder_dim % decoder_heads or decoder_dim % 4:
             raise UserError(f"decoder width {decoder_dim} must be divisible by 4 and by its {decoder_heads} heads")
         self.norm_pix = norm_pix
         self.activation_checkpointing = activation_checkpointing
+        self.loss_on = loss_on
+        self.encoder_mask_tokens = encoder_mask_tokens
         self.patch = self.patch_embed.patch_size[0]
         self.decoder_embed = nn.Linear(self.embed_dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim if encoder_mask_tokens else decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(decoder_dim, self.patch_embed.grid_size))
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, self.patch * self.patch * 3)
+        target = target if target is not None else PixelTarget(self.patch, norm_pix)
+        self.decoder_pred = nn.Linear(decoder_dim, target.width)
         init_as_mae(self)
+        self.decoder_target = target  # after the initialisation: a frozen tokenizer keeps its weights
         self.pos_embed.requires_grad_(False)
         self.decoder_pos_embed.requires_grad_(False)
 
@@ -80,50 +80,68 @@ class MaskedAutoencoder(VisionTransformer):
         """images [B, 3, H, W], normalised. noise [B, N]: the int(N * (1 - mask_ratio)) patches with the smallest noise
         stay visible, per sample; uniform by default. UserError if none or all would stay."""
         patches = patchify(images, self.patch)
-        kept = int(patches.shape[1] * (1 - mask_ratio))
-        if not 0 < kept < patches.shape[1]:
-            raise UserError(f"a mask ratio of {mask_ratio} leaves {kept} of {patches.shape[1]} patches visible")
-        if noise is None:
-            noise = torch.rand(patches.shape[:2], device=images.device)
-        order = noise.argsort(dim=1)
-        visible = order[:, :kept]
-        mask = torch.ones(patches.shape[:2], device=images.device).scatter_(1, visible, 0.0)
-        prediction = self.decode(self.encode(patches, visible), order)
-        target = normalise_patches(patches) if self.norm_pix else patches
-        error = (prediction.float() - target).square().mean(dim=-1)
-        return MAEOutput((error * mask).sum() / mask.sum(), prediction, mask)
+        order, kept = self.order_of(patches, noise, mask_ratio)
+        first = kept if self.loss_on == "masked" else 0
+        prediction = self.decode(self.encode(patches, order, kept), order, first)
+        index = order[:, first:]
+        error = self.decoder_target(prediction.float(), images, patches, index)
+        return MAEOutput(error.mean(), prediction, index)
 
-    def encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """Patches [B, N, P] and the indices of those that stay [B, V] -> tokens [B, 1 + V, D] after the last norm."""
-        kept = take(patches, visible)
+    def predict(self, images: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+        """The prediction of every patch in raster order [B, N, W], and the mask [B, N]: 1 where it was hidden."""
+        patches = patchify(images, self.patch)
+        order, kept = self.order_of(patches, noise, mask_ratio)
+        prediction = self.decode(self.encode(patches, order, kept), order, 0)
+        mask = torch.ones(order.shape, device=images.device).scatter_(1, order[:, :kept], 0.0)
+        return take(prediction, order.argsort(dim=1)), mask
+
+    def order_of(self, patches: Tensor, noise: Tensor | None, mask_ratio: float) -> tuple[Tensor, int]:
+        """The patches' numbers in the order of their noise [B, N], and how many of the first stay visible."""
+        kept = kept_patches(patches.shape[1], mask_ratio)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=patches.device)
+        return noise.argsort(dim=1), kept
+
+    def encode(self, patches: Tensor, order: Tensor, kept: int) -> Tensor:
+        """Patches [B, N, P], their order [B, N], of which the first `kept` are seen -> tokens [B, 1 + kept, D] after
+        the last norm; [B, 1 + N, D] where the encoder gets mask tokens."""
+        seen = take(patches, order[:, :kept])
         # The patch projection as a linear layer on the kept patches alone: what is hidden costs nothing.
         projection = self.patch_embed.proj
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (channel, row, column) -> (row, column, channel)
-        positions = self.pos_embed[:, 1:].expand(len(kept), -1, -1)
-        x = nn.functional.linear(kept, weight, projection.bias) + take(positions, visible)
+        x = nn.functional.linear(seen, weight, projection.bias)
+        if self.encoder_mask_tokens:
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), order.shape[1] - kept, -1)], dim=1)
+        positions = self.pos_embed[:, 1:].expand(len(x), -1, -1)
+        x = x + take(positions, order[:, : x.shape[1]])
         auxiliary = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([auxiliary.expand(len(x), -1, -1), x], dim=1)
-        return self.norm(self.run(self.blocks, x))
+        for block in self.blocks:
+            x = self.run(block, x)
+        return self.norm(x)
 
-    def decode(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """Encoded tokens [B, 1 + V, D] and the order of all patches (visible ones first) [B, N] -> [B, N, P]."""
+    def decode(self, tokens: Tensor, order: Tensor, first: int) -> Tensor:
+        """Encoded tokens [B, 1 + V, D] and the order of all patches, those V first [B, N] -> predictions [B, N - first,
+        W] of the patches from `first` on in that order."""
         x = self.decoder_embed(tokens)
-        hidden = self.mask_token.to(x.dtype).expand(len(x), order.shape[1] + 1 - x.shape[1], -1)
-        in_place = take(torch.cat([x[:, 1:], hidden], dim=1), order.argsort(dim=1))
-        x = torch.cat([x[:, :1], in_place], dim=1) + self.decoder_pos_embed
-        x = self.decoder_norm(self.run(self.decoder_blocks, x))
-        return self.decoder_pred(x)[:, 1:]
+        hidden = order.shape[1] + 1 - x.shape[1]
+        if hidden:
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden, -1)], dim=1)
+        positions = self.decoder_pos_embed.expand(len(x), -1, -1)
+        x = x + torch.cat([positions[:, :1], take(positions[:, 1:], order)], dim=1)
+        for block in self.decoder_blocks[:-1]:
+            x = self.run(block, x)
+        # All tokens are attended to once more, but only what is predicted goes on from there.
+        x = self.run(lambda y: last_part(self.decoder_blocks[-1], y, 1 + first), x)
+        return self.decoder_pred(self.decoder_norm(x))
 
-    def run(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        for block in blocks:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.activation_checkpointing and self.training
-                else block(x)
-            )
-        return x
+    def run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
 
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens [B, N, D] at the positions index [B, M] -> [B, M, D]."""
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[-1]))
+def last_part(block: Block, x: Tensor, first: int) -> Tensor:
+    """What the block makes of the tokens from `first` on."""
+    x = (x + block.attn(block.norm1(x)))[:, first:]
+    return x + block.mlp(block.norm2(x))

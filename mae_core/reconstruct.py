@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core.autoencoder import MaskedAutoencoder, patchify, unpatchify
+from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from mae_core.data import MEAN, STD, UNREADABLE, list_images, read_image
 from mae_core.errors import UserError
+from mae_core.patches import patchify, unpatchify
+from mae_core.targets import KMeansTokenizer, PCATarget, TokenTarget
+from mae_core.vit import ARCHS
 
 OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape tells the number of heads
 CELL_INCHES, DPI = 1.5, 160  # 240 px a picture: a 224 px image loses nothing
@@ -36,25 +39,24 @@ def reconstruct(model: MaskedAutoencoder, images: Tensor, mask_ratio: float, see
     """What the model makes of normalised images [B, 3, H, W] with mask_ratio of their patches hidden.
 
     A seed gives the same order of patches whatever the ratio: what is visible at 95 % is part of what is at 75 %.
-    Predictions of normalised pixels are taken back by each patch's true mean and standard deviation.
+    Predictions of normalised pixels are taken back by each patch's true mean and standard deviation. UserError for a
+    model that predicts tokens of which there is no picture.
     """
     patches = patchify(images, model.patch)
     noise = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(seed))
-    output = model(images, noise.to(images.device), mask_ratio)
-    predicted = output.prediction.float()
-    if model.norm_pix:
-        deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        predicted = predicted * deviation + patches.mean(dim=-1, keepdim=True)
-    hidden = output.mask[:, :, None]
+    prediction, mask = model.predict(images, noise.to(images.device), mask_ratio)
+    predicted = model.decoder_target.to_pixels(prediction.float(), patches)
+    hidden = mask[:, :, None]
     pictures = (patches * (1 - hidden), predicted, patches * (1 - hidden) + predicted * hidden)
     return Reconstruction(*(unpatchify(p, model.patch, model.patch_embed.grid_size) for p in pictures))
 
 
 def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAutoencoder:
-    """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads and the target
-    from what the file says about itself, else 16 heads and norm_pix.
+    """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads, the target and
+    whether the encoder has mask tokens from what the file says about itself, else 16 heads, norm_pix and no.
 
-    CheckpointError for a file without decoder, for one that lacks a tensor, and where norm_pix contradicts the file.
+    CheckpointError for a file without decoder, for one that lacks a tensor, for one that predicts tokens whose tokenizer
+    is not in it, and where norm_pix contradicts the file.
     """
     decoder = checkpoint.decoder
     if "decoder_embed.weight" not in decoder:
@@ -72,6 +74,8 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
         decoder_depth=len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}),
         decoder_heads=int(checkpoint.meta.get("decoder_heads", OFFICIAL_HEADS)),
         norm_pix=norm_pix if said is None else said,
+        target=saved_target(checkpoint),
+        encoder_mask_tokens=checkpoint.meta.get("encoder_mask_tokens") is True,
     )
     state = {**checkpoint.encoder, **decoder}
     wanted = model.state_dict()
@@ -81,6 +85,23 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
             raise CheckpointError(f"{checkpoint.path}: {name} is {have} where its decoder's size asks for {want}")
     model.load_state_dict(state)
     return model.eval()
+
+
+def saved_target(checkpoint: Checkpoint) -> nn.Module | None:
+    """The target whose tensors are beside the decoder's; None for pixels."""
+    tensors = {
+        name.removeprefix("decoder_target."): tensor
+        for name, tensor in checkpoint.decoder.items()
+        if name.startswith("decoder_target.")
+    }
+    if "components" in tensors:
+        return PCATarget(tensors["mean"], tensors["components"])
+    if "tokenizer.centres" in tensors:
+        centres = tensors["tokenizer.centres"]
+        return TokenTarget(KMeansTokenizer(ARCHS[checkpoint.arch].patch, centres), len(centres))
+    if checkpoint.meta.get("target") == "tokens":
+        raise CheckpointError(f"{checkpoint.path} predicts tokens of a tokenizer without a decoder: no picture of them")
+    return None
 
 
 def load_images(files: Sequence[Path], size: int) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from scipy.special import erf
 
 from mae_core import vit
-from mae_core.autoencoder import MaskedAutoencoder, patchify, unpatchify
+from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.errors import UserError
+from mae_core.patches import patchify, unpatchify
 
 
 # The paper's model once more in numpy, one sample at a time and in float64, from the state dict alone: every patch is
@@ -74,17 +75,27 @@ def by_hand(model, images, noise, heads, decoder_heads, mask_ratio):
     return np.mean([error for sample in errors for error in sample]), np.stack(predictions), np.stack(masks)
 
 
+def assert_as_by_hand(model, images, noise, mask_ratio):
+    """Loss, predictions of hidden patches and of all, and the mask, which is returned."""
+    with torch.no_grad():
+        output = model(images, noise, mask_ratio)
+        every, mask = model.predict(images, noise, mask_ratio)
+    loss, prediction, expected = by_hand(model, images, noise, 4, 2, mask_ratio)
+    np.testing.assert_array_equal(mask.numpy(), expected)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
+    np.testing.assert_allclose(every.numpy(), prediction, atol=1e-5)
+    for sample, index in enumerate(output.index.tolist()):
+        assert sorted(index) == np.flatnonzero(expected[sample]).tolist()
+        np.testing.assert_allclose(output.prediction[sample].numpy(), prediction[sample][index], atol=1e-5)
+    return mask
+
+
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize(("size", "mask_ratio"), [((48, 48), 0.75), ((32, 64), 0.75), ((48, 48), 0.5)])
 def test_loss_prediction_and_mask_agree_with_the_paper_written_out(small_mae, size, mask_ratio, norm_pix):
     model = small_mae(image_size=size, norm_pix=norm_pix)
     images, noise = torch.randn(3, 3, *size), torch.rand(3, size[0] * size[1] // 64)
-    with torch.no_grad():
-        output = model(images, noise, mask_ratio)
-    loss, prediction, mask = by_hand(model, images, noise, 4, 2, mask_ratio)
-    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(output.prediction.numpy(), prediction, atol=1e-5)
-    np.testing.assert_array_equal(output.mask.numpy(), mask)
+    assert_as_by_hand(model, images, noise, mask_ratio)
 
 
 @pytest.mark.parametrize(("patch", "patches", "kept"), [(16, 196, 49), (14, 256, 64)])
@@ -93,13 +104,8 @@ def test_the_grids_of_b_l_and_h_agree_with_the_paper_written_out(monkeypatch, pa
     torch.manual_seed(0)
     model = MaskedAutoencoder("small", decoder_dim=32, decoder_depth=2, decoder_heads=2, norm_pix=True)
     images, noise = torch.randn(2, 3, 224, 224), torch.rand(2, patches)
-    with torch.no_grad():
-        output = model(images, noise)
-    assert (output.mask == 0).sum(dim=1).tolist() == [kept, kept]
-    loss, prediction, mask = by_hand(model, images, noise, 4, 2, 0.75)
-    assert output.loss.item() == pytest.approx(loss, rel=1e-5)
-    np.testing.assert_allclose(output.prediction.numpy(), prediction, atol=1e-5)
-    np.testing.assert_array_equal(output.mask.numpy(), mask)
+    mask = assert_as_by_hand(model, images, noise, 0.75)
+    assert (mask == 0).sum(dim=1).tolist() == [kept, kept]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,7 @@ def test_the_grids_of_b_l_and_h_agree_with_the_paper_written_out(monkeypatch, pa
 )
 def test_the_number_of_visible_patches_is_rounded_down(small_mae, mask_ratio, visible):
     with torch.no_grad():
-        mask = small_mae()(torch.zeros(4, 3, 48, 48), mask_ratio=mask_ratio).mask
+        mask = small_mae().predict(torch.zeros(4, 3, 48, 48), torch.rand(4, 36), mask_ratio)[1]
     assert (mask == 0).sum(dim=1).tolist() == [visible] * 4
     assert ((mask == 0) | (mask == 1)).all()
 
@@ -124,7 +130,8 @@ def test_masks_are_uniform_and_differ_between_samples(monkeypatch):
     model = MaskedAutoencoder("tiny", decoder_dim=8, decoder_depth=1, decoder_heads=1)
     samples = 4000
     with torch.no_grad():
-        visible = 1 - model(torch.zeros(samples, 3, 48, 48)).mask
+        hidden = model(torch.zeros(samples, 3, 48, 48)).index
+    visible = torch.ones(samples, 36).scatter_(1, hidden, 0)
     assert len(visible.unique(dim=0)) > 0.99 * samples
     # Each patch stays with probability 1/4. The sum of its squared deviations over the variance, times 35/36 for the
     # fixed total, is chi-square with 35 degrees of freedom: within 10..80 but for one seed in ten thousand.
@@ -136,21 +143,21 @@ def test_masks_are_uniform_and_differ_between_samples(monkeypatch):
 def test_the_smallest_noise_stays_visible(small_mae):
     noise = torch.stack([torch.arange(36.0), torch.arange(36.0).flip(0)])
     with torch.no_grad():
-        mask = small_mae()(torch.zeros(2, 3, 48, 48), noise).mask
+        mask = small_mae().predict(torch.zeros(2, 3, 48, 48), noise, 0.75)[1]
     assert mask[0].tolist() == [0.0] * 9 + [1.0] * 27
     assert mask[1].tolist() == [1.0] * 27 + [0.0] * 9
 
 
 def test_hidden_pixels_reach_neither_encoder_nor_prediction(small_mae):
     model, images, noise = small_mae(), torch.randn(2, 3, 48, 48), torch.rand(2, 36)
-    visible = noise.argsort(dim=1)[:, :9]
+    order = noise.argsort(dim=1)
     with torch.no_grad():
         before = model(images, noise)
         patches = patchify(images, 8)
         hidden, shown = patches.clone(), patches.clone()
-        hidden[before.mask == 1] = torch.randn(2 * 27, 192)
-        shown[0, visible[0, 4], 7] += 1.0  # one value of one visible patch
-        encoded = [model.encode(p, visible) for p in (patches, hidden, shown)]
+        hidden.scatter_(1, order[:, 9:, None].expand(-1, -1, 192), torch.randn(2, 27, 192))
+        shown[0, order[0, 4], 7] += 1.0  # one value of one visible patch
+        encoded = [model.encode(p, order, 9) for p in (patches, hidden, shown)]
         other_hidden = model(unpatchify(hidden, 8, (6, 6)), noise)
         other_shown = model(unpatchify(shown, 8, (6, 6)), noise)
     assert encoded[0].shape == (2, 10, 128)
@@ -203,7 +210,7 @@ def test_the_last_layer_writes_pixels_where_patchify_read_them(small_mae):
     model, images = constant_prediction(small_mae(image_size=(32, 64)), 0.0), torch.randn(1, 3, 32, 64)
     with torch.no_grad():
         model.decoder_pred.bias.copy_(torch.arange(192.0))
-        picture = unpatchify(model(images).prediction, 8, (4, 8))
+        picture = unpatchify(model.predict(images, torch.rand(1, 32), 0.75)[0], 8, (4, 8))
     assert picture.shape == images.shape
     assert picture[0, 1, 8 + 5, 16 + 3] == (5 * 8 + 3) * 3 + 1
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.autoencoder import normalise_patches, patchify
 from mae_core.checkpoint import CheckpointError, read_checkpoint, save_weights
 from mae_core.data import MEAN, STD
+from mae_core.patches import normalise_patches, patchify
 from mae_core.reconstruct import load_autoencoder, load_images, main, reconstruct
 
 
@@ -27,7 +27,7 @@ def shown(small_mae):
 def test_masked_prediction_and_pasted(shown):
     model, images, hidden, parts = shown
     with torch.no_grad():
-        predicted = model(images, torch.where(hidden, 1.0, 0.0)).prediction
+        predicted = model.predict(images, torch.where(hidden, 1.0, 0.0), 0.75)[0]
     for b in range(2):
         for patch in range(36):
             true, masked, prediction, pasted = (pixels_of(part[b], patch // 6, patch % 6) for part in (images, *parts))
@@ -54,8 +54,8 @@ def test_seed_decides_the_mask_and_larger_ratios_hide_more_of_the_same(shown):
 def test_normalised_predictions_are_taken_back_by_each_patch_s_own_statistics(small_mae, monkeypatch):
     model, images = small_mae(norm_pix=True), 2 * torch.randn(2, 3, 48, 48) + 1
     perfect = normalise_patches(patchify(images, 8))
-    original = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, *args: original(self, *args)._replace(prediction=perfect))
+    original = type(model).predict
+    monkeypatch.setattr(type(model), "predict", lambda self, *args: (perfect, original(self, *args)[1]))
     parts = reconstruct(model, images, 0.75)
     torch.testing.assert_close(parts.prediction, images, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(parts.pasted, images, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,109 @@
+"""The encoder of DALL-E's discrete VAE as a tokenizer, from a plain state dict.
+
+Architecture and names of openai/DALL-E, dall_e/encoder.py and utils.py: a 7x7 convolution, four groups of two blocks of
+width n_hid * 1, 2, 4, 8 with max pooling after the first three, a 1x1 convolution to 8192 tokens: one token for 8x8 px.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mae_core.data import MEAN, STD
+from mae_core.errors import UserError
+from mae_core.weights_file import read_weights
+
+GROUPS, BLOCKS = 4, 2
+STRIDE = 8  # px a token
+LOGIT_LAPLACE_EPS = 0.1  # the encoder was trained on pixels squeezed into 0.1..0.9
+
+
+class Convolution(nn.Module):
+    """A same-size convolution with the names w and b. Buffers outside the state dict: frozen, and the user has them as
+    a file."""
+
+    def __init__(self, n_in: int, n_out: int, side: int) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.zeros(n_out, n_in, side, side), persistent=False)
+        self.register_buffer("b", torch.zeros(n_out), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """A bottleneck of four convolutions beside the identity, or beside a 1x1 convolution where the width changes."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        inner = n_out // 4
+        self.id_path = Convolution(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = nn.ModuleDict(
+            {
+                "conv_1": Convolution(n_in, inner, 3),
+                "conv_2": Convolution(inner, inner, 3),
+                "conv_3": Convolution(inner, inner, 3),
+                "conv_4": Convolution(inner, n_out, 1),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for convolution in self.res_path.values():
+            y = convolution(y.relu())
+        return self.id_path(x) + y / (GROUPS * BLOCKS) ** 2
+
+
+class DalleTokenizer(nn.Module):
+    """Normalised images [B, 3, H, W] -> token ids [B, N] for a grid of patches (rows, columns): the image is resized
+    (bilinear, antialiased) so that a token covers a patch: to 112 px for the 14x14 patches of 224 px."""
+
+    def __init__(self, grid: tuple[int, int], n_hid: int = 256, vocabulary: int = 8192) -> None:
+        super().__init__()
+        self.size = (STRIDE * grid[0], STRIDE * grid[1])
+        blocks = {"input": Convolution(3, n_hid, 7)}
+        n_in = n_hid
+        for group in range(GROUPS):
+            n_out = n_hid * 2**group
+            widths = [n_in] + [n_out] * (BLOCKS - 1)
+            blocks[f"group_{group + 1}"] = nn.ModuleDict(
+                {f"block_{i + 1}": Block(width, n_out) for i, width in enumerate(widths)}
+            )
+            n_in = n_out
+        blocks["output"] = nn.ModuleDict({"conv": Convolution(n_in, vocabulary, 1)})
+        self.blocks = nn.ModuleDict(blocks)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = F.interpolate(images * self.std + self.mean, self.size, mode="bilinear", antialias=True)
+        return self.logits(pixels.clamp(0, 1)).argmax(dim=1).flatten(1)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1 -> logits [B, vocabulary, H / 8, W / 8]."""
+        x = self.blocks["input"]((1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS)
+        for group in range(1, GROUPS + 1):
+            for block in self.blocks[f"group_{group}"].values():
+                x = block(x)
+            if group < GROUPS:
+                x = F.max_pool2d(x, 2)
+        return self.blocks["output"]["conv"](x.relu())
+
+
+def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
+    """The tokenizer with the weights of a file, and its vocabulary. UserError unless the file is a plain state dict
+    with every tensor there in its shape; a pickled module is never loaded."""
+    state = read_weights(path).entries
+    for name in ("blocks.input.w", "blocks.output.conv.w"):
+        if not isinstance(state.get(name), Tensor):
+            raise UserError(f"{path} has no {name}: give the state dict of DALL-E's encoder (README, Pre-training)")
+    vocabulary = len(state["blocks.output.conv.w"])
+    tokenizer = DalleTokenizer(grid, len(state["blocks.input.w"]), vocabulary)
+    wanted = {name: buffer for name, buffer in tokenizer.named_buffers() if name.startswith("blocks.")}
+    for name in sorted(wanted.keys() | state.keys()):
+        have, want = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, wanted))
+        if have != want:
+            raise UserError(f"{path}: {name} is {have} where DALL-E's encoder of this width has {want}")
+        wanted[name].copy_(state[name])
+    return tokenizer, vocabulary
