@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
-from mae_core.weights_file import read_weights
+from mae_core.weights_file import read_file
 
 GROUPS, BLOCKS = 4, 2
 STRIDE = 8  # px a token
@@ -94,7 +94,8 @@ class DalleTokenizer(nn.Module):
 def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
     """The tokenizer with the weights of a file, and its vocabulary. UserError unless the file is a plain state dict
     with every tensor there in its shape; a pickled module is never loaded."""
-    state = read_weights(path).entries
+    content, _ = read_file(path)
+    state = content if isinstance(content, dict) else {}
     for name in ("blocks.input.w", "blocks.output.conv.w"):
         if not isinstance(state.get(name), Tensor):
             raise UserError(f"{path} has no {name}: give the state dict of DALL-E's encoder (README, Pre-training)")

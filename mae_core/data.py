@@ -14,12 +14,14 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mae_core import distributed
 from mae_core.errors import UserError
+from mae_core.shards import list_members, list_shards, open_member
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 MAX_UNREADABLE = 10
+AUGMENTATIONS = ("none", "crop, fixed size", "crop, random size", "crop + colour jitter")
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 
@@ -35,9 +37,23 @@ def list_images(root: Path) -> list[Path]:
     return files
 
 
+def images_or_shards(root: Path) -> list[str]:
+    """Every image below a folder, or inside the .tar files below it; UserError if there are none or both."""
+    shards = list_shards(root)
+    if not shards:
+        return [str(path) for path in list_images(root)]
+    entries = list_members(shards, EXTENSIONS)
+    try:
+        loose = list_images(root)[0]
+    except UserError:
+        return entries
+    raise UserError(f"{root} has both tar files ({shards[0].name}) and loose images ({loose}): keep them apart")
+
+
 def read_image(path: str | Path) -> Image.Image:
-    """The image as 8-bit RGB, whatever its mode. One of UNREADABLE if that cannot be."""
-    with Image.open(path) as image:
+    """The image as 8-bit RGB, whatever its mode: a file, or an entry of shards.py. One of UNREADABLE if that cannot
+    be."""
+    with Image.open(open_member(str(path)) or path) as image:
         if image.mode.startswith("I;16"):  # which Pillow would clip at 255, not scale
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
@@ -92,14 +108,26 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, sample: Sample | int) -> tuple[torch.Tensor, int, str]:
-        index, position = sample if isinstance(sample, tuple) else (sample, sample)
-        path, bad = os.fsdecode(self.files[index]), ""
+        return self.__getitems__([sample])[0]
+
+    def __getitems__(self, samples: Sequence[Sample | int]) -> list[tuple[torch.Tensor, int, str]]:
+        """Several at once, as the DataLoader asks: samples of one image in a row are decoded once."""
+        found, decoded = [], -1
+        for sample in samples:
+            index, position = sample if isinstance(sample, tuple) else (sample, sample)
+            if index != decoded:
+                image, bad = self.decode(index)
+                decoded = index
+            seed_all(self.seed, position)
+            found.append((self.transform(image), int(self.labels[index]), bad))
+        return found
+
+    def decode(self, index: int) -> tuple[Image.Image, str]:
+        path = os.fsdecode(self.files[index])
         try:
-            image = read_image(path)
+            return read_image(path), ""
         except UNREADABLE:
-            image, bad = Image.new("RGB", (64, 64)), path
-        seed_all(self.seed, position)
-        return self.transform(image), int(self.labels[index]), bad
+            return Image.new("RGB", (64, 64)), path
 
 
 class TrainingStream(Sampler):
@@ -107,10 +135,15 @@ class TrainingStream(Sampler):
 
     Epoch e is a permutation of the data without its last incomplete batch. Step s takes `batch` of it; each process
     takes its own consecutive share, in micro-batches of `chunk`.
+
+    With repeated augmentation (Hoffer et al., arXiv 1901.09335) a batch holds `repeats` samples of each of its images,
+    and a permutation serves for that many epochs: an epoch has as many steps and samples as without it.
     """
 
-    def __init__(self, size: int, batch: int, chunk: int, seed: int, first_step: int, last_step: int) -> None:
-        self.size, self.batch, self.chunk, self.seed = size, batch, chunk, seed
+    def __init__(
+        self, size: int, batch: int, chunk: int, seed: int, first_step: int, last_step: int, repeats: int = 1
+    ) -> None:
+        self.size, self.batch, self.chunk, self.seed, self.repeats = size, batch, chunk, seed, repeats
         self.first_step, self.last_step = first_step, last_step
         self.share = batch // distributed.world_size()
 
@@ -118,17 +151,17 @@ class TrainingStream(Sampler):
         return (self.last_step - self.first_step) * (self.share // self.chunk)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        steps_per_epoch = self.size // self.batch
-        epoch, order = -1, np.empty(0, np.int64)
+        steps_per_pass = self.size // self.batch * self.repeats
+        number, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-            start = (step % steps_per_epoch) * self.batch + distributed.rank() * self.share
-            before = epoch * steps_per_epoch * self.batch  # positions of the earlier epochs
+            if step // steps_per_pass != number:
+                number = step // steps_per_pass
+                order = np.random.default_rng((self.seed, number)).permutation(self.size)
+            start = (step % steps_per_pass) * self.batch + distributed.rank() * self.share
+            before = number * steps_per_pass * self.batch  # positions of the earlier passes
             for first in range(start, start + self.share, self.chunk):
-                picked = order[first : first + self.chunk]
-                yield [Sample(int(index), before + first + k) for k, index in enumerate(picked)]
+                views = range(first, first + self.chunk)
+                yield [Sample(int(order[view // self.repeats]), before + view) for view in views]
 
 
 def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoader:
@@ -159,17 +192,27 @@ class Targets(list):
         return Targets(found) if isinstance(index, slice) else found
 
 
-def pretraining_transform(image_size: int, min_scale: float) -> v2.Compose:
-    """Random resized crop (bicubic) and horizontal flip to float, normalised: all that MAE's pre-training augments."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
+def pretraining_transform(
+    image_size: int, min_scale: float = 0.2, augmentation: str = "crop, random size"
+) -> v2.Compose:
+    """The augmentations of the paper's Table 1e, to a float tensor, normalised. "crop, random size": random resized
+    crop and flip, all that MAE's pre-training augments. "crop, fixed size": random crop of the resized image, and flip.
+    "none": centre crop of it. Resampling is bicubic.
+
+    The paper does not say what size the fixed crop is taken from, nor how strong the jitter is. Stand-ins: the short
+    side is 256 px for a crop of 224, as in ImageNet's evaluation; brightness, contrast and saturation by up to 0.4.
+    """
+    short = (image_size * 256 + 112) // 224
+    resize = v2.Resize(short, interpolation=InterpolationMode.BICUBIC)
+    random_size = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    first = {
+        "none": [resize, v2.CenterCrop(image_size)],
+        "crop, fixed size": [resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()],
+        "crop, random size": [random_size, v2.RandomHorizontalFlip()],
+        "crop + colour jitter": [random_size, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)],
+    }[augmentation]
+    last = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    return v2.Compose([*first, *last])
 
 
 class UnreadableFiles:

@@ -58,7 +58,8 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     suit_attention(model, t.machine)
     forward = torch.compile(model) if t.machine.compile else model
     if distributed.world_size() > 1:
-        forward = DistributedDataParallel(forward)
+        # A BatchNorm's statistics are each process's own, and a target's tensors the same everywhere.
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
     model.train()
     writer = open_writer(t.work, state.step) if t.tensorboard and main else None
     progress = Progress(t.label, t.steps, state.step, enabled=main)
@@ -88,7 +89,11 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                     writer.add_scalar("train/lr", lr, step)
             progress.update(state.step, t.batch, note)
             if end_of_epoch:
-                end_epoch(t, state, lr, progress.rate())
+                before = time.monotonic()
+                found = t.after_epoch(state.step // t.steps_per_epoch) if t.after_epoch else {}
+                started += time.monotonic() - before  # what is evaluated in between is no training time
+                progress.started += time.monotonic() - before
+                end_epoch(t, state, lr, progress.rate(), found)
             if due or stopping or state.step == t.steps:
                 # One checkpoint for all: after a restart every process goes on from the mean.
                 losses = distributed.gather_to_all(state.loss_sum)
@@ -106,7 +111,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
 def steps_of(t: Training, first_step: int, unreadable: UnreadableFiles) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The (images, labels) micro-batches of each step from first_step on, for this process."""
     share = t.batch // distributed.world_size()
-    stream = TrainingStream(len(t.dataset), t.batch, t.micro_batch, t.seed, first_step, t.steps)
+    stream = TrainingStream(len(t.dataset), t.batch, t.micro_batch, t.seed, first_step, t.steps, t.repeats)
     chunks = []
     for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device):
         unreadable.add(bad)

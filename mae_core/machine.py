@@ -33,6 +33,7 @@ class Machine:
     workers: int = 0
     activation_checkpointing: bool = False
     compile: bool = False
+    fused_adamw: bool = False  # pre-training alone
     processes: int = 1
     threads: int = 1
     save_minutes: float = 10.0  # between two training checkpoints

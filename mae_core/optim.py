@@ -56,8 +56,9 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas)
+def adamw(groups: list[dict], betas: tuple[float, float], fused: bool = False) -> torch.optim.AdamW:
+    # None, not False, leaves the choice of the multi-tensor implementation to torch.
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True if fused else None)
 
 
 def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> Lars:

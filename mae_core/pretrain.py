@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder: recipe, command line.
+"""Pre-train a masked autoencoder: one run, command line. The recipe is in mae_core/recipe.py.
 
 python -m mae_core.pretrain --data DIR --arch vit_base_patch16 --recipe paper --out DIR
 torchrun --nproc-per-node 8 -m mae_core.pretrain ...
@@ -17,13 +17,17 @@ import torch
 from mae_core import distributed
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
-from mae_core.data import Images, list_images, pretraining_transform, seed_for
+from mae_core.data import Images, images_or_shards, pretraining_transform, seed_for
 from mae_core.errors import UserError
+from mae_core.fitted_target import make_target, tokenizer_sha256
+from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib
+from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
-from mae_core.settings import check_ranges, did_you_mean, override
+from mae_core.recipe import PretrainRecipe, recipe
+from mae_core.settings import override
 from mae_core.training import CHECKPOINT_FILE, State, Training
 from mae_core.vit import get_arch
 
@@ -31,75 +35,46 @@ WEIGHTS_FILE = "mae.safetensors"
 
 
 @dataclass(frozen=True)
-class PretrainRecipe:
-    """Every number of one pre-training. Defaults: MAE paper, Table 8, section 3 and A.1; where the paper is silent the
-    official code (min_scale, betas' use, zero decay on 1-D parameters, decoder heads)."""
+class Following:
+    """What a long run does between epochs: every `eval_every` epochs the k-NN accuracy on `labelled`, every
+    `keep_every` epochs a copy of the weights as epoch-NNNN.safetensors (0: never)."""
 
-    image_size: int = 224
-    mask_ratio: float = 0.75
-    norm_pix: bool = True  # the released encoders; section 4's baseline reconstructs plain pixels
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    epochs: int = 1600  # Table 3 and all transfer results; the ablations take 800
-    warmup_epochs: int = 40
-    batch: int = 4096
-    base_lr: float = 1.5e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    min_scale: float = 0.2  # random resized crop, smallest share of the area
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    eval_every: int = 0
+    labelled: Labelled | None = None
+    keep_every: int = 0
 
 
-MINI_FIELDS = ("image_size", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "warmup_epochs")
-MINI_FIELDS += ("batch", "base_lr")
-
-
-def recipe(arch: str, name: str) -> PretrainRecipe:
-    """The recipe of that name: "paper", or "mini" for the generated 48 px images and vit_mini_patch8."""
-    a = get_arch(arch)
-    paper = PretrainRecipe(image_size=a.image_size)
-    recipes = {
-        "paper": paper,
-        "mini": replace(
-            paper,
-            image_size=48 - 48 % a.patch,
-            norm_pix=False,
-            decoder_dim=96,
-            decoder_depth=2,
-            decoder_heads=4,
-            epochs=40,
-            warmup_epochs=2,
-            batch=256,
-            base_lr=1.5e-3,
-        ),
-    }
-    if name not in recipes:
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
-    return recipes[name]
-
-
-def training_images(data: Path) -> list[Path]:
-    """The images to pre-train on: DATA/train where there is one (never the validation split beside it), else DATA."""
-    return list_images(data / "train" if (data / "train").is_dir() else data)
+def training_images(data: Path) -> list[str]:
+    """The images to pre-train on, loose or in tar files: DATA/train where there is one (never the validation split
+    beside it), else DATA."""
+    return images_or_shards(data / "train" if (data / "train").is_dir() else data)
 
 
 @lru_cache(maxsize=1)  # every micro-batch of a step takes its part of the same noise
-def step_noise(seed: int, step: int, batch: int, patches: int) -> torch.Tensor:
+def step_noise(seed: int, step: int, batch: int, grid: tuple[int, int], masking: str, ratio: float) -> torch.Tensor:
     """The noise [batch, patches] that decides the masks of one step, the same however many processes share it."""
     generator = torch.Generator().manual_seed(seed_for(seed, step, 1) % 2**63)
-    return torch.rand(batch, patches, generator=generator)
+    return mask_noise(masking, batch, grid, ratio, generator)
 
 
-def pretrain(data: Path, arch: str, r: PretrainRecipe, out: Path, seed: int, machine: Machine) -> tuple[State, int]:
+def pretrain(
+    data: Path,
+    arch: str,
+    r: PretrainRecipe,
+    out: Path,
+    seed: int,
+    machine: Machine,
+    tokenizer: Path | None = None,
+    following: Following = Following(),
+) -> tuple[State, int]:
     """Pre-train to the end (resuming what lies in `out`) and write mae.safetensors: encoder and decoder under the
-    official names. Returns the final state and the images per epoch."""
+    official names, and the tensors of a fitted target. tokenizer: the state dict of DALL-E's encoder, where the recipe
+    wants it. Returns the final state and the images per epoch."""
     files = training_images(data)
     check_batch(len(files), r.batch, str(data))
     share = r.batch // machine.processes
+    images = Images(files, pretraining_transform(r.image_size, r.min_scale, r.augmentation), seed=seed)
+    target = make_target(r, get_arch(arch).patch, images, seed, out, tokenizer)
     torch.manual_seed(seed_for(seed) % 2**63)
     model = MaskedAutoencoder(
         arch,
@@ -109,16 +84,36 @@ def pretrain(data: Path, arch: str, r: PretrainRecipe, out: Path, seed: int, mac
         r.decoder_heads,
         r.norm_pix,
         machine.activation_checkpointing,
+        target,
+        r.loss_on,
+        r.encoder_mask_tokens,
     ).to(machine.device)
-    optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas)
-    patches = model.patch_embed.num_patches
+    optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
+    grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
     lr = learning_rate(r.base_lr, r.batch)
-    listing = hashlib.sha256("\n".join(str(f.relative_to(data)) for f in files).encode()).hexdigest()
+    listing = hashlib.sha256("\n".join(f.removeprefix(f"{data}/") for f in files).encode()).hexdigest()
+    fixed = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": seed, "data": listing}
+    if tokenizer is not None:
+        fixed["tokenizer"] = tokenizer_sha256(tokenizer)
 
     def prepare(images: torch.Tensor, labels: torch.Tensor, step: int, first: int) -> tuple[torch.Tensor, ...]:
-        noise = step_noise(seed, step, r.batch, patches)[first : first + len(images)]
+        noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
         return images, noise.to(images.device)
+
+    def write(name: str, epochs: int) -> None:
+        if distributed.is_main():
+            save_weights(out / name, model.state_dict(), metadata_of(arch, r, epochs, len(files), seed))
+
+    def after_epoch(epochs: int) -> dict[str, float]:
+        if following.keep_every and epochs % following.keep_every == 0:
+            write(f"epoch-{epochs:04}.safetensors", epochs)
+        if not following.eval_every or epochs % following.eval_every:
+            return {}
+        top1 = knn_top1(model, following.labelled, r.image_size, machine)
+        if distributed.is_main():
+            print(f"epoch {epochs}/{r.epochs}: k-NN top-1 {top1:.2f}", flush=True)
+        return {"knn_top1": top1}
 
     state = fit(
         model,
@@ -126,39 +121,49 @@ def pretrain(data: Path, arch: str, r: PretrainRecipe, out: Path, seed: int, mac
         Training(
             label=f"pre-train {arch}",
             work=out,
-            dataset=Images(files, pretraining_transform(r.image_size, r.min_scale), seed=seed),
+            dataset=images,
             epochs=r.epochs,
             batch=r.batch,
             micro_batch=micro_batch_for(share, machine.micro_batch or 256),
             seed=seed,
             machine=machine,
-            fixed={"arch": arch, "recipe": dataclasses.asdict(r), "seed": seed, "data": listing},
+            fixed=fixed,
             lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
             prepare=prepare,
             loss_of=lambda m, images, noise: m(images, noise, r.mask_ratio).loss,
             tensorboard=True,
+            repeats=r.repeated_augmentation,
+            after_epoch=after_epoch,
         ),
     )
-    if distributed.is_main():
-        metadata = {
-            "format": "mae-transfer",
-            "arch": arch,
-            "epochs": str(r.epochs),
-            "norm_pix": str(r.norm_pix).lower(),
-            "image_size": str(r.image_size),
-            "mask_ratio": str(r.mask_ratio),
-            "decoder_heads": str(r.decoder_heads),  # which no shape tells
-            "images": str(len(files)),
-            "seed": str(seed),
-        }
-        save_weights(out / WEIGHTS_FILE, model.state_dict(), metadata)
+    write(WEIGHTS_FILE, r.epochs)
     return state, len(files)
 
 
-def main() -> int:
+def metadata_of(arch: str, r: PretrainRecipe, epochs: int, images: int, seed: int) -> dict[str, str]:
+    """What the weights' file says about itself; of the newer knobs those that differ from the paper's alone."""
+    metadata = {
+        "arch": arch,
+        "epochs": str(epochs),
+        "norm_pix": str(r.norm_pix).lower(),
+        "image_size": str(r.image_size),
+        "mask_ratio": str(r.mask_ratio),
+        "decoder_heads": str(r.decoder_heads),  # which no shape tells
+        "images": str(images),
+        "seed": str(seed),
+    }
+    if epochs != r.epochs:
+        metadata["epochs_planned"] = str(r.epochs)
+    default = {f.name: f.default for f in dataclasses.fields(r) if isinstance(f.default, str | bool)}
+    default |= {"repeated_augmentation": 1}
+    changed = {knob: getattr(r, knob) for knob, value in default.items() if getattr(r, knob) != value}
+    return {knob: str(value).lower() for knob, value in changed.items()} | metadata
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mae_core.pretrain", description="Pre-train a masked autoencoder.")
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder of images at any depth (its train/ if it has one)"
+        "--data", type=Path, required=True, help="folder of images or of tar files at any depth (its train/ if any)"
     )
     parser.add_argument("--arch", required=True)
     parser.add_argument("--recipe", default="paper", help="paper or mini")
@@ -167,16 +172,52 @@ def main() -> int:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
+    parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder, for tokenizer=dall-e")
+    parser.add_argument(
+        "--eval-every", type=natural, default=0, metavar="N", help="k-NN accuracy every N epochs (default: never)"
+    )
+    parser.add_argument("--eval-data", type=Path, help="labelled train/ and val/ for it (default: --data)")
+    parser.add_argument(
+        "--keep-every", type=natural, default=0, metavar="N", help="keep the weights of every Nth epoch"
+    )
     add_machine_flags(parser)
-    args = parser.parse_args()
+    parser.add_argument("--no-compile", action="store_true", help="on GPU, where pre-training compiles by default")
+    parser.add_argument(
+        "--fused-adamw", action=argparse.BooleanOptionalAction, help="one kernel for AdamW (default: on GPU)"
+    )
+    return parser.parse_args()
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The machine, with compilation and fused AdamW on by default where they help: on a GPU."""
+    machine = machine_from(args)
+    gpu = machine.device.startswith("cuda")
+    if args.compile and args.no_compile:
+        raise UserError("--compile and --no-compile: give one of them")
+    return replace(
+        machine,
+        compile=args.compile or (gpu and not args.no_compile),
+        fused_adamw=gpu if args.fused_adamw is None else args.fused_adamw,
+    )
+
+
+def following_of(args: argparse.Namespace) -> Following:
+    if args.eval_data is not None and not args.eval_every:
+        raise UserError("--eval-data is used by --eval-every N alone: give that too")
+    labelled = labelled_folder(args.eval_data or args.data) if args.eval_every else None
+    return Following(args.eval_every, labelled, args.keep_every)
+
+
+def main() -> int:
+    args = parse()
     try:
         get_arch(args.arch)
         r, changed = override(recipe(args.arch, args.recipe), args.set)
-        machine = machine_from(args)
+        machine, following = machine_of(args), following_of(args)
         args.out.mkdir(parents=True, exist_ok=True)
         with distributed.process_group(machine.device) as device:
             machine = replace(machine, device=device)
-            state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine)
+            state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following)
     except (UserError, OSError) as e:  # OSError: a full or read-only disk
         print(f"error: {e}", file=sys.stderr)
         return 1

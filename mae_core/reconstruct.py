@@ -55,8 +55,8 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
     """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads, the target and
     whether the encoder has mask tokens from what the file says about itself, else 16 heads, norm_pix and no.
 
-    CheckpointError for a file without decoder, for one that lacks a tensor, for one that predicts tokens whose tokenizer
-    is not in it, and where norm_pix contradicts the file.
+    CheckpointError for a file without decoder, for one that lacks a tensor, for one that predicts tokens of a tokenizer
+    that is not in it, and where norm_pix contradicts the file.
     """
     decoder = checkpoint.decoder
     if "decoder_embed.weight" not in decoder:

@@ -60,6 +60,10 @@ RANGES = {
     "decoder_dim": (4, math.inf, True),
     "decoder_depth": (1, math.inf, True),
     "decoder_heads": (1, math.inf, True),
+    "pca_components": (1, math.inf, True),
+    "vocabulary": (2, math.inf, True),
+    "fit_images": (1, math.inf, True),
+    "repeated_augmentation": (1, math.inf, True),
 }
 
 

@@ -29,7 +29,8 @@ class Training:
     batch: the effective batch over all processes. micro_batch: images per process and forward pass.
     lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
     the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
-    fixed: what a resumed run must agree in.
+    fixed: what a resumed run must agree in. repeats: samples of each image in a batch. after_epoch: called by every
+    process with the number of epochs done; what it returns stands in the epoch's line of the log.
     """
 
     label: str
@@ -45,6 +46,8 @@ class Training:
     prepare: Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
     loss_of: Callable[..., Tensor]
     tensorboard: bool = False
+    repeats: int = 1
+    after_epoch: Callable[[int], dict[str, Any]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -75,8 +78,8 @@ def diverged(what: str, step: int, t: Training) -> UserError:
     )
 
 
-def end_epoch(t: Training, state: State, lr: float, images_per_second: float) -> None:
-    """One JSON line: mean loss over the epoch and all processes, rate, time."""
+def end_epoch(t: Training, state: State, lr: float, images_per_second: float, found: dict[str, Any]) -> None:
+    """One JSON line: mean loss over the epoch and all processes, rate, time, and what after_epoch found."""
     losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)
     state.loss_sum = 0.0
     if not distributed.is_main():
@@ -88,6 +91,7 @@ def end_epoch(t: Training, state: State, lr: float, images_per_second: float) ->
         "lr": lr,
         "images_per_second": round(images_per_second, 1),
         "seconds": round(state.seconds, 1),
+        **found,
     }
     with open(t.work / LOG_FILE, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
@@ -135,6 +139,7 @@ def decides_rounding(t: Training) -> dict[str, Any]:
         "micro_batch": t.micro_batch,
         "activation_checkpointing": m.activation_checkpointing,
         "compile": m.compile,
+        "fused_adamw": m.fused_adamw,
         "processes": m.processes,
         "threads": m.threads,
         "torch": str(torch.__version__),

@@ -19,6 +19,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.recipe import MINI_FIELDS
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 
 TINY = {"batch": 16, "epochs": 2, "warmup_epochs": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -85,7 +86,10 @@ def test_the_paper_s_recipe():
     paper = {
         "image_size": 224, "mask_ratio": 0.75, "norm_pix": True, "decoder_dim": 512, "decoder_depth": 8,
         "decoder_heads": 16, "epochs": 1600, "warmup_epochs": 40, "batch": 4096, "base_lr": 1.5e-4, "min_lr": 0.0,
-        "weight_decay": 0.05, "betas": (0.9, 0.95), "min_scale": 0.2,
+        "weight_decay": 0.05, "betas": (0.9, 0.95), "min_scale": 0.2, "masking": "random", "loss_on": "masked",
+        "encoder_mask_tokens": False, "target": "pixels", "augmentation": "crop, random size",
+        "repeated_augmentation": 1, "pca_components": 96, "tokenizer": "k-means", "vocabulary": 8192,
+        "fit_images": 10000,
     }  # fmt: skip
     for arch in ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"):
         assert asdict(pretrain.recipe(arch, "paper")) == paper
@@ -93,7 +97,7 @@ def test_the_paper_s_recipe():
 
 def test_the_mini_recipe_differs_in_the_declared_fields_alone():
     paper, mini = (asdict(pretrain.recipe("vit_mini_patch8", name)) for name in ("paper", "mini"))
-    assert {knob for knob in paper if paper[knob] != mini[knob]} <= set(pretrain.MINI_FIELDS)
+    assert {knob for knob in paper if paper[knob] != mini[knob]} <= set(MINI_FIELDS)
 
 
 def test_unknown_recipe():
@@ -105,15 +109,16 @@ def test_training_images_are_those_of_train_where_there_is_one(tmp_path):
     for name in ("train/a.png", "val/b.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
-    assert pretrain.training_images(tmp_path) == [tmp_path / "train/a.png"]
-    assert pretrain.training_images(tmp_path / "val") == [tmp_path / "val/b.png"]
+    assert pretrain.training_images(tmp_path) == [f"{tmp_path}/train/a.png"]
+    assert pretrain.training_images(tmp_path / "val") == [f"{tmp_path}/val/b.png"]
 
 
 def test_noise_of_a_step_depends_on_seed_and_step_alone():
-    noise = pretrain.step_noise(0, 5, 8, 36)
-    assert torch.equal(noise, pretrain.step_noise(0, 5, 8, 36))
-    assert not torch.equal(noise, pretrain.step_noise(0, 6, 8, 36))
-    assert not torch.equal(noise, pretrain.step_noise(1, 5, 8, 36))
+    rest = (8, (6, 6), "random", 0.75)
+    noise = pretrain.step_noise(0, 5, *rest)
+    assert torch.equal(noise, pretrain.step_noise(0, 5, *rest))
+    assert not torch.equal(noise, pretrain.step_noise(0, 6, *rest))
+    assert not torch.equal(noise, pretrain.step_noise(1, 5, *rest))
     assert len(noise.unique()) == 8 * 36
 
 
@@ -220,10 +225,10 @@ def stop_at(monkeypatch, step, number=signal.SIGINT):
     """Send this process a signal while it prepares that step."""
     original = pretrain.step_noise
 
-    def step_noise(seed, current, batch, patches):
+    def step_noise(seed, current, *rest):
         if current == step:
             os.kill(os.getpid(), number)
-        return original(seed, current, batch, patches)
+        return original(seed, current, *rest)
 
     monkeypatch.setattr(pretrain, "step_noise", step_noise)
 
@@ -458,10 +463,10 @@ def small_forward(self, images, noise, mask_ratio):
         raise torch.OutOfMemoryError("simulated")
     return forward(self, images, noise, mask_ratio)
 
-def stopping_noise(seed, step, batch, patches):
+def stopping_noise(seed, step, *rest):
     if second and step == 5:
         os.kill(os.getpid(), signal.SIGINT)
-    return step_noise(seed, step, batch, patches)
+    return step_noise(seed, step, *rest)
 
 if mishap == "memory":
     MaskedAutoencoder.forward = small_forward

@@ -1,0 +1,79 @@
+"""Following a pre-training by the k-NN accuracy of its encoder on a labelled folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mae_core import distributed
+from mae_core.data import Images, list_images, loader, pretraining_transform
+from mae_core.errors import UserError
+from mae_core.knn import knn_predict
+from mae_core.machine import Machine
+
+# At most this many, spread evenly over the list: ImageNet's 1.28 million would take longer than an epoch's training.
+TRAIN_IMAGES, VAL_IMAGES = 50_000, 10_000
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Files and labels of both splits."""
+
+    train: tuple[list[Path], list[int]]
+    val: tuple[list[Path], list[int]]
+    classes: int
+
+
+def labelled_folder(root: Path) -> Labelled:
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/*; UserError if a split or a class of one of them is missing."""
+    splits = {}
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            raise UserError(f"{root} has no folder {split}: k-NN needs {root}/train/CLASS/* and {root}/val/CLASS/*")
+        files = list_images(root / split)
+        splits[split] = [(f, f.relative_to(root / split).parts[0]) for f in files]
+    names = [sorted({name for _, name in splits[split]}) for split in ("train", "val")]
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))[0]
+        raise UserError(f"{root}: train and val must have the same folders of classes, and {odd} is in one alone")
+    place = {name: label for label, name in enumerate(names[0])}
+
+    def thinned(pairs: list, limit: int) -> tuple[list[Path], list[int]]:
+        count = min(limit, len(pairs))
+        kept = [pairs[i * len(pairs) // count] for i in range(count)]
+        return [file for file, _ in kept], [place[name] for _, name in kept]
+
+    return Labelled(thinned(splits["train"], TRAIN_IMAGES), thinned(splits["val"], VAL_IMAGES), len(place))
+
+
+def knn_top1(model: VisionTransformer, data: Labelled, image_size: int, machine: Machine) -> float | None:
+    """Percent of the validation images that the weighted 20 nearest neighbours among the training images name rightly,
+    by the class token after the last norm. Processes share the work; None but on the first."""
+    features = [encoder_features(model, files, image_size, machine) for files in (data.train[0], data.val[0])]
+    if not distributed.is_main():
+        return None
+    labels = [torch.tensor(split[1], device=machine.device) for split in (data.train, data.val)]
+    train, val = (part.to(machine.device) for part in features)
+    predicted = knn_predict(train, labels[0], val, data.classes, k=min(20, len(train)))
+    return 100 * (predicted == labels[1]).float().mean().item()
+
+
+@torch.inference_mode()
+def encoder_features(model: VisionTransformer, files: list[Path], image_size: int, machine: Machine) -> Tensor:
+    """The class token of every file's centre crop [N, D], in the order of the files, on every process."""
+    indices = list(range(len(files)))
+    batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
+    mine = batches[distributed.rank() :: distributed.world_size()]
+    dataset = Images(files, pretraining_transform(image_size, augmentation="none"))
+    was_training, found = model.training, []
+    model.eval()
+    for number, (images, _, _) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
+        with machine.autocast():
+            tokens = model.forward_features(images.to(machine.device))
+        found.append((number * distributed.world_size() + distributed.rank(), tokens[:, 0].float().cpu()))
+    model.train(was_training)
+    everyone = [part for process in distributed.gather_to_all(found) for part in process]
+    return torch.cat([part for _, part in sorted(everyone, key=lambda part: part[0])])

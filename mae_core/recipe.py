@@ -1,0 +1,120 @@
+"""The recipe of a pre-training: every number and every choice of it, as data."""
+
+from dataclasses import dataclass, fields, replace
+
+from mae_core.autoencoder import LOSS_ON
+from mae_core.data import AUGMENTATIONS
+from mae_core.errors import UserError
+from mae_core.masking import GRID_RATIO, MASKINGS
+from mae_core.settings import check_ranges, did_you_mean
+from mae_core.targets import TARGETS
+from mae_core.vit import get_arch
+
+TOKENIZERS = ("k-means", "dall-e")
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Every number of one pre-training. Defaults: MAE paper, Table 8, section 3 and A.1; where the paper is silent the
+    official code (min_scale, betas' use, zero decay on 1-D parameters, decoder heads). The words that masking, target,
+    loss_on and augmentation can be are in masking.py, targets.py, autoencoder.py and data.py.
+
+    UserError for an unknown word, and for a knob that would do nothing beside the others.
+    """
+
+    image_size: int = 224
+    mask_ratio: float = 0.75
+    norm_pix: bool = True  # the released encoders; section 4's baseline reconstructs plain pixels
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    epochs: int = 1600  # Table 3 and all transfer results; the ablations take 800
+    warmup_epochs: int = 40
+    batch: int = 4096
+    base_lr: float = 1.5e-4
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    min_scale: float = 0.2  # random-size crop, smallest share of the area
+    masking: str = "random"
+    encoder_mask_tokens: bool = False
+    loss_on: str = "masked"
+    target: str = "pixels"
+    pca_components: int = 96
+    tokenizer: str = "k-means"
+    vocabulary: int = 8192  # tokens of k-means; DALL-E's encoder has as many
+    fit_images: int = 10000  # whose patches PCA and k-means are fitted on; the paper names no sample
+    augmentation: str = "crop, random size"
+    repeated_augmentation: int = 1  # crops of each decoded image in a batch
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for knob, known in WORDS.items():
+            if getattr(self, knob) not in known:
+                raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
+        for knob, value, because in self.unused():
+            if getattr(self, knob) != value:
+                raise UserError(f"{knob} does nothing with {because}: leave it at {value}")
+        if self.masking == "grid" and self.mask_ratio != GRID_RATIO:
+            raise UserError(f"mask_ratio={self.mask_ratio}: grid-wise masking hides {GRID_RATIO} of the patches")
+        if self.batch % self.repeated_augmentation:
+            raise UserError(
+                f"repeated_augmentation={self.repeated_augmentation}: a batch of {self.batch} is no multiple of it"
+            )
+
+    def unused(self) -> list[tuple[str, object, str]]:
+        """(knob, the value it keeps, because of what) for every knob that does nothing beside the others."""
+        default = {field.name: field.default for field in fields(self)}
+        found = []
+        if self.target != "pixels":
+            found.append(("norm_pix", False, f"target={self.target}"))
+        if self.target != "pca":
+            found.append(("pca_components", default["pca_components"], f"target={self.target}"))
+        if self.target != "tokens":
+            found.append(("tokenizer", default["tokenizer"], f"target={self.target}"))
+        if not self.fits_tokens:
+            found.append(("vocabulary", default["vocabulary"], "a target that is no k-means token"))
+        if not self.fits_tokens and self.target != "pca":
+            found.append(("fit_images", default["fit_images"], "a target that is not fitted"))
+        if self.augmentation in ("none", "crop, fixed size"):
+            found.append(("min_scale", default["min_scale"], f"augmentation={self.augmentation}"))
+        return found
+
+    @property
+    def fits_tokens(self) -> bool:
+        return self.target == "tokens" and self.tokenizer == "k-means"
+
+
+WORDS = {
+    "masking": MASKINGS,
+    "loss_on": LOSS_ON,
+    "target": TARGETS,
+    "tokenizer": TOKENIZERS,
+    "augmentation": AUGMENTATIONS,
+}
+MINI_FIELDS = ("image_size", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "warmup_epochs")
+MINI_FIELDS += ("batch", "base_lr")
+
+
+def recipe(arch: str, name: str) -> PretrainRecipe:
+    """The recipe of that name: "paper", or "mini" for the generated 48 px images and vit_mini_patch8."""
+    a = get_arch(arch)
+    paper = PretrainRecipe(image_size=a.image_size)
+    recipes = {
+        "paper": paper,
+        "mini": replace(
+            paper,
+            image_size=48 - 48 % a.patch,
+            norm_pix=False,
+            decoder_dim=96,
+            decoder_depth=2,
+            decoder_heads=4,
+            epochs=40,
+            warmup_epochs=2,
+            batch=256,
+            base_lr=1.5e-3,
+        ),
+    }
+    if name not in recipes:
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
+    return recipes[name]
