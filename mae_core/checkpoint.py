@@ -1,12 +1,10 @@
-"""Any published MAE checkpoint -> Checkpoint: its encoder in timm's names, and strict loading into a ViT.
+"""Any published ViT checkpoint -> Checkpoint: its encoder in timm's names, and strict loading into a ViT.
 
-    python -m mae_core.checkpoint FILE      what a file holds
+    python -m mae_core.checkpoint FILE      what a file holds; --formats lists what is read
 
-Formats: the released encoder, full, visualise and fine-tuned files of facebookresearch/mae, its training and
-linear-probe checkpoints, timm's flat files, and our own. The size comes from the tensor shapes, never from a name.
+The formats are those of mae_core/formats.py. The size comes from the tensor shapes, never from a name.
 """
 
-import argparse
 import hashlib
 import math
 import re
@@ -15,21 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from timm.layers import resize_rel_pos_bias_table
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mae_core.canonical import read_weights, stated
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
-from mae_core.vit import ARCHS, build_vit, get_arch
-from mae_core.weights_file import CheckpointError, as_float32, read_weights, save_weights, sha256_of
+from mae_core.identify import compare, identify, image_size_of, registered
+from mae_core.source import locate
+from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_distilled, build_vit, get_arch
+from mae_core.weights_file import CheckpointError, as_float32, save_weights, sha256_of
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "LoadReport",
+    "classifier_of",
     "load_classifier",
     "load_encoder",
+    "model_of",
     "read_checkpoint",
     "resize_position_embedding",
     "save_weights",
@@ -38,18 +43,25 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one load did, as tensor names. `resized` is part of `loaded`; `missing` are new heads left as they were."""
+    """What one load did, as tensor names: every tensor of the file is in `loaded` or `dropped`, every tensor of the
+    model in `loaded` or `missing` (new heads, left as they were). `resized` and `converted` (made of others, or turned)
+    are parts of `loaded`. coverage: percent of the model's parameters without its head that were loaded."""
 
     loaded: tuple[str, ...]
     resized: tuple[str, ...]
     dropped: tuple[str, ...]
     missing: tuple[str, ...]
+    converted: tuple[str, ...] = ()
+    coverage: float = 100.0
 
     def summary(self) -> str:
-        """One line for a log: "148 tensors loaded (pos_embed resized), 2 dropped, new: fc_norm.weight, head.weight"."""
-        resized = f" ({', '.join(self.resized)} resized)" if self.resized else ""
+        """One line for a log: "148 tensors loaded (pos_embed resized), 2 dropped, new: head.weight; 100 % of the
+        encoder"."""
+        resized = f" ({', '.join(self.resized[:3])}{' ...' * (len(self.resized) > 3)} resized)" if self.resized else ""
+        converted = f", {len(self.converted)} of them converted" if self.converted else ""
         new = f", new: {', '.join(self.missing)}" if self.missing else ""
-        return f"{len(self.loaded)} tensors loaded{resized}, {len(self.dropped)} dropped{new}"
+        counts = f"{len(self.loaded)} tensors loaded{resized}{converted}, {len(self.dropped)} dropped{new}"
+        return f"{counts}; {self.coverage:.4g} % of the encoder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +70,13 @@ class Checkpoint:
 
     encoder: timm's names (mae_core/vit.py); without ``norm.*`` in a classifier fine-tuned with average pooling.
     decoder: names of the official code (``mask_token``, ``decoder_*``); {} if the file has none.
-    classifier: ``fc_norm.*`` and ``head.*``, or a linear probe's ``head.0.*`` (BatchNorm) and ``head.1.*``; else {}.
-    dropped: names of entries that belong to none of these.
+    classifier: ``fc_norm.*`` and ``head.*`` (``head_dist.*`` of DeiT), or a linear probe's ``head.0.*`` (BatchNorm) and
+    ``head.1.*``; else {}. dropped: names of entries that belong to none of these.
+    sources: a tensor's name -> the names in the file that it was made of, where they are others.
     meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
     mean, std: of the channels (0..1) that its images are normalised with. eps: of its LayerNorms. pool: "token" or
-    "avg". plain: a ViT of class token, positions and blocks alone, as MAE's is.
+    "avg", what its representation of an image is. variant: what it has beyond a plain ViT.
+    config: SHA-256 of the configs beside the weights that decided about any of these.
     """
 
     path: str
@@ -77,66 +91,92 @@ class Checkpoint:
     meta: dict
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
-    eps: float = 1e-6
+    eps: float = EPS
     pool: str = "token"
-    plain: bool = True
+    variant: Variant = PLAIN
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    config: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a ViT of class token, positions and blocks alone, as MAE's is."""
+        return self.variant == PLAIN
+
+    @property
+    def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """mean and std."""
+        return self.mean, self.std
+
+    @property
+    def identity(self) -> str:
+        """What its numbers depend on: the file's SHA-256, and that of the configs beside it."""
+        return f"{self.sha256}+{self.config}" if self.config else self.sha256
 
     @property
     def kind(self) -> str:
         """One of encoder (pre-trained), classifier (fine-tuned end to end), linear-probe (frozen encoder and probe).
 
-        A timm file with ``norm.*`` and ``head.*`` is an encoder: supervised pre-training looks like this.
+        A file with ``norm.*`` and ``head.*`` is an encoder: supervised pre-training looks like this (timm, DeiT,
+        Google). MAE's fine-tuning with the class token and our own leave such files too.
         """
         if any(name.startswith("head.0.") for name in self.classifier):
             return "linear-probe"
-        fine_tuned = "fc_norm.weight" in self.classifier or (self.classifier and self.format != "timm")
-        return "classifier" if fine_tuned else "encoder"
+        tuned = self.format in ("mae-finetuned", "mae-full", "mae-training", "ours") and self.classifier
+        if "kind" in self.meta:
+            return str(self.meta["kind"])
+        return "classifier" if "fc_norm.weight" in self.classifier or tuned else "encoder"
 
 
 PARTS = {
-    "encoder": re.compile(r"cls_token$|pos_embed$|patch_embed\.|blocks\.|norm\."),
+    "encoder": re.compile(r"(cls|reg|dist)_token$|pos_embed$|patch_embed\.|blocks\.|norm\."),
     "decoder": re.compile(r"mask_token$|decoder_"),
-    "classifier": re.compile(r"fc_norm\.|head\."),
+    "classifier": re.compile(r"fc_norm\.|head\.|head_dist\."),
 }
-PLAIN = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
-)
-# Beside the encoder's names, what makes a model compute something else: DeiT distilled, DINOv2, BEiT, CLIP.
-NOT_PLAIN = re.compile(r"dist_token|register_tokens|reg_token|rel_pos_bias|norm_pre\.")
 
 
-def read_checkpoint(spec: str | Path, seed: int = 0) -> Checkpoint:
-    """Read and check a file, or make random weights: "random:ARCH" is `build_vit` under that seed.
+def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> Checkpoint:
+    """Read and check a file, a folder with a config, "hf:NAME" or "timm:NAME"; or make random weights: "random:ARCH" is
+    `build_vit` under that seed. key: which of several models in one file.
 
     CheckpointError unless every encoder tensor is there, has the shape that its size asks for, and is finite. Memory:
-    about the bytes of the tensors read, since they stay mapped from the file; half-precision ones take float32 besides.
+    about the bytes of the tensors read, since they stay mapped from the file; half-precision ones, and queries, keys
+    and values that are joined, take theirs besides.
     """
     if str(spec).startswith("random:"):
         return _random(str(spec), seed)
-    path = Path(spec).expanduser()
-    format, entries, facts = read_weights(path)
-    parts = {
-        part: {name: value for name, value in entries.items() if pattern.match(name) and isinstance(value, Tensor)}
-        for part, pattern in PARTS.items()
-    }
-    if "decoder_embed.weight" not in entries:
+    source = locate(str(spec))
+    path = source.path
+    weights = read_weights(path, key)
+    tensors, known = weights.tensors, stated(path, weights, source.said)
+    parts = {part: {n: t for n, t in tensors.items() if p.match(n)} for part, p in PARTS.items()}
+    if "decoder_embed.weight" not in tensors:
         parts["decoder"].pop("mask_token", None)  # masked-image training has one, an MAE decoder or not
-    arch = _check_encoder(path, entries, parts["encoder"])
+    arch, variant = identify(path, tensors, parts["encoder"], known.pop("heads"))
+    head = parts["classifier"].get("head.weight")
+    if head is not None and head.shape[1:] != (ARCHS[arch].dim,):  # DINOv2's head over class token and average
+        parts["classifier"] = {}
     encoder, decoder, classifier = (
         {name: as_float32(path, name, tensor) for name, tensor in part.items()} for part in parts.values()
     )
+    kept = encoder.keys() | decoder.keys() | classifier.keys()
+    left = [old for name in tensors if name not in kept for old in weights.sources[name]]
+    if classifier:
+        known["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
     return Checkpoint(
         path=str(path),
-        name=path.stem,
-        format=format,
+        name=source.name,
+        format=weights.format.name,
         arch=arch,
         sha256=sha256_of(path),
         encoder=encoder,
         decoder=decoder,
         classifier=classifier,
-        dropped=tuple(name for name in entries if not any(name in part for part in parts.values())),
-        meta={**facts, "image_size": _image_size(encoder, arch)},
+        dropped=(*weights.dropped, *left),
+        meta={**weights.facts, "image_size": image_size_of(encoder, arch, variant)},
+        variant=variant,
+        sources={name: old for name, old in weights.sources.items() if name in kept and old != (name,)},
+        config=source.config,
+        **known,
     )
 
 
@@ -149,66 +189,56 @@ def _random(spec: str, seed: int) -> Checkpoint:
         torch.manual_seed(seed)
         encoder = build_vit(arch).state_dict()
     digest = hashlib.sha256(spec.encode()).hexdigest()
-    meta = {"image_size": _image_size(encoder, arch)}
+    meta = {"image_size": image_size_of(encoder, arch, PLAIN)}
     return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), meta)
 
 
-def _image_size(encoder: dict[str, Tensor], arch: str) -> int:
-    return math.isqrt(encoder["pos_embed"].shape[1] - 1) * ARCHS[arch].patch
+def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Position embedding [1, prefix + N, D] of a square grid -> [1, prefix + H*W, D] for grid (H, W), in float32.
 
-
-def _check_encoder(path: Path, entries: dict[str, object], encoder: dict[str, Tensor]) -> str:
-    """The arch of the encoder; CheckpointError unless it is a plain ViT with every tensor there in the right shape."""
-    blocks = {int(match[1]) for name in encoder if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if not blocks:
-        if any(name.startswith("decoder_") for name in entries):
-            raise CheckpointError(f"{path} holds only a decoder: give the file that has the encoder")
-        raise CheckpointError(
-            f"{path} holds no ViT encoder: none of its {len(entries)} tensors is named like blocks.0.attn.qkv.weight, "
-            f"they are like {next(iter(entries))}; give an MAE checkpoint"
-        )
-    strange = [name for name in encoder if not PLAIN.fullmatch(name)] + [n for n in entries if NOT_PLAIN.match(n)]
-    if strange:
-        raise CheckpointError(f"{path} is not a plain ViT, it has {strange[0]}: give an encoder of the MAE kind")
-    projection = encoder.get("patch_embed.proj.weight")
-    if projection is None:
-        raise CheckpointError(f"{path} has no patch_embed.proj.weight, which every ViT needs: give the complete file")
-    size = (*projection.shape[:1], max(blocks) + 1, *projection.shape[-1:])
-    sizes = {(a.dim, a.depth, a.patch): a.name for a in ARCHS.values()}
-    if size not in sizes:
-        known = ", ".join(f"{name} {'/'.join(map(str, s))}" for s, name in sizes.items())
-        found = "/".join(map(str, size))
-        raise CheckpointError(f"{path} has an unknown size, width/depth/patch {found}; known: {known}")
-    arch = sizes[size]
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in build_vit(arch).state_dict().items()}
-    if "fc_norm.weight" in entries and not {"norm.weight", "norm.bias"} & encoder.keys():
-        del wanted["norm.weight"], wanted["norm.bias"]
-    tokens = encoder["pos_embed"].shape[1:2].numel() if "pos_embed" in encoder else 0
-    if tokens > 1 and math.isqrt(tokens - 1) ** 2 == tokens - 1:
-        wanted["pos_embed"] = (1, tokens, size[0])  # pre-trained at another resolution
-    _compare(str(path), encoder, wanted, arch)
-    return arch
-
-
-def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Position embedding [1, 1 + N, D] of a square grid -> [1, 1 + H*W, D] for grid (H, W), in float32.
-
-    Bicubic without antialiasing, as the official code does; the class token keeps its own. The same grid comes back
-    as it was.
+    Bicubic without antialiasing, as the official code does; the class token (and whatever else comes before the
+    patches) keeps its own. The same grid comes back as it was.
     """
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if side * side != pos_embed.shape[1] - 1:
+    side = math.isqrt(pos_embed.shape[1] - prefix)
+    if side * side != pos_embed.shape[1] - prefix:
         raise CheckpointError(f"pos_embed {list(pos_embed.shape)} is not a class token and a square grid of patches")
     if (side, side) == tuple(grid):
         return pos_embed
-    patches = pos_embed[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = pos_embed[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    return torch.cat([pos_embed[:, :prefix].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def load_encoder(vit: VisionTransformer, checkpoint: Checkpoint) -> LoadReport:
-    """Load the encoder into a `build_vit` model, all of it; positions are resized to the model's grid.
+def model_of(
+    checkpoint: Checkpoint,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int = 0,
+    pool: str = "token",
+    drop_path: float = 0.0,
+) -> VisionTransformer | Beit:
+    """`build_vit` for this checkpoint: of its size and variant and with its eps; `load_encoder` brings the weights."""
+    c = checkpoint
+    return build_vit(c.arch, image_size, num_classes, pool, drop_path, c.eps, c.variant)
+
+
+def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | None = None) -> VisionTransformer | Beit:
+    """The classifier in a checkpoint, loaded: its classes, its pooling, and both heads of a distilled DeiT.
+
+    image_size: px; by default the one it was trained at. CheckpointError if the file holds none.
+    """
+    classes = len(_head(checkpoint))
+    size = image_size or checkpoint.meta["image_size"]
+    if "head_dist.weight" in checkpoint.classifier:
+        vit = build_distilled(checkpoint.arch, size, classes)
+    else:
+        vit = model_of(checkpoint, size, classes, checkpoint.pool)
+    load_classifier(vit, checkpoint)
+    return vit
+
+
+def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
+    """Load the encoder into a `model_of` model, all of it; positions are resized to the model's grid. The eps of the
+    checkpoint is set in every LayerNorm: it is as much a part of what was trained as the weights.
 
     A model that pools by average has no ``norm``: the checkpoint's is dropped, and fc_norm is new, as in the official
     fine-tuning. CheckpointError for a fine-tuned classifier and for any tensor that is missing or does not fit; the
@@ -218,80 +248,75 @@ def load_encoder(vit: VisionTransformer, checkpoint: Checkpoint) -> LoadReport:
         raise CheckpointError(
             f"{checkpoint.path} is a fine-tuned classifier, not a pre-trained encoder: give the pre-training checkpoint"
         )
-    wanted = vit.state_dict()
     source = dict(checkpoint.encoder)
-    if "fc_norm.weight" in wanted:
+    if "fc_norm.weight" in vit.state_dict():
         source = {name: tensor for name, tensor in source.items() if not name.startswith("norm.")}
     return _load(vit, checkpoint, source, new=("fc_norm.", "head."))
 
 
-def load_classifier(vit: VisionTransformer, checkpoint: Checkpoint) -> LoadReport:
-    """Load a fine-tuned classifier, encoder and head, into a `build_vit` model of the same pooling and classes.
+def load_classifier(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
+    """Load a classifier, encoder and head, into a model of the same pooling and classes (`classifier_of` builds one).
 
     CheckpointError if the file has no such head or any tensor is missing or does not fit; the model is then untouched.
     """
+    _head(checkpoint)
+    if vit.global_pool != checkpoint.pool:
+        raise CheckpointError(
+            f"{checkpoint.path} was fine-tuned with pool='{checkpoint.pool}': build the model with it"
+        )
+    return _load(vit, checkpoint, {**checkpoint.encoder, **checkpoint.classifier}, new=())
+
+
+def _head(checkpoint: Checkpoint) -> Tensor:
     if "head.weight" not in checkpoint.classifier:
         raise CheckpointError(
             f"{checkpoint.path} holds no fine-tuned classifier but {checkpoint.kind} weights: give a fine-tuned file"
         )
-    pool = "avg" if "fc_norm.weight" in checkpoint.classifier else "token"
-    if vit.global_pool != pool:
-        raise CheckpointError(f"{checkpoint.path} was fine-tuned with pool='{pool}': build the model with it")
-    return _load(vit, checkpoint, {**checkpoint.encoder, **checkpoint.classifier}, new=())
+    return checkpoint.classifier["head.weight"]
 
 
 def _load(
-    vit: VisionTransformer, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]
+    vit: VisionTransformer | Beit, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]
 ) -> LoadReport:
     wanted = vit.state_dict()
+    source = registered(source, wanted)
     missing = tuple(name for name in wanted if name not in source and name.startswith(new))
-    positions = source["pos_embed"]
-    source["pos_embed"] = resize_position_embedding(positions, vit.patch_embed.grid_size)
-    shapes = {name: tensor.shape for name, tensor in wanted.items() if name not in missing}
-    _compare(f"{checkpoint.path} ({checkpoint.arch})", source, shapes, "the model")
-    vit.load_state_dict({**wanted, **source}, strict=True)
-    everything = (*checkpoint.encoder, *checkpoint.decoder, *checkpoint.classifier, *checkpoint.dropped)
+    resized = {}
+    for name, tensor in source.items():
+        if name == "pos_embed":
+            tensor = resize_position_embedding(tensor, vit.patch_embed.grid_size, checkpoint.variant.positions)
+        elif name.endswith("relative_position_bias_table") and name in wanted and tensor.ndim == 2:
+            # Geometrically spaced bicubic interpolation, as BEiT fine-tunes at another size.
+            tensor = resize_rel_pos_bias_table(tensor, vit.patch_embed.grid_size, tuple(wanted[name].shape))
+        if tensor is not source[name]:
+            resized[name] = tensor
+    source |= resized
+    what = f"{checkpoint.path} ({checkpoint.arch})"
+    compare(what, source, {n: t.shape for n, t in wanted.items() if n not in missing}, "the model")
+    heads, wrong = get_arch(checkpoint.arch).heads, {block.attn.num_heads for block in vit.blocks}
+    if wrong != {heads}:
+        raise CheckpointError(
+            f"{what} has {heads} attention heads, the model {wrong.pop()}: the same shapes, another ViT"
+        )
+    if not next(iter(wanted.values())).is_meta:
+        vit.load_state_dict({**wanted, **source}, strict=True)
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = checkpoint.eps
+    everything = (*checkpoint.encoder, *checkpoint.decoder, *checkpoint.classifier)
+    trunk = [name for name in wanted if not name.startswith(("fc_norm.", "head"))]
+    loaded = sum(wanted[name].numel() for name in trunk if name in source)
     return LoadReport(
         loaded=tuple(source),
-        resized=() if source["pos_embed"] is positions else ("pos_embed",),
-        dropped=tuple(name for name in everything if name not in source),
+        resized=tuple(resized),
+        dropped=(*(name for name in everything if name not in source and name != "dist_token"), *checkpoint.dropped),
         missing=missing,
+        converted=tuple(name for name in source if name in checkpoint.sources),
+        coverage=100 * loaded / sum(wanted[name].numel() for name in trunk),
     )
-
-
-def _compare(what: str, have: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], by: str) -> None:
-    """CheckpointError naming the first tensor that lacks, has another shape or is unknown."""
-    for name, shape in wanted.items():
-        if name not in have:
-            raise CheckpointError(f"{what} has no {name}, which {by} needs: give the complete file")
-        if tuple(have[name].shape) != tuple(shape):
-            raise CheckpointError(f"{what}: {name} is {list(have[name].shape)} where {by} has {list(shape)}")
-    for name in have:
-        if name not in wanted:
-            raise CheckpointError(f"{what} has {name}, which {by} has not")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_core.checkpoint", description="Say what a checkpoint file holds."
-    )
-    parser.add_argument("file", help="a checkpoint, or random:ARCH")
-    try:
-        checkpoint = read_checkpoint(parser.parse_args(argv).file)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    parts = {"encoder": checkpoint.encoder, "decoder": checkpoint.decoder, "classifier": checkpoint.classifier}
-    for key in ("arch", "format", "kind", "sha256"):
-        print(f"{key:<11}{getattr(checkpoint, key)}")
-    for part, tensors in parts.items():
-        if tensors:
-            count = sum(tensor.numel() for tensor in tensors.values())
-            print(f"{part:<11}{len(tensors)} tensors, {count:,} parameters")
-    print(f"{'dropped':<11}{len(checkpoint.dropped)} {' '.join(checkpoint.dropped[:5])}".rstrip())
-    print(f"{'meta':<11}{' '.join(f'{key}={value}' for key, value in checkpoint.meta.items())}")
-    return 0
 
 
 if __name__ == "__main__":
+    from mae_core.checkpoint_report import main
+
     sys.exit(main())

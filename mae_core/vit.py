@@ -1,4 +1,4 @@
-"""The encoder sizes of MAE and the timm VisionTransformer built from one of them.
+"""The encoder sizes and the timm VisionTransformer built from one of them; what other encoders have beside.
 
 Parameter names and shapes are timm's, which are also those of the released MAE files:
 ``cls_token [1, 1, D]``, ``pos_embed [1, 1 + N, D]``, ``patch_embed.proj.{weight, bias}``, ``blocks.i.*``, ``norm.*``.
@@ -9,6 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import SwiGLUPacked
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -29,19 +32,49 @@ class Arch:
 
 
 # B, L, H: MAE paper, section 4 and the official models (ViT-H has patches of 14). Ti and S: DeiT (arXiv 2012.12877).
+# Patches of 8: DINO; of 14: DINOv2, the giant of which has SwiGLU layers; of 32: AugReg. MoCo v3's ViT-S has 12
+# heads (facebookresearch/moco-v3 vits.py): the same shapes as DeiT's with 6, another function.
 # vit_mini_patch8 is this project's own: the size at which the generated 48 px miniature trains in minutes on two cores.
 ARCHS = {
     arch.name: arch
     for arch in (
         Arch("vit_mini_patch8", 128, 6, 4, 8, 48),
         Arch("vit_tiny_patch16", 192, 12, 3, 16, 224),
+        Arch("vit_small_patch8", 384, 12, 6, 8, 224),
+        Arch("vit_small_patch14", 384, 12, 6, 14, 224),
         Arch("vit_small_patch16", 384, 12, 6, 16, 224),
+        Arch("vit_small_patch16_heads12", 384, 12, 12, 16, 224),
+        Arch("vit_small_patch32", 384, 12, 6, 32, 224),
+        Arch("vit_base_patch8", 768, 12, 12, 8, 224),
+        Arch("vit_base_patch14", 768, 12, 12, 14, 224),
         Arch("vit_base_patch16", 768, 12, 12, 16, 224),
+        Arch("vit_base_patch32", 768, 12, 12, 32, 224),
+        Arch("vit_large_patch14", 1024, 24, 16, 14, 224),
         Arch("vit_large_patch16", 1024, 24, 16, 16, 224),
         Arch("vit_huge_patch14", 1280, 32, 16, 14, 224),
+        Arch("vit_giant_patch14", 1536, 40, 24, 14, 224),
     )
 }
 
+
+@dataclass(frozen=True)
+class Variant:
+    """What an encoder has that MAE's plain ViT has not.
+
+    registers: tokens between the class token and the patches (DINOv2's; DeiT's distillation token). positions: how many
+    of the class token and the registers have a position in ``pos_embed``. layer_scale: ``blocks.i.ls1.gamma``. swiglu:
+    rows of the gated ``mlp.fc1``, 0 for a plain one. beit: relative positions in every block instead of ``pos_embed``,
+    layer scale, no bias of the keys.
+    """
+
+    registers: int = 0
+    positions: int = 1
+    layer_scale: bool = False
+    swiglu: int = 0
+    beit: bool = False
+
+
+PLAIN = Variant()
 EPS = 1e-6  # of MAE's LayerNorms
 norm_layer = partial(nn.LayerNorm, eps=EPS)
 
@@ -81,17 +114,41 @@ def build_vit(
     pool: str = "token",
     drop_path: float = 0.0,
     eps: float = EPS,
-) -> VisionTransformer:
-    """A timm VisionTransformer of that size with MAE's initialisation.
+    variant: Variant = PLAIN,
+) -> VisionTransformer | Beit:
+    """A timm VisionTransformer of that size with MAE's initialisation; another variant has timm's, and BEiT is timm's
+    Beit.
 
     image_size: side or (height, width) in px, each divisible by the patch; the arch's own by default.
     pool: "token" (class token after ``norm``) or "avg" (mean of the patch tokens, then ``fc_norm``; no ``norm``).
     drop_path: rate of the last block; it rises linearly from 0 at block 0. eps: of every LayerNorm.
     """
     arguments = vit_arguments(arch, image_size) | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
-    vit = VisionTransformer(**arguments, num_classes=num_classes, global_pool=pool, drop_path_rate=drop_path)
-    init_as_mae(vit)
-    return vit
+    arguments |= {"num_classes": num_classes, "global_pool": pool, "drop_path_rate": drop_path}
+    if variant.beit:
+        del arguments["weight_init"]
+        return Beit(**arguments, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    if variant == PLAIN:
+        vit = VisionTransformer(**arguments)
+        init_as_mae(vit)
+        return vit
+    if variant.swiglu:
+        # Half a row more, so that rounding down gives the rows back.
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+        arguments["mlp_ratio"] = (variant.swiglu + 0.5) / arguments["embed_dim"]
+    return VisionTransformer(
+        **arguments | {"weight_init": ""},
+        reg_tokens=variant.registers,
+        no_embed_class=variant.positions == 0,
+        init_values=1e-5 if variant.layer_scale else None,
+    )
+
+
+def build_distilled(
+    arch: str, image_size: int | tuple[int, int] | None, num_classes: int
+) -> VisionTransformerDistilled:
+    """timm's ViT with DeiT's distillation token and second head; its logits are the mean of both heads'."""
+    return VisionTransformerDistilled(**vit_arguments(arch, image_size), num_classes=num_classes)
 
 
 def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Weight files on disk: read without running anything they hold, written atomically.
 
-Read: what ``torch.save`` writes (the zip format and the older pickle format) and safetensors. The content decides
-what a file is, not its extension.
+Read: what ``torch.save`` writes (the zip format and the older pickle format), safetensors, ``.npz``, and plain pickles
+of arrays. The content decides what a file is, not its extension.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import re
 import tarfile
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from mae_core.errors import UserError
 
 OUR_FORMAT = "mae-transfer"
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
+LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of the older torch.save begin
 
 # Official training checkpoints hold, besides tensors and plain values, an argparse.Namespace, and paths in it when
 # submitit ran them. PosixPath is pathlib._local.PosixPath where Python 3.13 wrote it; the pure class opens nothing.
@@ -40,106 +40,22 @@ class CheckpointError(UserError):
     """A checkpoint file that cannot be used, or that does not fit the model it is loaded into."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a format is recognised: the key its tensors lie under, keys beside that one, tensor names it must hold."""
-
-    name: str
-    under: str | None = None
-    beside: frozenset[str] = frozenset()
-    holds: frozenset[str] = frozenset()
-
-
-# The first that fits. Our own files say what they are: in their metadata, or under "format" beside the model.
-FORMATS = (
-    Format("mae-linprobe", under="model", holds=frozenset({"head.0.running_mean", "head.1.weight"})),
-    Format("mae-training", under="model", beside=frozenset({"optimizer"}), holds=frozenset({"decoder_embed.weight"})),
-    Format("mae-full", holds=frozenset({"decoder_embed.weight"})),
-    Format("mae-finetuned", under="model", holds=frozenset({"head.weight"})),
-    Format("mae-pretrain", under="model"),
-    Format("timm"),
-)
-UNDER = ("model", "state_dict")
-PREFIXES = ("module.", "_orig_mod.")
-
-
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Weights(NamedTuple):
-    """The format, the state dict without wrappers' prefixes, and what the file says about its training."""
-
-    format: str
-    entries: dict[str, object]
-    facts: dict[str, object]
-
-
-def read_weights(path: Path) -> Weights:
-    """The state dict in a file, tensors on the CPU. Facts are safetensors metadata or a pre-training run's arguments.
-
-    Tensors of zip and safetensors files are mapped from the file (copy on write), not copied into memory.
-    CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values.
-    """
-    content, metadata = _read(path)
-    under, entries = _state_dict(path, content)
-    beside, names = content.keys() - {under}, entries.keys()
-    format = next(f.name for f in FORMATS if f.under in (None, under) and f.beside <= beside and f.holds <= names)
-    if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
-        format = "ours"
-    facts: dict[str, object] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
-    # Metadata is text alone, and "false" is true to Python.
-    facts |= {name: int(text) for name, text in metadata.items() if name == "epochs" and text.isdecimal()}
-    facts |= {name: text == "true" for name, text in metadata.items() if text in ("true", "false")}
-    if "decoder_embed.weight" in entries:
-        facts |= _training_facts(format, content)
-    return Weights(format, entries, facts)
-
-
-def _state_dict(path: Path, content: object) -> tuple[str | None, dict[str, object]]:
-    """The key that the state dict lies under (None: the file is the state dict), and its entries without prefixes."""
-    under = None
-    if isinstance(content, dict):
-        under = next((key for key in UNDER if isinstance(content.get(key), dict)), None)
-    entries = content if under is None else content[under]
-    if not isinstance(entries, dict) or not any(isinstance(value, Tensor) for value in entries.values()):
-        found = f"only {', '.join(map(str, list(entries)[:3]))}" if isinstance(entries, dict) and entries else "none"
-        raise CheckpointError(f"{path} holds no named tensors ({found}): give a file with a model's state_dict")
-    entries = {str(name): value for name, value in entries.items()}
-    # Of every name or of none: "module." inside a name, or before some, is no wrapper's prefix.
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in entries)), None):
-        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
-    return under, entries
-
-
-def _training_facts(format: str, content: dict) -> dict[str, object]:
-    """What a pre-training checkpoint says about its run: the plain values of our recipe, or the official arguments."""
-    fixed, state, args, epoch = (content.get(key) for key in ("fixed", "state", "args", "epoch"))
-    facts: dict[str, object] = {}
-    if format == "ours" and isinstance(fixed, dict) and isinstance(fixed.get("recipe"), dict):
-        facts = {name: value for name, value in fixed["recipe"].items() if isinstance(value, str | int | float)}
-        # It counts steps: that the planned epochs are done is known of mae.safetensors alone.
-        facts["epochs_planned"] = facts.pop("epochs", None)
-        facts["steps_done"] = state.get("step") if isinstance(state, dict) else None
-    if format == "mae-training" and isinstance(args, argparse.Namespace):
-        facts = {"epochs": getattr(args, "epochs", None), "norm_pix": getattr(args, "norm_pix_loss", None)}
-    if format == "mae-training" and isinstance(epoch, int):
-        facts["epochs_done"] = epoch + 1  # the official code counts from 0
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _read(path: Path) -> tuple[object, dict[str, str]]:
-    """What the file holds and its safetensors metadata ({} for the other formats)."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: give the checkpoint file inside it")
+def read_file(path: Path) -> tuple[object, dict[str, str]]:
+    """What the file holds and its safetensors metadata ({} for the other kinds). CheckpointError for anything else."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             head = file.read(512)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist: give a checkpoint file or random:ARCH") from None
+        raise CheckpointError(
+            f"{path} does not exist: give a checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if head.startswith(b"PK\x03\x04"):
@@ -147,8 +63,10 @@ def _read(path: Path) -> tuple[object, dict[str, str]]:
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header <= SAFETENSORS_HEADER_LIMIT:
         return _read_safetensors(path, size, header)
-    if head.startswith(b"\x80"):
+    if head.startswith(LEGACY_TORCH):
         return _torch_load(path, mmap=False), {}
+    if head.startswith(b"\x80"):
+        return _read_numpy_pickle(path), {}
     raise CheckpointError(f"{path} {_what_it_is(path, head)}")
 
 
@@ -177,6 +95,8 @@ def _read_zip(path: Path) -> object:
         raise CheckpointError(f"{path} is damaged: download or copy it again") from None
     if "constants.pkl" in members:
         raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state_dict with torch.save")
+    if members and all(name.endswith(".npy") for name in archive.namelist()):
+        return _read_npz(path)
     if "data.pkl" not in members:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: give the weight file itself")
     return _torch_load(path, mmap=True)
@@ -203,6 +123,51 @@ def _torch_load(path: Path, mmap: bool) -> object:
     except Exception as error:  # a damaged pickle makes the reader fail in any way: EOFError, KeyError, RuntimeError...
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise CheckpointError(f"{path} is cut short or damaged ({reason}): download or copy it again") from None
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except Exception as error:  # a damaged member or a header of any kind; TypeError: no numbers
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(f"{path} is damaged or holds no plain arrays ({reason}): download it again") from None
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Reads the dictionaries of arrays that Caffe2 and detectron2 pickle, and calls nothing but numpy's own."""
+
+    def find_class(self, module: str, name: str) -> object:
+        allowed = {"numpy": ("ndarray", "dtype"), "numpy.core.multiarray": ("_reconstruct", "scalar")}
+        if name not in allowed.get(module.replace("numpy._core", "numpy.core"), ()):
+            raise NotAllowed(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class NotAllowed(pickle.UnpicklingError):
+    """A pickle asks for something that is no array."""
+
+
+def _read_numpy_pickle(path: Path) -> object:
+    """A plain pickle of arrays, as torch.save never writes it: detectron2's model zoo."""
+    try:
+        with open(path, "rb") as file:
+            content = _NumpyUnpickler(file, encoding="latin1").load()
+    except NotAllowed as error:
+        raise CheckpointError(
+            f"{path} wants to run {error} while loading: refused; only arrays, tensors and plain values are read, so "
+            "save its state_dict alone"
+        ) from None
+    except Exception as error:  # a damaged pickle fails in any way
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise CheckpointError(f"{path} is cut short or damaged ({reason}): download or copy it again") from None
+
+    def tensors(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: tensors(v) for name, v in value.items()}
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiu" else value
+
+    return tensors(content)
 
 
 def _unsafe_names(path: Path, message: str) -> str:

@@ -8,14 +8,25 @@ from mae_core.errors import UserError
 from mae_core.vit import ARCHS, build_vit, get_arch, sincos_position_embedding
 
 # Width, blocks, heads, patch, input side. B, L, H: MAE (Table 8's models) and ViT (arXiv 2010.11929, Table 1); Ti, S:
-# DeiT (arXiv 2012.12877, Table 1). Ours: the settings that the miniature was tried with.
+# DeiT (arXiv 2012.12877, Table 1). Patches of 8: facebookresearch/dino hubconf.py; of 14: facebookresearch/dinov2
+# vision_transformer.py and timm; of 32: timm; 12 heads: facebookresearch/moco-v3 vits.py. Ours: the settings that the
+# miniature was tried with.
 PUBLISHED = {
     "vit_mini_patch8": (128, 6, 4, 8, 48),
     "vit_tiny_patch16": (192, 12, 3, 16, 224),
+    "vit_small_patch8": (384, 12, 6, 8, 224),
+    "vit_small_patch14": (384, 12, 6, 14, 224),
     "vit_small_patch16": (384, 12, 6, 16, 224),
+    "vit_small_patch16_heads12": (384, 12, 12, 16, 224),
+    "vit_small_patch32": (384, 12, 6, 32, 224),
+    "vit_base_patch8": (768, 12, 12, 8, 224),
+    "vit_base_patch14": (768, 12, 12, 14, 224),
     "vit_base_patch16": (768, 12, 12, 16, 224),
+    "vit_base_patch32": (768, 12, 12, 32, 224),
+    "vit_large_patch14": (1024, 24, 16, 14, 224),
     "vit_large_patch16": (1024, 24, 16, 16, 224),
     "vit_huge_patch14": (1280, 32, 16, 14, 224),
+    "vit_giant_patch14": (1536, 40, 24, 14, 224),
 }
 
 
