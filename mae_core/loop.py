@@ -62,7 +62,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
         forward = DistributedDataParallel(forward, broadcast_buffers=False)
     model.train()
     writer = open_writer(t.work, state.step) if t.tensorboard and main else None
-    progress = Progress(t.label, t.steps, state.step, enabled=main)
+    progress = Progress(t.label, t.steps, state.step, enabled=main, unit="it")
     waiting: list[tuple[int, Tensor]] = []
     seconds_before, started, saved = state.seconds, time.monotonic(), time.monotonic()
     batches, note = steps_of(t, state.step, unreadable), ""

@@ -15,11 +15,12 @@ def duration(seconds: float) -> str:
 class Progress:
     """Prints "label 120/400 | 310 images/s | ETA 0:42 | loss 1.234" at most every few seconds.
 
+    unit: what a step is called in the seconds that one takes; "" leaves them out.
     On a terminal the line is rewritten in place; elsewhere each is a line of its own. Disabled except on rank 0.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, enabled: bool = True) -> None:
-        self.label, self.total, self.first, self.enabled = label, total, done, enabled
+    def __init__(self, label: str, total: int, done: int = 0, enabled: bool = True, unit: str = "") -> None:
+        self.label, self.total, self.first, self.enabled, self.unit = label, total, done, enabled, unit
         self.started = time.monotonic()
         self.printed = 0.0
         self.images = 0
@@ -37,7 +38,8 @@ class Progress:
         self.printed = now
         per_step = (now - self.started) / max(done - self.first, 1)
         eta = duration(per_step * (self.total - done))
-        line = f"{self.label} {done}/{self.total} | {self.rate():.0f} images/s | ETA {eta}" + (note and f" | {note}")
+        line = f"{self.label} {done}/{self.total} | {self.rate():.0f} images/s | "
+        line += f"{per_step:.2f} s/{self.unit} | " * bool(self.unit) + f"ETA {eta}" + (note and f" | {note}")
         try:
             if sys.stdout.isatty():
                 print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)

@@ -1,0 +1,73 @@
+"""COCO: Mask R-CNN with a ViT-FPN, fine-tuned end to end, on detectron2 or on torchvision.
+
+python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--engine detectron2|torchvision]
+"""
+
+import sys
+from pathlib import Path
+
+from mae_core import distributed
+from transfer import cli, coco_eval, miniature_dense
+from transfer.coco import annotation_file, look_coco, read_split
+from transfer.coco_picture import PICTURE_FILE, draw_predictions
+from transfer.detection_recipe import Predictions, recipe, sources
+from transfer.task import Job, Result, Task
+
+
+def train_and_predict(job: Job) -> Predictions:
+    """By the job's engine, which is imported here: neither needs the other to be installed."""
+    if job.engine == "detectron2":
+        from transfer import detection_d2 as engine
+    else:
+        from transfer import detection_tv as engine
+    return engine.train_and_predict(job)
+
+
+def run(job: Job) -> Result:
+    """Train, detect on the validation images, evaluate the results file, and draw some of it."""
+    root = Path(job.data.root)
+    predictions = train_and_predict(job)
+    evaluation = None
+    if distributed.is_main():
+        evaluation = coco_eval.evaluate(annotation_file(root, "val"), predictions.results, job.seed)
+        draw_predictions(read_split(root, "val").examples, predictions.results, job.work / PICTURE_FILE)
+    evaluation = distributed.gather_to_all(evaluation)[0]
+    iterations, seconds = predictions.iterations, predictions.seconds
+    resolved = {"iterations": iterations, "seconds_per_iteration": round(seconds / max(iterations, 1), 4)}
+    return Result(
+        evaluation.metrics,
+        evaluation.stderr,
+        n_eval=job.data.counts["val"],
+        images_seen=iterations * job.recipe.batch,
+        seconds=seconds,
+        tables={"per_class": evaluation.per_class},
+        resolved={**resolved, **predictions.resolved},
+        artifacts=predictions.artifacts,
+        notes=(*predictions.notes, *read_split(root, "train").notes),
+    )
+
+
+TASKS = (
+    Task(
+        name="coco",
+        title="COCO 2017, Mask R-CNN with a ViT-FPN",
+        module="transfer.detection",
+        metric="box_ap",
+        higher_is_better=True,
+        version=1,
+        needs="encoder",
+        cost=40,
+        recipe=recipe,
+        sources=sources,
+        look=look_coco,
+        run=run,
+        miniature=miniature_dense.coco,
+        engines={"detectron2": "detectron2", "torchvision": "torchvision"},
+        install="the README's section on detectron2 says how; --engine torchvision needs no more than what is here",
+        packages=("detectron2", "pycocotools"),
+        plain_vit=True,
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(cli.main(TASKS))
