@@ -4,22 +4,8 @@ import re
 import unicodedata
 from collections import defaultdict
 
-from benchmarks.tables import (
-    TABLES,
-    Cell,
-    Column,
-    Line,
-    Section,
-    Table,
-    fill,
-    into_rows,
-    of_table,
-    pretraining,
-    published_numbers,
-    references,
-    row_of,
-    that_count,
-)
+from benchmarks.rows import Cell, Line, Section, fill, into_rows, of_table, pretraining, references, row_of, that_count
+from benchmarks.tables import TABLES, Column, Table, published_numbers
 from transfer.task import Record
 
 LEGEND = """\

@@ -16,7 +16,8 @@ from typing import Any, get_origin
 import pandas as pd
 
 from benchmarks.render import fixed, shareable, summary_markdown, table_markdown
-from benchmarks.tables import STATUS, TABLES, Cell, Section, Table, as_text, fill, of_table, row_of
+from benchmarks.rows import STATUS, Cell, Section, as_text, fill, of_table, row_of
+from benchmarks.tables import TABLES, Table
 from mae_core.errors import UserError
 from transfer.task import RECORD_FILE, Record, read_record
 
@@ -88,20 +89,25 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
     A robustness number whose classifier was fine-tuned under another recipe or on other data says so in its label. A
     record without a data label (nothing was found) stands in the sections of its recipe with the same data root.
     """
-    origin = {sha: Section(r.recipe_label, data_title(r.data)) for r in records for sha in r.artifacts.values()}
+    by_engine = {column.task for table in TABLES if table.by_engine for column in table.columns}
+
+    def section_of(r: Record) -> Section:
+        return Section(r.recipe_label, data_title(r.data), r.engine if r.task in by_engine else "")
+
+    origin = {sha: section_of(r) for r in records for sha in r.artifacts.values()}
     sections, homes = defaultdict(list), defaultdict(set)
     for r in records:
         if r.data.get("label"):
-            section = Section(r.recipe_label, data_title(r.data))
-            homes[r.recipe_label, r.data.get("root")].add(section)
+            section = section_of(r)
+            homes[r.recipe_label, r.data.get("root"), section.engine].add(section)
             parent = origin.get(r.identity.get("parent"), section)
             if parent != section:
                 section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
             sections[section].append(r)
     for r in records:
         if not r.data.get("label"):
-            alone = {Section(r.recipe_label, data_title(r.data))}
-            for section in homes.get((r.recipe_label, r.data.get("root")), alone):
+            alone = section_of(r)
+            for section in homes.get((r.recipe_label, r.data.get("root"), alone.engine), {alone}):
                 sections[section].append(r)
     return {key: sections[key] for key in sorted(sections, key=lambda s: (not s.official, s))}
 
@@ -151,7 +157,7 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
     lines = []
     for section, records in sections.items():
         for x in fill(table, section, records):
-            recipe, data = ("", "") if x.published else section
+            recipe, data = ("", "") if x.published else section[:2]
             line = {"row": "published" if x.published else "ours", "recipe": recipe, "data": data, "name": x.name}
             line |= {"sha256": x.sha256[:8], "arch": x.arch, "image_size": x.image_size, "engine": x.engine}
             line |= {"precision": x.precision, "pretraining": x.pretraining}

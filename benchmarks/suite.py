@@ -1,5 +1,5 @@
 """Which tasks exist, in the order of the paper's tables."""
 
-from transfer import classification, robustness
+from transfer import classification, detection, robustness
 
-TASKS = (*classification.TASKS, *robustness.TASKS)
+TASKS = (*classification.TASKS, *robustness.TASKS, *detection.TASKS)

@@ -1,0 +1,227 @@
+"""What stands in a table: sections, rows, cells.
+
+A section is one recipe on one kind of data, and one engine where a task has several. A row of it is one checkpoint
+under one engine, precision and input side: numbers of different meaning never share a row or a column. A cell averages
+the seeds of one experiment. Its standard error is that of one run from the sampling of the test images; the spread over
+seeds stands apart from it.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks.tables import Column, Table, published_numbers
+from mae_core.vit import ARCHS
+from transfer.task import Record
+
+
+class Section(NamedTuple):
+    """What all numbers of one section share: the recipe's label, the kind of data and, where a task has several, the
+    engine."""
+
+    recipe: str
+    data: str
+    engine: str = ""
+
+    @property
+    def official(self) -> bool:
+        """Whether published numbers may stand beside these."""
+        return (self.recipe, self.data) == ("paper", "official data")
+
+    @property
+    def title(self) -> str:
+        return f"Recipe {self.recipe}, {self.data}" + (f", engine {self.engine}" if self.engine else "")
+
+
+class Row(NamedTuple):
+    """What all numbers of one row share. image_size: input side in px, "" where no record says it."""
+
+    name: str
+    sha256: str
+    arch: str
+    image_size: str
+    engine: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number, or the word in its place.
+
+    status: "ok", "failed", "skipped", "published", or "" for a hole. delta: the difference to the column's reference.
+    without: seeds without a number, e.g. "1 failed". text: a published number as it was printed.
+    """
+
+    status: str = ""
+    value: float | None = None
+    stderr: float | None = None
+    sd: float | None = None
+    seeds: int = 0
+    delta: float | None = None
+    without: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table with its cells by column key. For published rows `name` is the method."""
+
+    name: str
+    sha256: str
+    arch: str
+    image_size: str
+    engine: str = ""
+    precision: str = ""
+    pretraining: str = ""
+    published: bool = False
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+def fill(table: Table, section: Section, records: list[Record]) -> list[Line]:
+    """The table of the section's records: by arch, published rows (beside official ones alone) before ours."""
+    published = published_numbers(table) if section.official and table.published else None
+    lines = [] if published is None else published_lines(published)
+    for row, members in into_rows(of_table(records, table)).items():
+        cells = {column.key: make_cell(members, row, column, published) for column in table.columns}
+        lines.append(Line(*row, pretraining(members[0].checkpoint), cells=cells))
+    return sorted(lines, key=lambda line: arch_rank(line.arch))
+
+
+def published_lines(published: pd.DataFrame) -> list[Line]:
+    lines = []
+    for (method, arch, side), group in published.groupby(["method", "arch", "resolution"], sort=False):
+        cells = {
+            f"{n.task}.{n.metric}": Cell("published", float(n.value), text=n.value)
+            for n in group.itertuples(index=False)
+        }
+        known = "; ".join(dict.fromkeys(filter(None, group.pretrain)))
+        lines.append(Line(method, "", arch, side, pretraining=known, published=True, cells=cells))
+    return lines
+
+
+STATUS = ("skipped", "failed", "ok")  # of two records for one cell and seed, the later status stands
+
+
+def as_text(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record), sort_keys=True)
+
+
+def rank(record: Record) -> tuple:
+    """Of two records for one cell and seed the higher one stands: by status, then the latest, then by identity."""
+    return STATUS.index(record.status), record.finished, json.dumps(record.identity, sort_keys=True), as_text(record)
+
+
+def experiment(record: Record) -> str:
+    """The identity without what differs between seeds: the seed itself, and the classifier fine-tuned with it."""
+    return json.dumps({k: v for k, v in record.identity.items() if k not in ("seed", "parent")}, sort_keys=True)
+
+
+def of_table(records: list[Record], table: Table) -> list[Record]:
+    return [r for r in records if r.task in {column.task for column in table.columns}]
+
+
+def row_of(r: Record) -> Row:
+    side = r.resolved.get("image_size") or r.recipe.get("image_size") or ""
+    checkpoint = (str(r.checkpoint.get(key) or "") for key in ("name", "sha256", "arch"))
+    return Row(*checkpoint, str(side), r.engine, str(r.machine.get("precision", "")))
+
+
+def into_rows(records: list[Record]) -> dict[Row, list[Record]]:
+    """The records of each row.
+
+    A skipped record used no engine and no precision, and a failed one may not have got as far as its input side:
+    they stand in the row of numbers that fits, if exactly one does.
+    """
+
+    def fits(row: Row, r: Record) -> bool:
+        own = row_of(r)
+        same_run = own.image_size in ("", row.image_size) and own[4:] == row[4:]
+        return own[:3] == row[:3] and (r.status == "skipped" or same_run)
+
+    rows = defaultdict(list)
+    for r in records:
+        if r.status == "ok":
+            rows[row_of(r)].append(r)
+    with_numbers = tuple(rows)
+    for r in records:
+        if r.status != "ok":
+            fitting = [row_of(r)] if row_of(r) in with_numbers else [row for row in with_numbers if fits(row, r)]
+            rows[fitting[0] if len(fitting) == 1 else row_of(r)].append(r)
+    return {key: rows[key] for key in sorted(rows)}
+
+
+def arch_rank(arch: str) -> int:
+    return list(ARCHS).index(arch) if arch in ARCHS else len(ARCHS)
+
+
+def that_count(records: list[Record], task: str) -> list[Record]:
+    """Of one row's records for a task, one per seed.
+
+    Only seeds of one experiment are averaged: that of the latest successful record. A seed that succeeded in another
+    one alone is left out.
+    """
+    mine = [r for r in records if r.task == task]
+    if ok := [r for r in mine if r.status == "ok"]:
+        chosen = experiment(max(ok, key=rank))
+        kept = [r for r in ok if experiment(r) == chosen]
+        mine = kept + [r for r in mine if r.seed not in {r.seed for r in ok}]
+    best = {}
+    for r in sorted(mine, key=rank):
+        best[r.seed] = r
+    return [best[seed] for seed in sorted(best)]
+
+
+def make_cell(records: list[Record], row: Row, column: Column, published: pd.DataFrame | None) -> Cell:
+    counting = that_count(records, column.task)
+    numbers = [r for r in counting if r.status == "ok" and column.metric in r.metrics]
+    without = {status: sum(r.status == status for r in counting) for status in ("failed", "skipped")}
+    if not numbers:
+        word = next((status for status, n in without.items() if n), "")
+        return Cell("" if any(r.status == "ok" for r in counting) else word)
+    values = [r.metrics[column.metric] for r in numbers]
+    errors = [r.stderr[column.metric] for r in numbers if column.metric in r.stderr]
+    mean = statistics.fmean(values)
+    return Cell(
+        status="ok",
+        value=mean,
+        stderr=statistics.fmean(errors) if len(errors) == len(values) else None,
+        sd=statistics.stdev(values) if len(values) > 1 else None,
+        seeds=len(values),
+        delta=difference(mean, row, column, published),
+        without=", ".join(f"{n} {status}" for status, n in without.items() if n),
+    )
+
+
+def references(column: Column, published: pd.DataFrame) -> pd.DataFrame:
+    """The published numbers that differences in this column are taken to."""
+    return published[
+        (published.method == column.reference) & (published.task == column.task) & (published.metric == column.metric)
+    ]
+
+
+def difference(value: float, row: Row, column: Column, published: pd.DataFrame | None) -> float | None:
+    """Ours minus the reference for the same arch and input side, None if there is none."""
+    if published is None:
+        return None
+    found = references(column, published)
+    found = found[(found.arch == row.arch) & ((found.resolution == row.image_size) | (row.image_size == ""))]
+    return value - float(found.value.iloc[0]) if len(found) == 1 else None
+
+
+def pretraining(checkpoint: dict[str, Any]) -> str:
+    """Epochs and target of the pre-training as far as the checkpoint file says them, else "unknown"."""
+    if checkpoint.get("format") == "random":
+        return "none (random weights)"
+    meta = checkpoint.get("meta") or {}
+    if not meta.get("epochs"):
+        return "unknown"
+    done = meta.get("epochs_done", meta["epochs"])
+    epochs = f"{meta['epochs']} ep" if done == meta["epochs"] else f"{done} of {meta['epochs']} ep"
+    # Metadata of a safetensors file is text.
+    target = {"true": "normalised pixels", "false": "pixels"}.get(str(meta.get("norm_pix")).lower(), "unknown target")
+    return f"{epochs}, {target}"
