@@ -45,9 +45,14 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     dropped = [name for name in entries if name not in tensors]
     format = detect(tensors, under, beside)
     prefix = format.prefix
-    if format is FORMATS[-1] and (found := _prefixes(path, tensors)):
-        prefix = found
-        inner = detect({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}, under)
+    if key is not None and under != key:
+        prefix = _chosen(path, key, tensors)
+    elif format is FORMATS[-1]:
+        prefix = _prefix(path, tensors)
+    if prefix != format.prefix and not format.prefix:
+        inner = detect(
+            _unwrapped({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}), under
+        )
         format = PREFIXED if inner.under or inner is FORMATS[-1] else inner
     if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = OURS
@@ -144,13 +149,11 @@ def _state_dict(path: Path, content: object, key: str | None) -> tuple[str | Non
     if not _is_state(entries):
         found = f"only {', '.join(map(str, list(entries)[:3]))}" if isinstance(entries, dict) and entries else "none"
         raise CheckpointError(f"{path} holds no named tensors ({found}): give a file with a model's state_dict")
+    if key is not None and key != under and key in content:
+        raise CheckpointError(
+            f"{path}: what lies under '{key}' is no model; the models are {', '.join(models) or 'none'}"
+        )
     entries = _unwrapped({str(name): value for name, value in entries.items()})
-    if key is not None and under != key:
-        chosen = {n.removeprefix(f"{key}."): value for n, value in entries.items() if n.startswith(f"{key}.")}
-        if not _is_state(chosen):
-            known = list(dict.fromkeys((*models, *(name.partition(".")[0] for name in entries if "." in name))))
-            raise CheckpointError(f"{path} has no model under '{key}'; {did_you_mean(key, known)}")
-        entries = _unwrapped(chosen)
     return under, entries
 
 
@@ -161,7 +164,15 @@ def _unwrapped(entries: dict[str, object]) -> dict[str, object]:
     return entries
 
 
-def _prefixes(path: Path, tensors: dict[str, Tensor]) -> str:
+def _chosen(path: Path, key: str, tensors: dict[str, Tensor]) -> str:
+    """The prefix that a --key means; CheckpointError if no name begins with it."""
+    if not any(name.startswith(f"{key}.") for name in tensors):
+        known = list(dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name))
+        raise CheckpointError(f"{path} has no model under '{key}'; {did_you_mean(key, known)}")
+    return f"{key}."
+
+
+def _prefix(path: Path, tensors: dict[str, Tensor]) -> str:
     """The prefix that the one ViT in the file lies below, "" where it lies at the top or there is none."""
     tail = "blocks.0.norm1.weight"
     found = [name.removesuffix(tail) for name in tensors if name.endswith(tail)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mae_core.data import MEAN, STD
 from mae_core.settings import did_you_mean
 from mae_core.weights_file import CheckpointError
 
@@ -67,6 +68,8 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no settings: restore it or move it away")
         digest.update(content)
+        if config.get("model_type") == "vit_mae":  # whose names alone are those of a ViT trained on other pixels
+            said |= {"mean": MEAN, "std": STD}
         timms = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
         said |= {
             "mean": config.get("image_mean") or timms.get("mean") or said.get("mean"),
