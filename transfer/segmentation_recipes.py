@@ -1,0 +1,172 @@
+"""The numbers of ADE20K fine-tuning, each with its source; transfer/segmentation.py runs them.
+
+The MAE paper gives UperNet, 100 epochs and a batch of 16 (appendix A.4) and says that rates were searched, not what was
+found. The rest is what two public reproductions of ViT-B ran (48.15 and 48.13 mIoU), on mmsegmentation's base files.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+from mae_core.vit import get_arch
+
+PAPER = "MAE paper, appendix A.4"
+CONFIGS = "MAE-B configs of implus/mae_segmentation and mmsegmentation 0.x and 1.x"
+MMSEG = "mmsegmentation's base files for UperNet and ADE20K"
+COMMUNITY = "stand-in: a community config for MAE-L of unknown result; none is published"
+DERIVED = "stand-in: derived from the values for L; MAE has no H on ADE20K"
+BASES = "stand-in: ViT-B's value; MAE has no such size on ADE20K"
+
+# lr, layer_decay and drop_path by size; all other sizes take B's.
+BY_SIZE = {"vit_large_patch16": (9e-5, 0.75, 0.2), "vit_huge_patch14": (9e-5, 0.75, 0.3)}
+BASE = (1e-4, 0.65, 0.1)
+
+# field -> (lowest, highest), what a number must lie in.
+RANGES = {
+    "image_size": (1, math.inf), "iterations": (1, math.inf), "warmup_iterations": (0, math.inf),
+    "batch": (1, math.inf), "lr": (0, math.inf), "power": (0, math.inf), "betas": (0, 0.999999),
+    "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "drop_path": (0, 0.99), "head_channels": (1, math.inf),
+    "head_dropout": (0, 0.99), "auxiliary_channels": (1, math.inf), "auxiliary_weight": (0, math.inf),
+    "min_scale": (0.01, math.inf), "max_scale": (0.01, math.inf), "max_class_share": (0.01, 1), "flip": (0, 1),
+    "test_short_side": (1, math.inf), "test_long_side": (1, math.inf), "stride": (1, math.inf),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SegmentationRecipe:
+    """Every number of one training and of its test. UserError for one that no training can have.
+
+    image_size: side of the crop in training and of the sliding window in the test (px); stride: of that window.
+    lr: of a batch of `batch`, not rescaled. taps: blocks (from 0) whose output becomes one of the four maps.
+    min_scale, max_scale: the image's resizing before the crop, times the fit into test_long_side x test_short_side.
+    max_class_share: a crop of which one class fills more is drawn again, up to ten times.
+    multi_scale: also test at 0.5 to 1.75 of the size, flipped and not, and average: miou_ms beside miou.
+    """
+
+    image_size: int
+    iterations: int
+    warmup_iterations: int
+    batch: int
+    lr: float
+    power: float
+    betas: tuple[float, float]
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    taps: tuple[int, int, int, int]
+    pool_scales: tuple[int, int, int, int]
+    head_channels: int
+    head_dropout: float
+    auxiliary_channels: int
+    auxiliary_weight: float
+    min_scale: float
+    max_scale: float
+    max_class_share: float
+    flip: float
+    photometric: bool
+    test_short_side: int
+    test_long_side: int
+    stride: int
+    multi_scale: bool
+
+    def __post_init__(self) -> None:
+        for knob, (low, high) in RANGES.items():
+            values = getattr(self, knob)
+            for value in values if isinstance(values, tuple) else (values,):
+                if not low <= value <= high:
+                    raise UserError(f"{knob}={value}: it must be from {low} to {high}")
+        for low, high in (("min_scale", "max_scale"), ("test_short_side", "test_long_side"), ("stride", "image_size")):
+            if getattr(self, low) > getattr(self, high):
+                raise UserError(f"{low}={getattr(self, low)} must not be above {high}={getattr(self, high)}")
+        if self.warmup_iterations >= self.iterations:
+            raise UserError(
+                f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}: set both"
+            )
+        if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
+            raise UserError(f"taps={','.join(map(str, self.taps))}: give four numbers of blocks, from 0, in order")
+        if min(self.pool_scales) < 1:
+            raise UserError(f"pool_scales={','.join(map(str, self.pool_scales))}: each must be at least 1")
+
+    def lr_at(self, step: int) -> float:
+        """The rate of one iteration as mmengine's LinearLR (from 1e-6 of it, over the warm-up) and PolyLR give it: both
+        reach their end one iteration early, so the last iteration has rate 0."""
+        if step < self.warmup_iterations:
+            return self.lr * (1e-6 + (1 - 1e-6) * step / max(self.warmup_iterations - 1, 1))
+        length = max(self.iterations - self.warmup_iterations - 1, 1)
+        return self.lr * (1 - min((step - self.warmup_iterations) / length, 1.0)) ** self.power
+
+
+def thirds(depth: int) -> tuple[int, int, int, int]:
+    """Blocks after a third, a half, two thirds and all of the depth: 3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24."""
+    return tuple(depth * part // 6 - 1 for part in (2, 3, 4, 6))
+
+
+# All that "mini" changes. Sizes, lengths, rates and widths: images of 72 to 120 px, a minute on two cores. The range of
+# scales: at half size the objects are hardly larger than a patch.
+MINI = {
+    "image_size": 80,
+    "iterations": 300,
+    "warmup_iterations": 15,
+    "batch": 8,
+    "lr": 2e-3,
+    "drop_path": 0.0,
+    "head_channels": 64,
+    "auxiliary_channels": 32,
+    "min_scale": 0.8,
+    "max_scale": 1.25,
+    "test_short_side": 80,
+    "test_long_side": 320,
+    "stride": 53,
+}
+
+
+def recipe(arch: str, name: str) -> SegmentationRecipe:
+    """ "paper": Table 5's. "mini": for the generated images, MINI replaced."""
+    a = get_arch(arch)
+    lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
+    paper = SegmentationRecipe(
+        image_size=512,
+        iterations=160_000,  # 126.7 epochs of 20,210 images
+        warmup_iterations=1500,
+        batch=16,
+        lr=lr,
+        power=1.0,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        taps=thirds(a.depth),
+        pool_scales=(1, 2, 3, 6),
+        head_channels=a.dim,
+        head_dropout=0.1,
+        auxiliary_channels=256,
+        auxiliary_weight=0.4,
+        min_scale=0.5,
+        max_scale=2.0,
+        max_class_share=0.75,
+        flip=0.5,
+        photometric=True,
+        test_short_side=512,
+        test_long_side=2048,
+        stride=341,
+        multi_scale=False,
+    )
+    recipes = {"paper": paper, "mini": replace(paper, **MINI)}
+    if name not in recipes:
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
+    return recipes[name]
+
+
+def sources(arch: str) -> dict[str, str]:
+    """Where each value of the paper recipe comes from."""
+    of_size = {"vit_base_patch16": CONFIGS, "vit_large_patch16": COMMUNITY, "vit_huge_patch14": DERIVED}
+    found = dict.fromkeys((field.name for field in fields(SegmentationRecipe)), MMSEG)
+    found |= dict.fromkeys(("iterations", "warmup_iterations", "power", "betas", "weight_decay", "image_size"), CONFIGS)
+    found |= dict.fromkeys(("lr", "layer_decay", "drop_path", "taps"), of_size.get(arch, BASES))
+    found["batch"] = f"{PAPER}; {CONFIGS}"
+    found["iterations"] = f"{CONFIGS}; the paper's 100 epochs are 126,312"
+    found["head_channels"] = f"the embedding width, as in {CONFIGS}"
+    found["stride"] = "implus/mae_segmentation and mmsegmentation 0.x; 1.x has 256"
+    found["multi_scale"] = "not in the paper; ratios of the public configs"
+    return found

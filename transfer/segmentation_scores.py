@@ -1,0 +1,40 @@
+"""mIoU, mean and overall accuracy from per-image pixel counts, with standard errors over the images."""
+
+import numpy as np
+
+RESAMPLES = 200
+
+
+def class_scores(areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU and accuracy of each class in percent, NaN for a class without pixels.
+
+    areas [..., 3, C]: pixels in the intersection of prediction and label, in their union, and in the label.
+    """
+    intersection, union, label = np.moveaxis(np.asarray(areas, np.float64), -2, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return 100 * intersection / union, 100 * intersection / label
+
+
+def metrics_of(areas: np.ndarray) -> dict[str, np.ndarray]:
+    """miou and macc (means over the classes that have pixels) and aacc (over all labelled pixels), in percent.
+
+    areas [..., 3, C], summed over the images, as mmsegmentation's IoUMetric does. A class that occurs in no label but
+    in a prediction counts with an IoU of 0.
+    """
+    iou, accuracy = class_scores(areas)
+    return {
+        "miou": np.nanmean(iou, axis=-1),
+        "macc": np.nanmean(accuracy, axis=-1),
+        "aacc": 100 * areas[..., 0, :].sum(axis=-1) / areas[..., 2, :].sum(axis=-1),
+    }
+
+
+def bootstrap(areas: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """The standard deviation of each metric over RESAMPLES draws of as many images with replacement.
+
+    areas [N, 3, C], one entry per image.
+    """
+    n = len(areas)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    resampled = (drawn @ areas.reshape(n, -1).astype(np.float64)).reshape(RESAMPLES, *areas.shape[1:])
+    return {name: float(values.std(ddof=1)) for name, values in metrics_of(resampled).items()}
