@@ -63,6 +63,7 @@ class Examples(Sequence):
         return len(self.ends)
 
     def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]
         start = self.ends[index - 1] if index else 0
         return pickle.loads(memoryview(self.block[start : self.ends[index]]))
 
@@ -104,16 +105,25 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
     try:
         values = json.loads(content)
         images, annotations, categories = (list(values[k]) for k in ("images", "annotations", "categories"))
-        for entry, keys in ((images, ("id", "file_name", "height", "width")), (categories, ("id", "name"))):
-            next((e[key] for e in entry for key in keys if e[key] is None), None)
+        # All that the readers ask for, pycocotools among them, which would do so after the training.
+        for image in images:
+            image["id"], image["file_name"], range(image["height"]), range(image["width"])
+        for category in categories:
+            category["id"], category["name"]
         for entry in annotations:
-            entry["image_id"], entry["category_id"], entry["bbox"][3], entry["segmentation"]
+            entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], entry["segmentation"]
+            float(entry["area"]), np.array(entry["bbox"], float).reshape(4)
     except (ValueError, KeyError, TypeError, IndexError) as e:
         problem = f"{path} is no file of COCO instances ({type(e).__name__}: {e})"
         return Split(Examples(()), 0, 0, 0, (problem,), digest)
     problems = wrong_categories(path, annotations, categories) + wrong_images(path, folder, images)
     if not annotations:
         problems.append(f"{path} has no annotations at all")
+    elif all(a["iscrowd"] for a in annotations):
+        problems.append(f"{path} has crowds alone, no object")
+    ids = {a["id"] for a in annotations}
+    if len(ids) < len(annotations) or 0 in ids:  # pycocotools takes 0 for "not found"
+        problems.append(f"{path}: the ids of its annotations are not all different and from 1 on")
     known = {image["id"] for image in images}
     if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
         problems.append(f"{path} annotates {len(strangers)} times images that it does not list: {some(strangers)}")
@@ -121,7 +131,7 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
         return Split(Examples(()), len(annotations), 0, 0, tuple(problems), digest)
     by_image: dict[int, list[dict]] = {}
     for annotation in annotations:
-        if not annotation.get("iscrowd", 0):
+        if not annotation["iscrowd"]:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
     counts = {"clipped": 0, "dropped": 0}
     examples = [read_example(image, folder, by_image.get(image["id"], []), counts) for image in images]
@@ -190,8 +200,13 @@ def outline(segmentation: Any, height: int, width: int) -> dict | None:
     """Polygons, or a run-length encoding in either form, as a compressed run-length encoding; None if invalid."""
     try:
         if isinstance(segmentation, dict):
-            if isinstance(segmentation["counts"], list):
-                return mask_util.frPyObjects(segmentation, height, width)
+            counts = segmentation["counts"]
+            if list(segmentation["size"]) != [height, width] or not counts:
+                return None
+            if isinstance(counts, list):
+                # pycocotools would leave what the runs do not reach as the memory was.
+                return mask_util.frPyObjects(segmentation, height, width) if sum(counts) == height * width else None
+            mask_util.decode(segmentation)  # ValueError if the runs are too long
             return segmentation
         polygons = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
         return mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None

@@ -121,9 +121,12 @@ class MaskRCNN(nn.Module):
 
     (images uint8 [B, 3, S, S], targets) -> losses by name when training; else per image boxes [n, 4], labels 1..80,
     scores and masks [n, 1, 28, 28]. Of the targets evaluation needs `size` alone, the (height, width) without padding.
+    pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
     """
 
-    def __init__(self, body: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module]) -> None:
+    def __init__(
+        self, body: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+    ) -> None:
         super().__init__()
         classes, levels = len(CATEGORIES) + 1, ["0", "1", "2", "3"]
         self.body = body
@@ -157,8 +160,9 @@ class MaskRCNN(nn.Module):
             mask_head=MaskRCNNHeads(r.fpn_dim, [r.head_dim] * 4, 1, norm),
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
         )
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(3, 1, 1), persistent=False)
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         features = self.features(images, [target["size"] for target in targets])
@@ -189,7 +193,7 @@ def train_and_predict(job: Job) -> Predictions:
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = build_pyramid(job)
     norm = head_norm(machine)
-    model = MaskRCNN(pyramid, r, norm).to(machine.device)
+    model = MaskRCNN(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
     if machine.compile:
         model.body.compile()  # the heads change their shapes with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)

@@ -180,7 +180,8 @@ NEW = re.compile(r"upsample_|bias_(windowed|global)$|blocks\.\d+\.bias$")
 def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     """Load the encoder of a checkpoint, every tensor of it but the class token and the last norm, which no map passes
     through. Positions are resized to the pyramid's grid, ViT-H's patch projection to 16 px (by pseudo-inverse, as in
-    FlexiViT). CheckpointError if a tensor is missing or has another shape."""
+    FlexiViT). The eps of the LayerNorms is the checkpoint's. CheckpointError if a tensor is missing or has another
+    shape."""
     vit = build_vit(pyramid.arch, tuple(side * get_arch(pyramid.arch).patch for side in pyramid.grid))
     report = load_encoder(vit, source)
     state = vit.state_dict()
@@ -194,7 +195,11 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     new = tuple(name for name in own if NEW.match(name))
     encoder = {name: state[name] for name in own if name not in new}
     pyramid.load_state_dict(own | encoder, strict=True)
-    return LoadReport(tuple(encoder), tuple(resized), report.dropped + unused, new)
+    for module in pyramid.blocks.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = source.eps
+    converted = tuple(name for name in report.converted if name in encoder)
+    return LoadReport(tuple(encoder), tuple(resized), report.dropped + unused, new, converted)
 
 
 def layer_of(name: str, depth: int) -> int:
