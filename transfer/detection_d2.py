@@ -108,7 +108,8 @@ def build_backbone(
 ) -> FPN:
     """For configs: the FPN over the ViT of a checkpoint, loaded here and strictly: leave `train.init_checkpoint`
     (MODEL.WEIGHTS) empty. checkpoint: a file, or "random:ARCH". window: None for the pre-training grid. Images must be
-    RGB and normalised by ImageNet's mean and standard deviation. CheckpointError for a file that is no ViT encoder."""
+    RGB, normalised with the mean and std that `python -m mae_core.checkpoint` states. CheckpointError for a file that
+    is no ViT encoder."""
     source = read_checkpoint(checkpoint)
     pyramid = ViTPyramid(
         source.arch,
@@ -132,9 +133,12 @@ def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     return build_backbone(vit.CHECKPOINT, vit.IMAGE_SIZE, vit.WINDOW, vit.DROP_PATH, out.OUT_CHANNELS, out.NORM)
 
 
-def build_model(pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module]) -> GeneralizedRCNN:
+def build_model(
+    pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+) -> GeneralizedRCNN:
     """Mask R-CNN as the recipe says: RPN with r.rpn_convs hidden convolutions, box head of four convolutions and one
-    fully connected layer, mask head of four, all in detectron2's own parts."""
+    fully connected layer, mask head of four, all in detectron2's own parts. pixels: mean and std of the channels (0..1)
+    that the checkpoint's images are normalised with."""
     backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
     levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
     strides = [backbone.output_shape()[level].stride for level in levels]
@@ -190,8 +194,8 @@ def build_model(pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module]) 
                 conv_norm=norm,
             ),
         ),
-        pixel_mean=[255 * v for v in MEAN],
-        pixel_std=[255 * v for v in STD],
+        pixel_mean=[255 * v for v in pixels[0]],
+        pixel_std=[255 * v for v in pixels[1]],
         input_format="RGB",
     )
 
@@ -203,7 +207,7 @@ def train_and_predict(job: Job) -> Predictions:
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = build_pyramid(job)
     norm = head_norm(machine)
-    model = build_model(pyramid, r, norm).to(machine.device)
+    model = build_model(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
     suit_attention(model, machine)
     if machine.compile:
         pyramid.compile()  # the heads change their shapes with every image
