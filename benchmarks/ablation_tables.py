@@ -1,0 +1,176 @@
+"""An ablation's cells -> CSV, Markdown and a plot.
+
+Published numbers stand in rows and a panel of their own: they are of other data, another size and another length than a
+miniature's.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.ablation_grid import Ablation
+from benchmarks.tables import PUBLISHED
+from mae_core.errors import UserError
+from mae_core.progress import duration
+
+TASKS = {"imagenet_finetune": "fine-tuning ↑", "imagenet_linprobe": "linear probing ↑"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of ours. numbers: column -> value; texts: task -> how its cell reads, a number with its standard error
+    or a status word."""
+
+    label: str
+    knobs: str
+    numbers: dict[str, float]
+    texts: dict[str, str]
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one kind of table: key -> heading, for ours and for the published rows."""
+
+    ours: dict[str, str]
+    published: dict[str, str]
+
+
+ACCURACY = Columns(TASKS | {"relative_flops": "FLOPs", "seconds": "pre-training"}, TASKS)
+ACCURACY_FLOPS = Columns(ACCURACY.ours, TASKS | {"relative_flops": "FLOPs"})
+WALL_CLOCK = Columns(
+    {"epoch_seconds": "time per epoch", "spread": "spread", "speed_up": "speed-up", "relative_flops": "FLOPs"},
+    {"hours": "hours for 800 epochs", "speed_up": "speed-up", "imagenet_finetune": "fine-tuning ↑"},
+)
+
+
+def published_rows(title: str) -> list[dict[str, str]]:
+    """{"label", "arch", column: number as printed} for every published cell of a table, in file order."""
+    path = PUBLISHED / "ablations.csv"
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = [line for line in csv.DictReader(file) if line["table"] == title]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: restore it from the repository (git checkout results/published)") from None
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for line in lines:
+        row = rows.setdefault((line["method"], line["arch"]), {"label": line["method"], "arch": line["arch"]})
+        row[line["task"] if line["metric"] == "top1" else line["metric"]] = line["value"]
+    return list(rows.values())
+
+
+def write(out: Path, name: str, table: Ablation, columns: Columns, rows: Sequence[Row], about: str) -> list[Path]:
+    """tables/NAME.csv, .md and .png below `out`; their paths."""
+    folder = out / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    published = published_rows(table.title)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("csv", "md", "png")]
+    write_csv(paths[0], columns, rows, published)
+    paths[1].write_text(markdown(table, columns, rows, published, about, paths[2].name), encoding="utf-8")
+    plot(paths[2], table, columns, rows, published, about)
+    return paths
+
+
+def write_csv(path: Path, columns: Columns, rows: Sequence[Row], published: Sequence[dict[str, str]]) -> None:
+    keys = list(dict.fromkeys((*columns.ours, *columns.published)))
+    errors = [f"{key}_stderr" for key in TASKS if key in columns.ours]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["row", "cell", "arch", "knobs", *keys, *errors, "status"], lineterminator="\n")
+        writer.writeheader()
+        for row in published:
+            values = {key: row[key] for key in ("arch", *keys) if key in row}
+            writer.writerow({"row": "published", "cell": row["label"], **values})
+        for row in rows:
+            numbers = {key: f"{value:.6g}" for key, value in row.numbers.items() if key in (*keys, *errors)}
+            words = [f"{task}: {text}" for task, text in row.texts.items() if task not in row.numbers]
+            status = "; ".join(words) or "ok"
+            writer.writerow({"row": "ours", "cell": row.label, "knobs": row.knobs, "status": status, **numbers})
+
+
+def cell_text(row: Row, key: str) -> str:
+    if key in row.texts:
+        return row.texts[key]
+    if key not in row.numbers:
+        return "failed"
+    value = row.numbers[key]
+    if key == "seconds":
+        return duration(value)
+    if key == "epoch_seconds":
+        return f"{value:.1f} s" if value < 600 else f"{value / 3600:.2f} h"
+    return {"spread": f"± {value:.1f} %"}.get(key, f"{value:.2f}x")
+
+
+def markdown(
+    table: Ablation,
+    columns: Columns,
+    rows: Sequence[Row],
+    published: Sequence[dict[str, str]],
+    about: str,
+    picture: str,
+) -> str:
+    def lines(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+        rule = ["---"] + ["---:"] * (len(headings) - 1)
+        return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *body)]
+
+    ours = [[row.label, *(cell_text(row, key) for key in columns.ours)] for row in rows]
+    text = [f"# {table.title}: {table.about}", "", f"![{table.about}]({picture})", "", f"## Ours: {about}", ""]
+    text += lines([table.about, *columns.ours.values()], ours)
+    for arch in dict.fromkeys(row["arch"] for row in published):
+        body = [
+            [row["label"], *(row.get(key, "") for key in columns.published)] for row in published if row["arch"] == arch
+        ]
+        text += ["", f"## Published: {arch}, ImageNet-1k (MAE paper, {table.title})", ""]
+        text += lines([table.about, *columns.published.values()], body)
+    return "\n".join(text) + "\n"
+
+
+def plot(
+    path: Path,
+    table: Ablation,
+    columns: Columns,
+    rows: Sequence[Row],
+    published: Sequence[dict[str, str]],
+    about: str,
+) -> None:
+    """Two panels with scales of their own: ours, and the published curve."""
+    from matplotlib.figure import Figure  # imported late: it takes a second
+
+    keys = [key for key in columns.ours if key in columns.published and key != "relative_flops"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(len(keys), 2, squeeze=False)
+    places = {row.label: row.x for row in rows}
+    ours = [(row.label, row.x, row.numbers) for row in rows]
+    theirs = [(r["label"], place_of(r["label"], places), {k: float(v) for k, v in numbers_of(r)}) for r in published]
+    for line, key in enumerate(keys):
+        for panel, (name, points) in zip(panels[line], (("ours: " + about, ours), ("published", theirs))):
+            draw(panel, [(label, x, n[key]) for label, x, n in points if key in n], columns.ours[key])
+            if line == 0:
+                panel.set_title(name, fontsize=8, wrap=True)
+            if line == len(keys) - 1 and table.axis:
+                panel.set_xlabel(table.axis, fontsize=8)
+    figure.suptitle(f"{table.title}: {table.about}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def numbers_of(row: dict[str, str]) -> list[tuple[str, str]]:
+    return [(key, value) for key, value in row.items() if key not in ("label", "arch")]
+
+
+def place_of(label: str, places: dict[str, float | None]) -> float | None:
+    """A published cell's place on the axis: the number in its label, where the axis has numbers."""
+    if any(x is None for x in places.values()):
+        return None
+    number = float("".join(c for c in label if c.isdigit() or c == "."))
+    return number / 100 if "%" in label else number
+
+
+def draw(panel, points: Sequence[tuple[str, float | None, float]], heading: str) -> None:
+    places = [number if x is None else x for number, (_, x, _) in enumerate(points)]
+    line = "o" if any(x is None for _, x, _ in points) else "o-"
+    panel.plot(places, [y for _, _, y in points], line, markersize=4)
+    panel.set_ylabel(heading.replace(" ↑", ""), fontsize=8)
+    panel.tick_params(labelsize=7)
+    if line == "o":
+        panel.set_xticks(places, [label for label, _, _ in points], rotation=15, ha="right", fontsize=6)
+        panel.set_xlim(-0.5, max(len(points), 1) - 0.5)

@@ -1,0 +1,268 @@
+"""The paper's pre-training ablations: pre-train every cell of a grid, linear-probe and fine-tune it, table it.
+
+python benchmarks/ablations.py --table 1a --recipe mini --out ablations
+python benchmarks/ablations.py --table 1a --data /datasets --gpus 8 --out ablations
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    from benchmarks import run_all
+    from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell, Default
+    from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write
+    from benchmarks.cost import training_flops
+    from benchmarks.plan import make_plan
+    from benchmarks.wall_clock import measure
+    from mae_core.data import images_or_shards
+    from mae_core.errors import UserError
+    from mae_core.machine import Machine, hardware, machine_from, natural
+    from mae_core.progress import duration
+    from mae_core.recipe import PretrainRecipe, recipe
+    from mae_core.settings import did_you_mean, override
+    from mae_core.weights_file import sha256_of
+    from transfer import classification, miniature
+    from transfer.cli import add_common_flags
+    from transfer.task import Record, slug
+except ModuleNotFoundError as e:
+    python = ROOT / ".venv" / "bin" / "python"
+    print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
+    sys.exit(2)
+
+WEIGHTS_FILE = "mae.safetensors"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__.splitlines()[0])
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--table", **several, required=True, metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per cell, by torchrun (default: 1)")
+    parser.add_argument(
+        "--set", **several, default=[], metavar="KNOB=VALUE", help="override the default pre-training of every cell"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder: Table 1d gets its row")
+    parser.add_argument("--plan", action="store_true", help="list the cells, and stop")
+    add_common_flags(parser, classification.TASKS)
+    args = parser.parse_args(arguments)
+    args.table = list(dict.fromkeys(args.table))
+    return args
+
+
+def cells_of(name: str, args: argparse.Namespace) -> tuple[Cell, ...]:
+    cells = TABLES[name].cells[args.recipe]
+    return (*cells, DVAE) if name == "1d" and args.tokenizer else cells
+
+
+def resolve(cell: Cell, default: Default, args: argparse.Namespace) -> tuple[str, PretrainRecipe]:
+    """The arch and the whole recipe of a cell; --set first, the cell's own knobs over it."""
+    arch = cell.arch or default.arch
+    base = dataclasses.replace(recipe(arch, args.recipe), **default.knobs)
+    return arch, dataclasses.replace(override(base, args.set)[0], **cell.knobs)
+
+
+def pretraining_data(args: argparse.Namespace) -> Path:
+    """mini: generated unlabelled images, or DATA/unlabelled; else DATA/imagenet, of which train is taken."""
+    if args.data is None:
+        if args.recipe == "paper":
+            raise UserError("--data DIR is needed: the folder with imagenet/train and imagenet/val")
+        args.data = args.out / "data"
+        miniature.imagenet(args.data)
+        miniature.unlabelled(args.data, MINI_IMAGES)
+    own = args.data / "unlabelled"
+    return own if args.recipe == "mini" and own.is_dir() else args.data / "imagenet"
+
+
+def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: int) -> tuple[Path, str]:
+    """Pre-train a cell as a child process, unless that is done; its folder, and why it failed ("" if it did not).
+
+    The folder's name is a hash of all that the weights depend on: cells of several tables that are the same
+    pre-training, such as every table's default, share it.
+    """
+    arch, r = resolve(cell, default, args)
+    data = pretraining_data(args)
+    tokenizer = args.tokenizer if r.tokenizer == "dall-e" else None
+    identity = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": args.seed, "data": str(data.resolve())}
+    identity |= {"precision": args.precision, "tokenizer": sha256_of(tokenizer) if tokenizer else ""}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    work = args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
+    found = sorted(args.out.glob(f"pretraining/*-{digest}/{WEIGHTS_FILE}"))
+    if found:
+        return found[0].parent, ""
+    command = [*run_all.launcher(args.gpus), "-m", "mae_core.pretrain", "--data", str(data), "--arch", arch]
+    command += ["--recipe", args.recipe, "--out", str(work), "--seed", str(args.seed), "--device", args.device]
+    command += ["--precision", args.precision, "--workers", str(args.workers), "--micro-batch", str(args.micro_batch)]
+    command += ["--save-minutes", str(args.save_minutes)]
+    command += ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
+    command += ["--tokenizer", str(tokenizer)] if tokenizer else []
+    start = dataclasses.asdict(recipe(arch, args.recipe))
+    changed = {knob: value for knob, value in dataclasses.asdict(r).items() if value != start[knob]}
+    command += ["--set", *(f"{knob}={as_typed(value)}" for knob, value in changed.items())] if changed else []
+    log = args.out / "logs" / f"pretrain-{work.name}.log"
+    code = run_child(command, log, lock, args.gpus > 1)
+    if code == 0:
+        return work, ""
+    last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
+    return work, f"pre-training ended with exit code {code}: {last} (log: {log})"
+
+
+def as_typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def run_child(command: Sequence[str], log: Path, lock: int, parallel: bool) -> int:
+    """Run to the end, everything printed to the log; Ctrl-C is passed on once, waited for, and raised again."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
+        # A session of its own keeps the terminal's Ctrl-C from reaching it twice; the lock goes along.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM if parallel else signal.SIGINT)
+            print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
+            try:
+                process.wait()
+            finally:
+                process.kill()
+            raise
+
+
+def evaluate_cell(work: Path, default: Default, args: argparse.Namespace, lock: int) -> dict[str, Record]:
+    """Linear probing and fine-tuning of a pre-trained cell, through run_all's plan and children: done ones are read."""
+    values = vars(args) | {"ckpt": [str(work / WEIGHTS_FILE)], "tasks": list(TASKS), "seeds": [args.seed]}
+    values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in default.transfer.items() for k, v in knobs.items()]
+    own = argparse.Namespace(**values)
+    records = run_all.run(make_plan(own), own, lock)
+    return {record.task: record for record in records}
+
+
+def row_of(cell: Cell, default: Default, args: argparse.Namespace, lock: int, unit: int) -> Row:
+    """Train and evaluate a cell. unit: the default's FLOPs per image."""
+    arch, r = resolve(cell, default, args)
+    knobs = ", ".join(f"{knob}={value}" for knob, value in cell.knobs.items())
+    numbers: dict[str, float] = {"relative_flops": training_flops(arch, r) / unit}
+    work, failure = pretrain_cell(cell, default, args, lock)
+    if failure:
+        return Row(cell.label, knobs, numbers, dict.fromkeys(TASKS, f"failed: {failure}"), cell.x)
+    log = (work / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    numbers["seconds"] = json.loads(log[-1])["seconds"]
+    texts = {}
+    for task, record in evaluate_cell(work, default, args, lock).items():
+        if record.status != "ok":
+            texts[task] = f"{record.status}: {record.reason}"
+            continue
+        numbers[task], numbers[f"{task}_stderr"] = record.metrics["top1"], record.stderr["top1"]
+        texts[task] = f"{record.metrics['top1']:.2f} ± {record.stderr['top1']:.2f}"
+    return Row(cell.label, knobs, numbers, texts, cell.x)
+
+
+def accuracy_table(name: str, args: argparse.Namespace, lock: int) -> bool:
+    """Every cell of a table, tabled again after each; whether all of it is numbers."""
+    table, default, cells = TABLES[name], DEFAULTS[args.recipe], cells_of(name, args)
+    unit = training_flops(*resolve(Cell("default"), default, args))
+    rows: list[Row] = []
+    for number, cell in enumerate(cells, 1):
+        row = row_of(cell, default, args, lock, unit)
+        rows.append(row)
+        took = duration(row.numbers["seconds"]) if "seconds" in row.numbers else "-"
+        shown = ", ".join(f"{task} {text}" for task, text in row.texts.items())
+        print(f"[{number}/{len(cells)}] {table.title}, {cell.label}: {shown} (pre-training {took})", flush=True)
+        columns = ACCURACY_FLOPS if name == "1c" else ACCURACY
+        paths = write(args.out, f"table_{name}" if name[0] == "1" else name, table, columns, rows, about(args))
+    print("tables: " + ", ".join(map(str, paths)), flush=True)
+    return all(task in row.numbers for row in rows for task in TASKS)
+
+
+def about(args: argparse.Namespace) -> str:
+    """What all of our cells have in common."""
+    default = DEFAULTS[args.recipe]
+    _, r = resolve(Cell("default"), default, args)
+    label = "miniature" if args.recipe == "mini" else "ImageNet-1k"
+    return f"{default.arch}, {r.epochs} epochs unless the cell says another number, {label}, seed {args.seed}"
+
+
+def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
+    """Table 2. Steps of all cells of a size in alternation; the epoch's time follows from the number of images."""
+    table, default = TABLES["2"], DEFAULTS[args.recipe]
+    count = len(images_or_shards(pretraining_data(args)))
+    cells, rows = cells_of("2", args), []
+    images = args.micro_batch or (128 if args.recipe == "mini" else 64 if machine.device == "cuda" else 8)
+    for arch in dict.fromkeys(cell.arch for cell in cells):
+        recipes = {cell.label: resolve(cell, default, args) for cell in cells if cell.arch == arch}
+        steps = measure(recipes, images, machine)
+        first = next(iter(steps.values()))
+        fewest = min(step.flops for step in steps.values())
+        for label, step in steps.items():
+            numbers = {"epoch_seconds": count / step.rate, "spread": step.timing.spread}
+            numbers |= {"speed_up": step.rate / first.rate, "relative_flops": step.flops / fewest}
+            rows.append(Row(label, "", numbers, {}))
+            print(f"{label}: {count / step.rate:.1f} s an epoch, {step.rate / first.rate:.2f}x", flush=True)
+    what = f"{hardware(machine.device)}, {machine.precision}, forward and backward of {images} images, {count} an epoch"
+    paths = write(args.out, "table_2", table, WALL_CLOCK, rows, what)
+    print("tables: " + ", ".join(map(str, paths)), flush=True)
+    return True
+
+
+def check(args: argparse.Namespace) -> Machine:
+    """UserError for a wrong call; every recipe of every cell is resolved before anything runs."""
+    for name in args.table:
+        if name not in TABLES:
+            raise UserError(f"unknown table '{name}'; {did_you_mean(name, list(TABLES))}")
+        for cell in cells_of(name, args):
+            resolve(cell, DEFAULTS[args.recipe], args)
+    if args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
+    if args.tokenizer is not None and ("1d" not in args.table or not args.tokenizer.is_file()):
+        raise UserError(f"--tokenizer {args.tokenizer}: give a file, and --table 1d, which alone uses it")
+    return machine_from(args)
+
+
+def print_cells(args: argparse.Namespace) -> None:
+    for name in args.table:
+        print(f"{TABLES[name].title}: {TABLES[name].about}; {about(args)}")
+        for cell in cells_of(name, args):
+            print(f"  {cell.label:<50} {', '.join(f'{k}={v}' for k, v in cell.knobs.items()) or 'the default'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        machine = check(args)
+        if args.plan:
+            print_cells(args)
+            return 0
+        lock = run_all.take_lock(args.out)
+        whole = [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0 if all(whole) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

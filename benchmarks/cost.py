@@ -1,0 +1,126 @@
+"""What a pre-training step costs, counted without running it: FLOPs and memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_core.autoencoder import MaskedAutoencoder
+from mae_core.masking import mask_noise
+from mae_core.recipe import PretrainRecipe
+from mae_core.targets import PixelTarget
+from mae_core.vit import get_arch
+
+GIB = 2**30
+
+
+class Width(PixelTarget):
+    """A target of a given width that costs nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(1)
+        self.width = width
+
+    def forward(self, prediction, images, patches, index):
+        return prediction.square().mean(dim=-1)
+
+
+def model_of(arch: str, r: PretrainRecipe, device: str, checkpointing: bool = False) -> MaskedAutoencoder:
+    """The recipe's autoencoder; a fitted target or a tokenizer is replaced by one of its width, for it is frozen and
+    its cost left out."""
+    target = {"pca": lambda: Width(r.pca_components), "tokens": lambda: Width(r.vocabulary)}.get(
+        r.target, lambda: None
+    )()
+    with torch.device(device):
+        return MaskedAutoencoder(
+            arch,
+            r.image_size,
+            r.decoder_dim,
+            r.decoder_depth,
+            r.decoder_heads,
+            r.norm_pix,
+            checkpointing,
+            target,
+            r.loss_on,
+            r.encoder_mask_tokens,
+        )
+
+
+def inputs_of(
+    arch: str, r: PretrainRecipe, images: int, device: str, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images [B, 3, H, W] and the noise of their masks [B, N]."""
+    side = r.image_size // get_arch(arch).patch
+    generator = torch.Generator().manual_seed(seed)
+    noise = mask_noise(r.masking, images, (side, side), r.mask_ratio, generator)
+    return torch.randn(images, 3, r.image_size, r.image_size, generator=generator).to(device), noise.to(device)
+
+
+def training_flops(arch: str, r: PretrainRecipe) -> int:
+    """FLOPs of one image's forward and backward pass, two per multiply-add, as torch's FlopCounterMode counts the
+    matrix products. Nothing is computed: the model is on the meta device."""
+    model = model_of(arch, r, "meta").train()
+    images, noise = inputs_of(arch, r, 1, "meta")
+    return counted(lambda: model(images, noise, r.mask_ratio).loss.backward(), model)
+
+
+def counted(work, model: nn.Module) -> int:
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # the counter sees the products of the explicit form on every device
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB on one device. weights: parameters, gradients, two moments of AdamW and DDP's buckets, all float32: 20 bytes
+    a parameter. activations: what autograd keeps for the backward pass; with checkpointing that is every block's
+    input, and all that one block keeps while it is computed again."""
+
+    parameters: int
+    weights: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.activations
+
+
+def training_memory(arch: str, r: PretrainRecipe, micro_batch: int, checkpointing: bool, bf16: bool = True) -> Memory:
+    """Counted on fake tensors, each saved storage once, with fused attention, which keeps no attention matrix. What a
+    kernel needs for itself, and what the allocator leaves unused, is not in it."""
+    model = model_of(arch, r, "meta", checkpointing).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model = model.to_empty(device="cpu")
+        images = torch.empty(micro_batch, 3, r.image_size, r.image_size)
+        noise = torch.empty(micro_batch, model.patch_embed.num_patches)
+        parameters = sum(p.numel() for p in model.parameters())
+        kept = saved_bytes(lambda: model(images, noise, r.mask_ratio).loss, model)
+        if checkpointing:
+            x = torch.empty(micro_batch, model.patch_embed.num_patches + 1, r.decoder_dim, requires_grad=True)
+            y = torch.empty(micro_batch, 1 + noise.shape[1] // 4, model.embed_dim, requires_grad=True)
+            kept += max(
+                saved_bytes(lambda: model.decoder_blocks[0](x), model), saved_bytes(lambda: model.blocks[0](y), model)
+            )
+    return Memory(parameters, 20 * parameters / GIB, kept / GIB)
+
+
+def saved_bytes(work: Callable[[], torch.Tensor], model: nn.Module) -> int:
+    """Bytes of the tensors that autograd saves while `work` runs, the model's own left out."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, object] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage  # kept, lest its number be given again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = work()
+    del result
+    return sum(storage.nbytes() for number, storage in saved.items() if number not in own)

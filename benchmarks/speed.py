@@ -1,0 +1,167 @@
+"""How fast pre-training, fine-tuning, evaluation and reading images are, and what of the device that uses.
+
+python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16
+python benchmarks/speed.py pretrain --arch vit_base_patch16 --compare /path/to/mae    # beside the official code
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+try:
+    import torch
+
+    from benchmarks import speed_works
+    from benchmarks.timing import Timing, alternate, matmul_rate
+    from mae_core.errors import UserError
+    from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib, versions
+    from mae_core.settings import write_json
+    from mae_core.vit import get_arch
+except ModuleNotFoundError as e:
+    python = ROOT / ".venv" / "bin" / "python"
+    print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
+    sys.exit(2)
+
+KINDS = ("pretrain", "finetune", "eval", "loader")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm. utilisation: its FLOP/s in percent of the measured rate of the device's matrix products."""
+
+    name: str
+    timing: Timing
+    images: int
+    flops: int
+    peak_memory_gib: float
+    matmul_rate: float
+
+    @property
+    def rate(self) -> float:
+        return self.images / self.timing.median
+
+    @property
+    def utilisation(self) -> float | None:
+        return 100 * self.rate * self.flops / self.matmul_rate if self.flops and self.matmul_rate else None
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="speed.py", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=KINDS)
+    parser.add_argument("--arch", default="vit_base_patch16")
+    parser.add_argument(
+        "--batch", type=natural, default=0, help="images a step (default: 16 on CPU, 128 on GPU or mini)"
+    )
+    parser.add_argument("--data", type=Path, help="images for `loader`: any folder or tar files")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae: in alternation")
+    parser.add_argument("--warmup", type=natural, default=3)
+    parser.add_argument("--repeats", type=natural, default=10)
+    parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
+    parser.add_argument("--fused-adamw", action=argparse.BooleanOptionalAction, help="default: on GPU")
+    parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
+    add_machine_flags(parser)
+    return parser.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
+    batch = args.batch or (128 if machine.device == "cuda" or args.arch == "vit_mini_patch8" else 16)
+    works, flops = speed_works.works(args.what, args.arch, batch, machine, args.compare, args.data)
+    if args.profile:
+        profile(works["ours"], machine)
+    timings = alternate(works, args.warmup, args.repeats, machine.device)
+    rates = {p: matmul_rate(machine.device, p) for p in ("fp32", "bf16")} if flops else {}
+    results = []
+    for name, work in works.items():
+        peak = peak_of(work, machine)
+        shipped = "as shipped" in name and machine.device == "cpu"
+        rate = rates.get("fp32" if shipped else machine.precision, 0.0)
+        results.append(Result(name, timings[name], batch, flops, peak, rate))
+    return results
+
+
+def peak_of(work: Callable[[], object], machine: Machine) -> float:
+    """GiB of a GPU that the work needs, all arms' weights included; on a CPU the process's peak so far."""
+    if machine.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        work()
+    return peak_memory_gib(machine.device)
+
+
+def profile(work: Callable[[], object], machine: Machine) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    gpu = machine.device == "cuda"
+    work()
+    with profiled(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+        for _ in range(3):
+            work()
+    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = ["| arm | images/s | step (ms) | spread | peak GiB | utilisation | ours is |", "| --- |" + " ---: |" * 6]
+    for r in results:
+        used = "" if r.utilisation is None else f"{r.utilisation:.0f} %"
+        ratio = "" if r is results[0] else f"{results[0].rate / r.rate:.2f}x"
+        step = f"{1000 * r.timing.median:.1f} | ± {r.timing.spread:.1f} %"
+        lines.append(f"| {r.name} | {r.rate:.1f} | {step} | {r.peak_memory_gib:.2f} | {used} | {ratio} |")
+    return "\n".join(lines)
+
+
+def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:
+    """WHAT-ARCH-PRECISION.json and .md below --out."""
+    arms = [
+        {
+            "name": r.name,
+            "images_per_second": r.rate,
+            "step_seconds": r.timing.median,
+            "spread_percent": r.timing.spread,
+            "seconds": list(r.timing.seconds),
+            "flops_per_image": r.flops,
+            "utilisation_percent": r.utilisation,
+            "peak_memory_gib": r.peak_memory_gib,
+            "ours_over_it": results[0].rate / r.rate,
+        }
+        for r in results
+    ]
+    value = {"what": args.what, "arch": args.arch, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
+    value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine.device), "versions": versions()}
+    value["matmul_flops_per_second"] = results[0].matmul_rate
+    path = args.out / f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}.json"
+    write_json(path, value)
+    title = f"{args.what}, {args.arch}, batch {results[0].images}, {machine.precision}, {hardware(machine.device)}"
+    path.with_suffix(".md").write_text(f"{title}\n\n{table(results)}\n", encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    try:
+        get_arch(args.arch)
+        if args.repeats < 1:
+            raise UserError("--repeats 0: give at least one")
+        if (args.what == "loader") != (args.data is not None):
+            raise UserError("--data DIR is needed by loader, and by nothing else")
+        machine = machine_from(args)
+        fused = machine.device == "cuda" if args.fused_adamw is None else args.fused_adamw
+        machine = replace(machine, fused_adamw=fused)
+        results = measure(args, machine)
+        path = leave(args, machine, results)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(table(results))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
