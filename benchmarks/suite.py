@@ -1,5 +1,5 @@
 """Which tasks exist, in the order of the paper's tables."""
 
-from transfer import classification, detection, robustness
+from transfer import classification, detection, robustness, segmentation
 
-TASKS = (*classification.TASKS, *robustness.TASKS, *detection.TASKS)
+TASKS = (*classification.TASKS, *robustness.TASKS, *detection.TASKS, *segmentation.TASKS)

@@ -61,6 +61,7 @@ TABLES = (
         columns=(
             Column("imagenet_finetune", "top1", "fine-tuning"),
             Column("imagenet_linprobe", "top1", "linear probing"),
+            Column("imagenet_knn", "top1", "k-NN", optional=True),
             # The expected number is that of the released fine-tuned files: the self-check of the evaluation itself.
             Column(
                 "imagenet_eval",
@@ -99,6 +100,19 @@ TABLES = (
             Column("coco", "mask_ap", "mask AP"),
         ),
         by_engine=True,
+    ),
+    Table(
+        name="ade20k",
+        title="ADE20K semantic segmentation",
+        caption="UperNet, mIoU (%) on the validation images at their own size, one scale unless said otherwise, as in "
+        "Table 5 of the MAE paper.",
+        published="ade20k",
+        columns=(
+            Column("ade20k", "miou", "mIoU"),
+            Column("ade20k", "miou_ms", "mIoU, multi-scale", optional=True),
+            Column("ade20k", "macc", "mean accuracy", optional=True),
+            Column("ade20k", "aacc", "pixel accuracy", optional=True),
+        ),
     ),
 )
 

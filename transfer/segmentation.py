@@ -107,7 +107,6 @@ def run(job: Job) -> Result:
         rows = [(image, metric.kept[image.name]) for image in shown]
         ade20k.draw_predictions(rows, folder, dataset.metainfo["palette"], job.work / PICTURE_FILE)
         artifacts = leave(job, model.state_dict())
-    trained_here = max(state.step, 1)
     return Result(
         metrics,
         stderr,
@@ -115,13 +114,14 @@ def run(job: Job) -> Result:
         images_seen=state.step * r.batch,
         seconds=state.seconds,
         tables={
-            "classes": by_class(metric.areas.sum(axis=0), runner.test_loop.dataloader.dataset.metainfo["classes"]),
-            "speed": {
-                "seconds_per_iteration": round(state.seconds / trained_here, 4),
-                "test_images_per_second": round(len(validation) / test_seconds, 2),
-            },
+            "per_class": by_class(metric.areas.sum(axis=0), runner.test_loop.dataloader.dataset.metainfo["classes"]),
         },
-        resolved={"norm": norm_of(machine), "batchnorm_batch": batchnorm_batch(job, state)},
+        resolved={
+            "norm": norm_of(machine),
+            "batchnorm_batch": batchnorm_batch(job, state),
+            "seconds_per_iteration": round(state.seconds / max(state.step, 1), 4),
+            "test_images_per_second": round(len(validation) / test_seconds, 2),
+        },
         artifacts=artifacts,
         notes=state.notes + deviations(job, state),
     )
@@ -254,7 +254,7 @@ TASKS = (
         higher_is_better=True,
         version=1,
         needs="encoder",
-        cost=60,
+        cost=50,
         recipe=recipe,
         sources=sources,
         look=ade20k.look,

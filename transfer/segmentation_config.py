@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.checkpoint import Checkpoint
+from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.vit import get_arch
 from transfer.ade20k import CLASSES, SPLITS
@@ -51,6 +52,9 @@ def norm_of(machine: Machine) -> str:
 
 
 def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) -> dict[str, Any]:
+    if r.taps[-1] >= get_arch(checkpoint.arch).depth:
+        last = get_arch(checkpoint.arch).depth - 1
+        raise UserError(f"taps={','.join(map(str, r.taps))}: the last block of {checkpoint.arch} is {last}")
     dim, norm = get_arch(checkpoint.arch).dim, {"type": norm_of(machine), "requires_grad": True}
 
     def loss(weight: float) -> dict[str, Any]:

@@ -149,8 +149,8 @@ def register() -> None:
         """mmseg's metric that keeps its counts per image, `areas` [N, 3, C]: intersection, union, label; and the
         predictions of the images named in `kept`, uint8 [H, W] by file name."""
 
-        def __init__(self, kept: Sequence[str] = (), **options: Any) -> None:
-            super().__init__(**options)
+        def __init__(self, kept: Sequence[str] = ()) -> None:
+            super().__init__()
             self.kept = dict.fromkeys(kept)
             self.areas = np.empty(0)
 
