@@ -76,7 +76,7 @@ class Checkpoint:
     meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
     mean, std: of the channels (0..1) that its images are normalised with. eps: of its LayerNorms. pool: "token" or
     "avg", what its representation of an image is. variant: what it has beyond a plain ViT.
-    config: SHA-256 of the configs beside the weights that decided about any of these.
+    config: SHA-256 of the configs beside the weights that decided about these, "" without.
     """
 
     path: str
@@ -163,7 +163,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
     if classifier:
         known["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
     return Checkpoint(
-        path=str(path),
+        path=source.spec,
         name=source.name,
         format=weights.format.name,
         arch=arch,
@@ -223,7 +223,6 @@ def model_of(
 
 def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | None = None) -> VisionTransformer | Beit:
     """The classifier in a checkpoint, loaded: its classes, its pooling, and both heads of a distilled DeiT.
-
     image_size: px; by default the one it was trained at. CheckpointError if the file holds none.
     """
     classes = len(_head(checkpoint))
@@ -256,7 +255,6 @@ def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadR
 
 def load_classifier(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
     """Load a classifier, encoder and head, into a model of the same pooling and classes (`classifier_of` builds one).
-
     CheckpointError if the file has no such head or any tensor is missing or does not fit; the model is then untouched.
     """
     _head(checkpoint)

@@ -14,7 +14,7 @@ from mae_core.checkpoint import Checkpoint, LoadReport, load_classifier, load_en
 from mae_core.errors import UserError
 from mae_core.export import TARGETS, export, save_canonical
 from mae_core.formats import FORMATS
-from mae_core.vit import ARCHS, Variant, get_arch
+from mae_core.vit import ARCHS, beyond, get_arch
 
 # Released files by the first digits of their hash: MD5 in facebookresearch/mae (README.md, FINETUNE.md); SHA-256 in the
 # file names of facebookresearch/deit and open-mmlab/mmpretrain (configs/mae/metafile.yml).
@@ -103,22 +103,13 @@ def grouped(names: Iterable[str]) -> list[str]:
     return [f"{name} ({n})" if n > 1 else name for name, n in counts.items()]
 
 
-def differences_of(variant: Variant) -> str:
-    if variant.beit:
-        return "BEiT: relative positions in every block, layer scale, no bias of the keys"
-    shown = [f"{variant.registers} register{'s' * (variant.registers > 1)}"] if variant.registers else []
-    shown += ["layer scale"] if variant.layer_scale else []
-    shown += ["SwiGLU"] if variant.swiglu else []
-    return ", ".join(shown) or "plain ViT"
-
-
 def describe(checkpoint: Checkpoint) -> list[str]:
     """The report, line by line."""
     a, c = ARCHS[checkpoint.arch], checkpoint
     lines = [("file", c.path)] + [("", remark) for remark in remarks(c)]
     lines += [("format", c.format), ("kind", c.kind), ("use", "; ".join(uses(c)))]
     lines += [("arch", f"{c.arch}: width {a.dim}, {a.depth} blocks, {a.heads} heads, patches of {a.patch} px")]
-    lines += [("", differences_of(c.variant)), ("sha256", c.sha256)]
+    lines += [("", beyond(c.variant) or "plain ViT"), ("sha256", c.sha256)]
     said = " (said by the config beside it)" if c.config else ""
     lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{said}")]
     lines += [("", f"LayerNorm eps {c.eps:g}, pooling {c.pool}")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -16,18 +17,13 @@ from mae_core.vit import ARCHS, EPS
 from mae_core.weights_file import CheckpointError, save_weights
 
 
-def travelling(checkpoint: Checkpoint) -> dict[str, str]:
-    """Safetensors metadata of what a model's numbers depend on beside its tensors; {} where all is as in MAE."""
-    c = checkpoint
-    usual = "avg" if "fc_norm.weight" in c.classifier else "token"
-    if (c.mean, c.std, c.eps, c.pool) == (MEAN, STD, EPS, usual):
+def travelling(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
+    """Safetensors metadata of what a model's numbers depend on beside its tensors; {} where all is as in MAE. pool: of
+    the model that is saved; tensors: its names, which show the usual pooling."""
+    c, usual = checkpoint, "avg" if "fc_norm.weight" in tensors else "token"
+    if (c.mean, c.std, c.eps, pool) == (MEAN, STD, EPS, usual):
         return {}
-    return {
-        "mean": " ".join(map(str, c.mean)),
-        "std": " ".join(map(str, c.std)),
-        "eps": str(c.eps),
-        "pool": c.pool,
-    }
+    return {"mean": " ".join(map(str, c.mean)), "std": " ".join(map(str, c.std)), "eps": str(c.eps), "pool": pool}
 
 
 def save_canonical(checkpoint: Checkpoint, path: Path) -> None:
@@ -37,7 +33,8 @@ def save_canonical(checkpoint: Checkpoint, path: Path) -> None:
     }
     told |= {"arch": checkpoint.arch, "kind": checkpoint.kind, "source_format": checkpoint.format}
     told |= {"source_sha256": checkpoint.sha256}
-    save_weights(path, _everything(checkpoint), told | travelling(checkpoint))
+    tensors = _everything(checkpoint)
+    save_weights(path, tensors, told | travelling(checkpoint, checkpoint.pool, tensors))
 
 
 def export(checkpoint: Checkpoint, form: str, path: Path) -> None:

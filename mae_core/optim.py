@@ -41,18 +41,23 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     """Groups with lr_scale = layer_decay ** (depth + 1 - layer): patch, position and class embeddings are layer 0,
     block i is layer i + 1, final norm, fc_norm and head are layer depth + 1 (BEiT's rule, as MAE fine-tunes).
 
-    No weight decay on 1-D parameters, positions and class token.
+    No weight decay on 1-D parameters, positions, class token and registers.
     """
     groups = param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
     # timm counts the final norm of a class-token head to the last block; MAE counts it to the head.
     norm = [p for name, p in model.named_parameters() if name.startswith("norm.") and p.requires_grad]
-    in_norm = {id(p) for p in norm}
+    # And the registers to the head; they enter with the class token.
+    registers = [p for name, p in model.named_parameters() if name == "reg_token" and p.requires_grad]
+    moved = {id(p) for p in (*norm, *registers)}
     for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in in_norm]
+        group["params"] = [p for p in group["params"] if id(p) not in moved]
     if norm:
         groups.append({"params": norm, "lr_scale": 1.0, "weight_decay": 0.0})
+    if registers:
+        scale = layer_decay ** (len(model.blocks) + 1)
+        groups.append({"params": registers, "lr_scale": scale, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 

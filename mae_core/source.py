@@ -17,9 +17,10 @@ OFFLINE = "it is not in the local cache and could not be fetched"
 
 @dataclass(frozen=True)
 class Source:
-    """path: the weight file. name: for people. said: what configs beside the weights say, of mean, std, eps, pool and
-    heads. config: SHA-256 over those configs, "" without any: they decide about numbers as the weights do."""
+    """spec: what was asked for. path: the weight file. name: for people. said: what configs beside the weights say, of
+    mean, std, eps and heads. config: SHA-256 over those configs, "" without any: they decide about numbers too."""
 
+    spec: str
     path: Path
     name: str
     said: dict[str, Any] = field(default_factory=dict)
@@ -34,13 +35,13 @@ def locate(spec: str) -> Source:
         return _in_folder(_fetched(spec, spec.removeprefix("hf:")), spec)
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _in_folder(path, path.resolve().name)
+        return _in_folder(path, path.resolve().name, str(path))
     # Under these names alone a file belongs to the config beside it.
     said, config = _read_configs(path.parent) if path.name in WEIGHTS else ({}, "")
-    return Source(path, path.resolve().parent.name if config else path.stem, said, config)
+    return Source(str(path), path, path.resolve().parent.name if config else path.stem, said, config)
 
 
-def _in_folder(folder: Path, name: str) -> Source:
+def _in_folder(folder: Path, name: str, spec: str = "") -> Source:
     found = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if found is None:
         split = sorted(folder.glob("*.index.json"))
@@ -52,7 +53,7 @@ def _in_folder(folder: Path, name: str) -> Source:
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
         there = f"it holds {', '.join(files[:4])}{' ...' if len(files) > 4 else ''}" if files else "it holds no file"
         raise CheckpointError(f"{folder} is a folder without {' or '.join(WEIGHTS)} ({there}): give the weight file")
-    return Source(found, name, *_read_configs(folder))
+    return Source(spec or name, found, name, *_read_configs(folder))
 
 
 def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:

@@ -75,6 +75,17 @@ class Variant:
 
 
 PLAIN = Variant()
+
+
+def beyond(variant: Variant) -> str:
+    """What an encoder has beyond a plain ViT, in words; "" for nothing."""
+    if variant.beit:
+        return "BEiT's relative positions and layer scale"
+    found = [f"{variant.registers} register{'s' * (variant.registers > 1)}"] if variant.registers else []
+    found += ["layer scale"] if variant.layer_scale else []
+    return ", ".join(found + (["SwiGLU layers"] if variant.swiglu else []))
+
+
 EPS = 1e-6  # of MAE's LayerNorms
 norm_layer = partial(nn.LayerNorm, eps=EPS)
 

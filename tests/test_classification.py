@@ -21,7 +21,7 @@ from transfer.images import eval_transform, read_split, wnids
 from transfer.task import CLASSIFIER_FILE, run_job
 from transfer.train import evaluate, trained_classifier
 
-FINETUNE, LINPROBE, EVAL = classification.TASKS
+FINETUNE, LINPROBE, EVAL, KNN = classification.TASKS
 B, L, H = "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"
 
 

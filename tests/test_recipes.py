@@ -11,7 +11,7 @@ from transfer import classification, robustness
 from transfer.train import UNUSED, ClassifierRecipe, EvalRecipe
 
 TASKS = (*classification.TASKS, *robustness.TASKS)
-FINETUNE, LINPROBE, _ = classification.TASKS
+FINETUNE, LINPROBE, *_ = classification.TASKS
 ARCHS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "vit_small_patch16", ARCH)
 
 # All that "mini" may change.
@@ -19,6 +19,7 @@ SIZES = {"image_size", "epochs", "warmup_epochs", "batch", "base_lr"}
 MINI_FIELDS = {
     "imagenet_finetune": SIZES | {"mixup", "cutmix", "drop_path", "min_scale", "rand_augment", "random_erasing"},
     "imagenet_linprobe": SIZES,
+    "imagenet_knn": {"image_size"},
 }
 
 

@@ -35,7 +35,7 @@ from transfer.task import CLASSIFIER_FILE, read_record, run_job
 from transfer.train import Scores, evaluate, score, train_classifier
 
 ROOT = Path(__file__).parent.parent
-FINETUNE, LINPROBE, _ = classification.TASKS
+FINETUNE, LINPROBE, *_ = classification.TASKS
 
 
 def coded_split(folder: Path, labels: list[int]) -> Split:

@@ -1,4 +1,4 @@
-"""ImageNet-1k: end-to-end fine-tuning, linear probing, and the evaluation of a released classifier.
+"""ImageNet-1k: end-to-end fine-tuning, linear probing, k-NN, and the evaluation of a released classifier.
 
 python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DIR --out DIR
 """
@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core import distributed
-from mae_core.checkpoint import load_encoder, save_weights
+from mae_core.checkpoint import load_encoder, model_of, save_weights
 from mae_core.data import seed_for
 from mae_core.errors import UserError
+from mae_core.export import travelling
 from mae_core.training import State
-from mae_core.vit import build_vit
 from mae_core.weights_file import sha256_of
 from transfer import cli, miniature
 from transfer.classification_recipes import (
@@ -27,6 +27,7 @@ from transfer.classification_recipes import (
     linprobe_recipe,
     linprobe_sources,
 )
+from transfer.features import knn, knn_recipe, knn_sources
 from transfer.images import (
     eval_transform,
     look_imagenet,
@@ -50,7 +51,7 @@ def start_model(job: Job) -> VisionTransformer:
     """The encoder of the checkpoint, strictly loaded, under a new head of 1000 classes."""
     r = job.recipe
     torch.manual_seed(seed_for(job.seed) % 2**63)
-    model = build_vit(job.checkpoint.arch, r.image_size, len(wnids()), r.pool, r.drop_path)
+    model = model_of(job.checkpoint, r.image_size, len(wnids()), r.pool, r.drop_path)
     load_encoder(model, job.checkpoint)
     nn.init.trunc_normal_(model.head.weight, std=r.head_std)
     nn.init.zeros_(model.head.bias)
@@ -62,7 +63,7 @@ def finetune(job: Job) -> Result:
     r = job.recipe
     folder = Path(job.data.root) / "imagenet"
     model = start_model(job).to(job.machine.device)
-    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, r.random_erasing)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, r.random_erasing, job.checkpoint.pixels)
     state, trained = train_classifier(job, model, read_split(folder / "train")[0], transform)
     metrics, stderr, n_eval = validate(job, trained)
     if r.ema:
@@ -82,7 +83,7 @@ def linprobe(job: Job) -> Result:
     model = model.to(job.machine.device)
     before = parameters_sha256(backbone_tensors(model))
     state, trained = train_classifier(
-        job, model, read_split(folder / "train")[0], probe_transform(r.image_size, r.min_scale)
+        job, model, read_split(folder / "train")[0], probe_transform(r.image_size, r.min_scale, job.checkpoint.pixels)
     )
     if parameters_sha256(backbone_tensors(model)) != before:
         raise RuntimeError("the frozen encoder changed while its probe was trained")
@@ -90,11 +91,12 @@ def linprobe(job: Job) -> Result:
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
     artifacts = leave(job, "probe.safetensors", head, r.image_size)
     result = trained_result(job, state, metrics, stderr, n_eval, artifacts)
+    resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
     official = min(512, r.batch)  # one GPU's share of the official probe's batch
     notes = result.notes
     if state.micro_batch != official:
         notes += (f"BatchNorm saw batches of {state.micro_batch}, not of {official}",)
-    return replace(result, notes=notes, resolved={"batchnorm_batch": state.micro_batch, "backbone_sha256": before})
+    return replace(result, notes=notes, resolved=resolved)
 
 
 def evaluate_released(job: Job) -> Result:
@@ -104,14 +106,15 @@ def evaluate_released(job: Job) -> Result:
         raise UserError(f"{job.checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
     val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
     metrics, stderr = evaluate(
-        model, val, eval_transform(size, job.recipe.transform), job.machine, job.task.name
+        model, val, eval_transform(size, job.recipe.transform, job.checkpoint.pixels), job.machine, job.task.name
     ).metrics()
     return Result(metrics, stderr, len(val.files), len(val.files), resolved={"image_size": size})
 
 
 def validate(job: Job, model: nn.Module) -> tuple[dict[str, float], dict[str, float], int]:
     val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
-    scores = evaluate(model, val, eval_transform(job.recipe.image_size), job.machine, job.task.name)
+    transform = eval_transform(job.recipe.image_size, pixels=job.checkpoint.pixels)
+    scores = evaluate(model, val, transform, job.machine, job.task.name)
     return *scores.metrics(), len(val.files)
 
 
@@ -126,7 +129,7 @@ def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) 
         "task": job.task.name,
     }
     metadata |= {"encoder_sha256": job.checkpoint.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
-    save_weights(job.work / name, state, metadata)
+    save_weights(job.work / name, state, metadata | travelling(job.checkpoint, job.recipe.pool, state))
     return {name: sha256_of(job.work / name)}
 
 
@@ -146,7 +149,16 @@ def trained_result(
         seconds=state.seconds,
         artifacts=artifacts,
         notes=state.notes,
+        resolved={"load": load_summary(job)},
     )
+
+
+def load_summary(job: Job) -> str:
+    """What loading the encoder did, found again without taking memory for it."""
+    r = job.recipe
+    with torch.device("meta"):
+        model = model_of(job.checkpoint, r.image_size, len(wnids()), r.pool)
+    return load_encoder(model, job.checkpoint).summary()
 
 
 COMMON = {
@@ -187,6 +199,16 @@ TASKS = (
         sources=eval_sources,
         run=evaluate_released,
         **(COMMON | {"look": look_imagenet_val}),
+    ),
+    Task(
+        name="imagenet_knn",
+        title="ImageNet-1k, k nearest neighbours",
+        needs="encoder",
+        cost=5,
+        recipe=knn_recipe,
+        sources=knn_sources,
+        run=knn,
+        **COMMON,
     ),
 )
 

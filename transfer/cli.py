@@ -14,7 +14,7 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
-from mae_core.vit import vit_arguments
+from mae_core.vit import beyond, vit_arguments
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 
 
@@ -109,13 +109,15 @@ def obstacle(job: Job) -> tuple[str, str]:
     task, kind = job.task, job.checkpoint.kind
     if task.needs == "encoder" and kind == "classifier":
         return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
+    if task.plain_vit and not job.checkpoint.plain:
+        return "skipped", f"not a plain ViT: {job.checkpoint.name} has {beyond(job.checkpoint.variant)}"
     if not installed(task.engines[job.engine]):
         return "skipped", f"{job.engine} is not installed here; {task.install}"
     if job.data.status == "missing":
         return "skipped", job.data.detail
     if job.data.status == "incomplete":
         return "failed", job.data.detail
-    if task.needs == "fine-tuned file" and kind != "classifier":
+    if task.needs == "fine-tuned file" and "head.weight" not in job.checkpoint.classifier:
         return "skipped", f"{job.checkpoint.name} has no head: give a fine-tuned classifier as --ckpt"
     if task.needs == "classifier" and kind != "classifier" and job.parent is None:
         where = "same checkpoint, recipe and seed, with its classifier.safetensors"
@@ -154,7 +156,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--task", nargs="+", action="extend", required=True, metavar="TASK", help=", ".join(t.name for t in tasks)
     )
-    parser.add_argument("--ckpt", required=True, help="checkpoint file, or random:ARCH")
+    parser.add_argument("--ckpt", required=True, help="checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"

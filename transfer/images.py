@@ -21,6 +21,8 @@ from transfer.task import Data
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").
 IMAGENET_COUNTS = {"classes": 1000, "train": 1281167, "val": 50000}
 MINIATURE_MARKER = "miniature.json"
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels, as Checkpoint.pixels has them
+IMAGENET_PIXELS = (MEAN, STD)
 
 
 @cache
@@ -162,7 +164,9 @@ def look_imagenet_val(root: Path) -> Data:
     return Data(str(root), "found", detail, label, fingerprint(root, val), counts, 100 / counts["classes"])
 
 
-def train_transform(image_size: int, min_scale: float, rand_augment: str, random_erasing: float) -> Callable:
+def train_transform(
+    image_size: int, min_scale: float, rand_augment: str, random_erasing: float, pixels: Pixels = IMAGENET_PIXELS
+) -> Callable:
     """What fine-tuning augments with, by timm: random resized crop (bicubic), flip, RandAugment, normalisation and
     random erasing with noise. rand_augment: timm's string, or "" for none."""
     return create_transform(
@@ -174,8 +178,8 @@ def train_transform(image_size: int, min_scale: float, rand_augment: str, random
         interpolation="bicubic",
         re_prob=random_erasing,
         re_mode="pixel",
-        mean=MEAN,
-        std=STD,
+        mean=pixels[0],
+        std=pixels[1],
     )
 
 
@@ -195,14 +199,14 @@ class LoopFreeCrop(v2.RandomResizedCrop):
         return {"top": top, "left": left, "height": h, "width": w}
 
 
-def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
+def probe_transform(image_size: int, min_scale: float, pixels: Pixels = IMAGENET_PIXELS) -> v2.Compose:
     """What the linear probe augments with: loop-free random resized crop (bicubic) and flip."""
     crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised()])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised(pixels)])
 
 
-def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
-    """One view of an image for evaluation.
+def eval_transform(image_size: int, how: str = "resize_crop", pixels: Pixels = IMAGENET_PIXELS) -> v2.Compose:
+    """One view of an image for evaluation, normalised as the checkpoint was trained.
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": centre crop alone. "resize": short side to the size, bicubic, then
@@ -216,11 +220,11 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
     }
     if how not in resized:
         raise UserError(f"unknown transform '{how}'; {did_you_mean(how, list(resized))}")
-    steps: list = [v2.CenterCrop(image_size), *to_normalised()]
+    steps: list = [v2.CenterCrop(image_size), *to_normalised(pixels)]
     if resized[how] is not None:
         steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))
     return v2.Compose(steps)
 
 
-def to_normalised() -> list:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+def to_normalised(pixels: Pixels = IMAGENET_PIXELS) -> list:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*pixels)]

@@ -16,7 +16,7 @@ from mae_core.data import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer import cli, miniature
-from transfer.images import Split, columns, eval_transform, fingerprint, label_of, read_split, some, wnids
+from transfer.images import Pixels, Split, columns, eval_transform, fingerprint, label_of, read_split, some, wnids
 from transfer.task import Data, Job, Result, Task
 from transfer.train import EvalRecipe, Scores, evaluate, trained_classifier
 
@@ -168,12 +168,16 @@ def classifier(job: Job) -> tuple[VisionTransformer, int]:
     return load_once(job.parent or job.checkpoint, job.recipe.image_size, job.machine.device)
 
 
+def pixels_of(job: Job) -> Pixels:
+    return (job.parent or job.checkpoint).pixels
+
+
 def run_200(job: Job) -> Result:
     """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
     model, size = classifier(job)
     root, kept = Path(job.data.root), columns(job.task.name)
     split, _ = read_split(folder_of(root, job.task.name))
-    transform = eval_transform(size, job.recipe.transform)
+    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
     result = scored(evaluate(model, split, transform, job.machine, job.task.name, kept), len(split.files), size)
     clean = clean_split(root).of_classes(kept)
     if not clean.files:
@@ -190,7 +194,8 @@ def run_200(job: Job) -> Result:
 def run_sketch(job: Job) -> Result:
     model, size = classifier(job)
     split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
-    scores = evaluate(model, split, eval_transform(size, job.recipe.transform), job.machine, job.task.name)
+    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
+    scores = evaluate(model, split, transform, job.machine, job.task.name)
     return scored(scores, len(split.files), size)
 
 
@@ -202,7 +207,7 @@ def scored(scores: Scores, images: int, size: int) -> Result:
 def run_c(job: Job) -> Result:
     """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
     model, size = classifier(job)
-    transform = eval_transform(size, job.recipe.transform)
+    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
         splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]

@@ -130,7 +130,7 @@ def identity(
     fields = {
         "task": task.name,
         "task_version": task.version,
-        "checkpoint": checkpoint.sha256,
+        "checkpoint": checkpoint.identity,
         "recipe": dataclasses.asdict(recipe),
         "engine": engine,
         "seed": seed,
@@ -300,6 +300,7 @@ def describe(job: Job, **outcome: Any) -> Record:
             "sha256": c.sha256,
             "meta": dict(c.meta),
             "dropped": len(c.dropped),
+            "input": {"mean": list(c.mean), "std": list(c.std), "eps": c.eps, "pool": c.pool, "plain": c.plain},
         },
         recipe_name=job.recipe_name,
         overrides=job.overrides,

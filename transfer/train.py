@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.checkpoint import Checkpoint, load_classifier
+from mae_core.checkpoint import Checkpoint, classifier_of
 from mae_core.data import Images, loader
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
@@ -22,7 +22,6 @@ from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learnin
 from mae_core.progress import Progress
 from mae_core.settings import check_ranges, did_you_mean
 from mae_core.training import State, Training
-from mae_core.vit import build_vit, get_arch
 from transfer.images import Split, eval_transform, train_transform
 from transfer.task import Job
 
@@ -245,16 +244,11 @@ def score(logits: Tensor, targets: Tensor) -> np.ndarray:
 
 
 def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
-    """The ViT of a fine-tuned checkpoint, ready to evaluate, and its input size (0: the one it was trained at)."""
-    if checkpoint.kind != "classifier":
-        raise UserError(f"{checkpoint.name} is no fine-tuned classifier: it has no head")
-    patch = get_arch(checkpoint.arch).patch
-    size = image_size or patch * int((checkpoint.encoder["pos_embed"].shape[1] - 1) ** 0.5)
-    classes = checkpoint.classifier["head.weight"].shape[0]
-    pool = "avg" if "fc_norm.weight" in checkpoint.classifier else "token"
-    vit = build_vit(checkpoint.arch, size, classes, pool)
-    load_classifier(vit, checkpoint)
-    return vit.to(device), size
+    """The ViT of a checkpoint with a head, ready to evaluate, and its input size (0: the one it was trained at)."""
+    if "head.weight" not in checkpoint.classifier:
+        raise UserError(f"{checkpoint.name} is no classifier: it has no head")
+    vit = classifier_of(checkpoint, image_size)
+    return vit.to(device), image_size or checkpoint.meta["image_size"]
 
 
 def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
