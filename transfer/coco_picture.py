@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import torch
 from PIL import Image, ImageColor
 from pycocotools import mask as mask_util
@@ -17,6 +18,7 @@ from transfer.coco import CATEGORIES, LABELS, Example
 
 PICTURE_FILE = "predictions.png"
 IMAGES, SIDE, SHOWN_SCORE, SHOWN = 16, 320, 0.3, 12
+FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 # One colour a class: the golden angle keeps neighbouring labels apart.
 COLOURS = tuple(f"hsl({int(label * 137.508) % 360}, 90%, 45%)" for label in range(len(CATEGORIES)))
 
@@ -47,7 +49,9 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         boxes[:, 2:] += boxes[:, :2]
         texts = [f"{CATEGORIES[entry['category_id']]} {entry['score']:.2f}" for entry in entries]
         tile = draw_segmentation_masks(tile, masks, alpha=0.45, colors=colours)
-        tile = draw_bounding_boxes(tile, boxes, texts, colors=colours, width=2)
+        tile = draw_bounding_boxes(
+            tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True
+        )
     square = torch.ones(3, SIDE, SIDE)
     square[:, :height, :width] = tile / 255
     return square

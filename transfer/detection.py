@@ -10,7 +10,7 @@ from mae_core import distributed
 from transfer import cli, coco_eval, miniature_dense
 from transfer.coco import annotation_file, look_coco, read_split
 from transfer.coco_picture import PICTURE_FILE, draw_predictions
-from transfer.detection_recipe import Predictions, recipe, sources
+from transfer.detection_recipe import PUBLISHED, Predictions, recipe, sources
 from transfer.task import Job, Result, Task
 
 
@@ -32,7 +32,9 @@ def run(job: Job) -> Result:
         evaluation = coco_eval.evaluate(annotation_file(root, "val"), predictions.results, job.seed)
         draw_predictions(read_split(root, "val").examples, predictions.results, job.work / PICTURE_FILE)
     evaluation = distributed.gather_to_all(evaluation)[0]
-    iterations, seconds = predictions.iterations, predictions.seconds
+    iterations, seconds, notes = predictions.iterations, predictions.seconds, predictions.notes
+    if job.recipe_name == "paper" and job.checkpoint.arch not in PUBLISHED:
+        notes += (f"nobody published a recipe for {job.checkpoint.arch}: this one is derived from ViT-B's and ViT-L's",)
     resolved = {"iterations": iterations, "seconds_per_iteration": round(seconds / max(iterations, 1), 4)}
     return Result(
         evaluation.metrics,
@@ -43,7 +45,7 @@ def run(job: Job) -> Result:
         tables={"per_class": evaluation.per_class},
         resolved={**resolved, **predictions.resolved},
         artifacts=predictions.artifacts,
-        notes=(*predictions.notes, *read_split(root, "train").notes),
+        notes=(*notes, *read_split(root, "train").notes),
     )
 
 
@@ -63,7 +65,8 @@ TASKS = (
         run=run,
         miniature=miniature_dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
-        install="the README's section on detectron2 says how; --engine torchvision needs no more than what is here",
+        install="install it by .venv/bin/pip install --no-build-isolation '.[detectron2]' (README, detectron2), or take "
+        "--engine torchvision",
         packages=("detectron2", "pycocotools"),
         plain_vit=True,
     ),

@@ -160,9 +160,17 @@ class MaskRCNN(nn.Module):
             mask_head=MaskRCNNHeads(r.fpn_dim, [r.head_dim] * 4, 1, norm),
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
         )
+        self.init_as_detectron2()
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+
+    def init_as_detectron2(self) -> None:
+        """Last layers of the heads: torchvision leaves them at larger defaults."""
+        box, mask = self.roi_heads.box_predictor, self.roi_heads.mask_predictor.mask_fcn_logits
+        for layer, std in ((box.cls_score, 0.01), (box.bbox_pred, 0.001), (mask, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         features = self.features(images, [target["size"] for target in targets])
