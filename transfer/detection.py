@@ -65,7 +65,7 @@ TASKS = (
         run=run,
         miniature=miniature_dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
-        install="install it by .venv/bin/pip install --no-build-isolation '.[detectron2]' (README, detectron2), or take "
+        install="run .venv/bin/pip install --no-build-isolation '.[detectron2]' (see the README), or take "
         "--engine torchvision",
         packages=("detectron2", "pycocotools"),
         plain_vit=True,

@@ -80,9 +80,9 @@ PUBLISHED = ("vit_base_patch16", "vit_large_patch16")
 # The miniature: 96 px images that hold objects of 16 to 48, and heads that two cores can train in half a minute.
 MINI = {
     "image_size": 96,
-    "epochs": 16,
-    "warmup_epochs": 1.0,
-    "batch": 8,
+    "epochs": 5,
+    "warmup_epochs": 0.5,
+    "batch": 2,
     "lr": 1e-3,
     "drop_path": 0.0,
     "min_scale": 0.8,
@@ -91,7 +91,7 @@ MINI = {
     "head_dim": 32,
     "fc_dim": 128,
     "rpn_batch": 64,
-    "roi_batch": 64,
+    "roi_batch": 32,
     "proposals": 100,
 }
 
