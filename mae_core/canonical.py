@@ -113,6 +113,11 @@ def _made_of(name: str, sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
     return next((s for old, s in sources.items() if old.endswith((last, last.replace("reg_", "register_") + "s"))), ())
 
 
+def made(name: str, sources: tuple[str, ...]) -> bool:
+    """Whether a tensor is more than one of the file's without a prefix."""
+    return not (len(sources) == 1 and f".{sources[0]}".endswith(f".{name}"))
+
+
 def _join_qkv(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> None:
     """Separate projections of queries, keys and values -> one, in this order; biases too, but where keys have none
     (BEiT) they keep names of their own. One block at a time, so that the parts can be freed."""

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.canonical import read_weights, stated
+from mae_core.canonical import made, read_weights, stated
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
 from mae_core.identify import compare, identify, image_size_of, registered
@@ -174,7 +174,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
         dropped=(*weights.dropped, *left),
         meta={**weights.facts, "image_size": image_size_of(encoder, arch, variant)},
         variant=variant,
-        sources={name: old for name, old in weights.sources.items() if name in kept and old != (name,)},
+        sources={name: old for name, old in weights.sources.items() if name in kept and made(name, old)},
         config=source.config,
         **known,
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -121,8 +122,12 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     lines += [("training", " ".join(f"{name}={value}" for name, value in meta.items()))] if meta else []
     report = report_of(c)
     lines += [("load", report.summary())]
-    for fate in ("resized", "missing", "dropped"):
+    for fate in ("resized", "missing"):
         lines += [(fate if fate != "missing" else "new", name) for name in grouped(getattr(report, fate))]
+    dropped = grouped(report.dropped)
+    if len(dropped) > 12:  # another model: its name is enough
+        dropped = grouped(name.partition(".")[0] + ".*" if "." in name else name for name in report.dropped)
+    lines += [("dropped", name) for name in dropped]
     made = {name: " + ".join(c.sources.get(name, ())) for name in report.converted}
     lines += [("converted", line) for line in grouped(f"{name} <- {of}" for name, of in made.items())]
     lines += [("loaded", name) for name in grouped(n for n in report.loaded if n not in made)]
@@ -157,12 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--formats", action="store_true", help="list the formats that are read")
     args = parser.parse_args(argv)
-    if args.formats:
-        print("\n".join(formats()))
-        return 0
-    if args.file is None:
+    if args.file is None and not args.formats:
         parser.error("give a file, or --formats")
     try:
+        if args.formats:
+            print("\n".join(formats()), flush=True)
+            return 0
         checkpoint = read_checkpoint(args.file, key=args.key)
         print("\n".join(describe(checkpoint)))
         if args.convert:
@@ -171,7 +176,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.to:
             export(checkpoint, args.to[0], Path(args.to[1]))
             print(f"written for {args.to[0]}: {args.to[1]}")
+        sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # read by head or less, which had enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return 0

@@ -357,9 +357,7 @@ def test_chance_images_and_notes_stand_below(tmp_path):
 
 
 def test_a_task_without_a_table_is_in_the_summary(tmp_path):
-    out = made(
-        tmp_path, ok("old_task", top1=33.0, top5=50.0), broken("new_task", "failed", "a reason", metric="ap")
-    )
+    out = made(tmp_path, ok("old_task", top1=33.0, top5=50.0), broken("new_task", "failed", "a reason", metric="ap"))
     text = (out / "summary.md").read_text()
     assert (grid(text)[0]["old_task top1"], grid(text)[0]["new_task ap"]) == ("33.00", "failed")
     assert "a reason" in text
