@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def timm_taps(source: Checkpoint, depth: int, taps: tuple[int, ...], x: torch.Te
     a = get_arch(source.arch)
     reference = VisionTransformer(
         img_size=x.shape[-1], patch_size=a.patch, embed_dim=a.dim, depth=depth, num_heads=a.heads, num_classes=0,
-        class_token=False, global_pool="", norm_layer=lambda dim: nn.LayerNorm(dim, eps=1e-6),
+        class_token=False, global_pool="", norm_layer=partial(nn.LayerNorm, eps=1e-6),
     ).eval()  # fmt: skip
     state = {**source.encoder, "pos_embed": source.encoder["pos_embed"][:, 1:]}
     kept = {name: state[name] for name in reference.state_dict()}
