@@ -39,7 +39,7 @@ def list_members(shards: list[Path], extensions: Set[str]) -> list[str]:
         images = (m for m in members if Path(m.name).suffix.lower() in extensions)
         entries += [f"{path}!/{m.name}@{m.offset_data}+{m.size}" for m in images]
     if not entries:
-        raise UserError(f"{shards[0]}{' and the other shards' * (len(shards) > 1)} hold no image")
+        raise UserError(f"no image ({', '.join(sorted(extensions))}) in {', '.join(map(str, shards[:3]))}")
     return entries
 
 

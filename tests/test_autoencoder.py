@@ -108,6 +108,52 @@ def test_the_grids_of_b_l_and_h_agree_with_the_paper_written_out(monkeypatch, pa
     assert (mask == 0).sum(dim=1).tolist() == [kept, kept]
 
 
+def test_an_encoder_with_mask_tokens_agrees_with_the_model_written_out(small_mae):
+    model, images, noise = small_mae(encoder_mask_tokens=True), torch.randn(1, 3, 48, 48), torch.rand(1, 36)
+    w = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
+    visible = set(noise[0].argsort()[:9].tolist())
+    kernel = w["patch_embed.proj.weight"].transpose(0, 2, 3, 1).reshape(128, 192)  # a patch is (row, column, channel)
+    x = [w["cls_token"][0, 0] + w["pos_embed"][0, 0]]
+    for i, patch in enumerate(patchify(images, 8)[0].double().numpy()):
+        embedded = kernel @ patch + w["patch_embed.proj.bias"] if i in visible else w["mask_token"][0, 0]
+        x.append(embedded + w["pos_embed"][0, 1 + i])
+    x = normalised(blocks_by_hand(np.stack(x), w, "blocks", 4), w["norm.weight"], w["norm.bias"])
+    x = x @ w["decoder_embed.weight"].T + w["decoder_embed.bias"] + w["decoder_pos_embed"][0]
+    x = blocks_by_hand(x, w, "decoder_blocks", 2)
+    x = normalised(x, w["decoder_norm.weight"], w["decoder_norm.bias"])
+    with torch.no_grad():
+        prediction, mask = model.predict(images, noise, 0.75)
+    expected = (x @ w["decoder_pred.weight"].T + w["decoder_pred.bias"])[1:]
+    np.testing.assert_allclose(prediction[0].numpy(), expected, atol=1e-5)
+    assert (mask == 0).sum() == 9
+
+
+def in_raster_order(model, images, noise):
+    """The loss as MAE is usually written: patches back in raster order, all of them predicted, the hidden averaged."""
+    patches, order = patchify(images, 8), noise.argsort(dim=1)
+    x = model.patch_embed(images) + model.pos_embed[:, 1:]
+    x = torch.stack([sample[index[:9]] for sample, index in zip(x, order)])
+    x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+    x = model.decoder_embed(model.norm(model.blocks(x)))
+    x_ = torch.cat([x[:, 1:], model.mask_token.expand(len(x), 27, -1)], dim=1)
+    x_ = torch.stack([sample[index.argsort()] for sample, index in zip(x_, order)])
+    x = torch.cat([x[:, :1], x_], dim=1) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    prediction = model.decoder_pred(model.decoder_norm(x))[:, 1:]
+    hidden = torch.ones_like(noise).scatter_(1, order[:, :9], 0)
+    return ((prediction.float() - patches).square().mean(dim=-1) * hidden).sum() / hidden.sum()
+
+
+def test_leaving_out_what_is_not_predicted_changes_gradients_by_rounding_alone(small_mae):
+    model, images, noise = small_mae().double(), torch.randn(3, 3, 48, 48).double(), torch.rand(3, 36)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(model(images, noise).loss, list(parameters.values()))
+    usual = torch.autograd.grad(in_raster_order(model, images, noise), list(parameters.values()))
+    for name, a, b in zip(parameters, ours, usual):
+        assert (a - b).norm() <= 1e-12 * b.norm() + 1e-15, name
+
+
 @pytest.mark.parametrize(
     ("mask_ratio", "visible"), [(0.75, 9), (0.5, 18), (0.9, 3), (0.85, 5), (0.97, 1), (1 / 36 + 1e-9, 34)]
 )
@@ -182,6 +228,13 @@ def test_loss_is_the_mean_over_hidden_patches_alone(small_mae):
     images = unpatchify(torch.arange(36.0)[None, :, None].expand(1, 36, 192), 8, (6, 6))
     output = constant_prediction(small_mae(), 2.0)(images, torch.arange(36.0)[None])
     assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(9, 36)) / 27)
+
+
+def test_loss_on_all_is_the_mean_over_all_patches(small_mae):
+    images = unpatchify(torch.arange(36.0)[None, :, None].expand(1, 36, 192), 8, (6, 6))
+    output = constant_prediction(small_mae(loss_on="all"), 2.0)(images, torch.rand(1, 36))
+    assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(36)) / 36)
+    assert output.index.sort().values.tolist() == [list(range(36))]
 
 
 def test_normalised_target(small_mae):

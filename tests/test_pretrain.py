@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mae_core import loop, pretrain
+from mae_core import fitted_target, loop, pretrain
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import read_checkpoint
+from mae_core.dalle import DalleTokenizer
 from mae_core.errors import UserError
+from mae_core.follow import labelled_folder
 from mae_core.machine import Machine
 from mae_core.recipe import MINI_FIELDS
+from mae_core.reconstruct import load_autoencoder
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 
 TINY = {"batch": 16, "epochs": 2, "warmup_epochs": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -173,6 +177,126 @@ def test_the_seed_decides_the_weights(noise_images, reference, tmp_path):
 def test_accumulated_micro_batches_equal_the_whole_batch(noise_images, reference, tmp_path, micro_batch):
     state = train(noise_images, tmp_path / "a", Machine(micro_batch=micro_batch))
     assert state.micro_batch == 4
+    assert_equal_to_rounding(weights(reference), weights(tmp_path / "a"), rate_sum=5e-4)
+
+
+# Each as a difference from the tiny recipe; what it changes beside the weights.
+SWITCHES = {
+    "block": {"masking": "block"},
+    "grid": {"masking": "grid"},
+    "mask tokens": {"encoder_mask_tokens": True},
+    "loss on all": {"loss_on": "all"},
+    "none": {"augmentation": "none"},
+    "fixed size": {"augmentation": "crop, fixed size"},
+    "jitter": {"augmentation": "crop + colour jitter"},
+    "repeated": {"repeated_augmentation": 2},
+    "pca": {"target": "pca", "pca_components": 5, "fit_images": 8},
+    "tokens": {"target": "tokens", "vocabulary": 7, "fit_images": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def one_epoch(noise_images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one_epoch")
+    train(noise_images, out, epochs=1)
+    return out
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_moves_the_weights_and_stands_in_the_file(noise_images, one_epoch, tmp_path, name):
+    train(noise_images, tmp_path / "a", Machine(), epochs=1, **SWITCHES[name])
+    ours, theirs = weights(tmp_path / "a"), weights(one_epoch)
+    assert not torch.equal(ours["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
+    checkpoint = read_checkpoint(tmp_path / "a" / pretrain.WEIGHTS_FILE)
+    assert not checkpoint.dropped
+    numbers = {"pca_components", "vocabulary", "fit_images"}  # which shapes tell, and target.safetensors
+    said = {knob: str(value).lower() for knob, value in SWITCHES[name].items() if knob not in numbers}
+    assert said.items() <= {knob: str(value).lower() for knob, value in checkpoint.meta.items()}.items()
+    # It can be loaded again as what it is.
+    model = load_autoencoder(checkpoint)
+    assert model.encoder_mask_tokens == (name == "mask tokens")
+    assert model.decoder_target.width == {"pca": 5, "tokens": 7}.get(name, 192)
+
+
+def test_a_fitted_target_is_fitted_once(noise_images, tmp_path, monkeypatch):
+    knobs = {"target": "pca", "pca_components": 5, "fit_images": 8}
+    train(noise_images, tmp_path / "whole", **knobs)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            train(noise_images, tmp_path / "a", **knobs)
+    monkeypatch.setattr(fitted_target, "fit", None)  # would fail if called
+    train(noise_images, tmp_path / "a", **knobs)
+    assert differing(weights(tmp_path / "whole"), weights(tmp_path / "a")) == []
+    with pytest.raises(TypeError):  # another sample is another target
+        train(noise_images, tmp_path / "a", **(knobs | {"fit_images": 9}))
+
+
+def test_a_tokenizer_of_the_user_s_is_used_and_part_of_the_run(noise_images, tmp_path):
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        tokenizer = DalleTokenizer((6, 6), n_hid=8, vocabulary=9)
+        buffers = {name: b for name, b in tokenizer.named_buffers() if name.startswith("blocks.")}
+        files.append(tmp_path / f"{seed}.pth")
+        torch.save({name: torch.randn_like(b) for name, b in buffers.items()}, files[-1])
+    r = replace(pretrain.recipe("vit_mini_patch8", "mini"), **TINY, target="tokens", tokenizer="dall-e")
+    rest = (r, tmp_path, 0, EVERY_STEP)
+    pretrain.pretrain(noise_images, "vit_mini_patch8", *rest, tokenizer=files[0])
+    assert weights(tmp_path)["decoder_pred.weight"].shape == (9, 32)
+    assert not [name for name in weights(tmp_path) if name.startswith("decoder_target")]
+    with pytest.raises(UserError, match=r"is of another run .tokenizer: "):
+        pretrain.pretrain(noise_images, "vit_mini_patch8", *rest, tokenizer=files[1])
+    with pytest.raises(UserError, match="--tokenizer FILE is needed by tokenizer=dall-e"):
+        pretrain.pretrain(noise_images, "vit_mini_patch8", *rest)
+
+
+def test_shards_train_the_same_weights_as_loose_files(noise_images, reference, tmp_path):
+    (tmp_path / "data").mkdir()
+    files = sorted(noise_images.iterdir())
+    for number, part in enumerate((files[:20], files[20:])):
+        with tarfile.open(tmp_path / "data" / f"{number}.tar", "w") as tar:
+            for file in part:
+                tar.add(file, file.name)
+    train(tmp_path / "data", tmp_path / "a", Machine(workers=1))
+    assert differing(weights(reference), weights(tmp_path / "a")) == []
+
+
+def test_following_a_run_logs_keeps_and_changes_nothing(noise_images, reference, tmp_path):
+    for split, files in (("train", slice(0, 40)), ("val", slice(40, 60))):
+        for number, file in enumerate(sorted(noise_images.iterdir())[files]):
+            (tmp_path / "labelled" / split / f"c{number % 4}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "labelled" / split / f"c{number % 4}" / file.name)
+    following = pretrain.Following(2, labelled_folder(tmp_path / "labelled"), keep_every=1)
+    r, out = replace(pretrain.recipe("vit_mini_patch8", "mini"), **TINY), tmp_path / "a"
+    out.mkdir()
+    pretrain.pretrain(noise_images, "vit_mini_patch8", r, out, 0, EVERY_STEP, following=following)
+    assert differing(weights(reference), weights(out)) == []
+    assert [line.get("knn_top1") for line in log(out)][0] is None
+    assert 0 <= log(out)[1]["knn_top1"] <= 100
+    kept = {"epoch-0001.safetensors", "epoch-0002.safetensors"}
+    assert {p.name for p in out.iterdir()} - {p.name for p in reference.iterdir()} == kept
+    checkpoint = read_checkpoint(out / "epoch-0001.safetensors")
+    assert (checkpoint.meta["epochs"], checkpoint.meta["epochs_planned"]) == (1, "2")
+
+
+def test_on_a_gpu_compilation_and_fused_adamw_are_on_unless_switched_off(monkeypatch):
+    def machine(*flags):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "--data", ".", "--arch", "a", "--out", "o", *flags])
+        found = pretrain.machine_of(pretrain.parse())
+        return found.compile, found.fused_adamw
+
+    assert machine("--device", "cpu") == (False, False)
+    assert machine("--device", "cpu", "--compile", "--fused-adamw") == (True, True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine() == (True, True)
+    assert machine("--no-compile", "--no-fused-adamw") == (False, False)
+    with pytest.raises(UserError, match="--compile and --no-compile: give one of them"):
+        machine("--compile", "--no-compile")
+
+
+def test_fused_adamw_is_adamw(noise_images, reference, tmp_path):
+    train(noise_images, tmp_path / "a", Machine(fused_adamw=True))
     assert_equal_to_rounding(weights(reference), weights(tmp_path / "a"), rate_sum=5e-4)
 
 
@@ -391,6 +515,14 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp
         (["--set", "batch=16", "mask_ratio=1"], "error: mask_ratio=1.0: it must be from 0 to below 1"),
         (["--set", "batch=16", "image_size=50"], "50x50 is not divisible by it"),
         (["--data", "nowhere"], "error: nowhere is not a folder of images"),
+        (["--set", "batch=16", "target=pca", "pca_components=500"], "error: pca_components=500: 1280 patches of 192"),
+        (["--set", "batch=16", "target=tokens", "tokenizer=dall-e"], "error: --tokenizer FILE is needed by tokenizer="),
+        (
+            ["--tokenizer", "x.pth", "--set", "batch=16"],
+            "error: --tokenizer FILE is needed by tokenizer=dall-e, and by",
+        ),
+        (["--eval-data", "."], "error: --eval-data is used by --eval-every N alone"),
+        (["--eval-every", "1"], "has no folder train: k-NN needs"),
         (["--micro-batch", "-1"], "error: --micro-batch -1: give a positive number of images"),
     ],
 )
