@@ -16,6 +16,7 @@ from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
 from mae_core.vit import beyond, vit_arguments
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
+from transfer.vit_fpn import patch_side
 
 
 def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
@@ -92,7 +93,10 @@ def make_job(
 ) -> Job:
     """The job and its work folder; UserError for an unknown knob or an engine that is not installed."""
     recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
-    vit_arguments(checkpoint.arch, recipe.image_size or None)  # refuses a size that the patches do not divide
+    if not task.plain_vit:
+        vit_arguments(checkpoint.arch, recipe.image_size or None)  # refuses a size that the patches do not divide
+    elif recipe.image_size % (patch := patch_side(checkpoint.arch)):
+        raise UserError(f"image_size={recipe.image_size}: {checkpoint.arch} has patches of {patch} px in {task.name}")
     engine = choose_engine(task, engine)
     job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, engine, machine, parent)
     return place(job, out)
