@@ -95,22 +95,14 @@ def _convert(
             raise CheckpointError(f"{path}: both {sources[name][0]} and {original} are {name}: save one model alone")
         tensors[name], sources[name] = tensor, (original,)
     if format.convert is not None:
-        before = dict(sources)
         try:
-            tensors = format.convert(tensors)
+            format.convert(tensors, sources)
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is no complete {format.name} file: {error} is missing or misshapen"
             ) from None
-        sources = {name: before.get(name) or _made_of(name, before) for name in tensors}
     _join_qkv(tensors, sources)
     return Weights(format, tensors, sources, tuple(dropped), facts)
-
-
-def _made_of(name: str, sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """What the conversions of mae_core/formats.py make a new name of."""
-    last = name.rsplit(".", 1)[-1]
-    return next((s for old, s in sources.items() if old.endswith((last, last.replace("reg_", "register_") + "s"))), ())
 
 
 def made(name: str, sources: tuple[str, ...]) -> bool:

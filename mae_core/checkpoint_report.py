@@ -47,13 +47,17 @@ KNOWN_SHA256 = {
 }
 
 
+def md5_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
 def remarks(checkpoint: Checkpoint) -> list[str]:
     """What a user should know of this file: which released one it is, by its hash, or what its contents show."""
     known = KNOWN_SHA256.get(checkpoint.sha256[:8])
     path = Path(checkpoint.path)
     if known is None and path.is_file() and checkpoint.format in ("mae-pretrain", "mae-finetuned"):
-        with open(path, "rb") as file:
-            known = KNOWN_MD5.get(hashlib.file_digest(file, "md5").hexdigest()[:6])
+        known = KNOWN_MD5.get(md5_of(path)[:6])
     found = [f"this is {known}"] if known else []
     if checkpoint.kind == "classifier":
         found.append("this is a fine-tuned classifier, not a pre-trained encoder")

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,8 +52,8 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a file'}: give another name")
     try:
         TARGETS[form](checkpoint, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, of a folder that is not there
+        raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
 
 
 def _everything(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mae_core.data import MEAN, STD
-from mae_core.renaming import DINOV2, FLAX, HF, MM, Rules, fold_class_position, from_flax, spread_shared_table
+from mae_core.renaming import DINOV2, FLAX, HF, MM, Rules, Sources, fold_class_position, from_flax, spread_shared_table
 from mae_core.vit import EPS
 
 HALF = (0.5, 0.5, 0.5)
@@ -43,7 +43,7 @@ class Format:
     eps: float = EPS
     pool: str = "token"
     heads: dict[int, int] = field(default_factory=dict)
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    convert: Callable[[dict[str, Tensor], Sources], None] | None = None
 
 
 HF_PATCHES = r"(\w+\.)?embeddings\.patch_embeddings\.projection\.weight"

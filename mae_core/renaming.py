@@ -1,10 +1,13 @@
-"""Other projects' tensor names and layouts -> timm's: rules for names, functions for what renaming cannot do."""
+"""Other projects' tensor names and layouts -> timm's: rules for names; for what renaming cannot do, functions that
+change tensors and sources in place."""
 
 import re
 
 from torch import Tensor
 
 Rules = tuple[tuple[str, str], ...]  # (pattern, replacement), all applied to every name in this order
+Sources = dict[str, tuple[str, ...]]  # name -> the names in the file that it was made of
+SHARED = "rel_pos_bias.relative_position_bias_table"
 
 # Hugging Face transformers. Both generations of names: files hold the older (encoder.layer.0.attention.attention.
 # query), modules of version 5 the newer (layers.0.attention.q_proj).
@@ -75,10 +78,9 @@ FLAX: Rules = (
 )
 
 
-def from_flax(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_flax(tensors: dict[str, Tensor], sources: Sources) -> None:
     """Flax's layouts -> torch's: convolutions HWIO -> OIHW, dense [in, out] -> [out, in], heads flattened."""
-    turned = {}
-    for name, tensor in tensors.items():
+    for name, tensor in list(tensors.items()):
         if name == "patch_embed.proj.weight":
             tensor = tensor.permute(3, 2, 0, 1)
         elif re.search(r"attn\.[qkv]\.weight$", name):
@@ -89,27 +91,25 @@ def from_flax(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.flatten()
         elif name.endswith(".weight") and tensor.ndim == 2:
             tensor = tensor.t()
-        turned[name] = tensor
-    return turned
+        tensors[name] = tensor
 
 
-def fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_class_position(tensors: dict[str, Tensor], sources: Sources) -> None:
     """DINOv2 adds the class token's position before it inserts the registers, which have none: as in timm's files, the
     sum becomes the class token."""
-    tensors = dict(tensors)
-    tensors["reg_token"] = tensors.pop("register_tokens")
+    tensors["reg_token"], sources["reg_token"] = tensors.pop("register_tokens"), sources.pop("register_tokens")
     positions = tensors["pos_embed"]
-    tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
-    tensors["pos_embed"] = positions[:, 1:]
-    return tensors
+    tensors["cls_token"], tensors["pos_embed"] = tensors["cls_token"] + positions[:, :1], positions[:, 1:]
+    sources["cls_token"] += (f"{sources['pos_embed'][0]}[:, 0]",)
+    sources["pos_embed"] = (f"{sources['pos_embed'][0]}[:, 1:]",)
 
 
-def spread_shared_table(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def spread_shared_table(tensors: dict[str, Tensor], sources: Sources) -> None:
     """BEiT pre-trains with one table of relative positions for all blocks; each block gets it, as in BEiT's own
     fine-tuning."""
-    tensors = dict(tensors)
-    table = tensors.pop("rel_pos_bias.relative_position_bias_table", None)
-    blocks = {match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}
-    if table is not None:
-        tensors |= {f"{block}attn.relative_position_bias_table": table for block in sorted(blocks)}
-    return tensors
+    if SHARED not in tensors:
+        return
+    table, of = tensors.pop(SHARED), sources.pop(SHARED)
+    for block in sorted({match[0] for name in tensors if (match := re.match(r"blocks\.\d+\.", name))}):
+        tensors[f"{block}attn.relative_position_bias_table"] = table
+        sources[f"{block}attn.relative_position_bias_table"] = of
