@@ -19,10 +19,12 @@ from mae_core.data import Sample, seed_all
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import override
-from transfer import segmentation_mm
+from transfer import segmentation, segmentation_mm
 from transfer.ade20k import FOLDER
 from transfer.segmentation import Crops, make_runner, with_progress
-from transfer.segmentation_recipes import MINI, recipe, sources
+from transfer.segmentation_config import multi_scale_pipeline
+from transfer.segmentation_config import test_loader as make_loader
+from transfer.segmentation_recipes import MINI, RANGES, SegmentationRecipe, recipe, sources
 from transfer.segmentation_scores import bootstrap, class_scores, metrics_of
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +124,7 @@ def test_every_key_of_the_configuration_is_one_that_the_runner_takes(root, tmp_p
     assert set(config) <= set(inspect.signature(Runner.__init__).parameters)
 
 
+@pytest.mark.slow
 def test_a_key_that_a_part_does_not_take_is_an_error(root, tmp_path, mmseg):
     """Below the top level mmengine is strict: so nothing in our configuration is ignored there either."""
     job = make_job(root, tmp_path)
@@ -272,6 +275,35 @@ def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
     assert [pipeline[0]["type"] for pipeline in pipelines] == ["CheckPair", "CheckPair"]
 
 
+def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
+    """Six sizes, each as it is and flipped; the label at its own size in all of them."""
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import DATASETS
+
+    init_default_scope("mmseg")
+    job = make_job(root, tmp_path)
+    loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine)
+    views = DATASETS.build(loader["dataset"])[0]  # 96 x 96 px, to be shown at 56
+    assert [tuple(view.shape) for view in views["inputs"]] == [
+        (3, side, side) for side in (28, 42, 56, 70, 84, 98) for _ in range(2)
+    ]
+    assert [bool(sample.flip) for sample in views["data_samples"]] == [False, True] * 6
+    for plain, flipped in zip(views["inputs"][::2], views["inputs"][1::2]):
+        assert torch.equal(plain, flipped.flip(2))
+    assert {tuple(sample.gt_sem_seg.shape) for sample in views["data_samples"]} == {(96, 96)}
+
+
+def test_a_mistake_found_while_decoding_is_told_without_its_traceback(root, tmp_path, monkeypatch):
+    text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
+
+    def fails(job):
+        raise UserError(text + "mae_core.errors.UserError: label.png has the label 200: replace it\n")
+
+    monkeypatch.setattr(segmentation, "run", fails)
+    with pytest.raises(UserError, match=r"^label.png has the label 200: replace it$"):
+        segmentation.segment(make_job(root, tmp_path))
+
+
 # --- counting
 
 # Two images of 2 x 3 pixels and their classes 0..3; 255 is unlabelled. Class 3 occurs nowhere.
@@ -388,7 +420,5 @@ def test_the_plan_says_what_to_install(root, tmp_path, monkeypatch):
     assert "make install" in why
 
 
-def test_the_recipe_has_a_field_for_every_knob_of_the_range_check():
-    from transfer.segmentation_recipes import RANGES, SegmentationRecipe
-
+def test_every_range_is_of_a_knob():
     assert set(RANGES) <= {field.name for field in fields(SegmentationRecipe)}

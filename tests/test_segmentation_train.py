@@ -22,7 +22,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
-from transfer import segmentation
+from transfer import ade20k, segmentation
 from transfer.ade20k import FOLDER
 from transfer.segmentation import PICTURE_FILE, SEGMENTER_FILE, train, with_progress
 from transfer.segmentation import test as run_test
@@ -224,6 +224,16 @@ def test_a_training_split_smaller_than_a_batch_is_refused(root, tmp_path):
     record = run_job(make_job(root, tmp_path, batch=16))
     assert record.status == "failed"
     assert "has 12 images, less than one batch of 16" in record.reason
+
+
+def test_a_wrong_label_beyond_the_checked_ones_stops_the_training(tmp_path, monkeypatch):
+    """With a process that decodes, too."""
+    monkeypatch.setattr(ade20k, "CHECKED", 2)
+    label = write_ade20k(tmp_path) / FOLDER / "annotations/training/ADE_train_00000005.png"
+    Image.new("L", Image.open(label).size, 151).save(label)
+    record = run_job(make_job(tmp_path, tmp_path / "work", Machine(workers=1)))
+    assert record.status == "failed"
+    assert record.reason == f"{label} has the label 151: labels must be 0 (none) to 150; replace it"
 
 
 # Every knob moves something: the weights that a short training ends with, or what the test makes of them.

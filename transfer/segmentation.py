@@ -94,18 +94,14 @@ def run(job: Job) -> Result:
     test_seconds = time.monotonic() - started
     metrics, stderr = scored(metric.areas)
     if r.multi_scale:
-        wrapped = {"type": "SegTTAModel", "module": model}
-        many = config | {"model": wrapped, "test_dataloader": test_loader(folder, multi_scale_pipeline(r), machine)}
-        keys = ("model", "work_dir", "test_dataloader", "test_cfg", "test_evaluator", "default_hooks", "visualizer")
-        common = ("env_cfg", "log_level", "default_scope")
-        several, errors = scored(test(make_runner(with_progress({k: many[k] for k in keys + common}, job), job)).areas)
-        metrics |= {f"{name}_ms": value for name, value in several.items()}
-        stderr |= {f"{name}_ms": value for name, value in errors.items()}
+        several = scored(test_at_several_scales(job, config, model).areas)
+        for single, many in zip((metrics, stderr), several):
+            single |= {f"{name}_ms": value for name, value in many.items()}
+    about = runner.test_loop.dataloader.dataset.metainfo
     artifacts = {}
     if distributed.is_main():
-        dataset = runner.test_loop.dataloader.dataset
         rows = [(image, metric.kept[image.name]) for image in shown]
-        ade20k.draw_predictions(rows, folder, dataset.metainfo["palette"], job.work / PICTURE_FILE)
+        ade20k.draw_predictions(rows, folder, about["palette"], job.work / PICTURE_FILE)
         artifacts = leave(job, model.state_dict())
     return Result(
         metrics,
@@ -113,9 +109,7 @@ def run(job: Job) -> Result:
         n_eval=len(validation),
         images_seen=state.step * r.batch,
         seconds=state.seconds,
-        tables={
-            "per_class": by_class(metric.areas.sum(axis=0), runner.test_loop.dataloader.dataset.metainfo["classes"]),
-        },
+        tables={"per_class": by_class(metric.areas.sum(axis=0), about["classes"])},
         resolved={
             "norm": norm_of(machine),
             "batchnorm_batch": batchnorm_batch(job, state),
@@ -163,7 +157,6 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
         )
         states.append(fit(runner.model, runner.optim_wrapper.optimizer, training))
 
-    seed_all(job.seed)
     config = with_progress(config, job)
     config["train_cfg"] = {**config["train_cfg"], "run": loop}
     runner = make_runner(config, job)
@@ -215,6 +208,14 @@ def test(runner: Any) -> Any:
     return runner.test_loop.evaluator.metrics[0]
 
 
+def test_at_several_scales(job: Job, config: dict[str, Any], model: nn.Module) -> Any:
+    """As `test`, over twelve views of each image."""
+    loader = test_loader(Path(job.data.root) / ade20k.FOLDER, multi_scale_pipeline(job.recipe), job.machine)
+    config = config | {"model": {"type": "SegTTAModel", "module": model}, "test_dataloader": loader}
+    for_training = ("train_dataloader", "train_cfg", "optim_wrapper")
+    return test(make_runner(with_progress({k: v for k, v in config.items() if k not in for_training}, job), job))
+
+
 def scored(areas: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics and their standard errors from counts per image [N, 3, C]."""
     return {name: float(value) for name, value in metrics_of(areas.sum(axis=0)).items()}, bootstrap(areas)
@@ -263,7 +264,7 @@ TASKS = (
         run=segment,
         miniature=miniature_dense.ade20k,
         engines={"mmsegmentation": "mmseg"},
-        install="make install",
+        install="`make install` sets it up",
         packages=("mmsegmentation", "mmengine"),
         plain_vit=True,
     ),
