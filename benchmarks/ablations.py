@@ -223,6 +223,14 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
     return True
 
 
+def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
+    lock = run_all.take_lock(args.out)
+    try:
+        return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
+    finally:
+        os.close(lock)
+
+
 def check(args: argparse.Namespace) -> Machine:
     """UserError for a wrong call; every recipe of every cell is resolved before anything runs."""
     for name in args.table:
@@ -253,8 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.plan:
             print_cells(args)
             return 0
-        lock = run_all.take_lock(args.out)
-        whole = [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
+        whole = make_tables(args, machine)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

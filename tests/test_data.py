@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_core import data
 from mae_core.data import (
     MAX_UNREADABLE,
     MEAN,
@@ -198,3 +199,77 @@ def test_seeds():
     assert draws() == first
     assert len({seed_for(a, b) for a in range(50) for b in range(50)}) == 2500
     assert seed_for(1, 2) != seed_for(2, 1)
+
+
+def shown(image):
+    """Pixels 0..255 of a normalised image [3, H, W]."""
+    return (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+
+
+def crops(path, augmentation, count=150, size=224):
+    dataset = Images([path], pretraining_transform(size, augmentation=augmentation), seed=0)
+    return [shown(dataset[Sample(0, position)][0]) for position in range(count)]
+
+
+def test_no_augmentation_is_the_centre_crop(coordinate_image):
+    images = crops(coordinate_image, "none", 3)
+    assert torch.equal(images[0], images[2])
+    # The image is 256 px: nothing is resized, and 16 px are cut off on every side.
+    assert images[0][0, 0].round().tolist() == list(range(16, 240))
+    assert images[0][1, :, 0].round().tolist() == list(range(16, 240))
+
+
+def test_crops_of_fixed_size_move_and_flip_and_never_zoom(coordinate_image):
+    images = crops(coordinate_image, "crop, fixed size")
+    corners = {(round(image[0, 0].min().item()), round(image[1, 0, 0].item())) for image in images}
+    assert {left for left, _ in corners} | {top for _, top in corners} == set(range(33))
+    for image in images:
+        assert (image[1, -1, 0] - image[1, 0, 0]).round() == 223
+        assert (image[0, 0, -1] - image[0, 0, 0]).abs().round() == 223
+    assert 45 < sum(image[0, 0, 0] > image[0, 0, -1] for image in images) < 105  # five deviations of a fair coin
+
+
+def test_colour_jitter_is_crop_and_colour(tmp_path):
+    Image.new("RGB", (64, 64), (120, 90, 60)).save(tmp_path / "plain.png")
+    plain = crops(tmp_path / "plain.png", "crop, random size", 5, 16)
+    jittered = torch.stack([image[:, 0, 0] for image in crops(tmp_path / "plain.png", "crop + colour jitter", 200, 16)])
+    assert all(torch.equal(image.round()[:, 0, 0], torch.tensor([120.0, 90, 60])) for image in plain)
+    # Brightness alone moves the red channel of an even image by up to 40 %.
+    assert jittered[:, 0].min() < 0.7 * 120
+    assert jittered[:, 0].max() > 1.3 * 120
+    assert len(jittered.round().unique(dim=0)) > 100
+
+
+def test_repeated_augmentation_decodes_once_and_crops_several_times(noise_images, monkeypatch):
+    opened = []
+    monkeypatch.setattr(data, "read_image", lambda path: opened.append(path) or read_image(path))
+    files = list_images(noise_images)
+    dataset = Images(files, pretraining_transform(48), seed=0)
+    batches = list(loader(dataset, TrainingStream(64, 16, 8, 0, 0, 8, repeats=4), 0, "cpu"))
+    assert len(batches) == 16
+    # 8 steps of 16 samples, 4 of each image: 32 images decoded, each once, in half a permutation.
+    assert len(opened) == len(set(opened)) == 32
+    images = batches[0][0]
+    assert len({image.sum().item() for image in images}) == 8  # no crop twice
+
+
+def test_repeated_augmentation_keeps_an_epoch_s_length_and_sees_everything_in_as_many_epochs_as_repeats():
+    stream = TrainingStream(22, 6, 6, 0, 0, 12, repeats=3)  # 3 steps an epoch, 9 a permutation
+    samples = [flat(TrainingStream(22, 6, 6, 0, step, step + 1, repeats=3)) for step in range(12)]
+    assert flat(stream) == [sample for step in samples for sample in step]
+    assert len({s.position for step in samples for s in step}) == 72
+    for step in samples:
+        assert [s.index for s in step] == [step[0].index] * 3 + [step[3].index] * 3
+    first = [s.index for step in samples[:9] for s in step]
+    assert sorted(first) == sorted(3 * sorted(set(first)))
+    assert len(set(first)) == 18
+
+
+def test_two_processes_share_repeated_samples(monkeypatch):
+    whole = flat(TrainingStream(22, 12, 12, 0, 0, 5, repeats=3))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        parts.append(list(TrainingStream(22, 12, 6, 0, 0, 5, repeats=3)))
+    assert [sample for chunks in zip(*parts) for chunk in chunks for sample in chunk] == whole
