@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mae_core.formats import FORMATS, HALF, Format
+from mae_core.renaming import from_flax
 from mae_core.settings import did_you_mean
 from mae_core.vit import ARCHS
-from mae_core.weights_file import OUR_FORMAT, CheckpointError, read_file
+from mae_core.weights_file import OUR_FORMAT, CheckpointError, is_mapped, read_file
 
 MODELS = ("model", "state_dict", "teacher", "module", "student", "model_ema", "state_dict_ema")
 WRAPPERS = ("module.", "_orig_mod.")
@@ -65,7 +66,12 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     dropped += [name for name in tensors if not name.startswith(prefix)]
     dropped += [f"{other}.*" for other in sorted(beside & set(MODELS)) if isinstance(content[other], dict)]
     names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-    return _convert(path, format, {new: (old, tensors[old]) for old, new in names.items()}, dropped, facts)
+    weights = _convert(path, format, {new: (old, tensors[old]) for old, new in names.items()}, dropped, facts)
+    if any(name.endswith(".attn.q.weight") for name in weights.tensors):
+        # From a mapping of its own, which goes when they are joined: else they would be in memory twice.
+        again = is_mapped(path) and format.convert is not from_flax
+        _join_qkv(weights, _state_dict(path, read_file(path)[0], key)[1] if again else {})
+    return weights
 
 
 def detect(tensors: dict[str, Tensor], under: str | None, beside: set[str] = frozenset()) -> Format:
@@ -101,7 +107,6 @@ def _convert(
             raise CheckpointError(
                 f"{path} is no complete {format.name} file: {error} is missing or misshapen"
             ) from None
-    _join_qkv(tensors, sources)
     return Weights(format, tensors, sources, tuple(dropped), facts)
 
 
@@ -110,15 +115,18 @@ def made(name: str, sources: tuple[str, ...]) -> bool:
     return not (len(sources) == 1 and f".{sources[0]}".endswith(f".{name}"))
 
 
-def _join_qkv(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> None:
+def _join_qkv(weights: Weights, entries: dict[str, object]) -> None:
     """Separate projections of queries, keys and values -> one, in this order; biases too, but where keys have none
-    (BEiT) they keep names of their own. One block at a time, so that the parts can be freed."""
+    (BEiT) they keep names of their own. entries: the file's, to take the parts from by their own names, or {}."""
+    tensors, sources = weights.tensors, weights.sources
     for query in [name for name in tensors if name.endswith(".attn.q.weight")]:
         stem = query.removesuffix("q.weight")
         for kind in ("weight", "bias"):
             parts = [f"{stem}{part}.{kind}" for part in "qkv"]
             if all(part in tensors for part in parts):
                 pieces = [tensors.pop(part) for part in parts]
+                if entries:
+                    pieces = [entries[sources[part][0]] for part in parts]
                 if len({tuple(piece.shape) for piece in pieces}) == 1:
                     tensors[f"{stem}qkv.{kind}"] = torch.cat(pieces)
                     sources[f"{stem}qkv.{kind}"] = tuple(name for part in parts for name in sources.pop(part))

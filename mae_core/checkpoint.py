@@ -6,7 +6,6 @@ The formats are those of mae_core/formats.py. The size comes from the tensor sha
 """
 
 import hashlib
-import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mae_core.canonical import made, read_weights, stated
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
-from mae_core.identify import compare, identify, image_size_of, registered
+from mae_core.identify import compare, identify, image_size_of, registered, resize_position_embedding
 from mae_core.source import locate
 from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_distilled, build_vit, get_arch
 from mae_core.weights_file import CheckpointError, as_float32, save_weights, sha256_of
@@ -124,7 +122,8 @@ class Checkpoint:
         tuned = self.format in ("mae-finetuned", "mae-full", "mae-training", "ours") and self.classifier
         if "kind" in self.meta:
             return str(self.meta["kind"])
-        return "classifier" if "fc_norm.weight" in self.classifier or tuned else "encoder"
+        pooled = {"fc_norm.weight", "head.weight"} <= self.classifier.keys()
+        return "classifier" if pooled or tuned else "encoder"
 
 
 PARTS = {
@@ -191,22 +190,6 @@ def _random(spec: str, seed: int) -> Checkpoint:
     digest = hashlib.sha256(spec.encode()).hexdigest()
     meta = {"image_size": image_size_of(encoder, arch, PLAIN)}
     return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), meta)
-
-
-def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
-    """Position embedding [1, prefix + N, D] of a square grid -> [1, prefix + H*W, D] for grid (H, W), in float32.
-
-    Bicubic without antialiasing, as the official code does; the class token (and whatever else comes before the
-    patches) keeps its own. The same grid comes back as it was.
-    """
-    side = math.isqrt(pos_embed.shape[1] - prefix)
-    if side * side != pos_embed.shape[1] - prefix:
-        raise CheckpointError(f"pos_embed {list(pos_embed.shape)} is not a class token and a square grid of patches")
-    if (side, side) == tuple(grid):
-        return pos_embed
-    patches = pos_embed[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :prefix].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def model_of(

@@ -93,7 +93,8 @@ def report_of(checkpoint: Checkpoint) -> LoadReport:
     """What loading it does, at its arch's own input size; without taking memory for the model."""
     with torch.device("meta"):
         if checkpoint.kind != "classifier":
-            return load_encoder(model_of(checkpoint), checkpoint)
+            pool = "token" if "norm.weight" in checkpoint.encoder else "avg"
+            return load_encoder(model_of(checkpoint, pool=pool), checkpoint)
         head = checkpoint.classifier.get("head.weight", torch.empty(0))
         model = model_of(checkpoint, get_arch(checkpoint.arch).image_size, len(head), checkpoint.pool)
         return load_classifier(model, checkpoint)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mae_core.vit import ARCHS, Variant, build_vit
 from mae_core.weights_file import CheckpointError
@@ -97,6 +98,22 @@ def grid_of(encoder: dict[str, Tensor], variant: Variant) -> int:
 
 def image_size_of(encoder: dict[str, Tensor], arch: str, variant: Variant) -> int:
     return grid_of(encoder, variant) * ARCHS[arch].patch
+
+
+def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """Position embedding [1, prefix + N, D] of a square grid -> [1, prefix + H*W, D] for grid (H, W), in float32.
+
+    Bicubic without antialiasing, as the official code does; the class token (and whatever else comes before the
+    patches) keeps its own. The same grid comes back as it was.
+    """
+    side = math.isqrt(pos_embed.shape[1] - prefix)
+    if side * side != pos_embed.shape[1] - prefix:
+        raise CheckpointError(f"pos_embed {list(pos_embed.shape)} is not a class token and a square grid of patches")
+    if (side, side) == tuple(grid):
+        return pos_embed
+    patches = pos_embed[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :prefix].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def compare(what: str, have: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], by: str) -> None:

@@ -70,6 +70,13 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
     raise CheckpointError(f"{path} {_what_it_is(path, head)}")
 
 
+def is_mapped(path: Path) -> bool:
+    """Whether `read_file` maps this file's tensors instead of copying them: torch's zip format and safetensors."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head.startswith(b"PK\x03\x04") or head[8:] == b"{"
+
+
 def _what_it_is(path: Path, head: bytes) -> str:
     if not head:
         return "is empty: download or save it again"

@@ -15,7 +15,7 @@ from mae_core.optim import (
     pretraining_groups,
     set_learning_rate,
 )
-from mae_core.vit import build_vit
+from mae_core.vit import Variant, build_vit
 
 
 def test_learning_rate_is_scaled_linearly_with_the_batch():
@@ -156,3 +156,18 @@ def test_lars_takes_a_plain_step_where_a_norm_is_zero():
     set_learning_rate(optimizer, 0.5)
     optimizer.step()
     assert torch.equal(layer.weight.detach(), torch.full((2, 3), -0.5))
+
+
+def test_registers_are_embeddings_and_beit_decays_as_a_plain_vit():
+    """DINOv2's registers enter with the class token; BEiT's tables and layer scale belong to their blocks."""
+    vit = build_vit("vit_mini_patch8", num_classes=3, variant=Variant(4, 0, layer_scale=True))
+    beit = build_vit("vit_mini_patch8", num_classes=3, pool="avg", variant=Variant(beit=True))
+    for model, expected in (
+        (vit, {"reg_token": 0, "cls_token": 0, "blocks.2.ls1.gamma": 3, "norm.weight": 7}),
+        (beit, {"cls_token": 0, "blocks.2.gamma_1": 3, "blocks.2.attn.relative_position_bias_table": 3}),
+    ):
+        groups = layer_decay_groups(model, 0.05, 0.5)
+        scales = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+        assert len(scales) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+        for name, layer in expected.items():
+            assert scales[id(model.get_parameter(name))] == (0.5 ** (7 - layer), 0.0), name
