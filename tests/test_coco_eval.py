@@ -124,8 +124,8 @@ def test_ap_per_class_is_that_of_cocoeval_on_the_class_alone(crowded, noisy, tmp
     found = evaluate(crowded, write(tmp_path / "found.json", noisy)).per_class
     for name, kind in (("box_ap", "bbox"), ("mask_ap", "segm")):
         assert set(found[name]) == {NAMES[category] for category in COLOURS}
+        evaluator = by_hand(crowded, noisy, kind)
         for category in COLOURS:
-            evaluator = by_hand(crowded, noisy, kind)
             evaluator.params.catIds = [category]
             with contextlib.redirect_stdout(io.StringIO()):
                 evaluator.evaluate()
