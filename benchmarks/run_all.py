@@ -41,8 +41,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="checkpoint files or folders, hf:NAME, timm:NAME or random:ARCH (default: the shipped mae_mini, and random "
-        "weights of its size)",
+        help="checkpoint files or folders, hf:NAME, timm:NAME or random:ARCH (default: the shipped mae_mini, and "
+        "random weights of its size)",
     )
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")

@@ -12,7 +12,7 @@ from transfer_fixtures import make_job, write_imagenet
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
-from transfer import classification, cli, features
+from transfer import classification, cli, features, robustness
 from transfer.features import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.images import eval_transform, read_split
 from transfer.task import run_job
@@ -100,6 +100,7 @@ def test_features_are_kept_by_what_they_depend_on(root, tmp_path):
         replace(job, seed=1),  # random weights: another seed is another model
     ]
     assert len({feature_folder(j) for j in (job, *changed)}) == len(changed) + 1
+    assert len({j.identity()["checkpoint"] for j in changed[2:4]} | {job.identity()["checkpoint"]}) == 3
     same = [
         replace(job, recipe=replace(job.recipe, k=3, temperature=1.0)),
         replace(job, machine=replace(job.machine, workers=2)),
@@ -190,6 +191,13 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
     assert again.metrics["top1"] == pytest.approx(
         run_job(replace(job, checkpoint=left, work=tmp_path / "eval2")).metrics["top1"]
     )
+
+
+def test_the_shifted_sets_are_shown_as_the_classifier_was_trained(root, tmp_path):
+    job = make_job(classification.TASKS[0], root, tmp_path / "w")
+    assert robustness.pixels_of(job) == job.checkpoint.pixels
+    parent = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))
+    assert robustness.pixels_of(replace(job, parent=parent)) == parent.pixels
 
 
 def test_a_task_that_holds_plain_vits_alone_skips_the_others(root, tmp_path):
