@@ -15,8 +15,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from transfer import coco_eval
+from transfer.coco import annotation_file, read_split
 from transfer.coco_eval import Matches, bootstrap, evaluate
+from transfer.detection_recipe import as_results
 
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 VAL = FIRST_ID["val"]
 
 
@@ -106,6 +109,24 @@ def test_ground_truth_fed_back_gives_100_and_crowds_are_respected(crowded, tmp_p
         metrics = evaluate(crowded, write(tmp_path / "worse.json", worse)).metrics
         assert metrics["box_ap"] < 100.0
         assert metrics["mask_ap"] < 100.0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "coco").is_dir(), reason="the real subset is not here")
+def test_ground_truth_of_the_real_subset_gives_100(tmp_path):
+    """Boxes and masks as the reader gives them to the detectors, and one detection in each crowd."""
+    found, annotations = [], annotation_file(SHARED, "val")
+    for example in read_split(SHARED, "val").examples:
+        found += as_results(example, example.boxes, np.full(len(example.labels), 0.5), example.labels, example.masks())
+    truth = COCO(str(annotations))
+    crowds = [a for a in truth.anns.values() if a["iscrowd"]]
+    assert crowds
+    for a in crowds:
+        found.append(detection(a["image_id"], a["category_id"], a["bbox"], 1.0, truth.annToMask(a)))
+    metrics = evaluate(annotations, write(tmp_path / "found.json", found)).metrics
+    assert metrics["box_ap"] == pytest.approx(100.0)
+    assert metrics["mask_ap"] == pytest.approx(100.0)
+    assert metrics["box_ap_large"] == pytest.approx(100.0)
 
 
 def test_metrics_are_those_of_cocoeval(crowded, noisy, tmp_path):

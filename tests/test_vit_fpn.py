@@ -24,6 +24,7 @@ from transfer.vit_fpn import (
     pretraining_grid,
     quarters,
     relative_position_bias,
+    run_block,
 )
 
 ARCH = "vit_mini_patch8"  # 128 wide, 6 blocks, 4 heads, patches of 8 px, 6 x 6 of them
@@ -355,6 +356,16 @@ def test_drop_path_rises_linearly_from_none():
         assert torch.equal(pyramid(x)[2], pyramid(x)[2])
         pyramid.train()
         assert not torch.equal(pyramid(x)[2], pyramid(x)[2])
+
+
+def test_drop_path_drops_the_attention_and_the_mlp():
+    """With probability 1 nothing of either branch is left."""
+    block, x = pyramid_of(drop_path=0.4).blocks[5].train(), torch.randn(2, 6, 6, 128)
+    bias = torch.zeros(4, 36, 36)
+    block.drop_path1.drop_prob, block.drop_path2.drop_prob = 1.0, 0.0
+    torch.testing.assert_close(run_block(block, x, 0, bias), x + block.mlp(block.norm2(x)))
+    block.drop_path2.drop_prob = 1.0
+    assert torch.equal(run_block(block, x, 0, bias), x)
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_block"])
