@@ -44,17 +44,7 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     beside = {str(name) for name in content if name != under} if isinstance(content, dict) else set()
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     dropped = [name for name in entries if name not in tensors]
-    format = detect(tensors, under, beside)
-    prefix = format.prefix
-    if key is not None and under != key:
-        prefix = _chosen(path, key, tensors)
-    elif format is FORMATS[-1]:
-        prefix = _prefix(path, tensors)
-    if prefix != format.prefix and not format.prefix:
-        inner = detect(
-            _unwrapped({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}), under
-        )
-        format = PREFIXED if inner.under or inner is FORMATS[-1] else inner
+    format, prefix = _choose(path, tensors, under, beside, key if key != under else None)
     if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = OURS
     facts: dict[str, object] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
@@ -72,6 +62,26 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
         again = is_mapped(path) and format.convert is not from_flax
         _join_qkv(weights, _state_dict(path, read_file(path)[0], key)[1] if again else {})
     return weights
+
+
+def _choose(
+    path: Path, tensors: dict[str, Tensor], under: str | None, beside: set[str], key: str | None
+) -> tuple[Format, str]:
+    """The format, and the prefix of the names of the model that is read: the format's own, the one that key means, or
+    that of the only ViT in the file."""
+    format = detect(tensors, under, beside)
+    prefix = format.prefix if key is None else _chosen(path, key, tensors)
+    if format.prefix or (key is None and format is not FORMATS[-1]):
+        return format, prefix
+    below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in below)), None):
+        prefix, below = prefix + wrapper, {name.removeprefix(wrapper): t for name, t in below.items()}
+    inner = detect(below, None)
+    found = inner.prefix or (_prefix(path, below) if inner is FORMATS[-1] else "")
+    if found and inner is FORMATS[-1]:
+        inner = detect({n.removeprefix(found): t for n, t in below.items() if n.startswith(found)}, None)
+    prefix += found
+    return (PREFIXED if prefix and inner is FORMATS[-1] else inner), prefix
 
 
 def detect(tensors: dict[str, Tensor], under: str | None, beside: set[str] = frozenset()) -> Format:

@@ -8,6 +8,7 @@ The formats are those of mae_core/formats.py. The size comes from the tensor sha
 import hashlib
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -268,7 +269,9 @@ def _load(
             tensor = resize_position_embedding(tensor, vit.patch_embed.grid_size, checkpoint.variant.positions)
         elif name.endswith("relative_position_bias_table") and name in wanted and tensor.ndim == 2:
             # Geometrically spaced bicubic interpolation, as BEiT fine-tunes at another size.
-            tensor = resize_rel_pos_bias_table(tensor, vit.patch_embed.grid_size, tuple(wanted[name].shape))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a remark on the layout of timm's own tensors
+                tensor = resize_rel_pos_bias_table(tensor, vit.patch_embed.grid_size, tuple(wanted[name].shape))
         if tensor is not source[name]:
             resized[name] = tensor
     source |= resized

@@ -38,7 +38,8 @@ def locate(spec: str) -> Source:
         return _in_folder(path, path.resolve().name, str(path))
     # Under these names alone a file belongs to the config beside it.
     said, config = _read_configs(path.parent) if path.name in WEIGHTS else ({}, "")
-    return Source(str(path), path, path.resolve().parent.name if config else path.stem, said, config)
+    stem = path.name.removesuffix(".pth.tar") if path.name.endswith(".pth.tar") else path.stem
+    return Source(str(path), path, path.resolve().parent.name if config else stem, said, config)
 
 
 def _in_folder(folder: Path, name: str, spec: str = "") -> Source:

@@ -145,7 +145,7 @@ def test_every_format_is_recognised_and_read_bit_by_bit(put, content, name, form
     assert checkpoint.dropped == ()
     assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert checkpoint.path == str(path)
-    assert checkpoint.name == path.stem
+    assert checkpoint.name == name.partition(".")[0]
     assert checkpoint.meta["image_size"] == 48
 
 

@@ -453,6 +453,12 @@ def test_a_key_chooses_a_model(put):
     two = {"state_dict": {**prefixed(PLAIN_VIT, "online.vit."), **prefixed(shifted, "target.vit.")}}
     assert equal(read_checkpoint(put(two), key="target.vit").encoder, shifted)
     assert equal(read_checkpoint(put(dino(PLAIN_VIT)), key="student").encoder, PLAIN_VIT)
+    assert equal(read_checkpoint(put(two), key="target").encoder, shifted)
+    wrapped = {
+        "state_dict": {**prefixed(dino(PLAIN_VIT)["teacher"], "teacher."), **prefixed(shifted, "student.module.")}
+    }
+    assert equal(read_checkpoint(put(wrapped), key="teacher").encoder, PLAIN_VIT)
+    assert equal(read_checkpoint(put(wrapped), key="student").encoder, shifted)
     with pytest.raises(CheckpointError, match="no model under 'onlin'; did you mean online"):
         read_checkpoint(put(two), key="onlin")
     with pytest.raises(CheckpointError, match="'optimizer' is no model; the models are model"):

@@ -26,6 +26,7 @@ WNIDS = sorted({*wnids("imagenet_a")} & {*wnids("imagenet_r")})[:2]
 ARCH = "random:vit_mini_patch8"
 QUICK = ["--set", "imagenet_finetune.epochs=1", "imagenet_finetune.batch=4", "imagenet_finetune.warmup_epochs=0"]
 QUICK += ["imagenet_linprobe.epochs=1", "imagenet_linprobe.batch=4", "imagenet_linprobe.warmup_epochs=0"]
+QUICK += ["imagenet_knn.k=2"]  # of the few images there are
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -68,12 +69,15 @@ def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path) -> None:
     found = records(here / "out")
     assert first.returncode == 1, first.stdout + first.stderr
     assert {task: record.status for task, record in found.items()} == {
+        "imagenet_knn": "ok",
         "imagenet_linprobe": "ok",
         "imagenet_finetune": "ok",
         "imagenet_a": "ok",
         "imagenet_sketch": "failed",
         "imagenet_r": "skipped",
         "imagenet_c": "skipped",
+        "coco": "skipped",
+        "ade20k": "skipped",
     }
     assert "broken.jpg" in found["imagenet_sketch"].reason
     assert "imagenet-r" in found["imagenet_r"].reason
