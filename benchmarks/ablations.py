@@ -198,7 +198,8 @@ def about(args: argparse.Namespace) -> str:
     default = DEFAULTS[args.recipe]
     _, r = resolve(Cell("default"), default, args)
     label = "miniature" if args.recipe == "mini" else "ImageNet-1k"
-    return f"{default.arch}, {r.epochs} epochs unless the cell says another number, {label}, seed {args.seed}"
+    length = f"{r.epochs} epochs unless the cell says another number"
+    return f"{default.arch}, {length}, {label}, {machine_from(args).precision}, seed {args.seed}"
 
 
 def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:

@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=natural, default=3)
     parser.add_argument("--repeats", type=natural, default=10)
     parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
-    parser.add_argument("--fused-adamw", action=argparse.BooleanOptionalAction, help="default: on GPU")
+    parser.add_argument(
+        "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="of pretrain (default: on)"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
     add_machine_flags(parser)
     return parser.parse_args(arguments)
@@ -150,9 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--repeats 0: give at least one")
         if (args.what == "loader") != (args.data is not None):
             raise UserError("--data DIR is needed by loader, and by nothing else")
-        machine = machine_from(args)
-        fused = machine.device == "cuda" if args.fused_adamw is None else args.fused_adamw
-        machine = replace(machine, fused_adamw=fused)
+        machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
         results = measure(args, machine)
         path = leave(args, machine, results)
     except (UserError, OSError) as e:

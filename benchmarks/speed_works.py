@@ -106,7 +106,7 @@ def finetuning(arch: str, name: str, batch: int, machine: Machine, folder: Path 
     images = torch.randn(batch, 3, r.image_size, r.image_size, device=machine.device)
     targets = torch.rand(batch, CLASSES, device=machine.device).softmax(dim=1)
     loss = SoftTargetCrossEntropy()
-    optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas, machine.fused_adamw)
+    optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
     ours = training(lambda: loss(forward(images).float(), targets), optimizer, machine.autocast)
 
     def theirs(autocast: Callable, scaler: torch.amp.GradScaler | None) -> Work:
