@@ -17,7 +17,7 @@ TASK = TASKS[0]
 # Small enough for a test; large enough that every part of the recipe is at work.
 LITTLE = {
     "image_size": 48, "stride": 32, "batch": 4, "iterations": 4, "warmup_iterations": 1, "head_channels": 8,
-    "auxiliary_channels": 8, "test_short_side": 56, "test_long_side": 224,
+    "auxiliary_channels": 8, "photometric": True, "test_short_side": 56, "test_long_side": 224,
 }  # fmt: skip
 
 
