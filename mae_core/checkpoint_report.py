@@ -116,7 +116,8 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     lines += [("format", c.format), ("kind", c.kind), ("use", "; ".join(uses(c)))]
     lines += [("arch", f"{c.arch}: width {a.dim}, {a.depth} blocks, {a.heads} heads, patches of {a.patch} px")]
     lines += [("", beyond(c.variant) or "plain ViT"), ("sha256", c.sha256)]
-    said = " (said by the config beside it)" if c.config else ""
+    said = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
+    said = " (said by the config beside it)" if c.config else said
     lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{said}")]
     lines += [("", f"LayerNorm eps {c.eps:g}, pooling {c.pool}")]
     for part, tensors in (("encoder", c.encoder), ("decoder", c.decoder), ("classifier", c.classifier)):
