@@ -80,7 +80,9 @@ class ViTPyramid(nn.Module):
         # timm sees its own patch size here: only the projection differs, and it is made anew below.
         vit = build_vit(arch, tuple(side * a.patch for side in self.grid), drop_path=drop_path)
         self.patch_embed = PatchEmbed(None, patch, 3, a.dim, flatten=False, strict_img_size=False)
-        self.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, 1:].clone())
+        # In one piece, or DistributedDataParallel would warn of gradients with other strides.
+        positions = vit.pos_embed.detach()[:, 1:].clone(memory_format=torch.contiguous_format)
+        self.pos_embed = nn.Parameter(positions)
         self.blocks = vit.blocks
 
         def table(side: tuple[int, int]) -> nn.Parameter:
