@@ -34,7 +34,7 @@ class Item:
 def make_plan(args: argparse.Namespace) -> list[Item]:
     """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and looks at the data."""
     named = find_tasks(args.tasks, TASKS) if args.tasks else None
-    settings = settings_by_task(args.set, TASKS)
+    settings = settings_by_task(args.set, [*TASKS, *(named or ())])
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
     machine = replace(machine_from(args), processes=args.gpus)
@@ -100,6 +100,8 @@ def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str
 
 def fits(task: Task, checkpoint: Checkpoint) -> bool:
     """Whether a task is run on this kind of checkpoint without being named."""
+    if task.opt_in:
+        return False
     if checkpoint.kind == "classifier":
         return task.needs in ("classifier", "fine-tuned file")
     return task.needs in ("encoder", "classifier")

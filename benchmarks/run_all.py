@@ -22,7 +22,7 @@ try:
     from mae_core.errors import UserError
     from mae_core.machine import natural
     from mae_core.progress import duration
-    from transfer.cli import add_common_flags, headline, settle
+    from transfer.cli import add_common_flags, headline, settle, task_argument
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
 except ModuleNotFoundError as e:
     python = ROOT / ".venv" / "bin" / "python"
@@ -76,7 +76,8 @@ class Child:
         names = self.names = [job.task.name for job in jobs]
         self.title = f"[{number}] {job.checkpoint.name} {' '.join(names)} seed {job.seed}"
         self.log = args.out / "logs" / f"{slug(job.checkpoint.name)}-{'-'.join(names)}-seed{job.seed}.log"
-        self.command = [*launcher(args.gpus), "-m", job.task.module, "--task", *names, *flags(job, args)]
+        tasks = [task_argument(job.task) for job in jobs]
+        self.command = [*launcher(args.gpus), "-m", job.task.module, "--task", *tasks, *flags(job, args)]
         self.parallel = args.gpus > 1
         self.lock = lock
         self.last = ""

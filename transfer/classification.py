@@ -4,7 +4,9 @@ python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DI
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from mae_core.errors import UserError
 from mae_core.export import travelling
 from mae_core.training import State
 from mae_core.weights_file import sha256_of
-from transfer import cli, miniature
+from transfer import cli, miniature, miniature_sets
 from transfer.classification_recipes import (
     eval_recipe,
     eval_sources,
@@ -26,9 +28,11 @@ from transfer.classification_recipes import (
     finetune_sources,
     linprobe_recipe,
     linprobe_sources,
+    stand_in_sources,
 )
 from transfer.features import knn, knn_recipe, knn_sources
 from transfer.images import (
+    Split,
     eval_transform,
     look_imagenet,
     look_imagenet_val,
@@ -37,6 +41,7 @@ from transfer.images import (
     train_transform,
     wnids,
 )
+from transfer.labelled_sets import SETS, LabelledSet, Reading, look, read_folder
 from transfer.task import CLASSIFIER_FILE, Job, Result, Task
 from transfer.train import (
     backbone_tensors,
@@ -46,12 +51,25 @@ from transfer.train import (
     trained_classifier,
 )
 
+Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors
 
-def start_model(job: Job) -> VisionTransformer:
-    """The encoder of the checkpoint, strictly loaded, under a new head of 1000 classes."""
+
+def images_of(job: Job) -> Reading:
+    """The training and validation images of the job's task, and its number of classes."""
+    root, known = Path(job.data.root), {known.name: known for known in SETS}
+    if job.task.path:
+        return read_folder(Path(job.task.path))
+    if job.task.name in known:
+        return known[job.task.name].read(root / job.task.name)
+    train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
+    return Reading(train, val, len(wnids()))
+
+
+def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
+    """The encoder of the checkpoint, strictly loaded, under a new head (of ImageNet's classes by default)."""
     r = job.recipe
     torch.manual_seed(seed_for(job.seed) % 2**63)
-    model = model_of(job.checkpoint, r.image_size, len(wnids()), r.pool, r.drop_path)
+    model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
     load_encoder(model, job.checkpoint)
     nn.init.trunc_normal_(model.head.weight, std=r.head_std)
     nn.init.zeros_(model.head.bias)
@@ -60,37 +78,34 @@ def start_model(job: Job) -> VisionTransformer:
 
 def finetune(job: Job) -> Result:
     """Train everything; leave the classifier as classifier.safetensors in the work folder."""
-    r = job.recipe
-    folder = Path(job.data.root) / "imagenet"
-    model = start_model(job).to(job.machine.device)
+    r, images = job.recipe, images_of(job)
+    model = start_model(job, images.classes).to(job.machine.device)
     transform = train_transform(r.image_size, r.min_scale, r.rand_augment, r.random_erasing, job.checkpoint.pixels)
-    state, trained = train_classifier(job, model, read_split(folder / "train")[0], transform)
-    metrics, stderr, n_eval = validate(job, trained)
+    state, trained = train_classifier(job, model, images.train, transform)
+    metrics, stderr = validate(job, trained, images.val)
     if r.ema:
-        metrics["top1_without_ema"] = validate(job, model)[0]["top1"]
+        metrics["top1_without_ema"] = validate(job, model, images.val)[0]["top1"]
     artifacts = leave(job, CLASSIFIER_FILE, trained.state_dict(), r.image_size)
-    return trained_result(job, state, metrics, stderr, n_eval, artifacts)
+    return trained_result(job, state, images, (metrics, stderr), artifacts)
 
 
 def linprobe(job: Job) -> Result:
     """Train a linear layer on the frozen encoder; prove by checksum that the encoder did not move."""
-    r = job.recipe
-    folder = Path(job.data.root) / "imagenet"
-    model = start_model(job)
+    r, images = job.recipe, images_of(job)
+    model = start_model(job, images.classes)
     model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     model = model.to(job.machine.device)
     before = parameters_sha256(backbone_tensors(model))
-    state, trained = train_classifier(
-        job, model, read_split(folder / "train")[0], probe_transform(r.image_size, r.min_scale, job.checkpoint.pixels)
-    )
+    transform = probe_transform(r.image_size, r.min_scale, job.checkpoint.pixels)
+    state, trained = train_classifier(job, model, images.train, transform)
     if parameters_sha256(backbone_tensors(model)) != before:
         raise RuntimeError("the frozen encoder changed while its probe was trained")
-    metrics, stderr, n_eval = validate(job, trained)
+    scores = validate(job, trained, images.val)
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
     artifacts = leave(job, "probe.safetensors", head, r.image_size)
-    result = trained_result(job, state, metrics, stderr, n_eval, artifacts)
+    result = trained_result(job, state, images, scores, artifacts)
     resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
     official = min(512, r.batch)  # one GPU's share of the official probe's batch
     notes = result.notes
@@ -111,11 +126,10 @@ def evaluate_released(job: Job) -> Result:
     return Result(metrics, stderr, len(val.files), len(val.files), resolved={"image_size": size})
 
 
-def validate(job: Job, model: nn.Module) -> tuple[dict[str, float], dict[str, float], int]:
-    val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
+def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
+    """Metrics and their standard errors."""
     transform = eval_transform(job.recipe.image_size, pixels=job.checkpoint.pixels)
-    scores = evaluate(model, val, transform, job.machine, job.task.name)
-    return *scores.metrics(), len(val.files)
+    return evaluate(model, val, transform, job.machine, job.task.name).metrics()
 
 
 def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
@@ -133,32 +147,51 @@ def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) 
     return {name: sha256_of(job.work / name)}
 
 
-def trained_result(
-    job: Job,
-    state: State,
-    metrics: dict[str, float],
-    stderr: dict[str, float],
-    n_eval: int,
-    artifacts: dict[str, str],
-) -> Result:
+def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
     return Result(
-        metrics,
-        stderr,
-        n_eval,
+        *scores,
+        len(images.val.files),
         images_seen=state.step * job.recipe.batch,
         seconds=state.seconds,
         artifacts=artifacts,
         notes=state.notes,
-        resolved={"load": load_summary(job)},
+        resolved={"load": load_summary(job, images.classes)},
     )
 
 
-def load_summary(job: Job) -> str:
+def load_summary(job: Job, classes: int) -> str:
     """What loading the encoder did, found again without taking memory for it."""
     r = job.recipe
     with torch.device("meta"):
-        model = model_of(job.checkpoint, r.image_size, len(wnids()), r.pool)
+        model = model_of(job.checkpoint, r.image_size, classes, r.pool)
     return load_encoder(model, job.checkpoint).summary()
+
+
+def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
+    """Fine-tuning on a labelled set beside ImageNet."""
+    return Task(
+        name=known.name,
+        title=f"{known.title}, fine-tuning",
+        module="transfer.classification",
+        metric="top1",
+        higher_is_better=True,
+        version=1,
+        needs="encoder",
+        cost=25,
+        recipe=finetune_recipe,
+        sources=stand_in_sources,
+        look=partial(look, known),
+        run=finetune,
+        miniature=generate,
+    )
+
+
+def folder_task(path: str) -> Task:
+    """Fine-tuning on a folder of the user's: "folder:" and its last name, in tables."""
+    folder = Path(path).expanduser().resolve()
+    known = LabelledSet(folder.name, f"Folder {folder.name}", (0, 0, 0), "{train,val}/CLASS/*.jpg", read_folder)
+    task = task_of(known, lambda root: root)
+    return replace(task, name=f"folder:{folder.name}", path=str(folder), look=lambda root: look(known, folder.parent))
 
 
 COMMON = {
@@ -210,6 +243,8 @@ TASKS = (
         run=knn,
         **COMMON,
     ),
+    *(task_of(known, miniature_sets.MAKERS[known.name]) for known in SETS),
+    replace(folder_task("folder"), name="folder", path="", opt_in=True, of=folder_task),
 )
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def finetune_sources(arch: str) -> dict[str, str]:
     return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
 
 
+def stand_in_sources(arch: str) -> dict[str, str]:
+    """For iNaturalist, Places and folders: the paper adjusted its ImageNet recipe to each and published no value."""
+    return {
+        knob: f"stand-in, as for ImageNet: {source}; the paper adjusted rate and epochs, without saying how"
+        for knob, source in finetune_sources(arch).items()
+    }
+
+
 def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:
     """Linear probing of the frozen encoder: class token, BatchNorm without affine, linear layer."""
     paper = ClassifierRecipe(

@@ -72,11 +72,21 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
 
 
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
-    known = {task.name: task for task in tasks}
-    for name in names:
-        if name not in known:
+    """The tasks of these names; "NAME:PATH" is the task NAME on that folder."""
+    known, found = {task.name: task for task in tasks}, []
+    for name in dict.fromkeys(names):
+        family, colon, path = name.partition(":")
+        if family not in known or (colon and not known[family].of):
             raise UserError(f"unknown task '{name}'; {did_you_mean(name, list(known))}")
-    return [known[name] for name in dict.fromkeys(names)]
+        if known[family].of and not path:
+            raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
+        found.append(known[family].of(path) if colon else known[family])
+    return found
+
+
+def task_argument(task: Task) -> str:
+    """What find_tasks makes this task of."""
+    return f"{task.name.partition(':')[0]}:{task.path}" if task.path else task.name
 
 
 def make_job(

@@ -65,8 +65,7 @@ TASKS = (
         run=run,
         miniature=miniature_dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
-        install="the README's section on detectron2 has the two commands; or take "
-        "--engine torchvision",
+        install="the README's section on detectron2 has the two commands; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),
         plain_vit=True,
     ),

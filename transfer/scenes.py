@@ -112,7 +112,7 @@ def object_colour(kind: str, rng: np.random.Generator) -> RGB:
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.uniform(low, high) / 360 % 1, saturation, value))
 
 
-def _contrasting_colour(colours: list[RGB], distance: int, rng: np.random.Generator) -> RGB:
+def contrasting_colour(colours: list[RGB], distance: int, rng: np.random.Generator) -> RGB:
     """A colour whose summed absolute RGB difference to each of `colours` is at least `distance`."""
     while True:
         candidate = rng.integers(0, 256, 3)
@@ -136,16 +136,16 @@ def _background(colour: RGB, spread: int, rng: np.random.Generator) -> tuple[RGB
 def plain_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
     """One large object of that class near the middle of a nearly flat background."""
     thing = _place(kind, size, (0.27, 0.42), 0.1, rng)
-    return Scene(_background(_contrasting_colour([thing.colour], 180, rng), 25, rng), (thing,), size)
+    return Scene(_background(contrasting_colour([thing.colour], 180, rng), 25, rng), (thing,), size)
 
 
 def hard_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
     """A smaller object off the middle, among clutter, partly covered by a stick, on an uneven background."""
     thing = _place(kind, size, (0.2, 0.3), 0.18, rng)
-    ground = _contrasting_colour([thing.colour], 180, rng)
+    ground = contrasting_colour([thing.colour], 180, rng)
 
     def clutter(what: str, centre: np.ndarray, radius: float) -> PlacedObject:
-        colour = _contrasting_colour([thing.colour, ground], 90, rng)
+        colour = contrasting_colour([thing.colour, ground], 90, rng)
         return PlacedObject(what, (float(centre[0]), float(centre[1])), radius, rng.uniform(0, math.tau), colour)
 
     behind = []

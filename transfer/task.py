@@ -79,6 +79,9 @@ class Task:
     install: str = ""  # how to install an engine that is absent
     packages: tuple[str, ...] = ()  # further distributions whose versions the record names
     plain_vit: bool = False  # it can hold no encoder but a plain ViT
+    opt_in: bool = False  # run only if it is named
+    of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
+    path: str = ""  # that folder
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,8 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a number to be this job's number."""
-        return identity(
-            self.task,
-            self.checkpoint,
-            self.recipe,
-            self.seed,
-            self.data,
-            self.machine.precision,
-            self.engine,
-            self.parent.sha256 if self.parent else "",
-        )
+        precision, parent = self.machine.precision, self.parent.sha256 if self.parent else ""
+        return identity(self.task, self.checkpoint, self.recipe, self.seed, self.data, precision, self.engine, parent)
 
 
 def identity(
