@@ -31,7 +31,7 @@ from mae_core.machine import Machine
 from mae_core.settings import override
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from mae_core.vit import ARCHS
-from transfer import cli, coco_picture, detection, detection_recipe, detection_tv
+from transfer import cli, coco_eval, coco_picture, detection, detection_recipe, detection_tv
 from transfer.coco import annotation_file, look_coco, read_split
 from transfer.coco_picture import PICTURE_FILE, draw_predictions
 from transfer.detection_recipe import (
@@ -627,3 +627,8 @@ def test_predictions_of_an_engine_are_all_that_is_evaluated(root, tmp_path, monk
     assert record.resolved == {"iterations": 7, "seconds_per_iteration": 0.5, "batchnorm": "plain"}
     assert record.artifacts == {"x": "y"}
     assert set(record.tables["per_class"]["box_ap"].values()) == {100.0}
+
+    results.write_text(json.dumps(entries[1:]))  # one image unanswered: the error depends on what is drawn
+    record = run_job(job_of(root, tmp_path / "other", seed=5))
+    by_seed = [coco_eval.evaluate(annotation_file(root, "val"), results, seed).stderr for seed in (5, 0)]
+    assert record.stderr == by_seed[0] != by_seed[1]

@@ -385,7 +385,7 @@ def test_every_knob_of_the_recipe_changes_what_is_trained(root, tmp_path):
 
 
 def test_knobs_reach_the_parts_they_name(root, tmp_path, monkeypatch):
-    job = job_of(root, tmp_path, rpn_batch=48, roi_batch=24, proposals=30, drop_path=0.4, window=4)
+    job = job_of(root, tmp_path, rpn_batch=48, roi_batch=24, proposals=30, drop_path=0.4, window=4, seed=3)
     model, optimizer, training = captured(job, monkeypatch)
     rpn, roi = model.rpn, model.roi_heads
     assert rpn.fg_bg_sampler.batch_size_per_image == 48
@@ -398,8 +398,8 @@ def test_knobs_reach_the_parts_they_name(root, tmp_path, monkeypatch):
     assert model.body.blocks[-1].drop_path1.drop_prob == pytest.approx(0.4)
     assert (model.body.window, model.body.bias_windowed.shape) == (4, (4, 7, 7))
     assert model.body.grid == (8, 8)
-    assert (training.batch, training.micro_batch, training.epochs, training.seed) == (4, 4, 2, 0)
-    assert len(training.dataset) == 8
+    assert (training.batch, training.micro_batch, training.epochs) == (4, 4, 2)
+    assert (training.seed, training.dataset.seed, len(training.dataset)) == (3, 3, 8)
     # 2 steps an epoch, half an epoch of warm-up: from 0 over lr at step 1 down by half a cosine.
     rates = [training.lr_at(step) / job.recipe.lr for step in range(4)]
     expected = [0, 1, 0.5 * (1 + np.cos(np.pi / 3)), 0.5 * (1 + np.cos(2 * np.pi / 3))]
