@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -59,6 +60,7 @@ def inputs_of(
     return torch.randn(images, 3, r.image_size, r.image_size, generator=generator).to(device), noise.to(device)
 
 
+@cache
 def training_flops(arch: str, r: PretrainRecipe) -> int:
     """FLOPs of one image's forward and backward pass, two per multiply-add, as torch's FlopCounterMode counts the
     matrix products. Nothing is computed: the model is on the meta device."""
