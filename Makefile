@@ -1,6 +1,8 @@
 # demo, test and check set up what they need first, in .venv of this checkout. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process per core; a file's tests stay together, since they share what they set up.
+PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
@@ -40,10 +42,10 @@ demo: install
 	$(BIN)/python benchmarks/run_all.py --recipe mini --out $(DEMO) --tasks $(DEMO_TASKS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: install lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
