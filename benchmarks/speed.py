@@ -52,22 +52,25 @@ class Result:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="speed.py", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=KINDS)
-    parser.add_argument("--arch", default="vit_base_patch16")
+    parser.add_argument("what", choices=KINDS, metavar="WHAT", help=", ".join(KINDS))
+    parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
     parser.add_argument(
         "--batch", type=natural, default=0, help="images a step (default: 16 on CPU, 128 on GPU or mini)"
     )
     parser.add_argument("--data", type=Path, help="images for `loader`: any folder or tar files")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae: in alternation")
-    parser.add_argument("--warmup", type=natural, default=3)
-    parser.add_argument("--repeats", type=natural, default=10)
+    parser.add_argument("--warmup", type=natural, default=3, help="steps before the clock runs (default: 3)")
+    parser.add_argument("--repeats", type=natural, default=10, help="timed steps of each arm (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
     parser.add_argument(
         "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="of pretrain (default: on)"
     )
     parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
     add_machine_flags(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.batch == 0 and any(a.startswith("--batch") for a in arguments or sys.argv):
+        parser.error("argument --batch: give a number from 1 on")
+    return args
 
 
 def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:

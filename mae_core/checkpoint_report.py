@@ -13,7 +13,7 @@ import torch
 from mae_core.canonical import OURS, PREFIXED
 from mae_core.checkpoint import Checkpoint, LoadReport, load_classifier, load_encoder, model_of, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.export import TARGETS, export, save_canonical
+from mae_core.export import TARGETS, export, left_out, save_canonical
 from mae_core.formats import FORMATS
 from mae_core.vit import ARCHS, beyond, get_arch
 
@@ -67,6 +67,8 @@ def remarks(checkpoint: Checkpoint) -> list[str]:
         found.append("by its name this is the un-normalised visualise model: the paper's numbers are not of it")
     elif checkpoint.format == "mae-full":
         found.append("encoder and decoder; nothing in the file tells whether its target was normalised pixels")
+    if checkpoint.format == "deit3":
+        found.append("timm's ViTs with rotary positions have the same tensors: one of them would be computed wrongly")
     if checkpoint.format == "hf-vit-mae":
         found.append(
             "transformers converts the un-normalised visualise model by default: facebook/vit-mae-* may not be the "
@@ -176,12 +178,18 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         checkpoint = read_checkpoint(args.file, key=args.key)
         print("\n".join(describe(checkpoint)))
+        for out in (args.convert, Path(args.to[1]) if args.to else None):
+            if out is not None and out.resolve() == Path(checkpoint.path).resolve():
+                raise UserError(f"{out} is the file that is read: give another name")
         if args.convert:
+            if args.convert.suffix != ".safetensors":
+                raise UserError(f"{args.convert} will be a safetensors file: let its name end in .safetensors")
             save_canonical(checkpoint, args.convert)
             print(f"written: {args.convert}")
         if args.to:
             export(checkpoint, args.to[0], Path(args.to[1]))
-            print(f"written for {args.to[0]}: {args.to[1]}")
+            left = left_out(checkpoint, args.to[0])
+            print(f"written for {args.to[0]}: {args.to[1]}" + (f"; not in this form: {left}" if left else ""))
         sys.stdout.flush()
     except UserError as error:
         print(error, file=sys.stderr)

@@ -50,10 +50,33 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
         raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
     if path.exists() and path.is_dir() != (form == "hf"):
         raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a file'}: give another name")
+    suffixes = SUFFIXES.get(form, ())
+    if suffixes and path.suffix not in suffixes:
+        raise CheckpointError(f"{path}: --to {form} writes a file that ends in {' or '.join(suffixes)}")
     try:
         TARGETS[form](checkpoint, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, of a folder that is not there
         raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+SUFFIXES = {"timm": (".safetensors",), "fair": (".pth", ".pt"), "detectron2": (".pth",)}
+
+
+def left_out(checkpoint: Checkpoint, form: str) -> str:
+    """What that form does not say or hold of the checkpoint, "" for nothing: a reader assumes MAE's pixels and eps."""
+    c, found = checkpoint, []
+    if c.decoder and form in ("timm", "detectron2"):
+        found.append(f"the decoder ({len(c.decoder)} tensors)")
+    if c.classifier and form == "detectron2":
+        found.append(f"the classifier ({len(c.classifier)} tensors)")
+    if form != "hf":
+        told = {"mean": (c.mean, MEAN), "std": (c.std, STD), "eps": (c.eps, EPS)}
+        found += [f"{name} {as_text(value)}" for name, (value, usual) in told.items() if value != usual]
+    return ", ".join(found)
+
+
+def as_text(value: float | tuple[float, ...]) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _everything(checkpoint: Checkpoint) -> dict[str, Tensor]:

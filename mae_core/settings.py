@@ -95,10 +95,13 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
         if isinstance(current, float):
             return finite(text)
         if isinstance(current, tuple):
-            parts = tuple(finite(part) for part in text.split(","))
+            parts = [part.strip() for part in text.strip("[]()").split(",")]
             if len(parts) != len(current):
-                raise ValueError
-            return parts
+                raise UserError(
+                    f"--set {knob}={text}: {knob} takes {len(current)} numbers, "
+                    f"as in {knob}={','.join(map(str, current))}"
+                )
+            return tuple(int(p) if isinstance(c, int) else finite(p) for p, c in zip(parts, current))
     except (ValueError, KeyError):
         raise UserError(f"--set {knob}={text}: {knob} is of type {getattr(kind, '__name__', kind)}") from None
     return text

@@ -1,5 +1,6 @@
 """Where a checkpoint lies: a file, a folder with a config, hf:NAME or timm:NAME; and what the config says of it."""
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.data import MEAN, STD
-from mae_core.settings import did_you_mean
 from mae_core.weights_file import CheckpointError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -96,13 +96,19 @@ def _timm_repository(spec: str) -> str:
     import timm
 
     name = spec.removeprefix("timm:")
+    if "rope" in name:
+        raise CheckpointError(f"{spec} has rotary positions, which no task here computes: give another model")
     try:
         config = timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):
         config = None
     if config is None:
         known = timm.list_pretrained("*vit*") + timm.list_pretrained("*beit*") + timm.list_pretrained("deit*")
-        raise CheckpointError(f"{spec}: timm has no weights of that name; {did_you_mean(name, known)}")
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = (
+            f"the nearest are {', '.join(near)}" if near else f"it has {', '.join(known[:3])} and {len(known)} in all"
+        )
+        raise CheckpointError(f"{spec}: timm has no weights of that name; {hint}")
     if not config.hf_hub_id:
         raise CheckpointError(f"{spec}: timm does not keep these weights on the Hugging Face hub; download the file")
     return config.hf_hub_id

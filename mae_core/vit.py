@@ -81,7 +81,9 @@ def beyond(variant: Variant) -> str:
     """What an encoder has beyond a plain ViT, in words; "" for nothing."""
     if variant.beit:
         return "BEiT's relative positions and layer scale"
-    found = [f"{variant.registers} register{'s' * (variant.registers > 1)}"] if variant.registers else []
+    # Registers, and the one by which a distilled DeiT learns from its teacher.
+    tokens = {0: "", 1: "a second token"}.get(variant.registers, f"{variant.registers} further tokens")
+    found = [f"{tokens} beside the class token"] if tokens else []
     found += ["layer scale"] if variant.layer_scale else []
     return ", ".join(found + (["SwiGLU layers"] if variant.swiglu else []))
 

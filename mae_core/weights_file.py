@@ -5,6 +5,7 @@ of arrays. The content decides what a file is, not its extension.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -246,4 +247,5 @@ def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str,
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

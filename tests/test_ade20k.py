@@ -51,6 +51,24 @@ def test_fingerprint_tells_one_listing_from_another(root):
     assert after.fingerprint != before
 
 
+def test_fingerprint_tells_other_labels_from_these(root):
+    before = look(root).fingerprint
+    label = root / FOLDER / "annotations/training/ADE_train_00000006.png"
+    Image.fromarray(np.full(np.asarray(Image.open(label)).shape, 7, np.uint8)).save(label)
+    assert look(root).fingerprint != before
+
+
+def test_a_split_without_a_labelled_pixel_or_with_a_lone_label_is_refused(root):
+    lone = root / FOLDER / "images/training/ADE_train_00000003.jpg"
+    kept = lone.read_bytes()
+    lone.unlink()
+    assert "labels without an image: ADE_train_00000003.png" in look(root).detail
+    lone.write_bytes(kept)
+    for label in (root / FOLDER / "annotations/validation").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(label)))).save(label)
+    assert "no pixel of the label files has a label above 0" in look(root).detail
+
+
 def test_missing_data_are_told_where_they_must_lie(tmp_path):
     data = look(tmp_path)
     assert data.status == "missing"

@@ -7,11 +7,14 @@ from safetensors.torch import load_file
 from test_formats import PLAIN_VIT, assert_same_output, equal, loaded, put  # noqa: F401
 
 from mae_core import checkpoint_report
+from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import CheckpointError, read_checkpoint
 from mae_core.checkpoint_report import KNOWN_SHA256, main
 from mae_core.errors import UserError
 from mae_core.export import TARGETS, export
 from mae_core.formats import FORMATS
+from mae_core.vit import build_vit
+from mae_core.weights_file import save_weights
 
 OUT = {"timm": "out.safetensors", "fair": "out.pth", "detectron2": "out.pth", "hf": "out"}
 READ_AS = {"timm": "timm", "fair": "mae-pretrain", "detectron2": "detectron2", "hf": "hf-vit"}
@@ -156,3 +159,40 @@ def test_convert_and_to_write_and_formats_lists(put, tmp_path, capsys):  # noqa:
         main([])
     assert main([path, "--key", "model", "--to", "tim", "x"]) == 2
     assert "did you mean timm" in capsys.readouterr().err
+
+
+def test_what_a_form_does_not_hold_is_said(tmp_path, capsys):
+    """A decoder, and pixels and eps that are not MAE's; the canonical form and transformers' hold all."""
+    state = MaskedAutoencoder("vit_mini_patch8", decoder_dim=32, decoder_depth=1, decoder_heads=2).state_dict()
+    save_weights(
+        tmp_path / "a.safetensors",
+        state,
+        {"mean": "0.5 0.5 0.5", "std": "0.5 0.5 0.5", "eps": "1e-12", "pool": "token"},
+    )
+    for form, said in (
+        ("timm", "the decoder (20 tensors), mean 0.5 0.5 0.5"),
+        ("fair", "mean 0.5 0.5 0.5"),
+        ("hf", ""),
+    ):
+        out = tmp_path / {"timm": "b.safetensors", "fair": "b.pth", "hf": "b"}[form]
+        assert main([str(tmp_path / "a.safetensors"), "--to", form, str(out)]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        missing = f"; not in this form: {said}, std 0.5 0.5 0.5, eps 1e-12" if said else ""
+        assert last == f"written for {form}: {out}{missing}"
+
+
+def test_files_keep_their_suffix_and_their_source(tmp_path, capsys):
+    save_weights(tmp_path / "a.safetensors", build_vit("vit_mini_patch8").state_dict(), {})
+    before = (tmp_path / "a.safetensors").read_bytes()
+    for arguments, message in (
+        (["--convert", "a.safetensors"], "is the file that is read"),
+        (["--convert", "b.pth"], "let its name end in .safetensors"),
+        (["--to", "fair", "b.safetensors"], "ends in .pth or .pt"),
+        (["--to", "timm", "a.bin"], "ends in .safetensors"),
+        (["--convert", "a.safetensors/b.safetensors"], "cannot be written"),
+    ):
+        *form, name = arguments
+        assert main([str(tmp_path / "a.safetensors"), *form, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]

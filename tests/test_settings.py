@@ -41,8 +41,8 @@ def test_override_without_settings_changes_nothing():
         ("epochs=", r"epochs is of type int"),
         ("base_lr=fast", r"base_lr is of type float"),
         ("norm_pix=1", r"norm_pix is of type bool"),
-        ("betas=0.9", r"betas is of type tuple"),
-        ("betas=0.9,0.95,0.99", r"betas is of type tuple"),
+        ("betas=0.9", r"betas takes 2 numbers, as in betas="),
+        ("betas=0.9,0.95,0.99", r"betas takes 2 numbers, as in betas="),
         ("betas=a,b", r"betas is of type tuple"),
     ],
 )

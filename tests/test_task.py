@@ -92,6 +92,17 @@ def test_an_error_without_a_message_has_its_name_for_a_reason(tmp_path):
     assert run_job(job_that(fail(AssertionError()), tmp_path)).reason.startswith("AssertionError: ")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["metrics", "stderr"])
+def test_a_number_that_is_none_is_a_failure(tmp_path, bad, where):
+    result = {"metrics": {"top1": 1.0}, "stderr": {"top1": 1.0}}
+    result[where] = {"top1": bad}
+    record = run_job(job_that(lambda job: Result(**result), tmp_path))
+    assert (record.status, record.metrics) == ("failed", {})
+    assert "top1 came out as infinite or NaN" in record.reason
+    json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=pytest.fail)
+
+
 def test_ctrl_c_leaves_no_record_not_even_an_earlier_one(tmp_path):
     run_job(job_that(fail(UserError("no")), tmp_path))
     assert (tmp_path / RECORD_FILE).exists()

@@ -25,8 +25,9 @@ def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     return [(image, labels / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
 
 
-def check_pair(image: Path, label: Path) -> None:
-    """UserError unless the label file is one channel of ids 0..150, as large as its image."""
+def check_pair(image: Path, label: Path) -> bool:
+    """Whether any pixel is labelled. UserError unless the label file is one channel of ids 0..150, as large as its
+    image."""
     try:
         with Image.open(image) as picture:
             size = picture.size
@@ -48,6 +49,7 @@ def check_pair(image: Path, label: Path) -> None:
         )
     if ids.max() > CLASSES:
         raise UserError(f"{label} has the label {ids.max()}: labels must be 0 (none) to {CLASSES}; replace it")
+    return bool(ids.any())
 
 
 def look(root: Path) -> Data:
@@ -66,8 +68,8 @@ def look(root: Path) -> Data:
         return Data(str(root), "incomplete", "; ".join(problems))
     counts = {split: len(found) for split, found in listed.items()}
     digest = hashlib.sha256()
-    for image, _ in (pair for found in listed.values() for pair in found):
-        digest.update(f"{image.relative_to(root)}\n".encode(errors="surrogateescape"))
+    for file in (file for found in listed.values() for pair in found for file in pair):
+        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
     detail = f"{counts['train']} train, {counts['val']} val"
     return Data(str(root), "found", detail, label_of(folder, counts, OFFICIAL_COUNTS), digest.hexdigest(), counts)
 
@@ -85,12 +87,15 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     bare = [image.name for image, label in found if label.name not in labels]
     if bare:
         return [f"{images} has images without a label file in annotations/{SPLITS[split]}: {some(bare)}"]
+    if lone := sorted(labels - {label.name for _, label in found}):
+        return [f"annotations/{SPLITS[split]} of {folder} has labels without an image: {some(lone)}"]
+    labelled = False
     try:
         for number in np.unique(np.linspace(0, len(found) - 1, CHECKED).round().astype(int)):
-            check_pair(*found[number])
+            labelled |= check_pair(*found[number])
     except UserError as e:
         return [str(e)]
-    return []
+    return [] if labelled else [f"{images}: no pixel of the label files has a label above 0"]
 
 
 def draw_predictions(

@@ -244,7 +244,14 @@ TASKS = (
         **COMMON,
     ),
     *(task_of(known, miniature_sets.MAKERS[known.name]) for known in SETS),
-    replace(folder_task("folder"), name="folder", path="", opt_in=True, of=folder_task),
+    replace(
+        folder_task("folder"),
+        name="folder",
+        title="folder:/path/to/images, {train,val}/CLASS/*.jpg, fine-tuning",
+        path="",
+        opt_in=True,
+        of=folder_task,
+    ),
 )
 
 if __name__ == "__main__":

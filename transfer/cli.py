@@ -81,7 +81,7 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
         if known[family].of and not path:
             raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
         found.append(known[family].of(path) if colon else known[family])
-    return found
+    return list({task.name: task for task in found}.values())
 
 
 def task_argument(task: Task) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 from torch import Tensor
 from torchvision.transforms import v2
@@ -52,6 +52,13 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         tile = draw_bounding_boxes(
             tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True
         )
-    square = torch.ones(3, SIDE, SIDE)
-    square[:, :height, :width] = tile / 255
-    return square
+    square = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
+    square[:, :height, :width] = tile
+    if not entries:  # else the picture would look as if drawing had failed
+        image = v2.functional.to_pil_image(square)
+        text = f"no detection of {SHOWN_SCORE} or more"
+        ImageDraw.Draw(image).text(
+            (4, SIDE - 16), text, "black", ImageFont.truetype(FONT, 11), stroke_width=2, stroke_fill="white"
+        )
+        square = v2.functional.pil_to_tensor(image)
+    return square / 255

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -252,6 +253,9 @@ def run_job(job: Job) -> Record:
         torch.cuda.reset_peak_memory_stats()
     try:
         result, status, reason = job.task.run(job), "ok", ""
+        numbers = (*result.metrics.items(), *result.stderr.items())
+        if bad := [name for name, value in numbers if not math.isfinite(value)]:
+            raise UserError(f"{', '.join(dict.fromkeys(bad))} came out as infinite or NaN: no number is given")
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
