@@ -417,7 +417,10 @@ def test_the_picture_shows_what_was_found(tmp_path):
     plain = drawn([], "plain")
     found = drawn([entry([100, 30, 40, 30], 0.9), entry([10, 10, 30, 30], 0.2)], "found")
     assert plain.shape == (320, 320, 3)
-    assert (plain[162:] == 255).all()  # 160 x 80 px fill the upper half of the square
+    assert (found[162:] == 255).all()  # 160 x 80 px fill the upper half of the square
+    assert (plain[162:300] == 255).all()
+    assert (plain[300:] < 100).any()  # where nothing was found, it is written
+    plain[300:] = 255
     changed = np.abs(found - plain).sum(axis=2) > 20
     rows, columns = np.nonzero(changed)
     # Twice the size: the box from (200, 60) to (280, 120).
