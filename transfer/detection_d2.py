@@ -28,22 +28,17 @@ from detectron2.modeling.roi_heads import (
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
 from mae_core.data import MEAN, STD
 from mae_core.loop import check_batch, micro_batch_for
 from mae_core.machine import Machine, suit_attention
-from mae_core.settings import write_json
-from mae_core.weights_file import save_weights, sha256_of
 from transfer.coco import CATEGORIES, training_examples
 from transfer.detection_d2_train import train
 from transfer.detection_recipe import (
     ANCHOR_RATIOS,
     ANCHOR_STRIDES,
     DETECTIONS,
-    DETECTOR_FILE,
     NMS_THRESHOLD,
-    RESULTS_FILE,
     SCORE_THRESHOLD,
     DetectionRecipe,
     Predictions,
@@ -52,6 +47,7 @@ from transfer.detection_recipe import (
     batchnorm_facts,
     build_pyramid,
     fitted,
+    leave,
     validation_batches,
 )
 from transfer.task import Job
@@ -213,14 +209,7 @@ def train_and_predict(job: Job) -> Predictions:
         pyramid.compile()  # the heads change their shapes with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
     iterations, seconds = train(model, examples, job, micro_batch)
-    results = job.work / RESULTS_FILE
-    found = distributed.gather_to_all(predict(model, job))
-    artifacts = {}
-    if distributed.is_main():
-        write_json(results, [entry for part in found for entry in part])
-        metadata = {"format": "mae-transfer detector", "arch": job.checkpoint.arch, "engine": job.engine}
-        save_weights(job.work / DETECTOR_FILE, model.state_dict(), metadata)
-        artifacts = {DETECTOR_FILE: sha256_of(job.work / DETECTOR_FILE)}
+    results, artifacts = leave(job, model, predict(model, job))
     facts, notes = batchnorm_facts(r, machine, micro_batch, synchronised=norm is EmptySafeSyncBatchNorm)
     return Predictions(results, iterations, seconds, notes, {"loaded": loaded, **facts}, artifacts)
 

@@ -23,7 +23,8 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
-from mae_core.settings import check_ranges, did_you_mean
+from mae_core.settings import check_ranges, did_you_mean, write_json
+from mae_core.weights_file import save_weights, sha256_of
 from transfer.coco import IDS, Example, read_split
 from transfer.task import Job
 from transfer.vit_fpn import ViTPyramid, decays, load_pyramid, pretraining_grid
@@ -134,6 +135,19 @@ class Predictions:
     notes: tuple[str, ...] = ()
     resolved: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+
+
+def leave(job: Job, model: nn.Module, found: list[dict]) -> tuple[Path, dict[str, str]]:
+    """Gather what every process found and write it into the work folder as a COCO-results file, and the detector's
+    weights beside it. Returns the file and {file name of the weights: SHA-256}."""
+    results, artifacts = job.work / RESULTS_FILE, {}
+    everyone = distributed.gather_to_all(found)
+    if distributed.is_main():
+        write_json(results, [entry for part in everyone for entry in part])
+        metadata = {"format": "mae-transfer detector", "arch": job.checkpoint.arch, "engine": job.engine}
+        save_weights(job.work / DETECTOR_FILE, model.state_dict(), metadata)
+        artifacts = {DETECTOR_FILE: sha256_of(job.work / DETECTOR_FILE)}
+    return results, artifacts
 
 
 class RoIBatchNorm(nn.BatchNorm2d):

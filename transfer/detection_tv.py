@@ -21,22 +21,17 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from mae_core import distributed
 from mae_core.data import MEAN, STD, Sample, seed_all
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw
-from mae_core.settings import write_json
 from mae_core.training import Training
-from mae_core.weights_file import save_weights, sha256_of
 from transfer.coco import CATEGORIES, Examples, training_examples
 from transfer.detection_recipe import (
     ANCHOR_RATIOS,
     ANCHOR_STRIDES,
     DETECTIONS,
-    DETECTOR_FILE,
     NMS_THRESHOLD,
-    RESULTS_FILE,
     SCORE_THRESHOLD,
     DetectionRecipe,
     Predictions,
@@ -45,6 +40,7 @@ from transfer.detection_recipe import (
     batchnorm_facts,
     build_pyramid,
     fitted,
+    leave,
     open_image,
     parameter_groups,
     schedule,
@@ -228,14 +224,7 @@ def train_and_predict(job: Job) -> Predictions:
         # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-    results = job.work / RESULTS_FILE
-    found = distributed.gather_to_all(predict(model, job))
-    artifacts = {}
-    if distributed.is_main():
-        write_json(results, [entry for part in found for entry in part])
-        metadata = {"format": "mae-transfer detector", "arch": job.checkpoint.arch, "engine": job.engine}
-        save_weights(job.work / DETECTOR_FILE, model.state_dict(), metadata)
-        artifacts = {DETECTOR_FILE: sha256_of(job.work / DETECTOR_FILE)}
+    results, artifacts = leave(job, model, predict(model, job))
     facts, notes = batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)
     return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
