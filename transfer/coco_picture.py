@@ -48,7 +48,8 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         boxes = torch.tensor([entry["bbox"] for entry in entries]) * ratio
         boxes[:, 2:] += boxes[:, :2]
         texts = [f"{CATEGORIES[entry['category_id']]} {entry['score']:.2f}" for entry in entries]
-        tile = draw_segmentation_masks(tile, masks, alpha=0.45, colors=colours)
+        for mask, colour in zip(masks, colours):  # one by one: together, torchvision leaves out where they overlap
+            tile = draw_segmentation_masks(tile, mask[None], alpha=0.45, colors=[colour])
         tile = draw_bounding_boxes(
             tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True
         )
