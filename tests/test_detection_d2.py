@@ -158,6 +158,8 @@ assert norm.running_mean.tolist() == torch.arange(24.0).view(2, 3, 4).mean(dim=(
 assert x.grad.isfinite().all() and norm.weight.grad is not None
 norm(torch.zeros(0, 3, 2, 2))  # nobody has anything
 assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
