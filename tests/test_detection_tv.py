@@ -20,7 +20,7 @@ from mae_core.machine import Machine
 from mae_core.training import LOG_FILE
 from transfer import detection, detection_tv
 from transfer.coco import IDS, read_split, training_examples
-from transfer.detection_recipe import RoIBatchNorm, build_pyramid, parameter_groups
+from transfer.detection_recipe import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
 from transfer.detection_tv import Jittered, MaskRCNN, boxes_of, head_norm, large_scale_jitter, predict
 from transfer.vit_fpn import ViTPyramid
 
@@ -359,7 +359,7 @@ def test_no_proposal_at_all_is_survived(root, tmp_path):
 
 def trained(job) -> dict[str, torch.Tensor]:
     detection_tv.train_and_predict(job)
-    return load_file(job.work / detection_tv.DETECTOR_FILE)
+    return load_file(job.work / DETECTOR_FILE)
 
 
 KNOBS = {
