@@ -9,17 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mae_core import distributed
-from mae_core.checkpoint import load_encoder, model_of, save_weights
-from mae_core.data import seed_for
 from mae_core.errors import UserError
-from mae_core.export import travelling
-from mae_core.training import State
-from mae_core.weights_file import sha256_of
 from transfer import cli, miniature, miniature_sets
 from transfer.classification_recipes import (
     eval_recipe,
@@ -30,9 +22,9 @@ from transfer.classification_recipes import (
     linprobe_sources,
     stand_in_sources,
 )
+from transfer.classifier_job import images_of, leave, start_model, trained_result, validate
 from transfer.features import knn, knn_recipe, knn_sources
 from transfer.images import (
-    Split,
     eval_transform,
     look_imagenet,
     look_imagenet_val,
@@ -41,7 +33,7 @@ from transfer.images import (
     train_transform,
     wnids,
 )
-from transfer.labelled_sets import SETS, LabelledSet, Reading, look, read_folder
+from transfer.labelled_sets import SETS, LabelledSet, look, read_folder
 from transfer.task import CLASSIFIER_FILE, Job, Result, Task
 from transfer.train import (
     backbone_tensors,
@@ -50,30 +42,6 @@ from transfer.train import (
     train_classifier,
     trained_classifier,
 )
-
-Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors
-
-
-def images_of(job: Job) -> Reading:
-    """The training and validation images of the job's task, and its number of classes."""
-    root, known = Path(job.data.root), {known.name: known for known in SETS}
-    if job.task.path:
-        return read_folder(Path(job.task.path))
-    if job.task.name in known:
-        return known[job.task.name].read(root / job.task.name)
-    train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
-    return Reading(train, val, len(wnids()))
-
-
-def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
-    """The encoder of the checkpoint, strictly loaded, under a new head (of ImageNet's classes by default)."""
-    r = job.recipe
-    torch.manual_seed(seed_for(job.seed) % 2**63)
-    model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
-    load_encoder(model, job.checkpoint)
-    nn.init.trunc_normal_(model.head.weight, std=r.head_std)
-    nn.init.zeros_(model.head.bias)
-    return model
 
 
 def finetune(job: Job) -> Result:
@@ -124,47 +92,6 @@ def evaluate_released(job: Job) -> Result:
         model, val, eval_transform(size, job.recipe.transform, job.checkpoint.pixels), job.machine, job.task.name
     ).metrics()
     return Result(metrics, stderr, len(val.files), len(val.files), resolved={"image_size": size})
-
-
-def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
-    """Metrics and their standard errors."""
-    transform = eval_transform(job.recipe.image_size, pixels=job.checkpoint.pixels)
-    return evaluate(model, val, transform, job.machine, job.task.name).metrics()
-
-
-def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
-    """Write trained weights into the work folder; {file name: SHA-256}."""
-    if not distributed.is_main():
-        return {}
-    metadata = {
-        "format": "mae-transfer",
-        "arch": job.checkpoint.arch,
-        "image_size": str(image_size),
-        "task": job.task.name,
-    }
-    metadata |= {"encoder_sha256": job.checkpoint.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
-    save_weights(job.work / name, state, metadata | travelling(job.checkpoint, job.recipe.pool, state))
-    return {name: sha256_of(job.work / name)}
-
-
-def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
-    return Result(
-        *scores,
-        len(images.val.files),
-        images_seen=state.step * job.recipe.batch,
-        seconds=state.seconds,
-        artifacts=artifacts,
-        notes=state.notes,
-        resolved={"load": load_summary(job, images.classes)},
-    )
-
-
-def load_summary(job: Job, classes: int) -> str:
-    """What loading the encoder did, found again without taking memory for it."""
-    r = job.recipe
-    with torch.device("meta"):
-        model = model_of(job.checkpoint, r.image_size, classes, r.pool)
-    return load_encoder(model, job.checkpoint).summary()
 
 
 def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
