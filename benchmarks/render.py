@@ -5,7 +5,7 @@ import unicodedata
 from collections import defaultdict
 
 from benchmarks.rows import Cell, Line, Section, fill, into_rows, of_table, pretraining, references, row_of, that_count
-from benchmarks.tables import TABLES, Column, Table, published_numbers
+from benchmarks.tables import TABLES, Column, Table, published_numbers, with_fractions
 from transfer.task import Record
 
 LEGEND = """\
@@ -36,7 +36,7 @@ def summary_markdown(sections: dict[Section, list[Record]], records: list[Record
         parts += [f"## {section.title}", circumstances(members)]
         for table in (*TABLES, other_tasks(members)):
             if found := of_table(members, table):
-                parts += [f"### {table.title}", section_table(table, section, found)]
+                parts += [f"### {table.title}", section_table(with_fractions(table, found), section, found)]
     parts += ["## Checkpoints", checkpoints(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,7 +93,7 @@ def section_table(table: Table, section: Section, records: list[Record]) -> str:
 
 
 def has(r: Record, column: Column) -> bool:
-    return r.task == column.task and column.metric in (r.metric, *r.metrics)
+    return column.shows(r) and column.metric in (r.metric, *r.metrics)
 
 
 def in_words(cell: Cell, column: Column) -> str:
@@ -114,7 +114,7 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
     """
     notes, tested, sources = [], defaultdict(list), defaultdict(list)
     for c in columns:
-        mine = [r for r in records if r.task == c.task and r.status == "ok" and r.metric == c.metric]
+        mine = [r for r in records if c.shows(r) and r.status == "ok" and r.metric == c.metric]
         facts = [f"{n} test images" for n in sorted({r.n_eval for r in mine if r.n_eval})]
         if c.better != "lower":  # a chance level is an accuracy: it says nothing about an error
             facts += [f"chance {fixed(level, 2)}" for level in sorted({r.chance for r in mine} - {None})]
@@ -134,7 +134,8 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
             f"pre-training in brackets. {assumed}. Pre-training of ours: {'; '.join(dict.fromkeys(ours))}."
         )
     rows = into_rows(records)
-    counting = [r for members in rows.values() for task in {c.task for c in columns} for r in that_count(members, task)]
+    by_record = {(c.task, c.train_fraction): c for c in columns}.values()  # several columns may show one record
+    counting = [r for members in rows.values() for column in by_record for r in that_count(members, column)]
     remarks = [(f"{r.status}: {r.task}, {name(r)}", r.reason, r.seed) for r in counting if r.status != "ok"]
     remarks += [(f"note: {r.task}, {name(r)}", note, r.seed) for r in counting for note in r.notes]
     if remarks:

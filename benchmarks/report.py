@@ -17,9 +17,9 @@ import pandas as pd
 
 from benchmarks.render import fixed, shareable, summary_markdown, table_markdown
 from benchmarks.rows import STATUS, Cell, Section, as_text, fill, of_table, row_of
-from benchmarks.tables import TABLES, Table
+from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.errors import UserError
-from transfer.task import RECORD_FILE, Record, read_record
+from transfer.task import RECORD_FILE, Record, read_record, recipe_label
 
 
 def report(out: Path) -> list[Path]:
@@ -34,6 +34,7 @@ def report(out: Path) -> list[Path]:
     files = {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
     for table in TABLES:
         mine = {section: found for section, members in sections.items() if (found := of_table(members, table))}
+        table = with_fractions(table, records)
         files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
         files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
     for name, text in files.items():
@@ -86,20 +87,26 @@ def data_title(data: dict[str, Any]) -> str:
 def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
     """The records of each section, the official one first.
 
-    A robustness number whose classifier was fine-tuned under another recipe or on other data says so in its label. A
-    record without a data label (nothing was found) stands in the sections of its recipe with the same data root.
+    A share of the training images opens a column, no section. A robustness number whose classifier was fine-tuned
+    under another recipe or on other data says so in its label. A record without a data label (nothing was found)
+    stands in the sections of its recipe with the same data root.
     """
     by_engine = {column.task for table in TABLES if table.by_engine for column in table.columns}
 
     def section_of(r: Record) -> Section:
-        return Section(r.recipe_label, data_title(r.data), r.engine if r.task in by_engine else "")
+        overrides = {knob: value for knob, value in r.overrides.items() if knob != "train_fraction"}
+        label = recipe_label(r.recipe_name, overrides)
+        return Section(label, data_title(r.data), r.engine if r.task in by_engine else "")
 
-    origin = {sha: section_of(r) for r in records for sha in r.artifacts.values()}
+    def origin_of(r: Record) -> Section:
+        return section_of(r) if train_fraction(r) == 1 else section_of(r)._replace(recipe=r.recipe_label)
+
+    origin = {sha: origin_of(r) for r in records for sha in r.artifacts.values()}
     sections, homes = defaultdict(list), defaultdict(set)
     for r in records:
         if r.data.get("label"):
             section = section_of(r)
-            homes[r.recipe_label, r.data.get("root"), section.engine].add(section)
+            homes[section.recipe, r.data.get("root"), section.engine].add(section)
             parent = origin.get(r.identity.get("parent"), section)
             if parent != section:
                 section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
@@ -107,7 +114,7 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
     for r in records:
         if not r.data.get("label"):
             alone = section_of(r)
-            for section in homes.get((r.recipe_label, r.data.get("root"), alone.engine), {alone}):
+            for section in homes.get((alone.recipe, r.data.get("root"), alone.engine), {alone}):
                 sections[section].append(r)
     return {key: sections[key] for key in sorted(sections, key=lambda s: (not s.official, s))}
 

@@ -159,13 +159,13 @@ def arch_rank(arch: str) -> int:
     return list(ARCHS).index(arch) if arch in ARCHS else len(ARCHS)
 
 
-def that_count(records: list[Record], task: str) -> list[Record]:
-    """Of one row's records for a task, one per seed.
+def that_count(records: list[Record], column: Column) -> list[Record]:
+    """Of one row's records for a column, one per seed.
 
     Only seeds of one experiment are averaged: that of the latest successful record. A seed that succeeded in another
     one alone is left out.
     """
-    mine = [r for r in records if r.task == task]
+    mine = [r for r in records if column.shows(r)]
     if ok := [r for r in mine if r.status == "ok"]:
         chosen = experiment(max(ok, key=rank))
         kept = [r for r in ok if experiment(r) == chosen]
@@ -177,7 +177,7 @@ def that_count(records: list[Record], task: str) -> list[Record]:
 
 
 def make_cell(records: list[Record], row: Row, column: Column, published: pd.DataFrame | None) -> Cell:
-    counting = that_count(records, column.task)
+    counting = that_count(records, column)
     numbers = [r for r in counting if r.status == "ok" and column.metric in r.metrics]
     without = {status: sum(r.status == status for r in counting) for status in ("failed", "skipped")}
     if not numbers:
@@ -206,7 +206,7 @@ def references(column: Column, published: pd.DataFrame) -> pd.DataFrame:
 
 def difference(value: float, row: Row, column: Column, published: pd.DataFrame | None) -> float | None:
     """Ours minus the reference for the same arch and input side, None if there is none."""
-    if published is None:
+    if published is None or column.train_fraction < 1:
         return None
     found = references(column, published)
     found = found[(found.arch == row.arch) & ((found.resolution == row.image_size) | (row.image_size == ""))]

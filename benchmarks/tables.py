@@ -3,12 +3,14 @@
 To add a table: add a `Table` to TABLES and, if numbers are published for it, results/published/<published>.csv.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from mae_core.errors import UserError
+from transfer.task import Record
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
 
@@ -20,6 +22,7 @@ class Column:
     better: "higher", "lower", or "" if unknown.
     optional: shown only in sections that have the metric, or a record whose headline it is.
     reference: the published method that the difference column is taken to, for the same arch and input side.
+    train_fraction: the share of the training images that was trained on; published numbers are of all.
     """
 
     task: str
@@ -29,15 +32,19 @@ class Column:
     decimals: int = 2
     optional: bool = False
     reference: str = "MAE"
+    train_fraction: float = 1.0
 
     @property
     def key(self) -> str:
-        return f"{self.task}.{self.metric}"
+        return f"{self.task}.{self.metric}" + ("" if self.train_fraction == 1 else f"@{self.train_fraction:g}")
 
     @property
     def header(self) -> str:
         arrow = {"higher": "↑", "lower": "↓"}.get(self.better, "")
         return f"{self.title} {arrow}".strip()
+
+    def shows(self, record: Record) -> bool:
+        return (record.task, train_fraction(record)) == (self.task, self.train_fraction)
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,29 @@ class Table:
     columns: tuple[Column, ...]
     published: str = ""
     by_engine: bool = False  # its tasks have several engines, whose numbers stand in sections of their own
+
+
+def train_fraction(record: Record) -> float:
+    return record.recipe.get("train_fraction", 1.0)
+
+
+def with_fractions(table: Table, records: Iterable[Record]) -> Table:
+    """The table, each of its columns followed by one for every share of the training images that a record of its task
+    was trained on."""
+    shares: dict[str, set[float]] = {}
+    for r in records:
+        shares.setdefault(r.task, set()).add(train_fraction(r))
+    columns = []
+    for c in table.columns:
+        parts = sorted(shares.get(c.task, set()) - {1.0}, reverse=True)
+        columns += [
+            c,
+            *(
+                replace(c, title=f"{c.title}, {100 * p:g} % of training", optional=True, train_fraction=p)
+                for p in parts
+            ),
+        ]
+    return replace(table, columns=tuple(columns))
 
 
 TABLES = (

@@ -64,6 +64,7 @@ RANGES = {
     "vocabulary": (2, math.inf, True),
     "fit_images": (1, math.inf, True),
     "repeated_augmentation": (1, math.inf, True),
+    "train_fraction": (1e-6, 1, True),
 }
 
 
@@ -75,7 +76,7 @@ def check_ranges(recipe: Any) -> None:
             if not (low <= value <= high and (closed or value < high)):
                 limit = f"from {low} on" if high == math.inf else f"from {low} to {'' if closed else 'below '}{high}"
                 raise UserError(f"{knob}={value}: it must be {limit}")
-    if recipe.warmup_epochs > recipe.epochs:
+    if getattr(recipe, "warmup_epochs", 0) > getattr(recipe, "epochs", math.inf):
         raise UserError(f"warmup_epochs={recipe.warmup_epochs} is longer than the training (epochs={recipe.epochs})")
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,3 +317,36 @@ def test_random_erasing_fills_a_quarter_of_the_images_with_noise():
         seed_all(seed)
         erased.append(bool((transform(image).std(dim=(1, 2)) > 1e-3).any()))
     assert abs(np.mean(erased) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 400)
+
+
+def numbered(counts: dict[int, int]) -> Split:
+    labels = [label for label, n in counts.items() for _ in range(n)]
+    return Split(tuple(Path(f"{label}/{i}.jpg") for i, label in enumerate(labels)), tuple(labels))
+
+
+def test_one_percent_of_imagenet_is_balanced_as_its_published_subset():
+    # tensorflow_datasets imagenet2012_subset: 12,811 and 128,116 images, as many of each class but for one.
+    counts = {label: 732 if label < 105 else 1300 for label in range(1000)}
+    counts[999] = 1281167 - sum(counts[label] for label in range(999))
+    everything = numbered(counts)
+    for fraction, total, each in ((0.01, 12811, {12, 13}), (0.1, 128116, {128, 129})):
+        kept = everything.share(fraction, 0)
+        assert len(kept.files) == total
+        assert set(Counter(kept.labels).values()) == each
+
+
+def test_a_share_takes_all_of_a_rare_class_and_fills_up_from_the_others():
+    # 10 of 20 images: 1 and 2 of the rare classes, then (10 - 3) / 2 of each of the others, the odd one of the larger.
+    kept = numbered({3: 1, 5: 2, 7: 8, 9: 9}).share(0.5, 0)
+    assert Counter(kept.labels) == {3: 1, 5: 2, 7: 3, 9: 4}
+    assert list(kept.files) == sorted(kept.files, key=lambda f: int(f.stem))
+    assert len(set(kept.files)) == 10
+    assert Counter(numbered({3: 1, 5: 2, 7: 8}).share(0.001, 0).labels) == {3: 1, 5: 1, 7: 1}
+
+
+def test_a_share_is_drawn_by_its_seed():
+    everything = numbered({0: 50, 1: 50})
+    assert everything.share(0.1, 0) == everything.share(0.1, 0)
+    assert everything.share(0.1, 0) != everything.share(0.1, 1)
+    assert everything.share(1.0, 1) is everything
+    assert set(everything.share(0.1, 0).files) <= set(everything.files)

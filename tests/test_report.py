@@ -532,3 +532,27 @@ def test_published_numbers_against_the_facts():
         rows = pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
         for table, value in zip(rows.table, rows.value):
             assert (table.replace("Figure", "Fig"), value) in printed
+
+
+def test_a_share_of_the_training_images_is_a_column_of_its_own(tmp_path):
+    def trained_on(share: float, top1: float, **changes) -> Record:
+        record = official(ok("imagenet_finetune", top1=top1), **changes)
+        override = {} if share == 1 else {"train_fraction": share}
+        identity = {**record.identity, "recipe": {"train_fraction": share}}
+        return replace(record, overrides=override, recipe={"image_size": 224} | override, identity=identity)
+
+    few = trained_on(0.01, 51.0, artifacts={"classifier.safetensors": "few"})
+    shifted = official(ok("imagenet_a", top1=9.0), identity={"task": "imagenet_a", "parent": "few"})
+    out = made(tmp_path, trained_on(1, 83.7), few, trained_on(0.1, 71.0), shifted)
+    text = (out / "tables/imagenet.md").read_text()
+    row = next(line for line in grid(text) if "enc" in line["checkpoint"])
+    assert row["fine-tuning ↑"] == "83.70"
+    assert row["fine-tuning, 10 % of training ↑"] == "71.00"
+    assert row["fine-tuning, 1 % of training ↑"] == "51.00"
+    assert row["Δ MAE"] == "+0.10"  # 83.6 in Table 3; nothing is published for a share of the images
+    assert text.count("Δ MAE |") == 1
+    found = cells(out, "imagenet").query("row == 'ours'").iloc[0]
+    assert found["imagenet_finetune.top1@0.01"] == 51.0
+    assert pd.isna(found["imagenet_finetune.top1@0.01.delta"])
+    robustness = (out / "tables/robustness.md").read_text()
+    assert "classifier from paper with train_fraction=0.01, official data" in robustness

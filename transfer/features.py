@@ -17,7 +17,7 @@ from mae_core.data import Images, loader
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.progress import Progress
-from mae_core.settings import did_you_mean
+from mae_core.settings import check_ranges, did_you_mean
 from transfer.classification_recipes import miniature_size
 from transfer.images import Split, eval_transform, read_split, wnids
 from transfer.task import Job, Result
@@ -30,14 +30,17 @@ VERSION = 1  # raised whenever the same inputs give other features
 
 @dataclass(frozen=True)
 class KnnRecipe:
-    """k and temperature of the vote; size (px) and transform (transfer/images.py, eval_transform) of the images."""
+    """k and temperature of the vote; size (px) and transform (transfer/images.py, eval_transform) of the images;
+    train_fraction: the share of the training images that vote (Split.share)."""
 
     image_size: int
     k: int = 20
     temperature: float = 0.07
     transform: str = "resize_crop"
+    train_fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.k < 1 or self.temperature <= 0:
             raise UserError(f"k={self.k}, temperature={self.temperature:g}: both must be above 0")
         eval_transform(self.image_size or 224, self.transform)
@@ -74,8 +77,12 @@ def knn(job: Job) -> Result:
     """
     folder = Path(job.data.root) / "imagenet"
     (train, _), (val, _) = read_split(folder / "train"), read_split(folder / "val")
-    if len(train.files) < job.recipe.k:
-        raise UserError(f"{folder}/train has {len(train.files)} images, fewer than k={job.recipe.k}: set a smaller k")
+    voters = train.share(job.recipe.train_fraction, job.seed)
+    if len(voters.files) < job.recipe.k:
+        of_it = f" in its share of {job.recipe.train_fraction:g}" if job.recipe.train_fraction < 1 else ""
+        raise UserError(
+            f"{folder}/train has {len(voters.files)} images{of_it}, fewer than k={job.recipe.k}: set a smaller k"
+        )
     pool = job.checkpoint.pool
     model = model_of(job.checkpoint, job.recipe.image_size)
     summary = load_encoder(model, job.checkpoint).summary()
@@ -86,10 +93,13 @@ def knn(job: Job) -> Result:
         features_of(job, model, split, store / f"{name}.safetensors")
         for name, split in (("train", train), ("val", val))
     )
+    # The features of all are kept, whatever their share: other shares and other values of k read them too.
+    place = {file: i for i, file in enumerate(train.files)}
+    train_features = train_features[[place[file] for file in voters.files]]
     device = job.machine.device
-    labels, truth = torch.tensor(train.labels), np.array(val.labels)
+    labels, truth = torch.tensor(voters.labels), np.array(val.labels)
     metrics, stderr = {}, {}
-    usable = [k for k in OTHER_KS if k <= len(train.files)]
+    usable = [k for k in OTHER_KS if k <= len(voters.files)]
     for k in dict.fromkeys((job.recipe.k, *usable)):
         name = "top1" if k == job.recipe.k else f"top1@{k}"
         found = knn_predict(
@@ -109,7 +119,7 @@ def knn(job: Job) -> Result:
         stderr,
         n_eval=len(val.files),
         images_seen=0 if read else len(train.files) + len(val.files),
-        resolved={"feature": feature, "features": store.name, "load": summary},
+        resolved={"feature": feature, "features": store.name, "load": summary, "train_images": len(voters.files)},
     )
 
 

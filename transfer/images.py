@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core.data import EXTENSIONS, MEAN, STD
+from mae_core.data import EXTENSIONS, MEAN, STD, seed_for
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer.task import Data
@@ -54,6 +55,24 @@ class Split:
         kept = frozenset(kept)
         pairs = [(f, c) for f, c in zip(self.files, self.labels) if c in kept]
         return Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
+
+    def share(self, fraction: float, seed: int) -> "Split":
+        """That share of the images, balanced over the classes as the 1 % and 10 % subsets of ImageNet are
+        (tensorflow_datasets imagenet2012_subset): as many of each class, one more of the larger ones where that does
+        not come out even, all of a class that has fewer; at least one of each. The seed draws which."""
+        if fraction == 1:
+            return self
+        members: dict[int, list[int]] = {}
+        for i, label in enumerate(self.labels):
+            members.setdefault(label, []).append(i)
+        left, kept = max(int(len(self.files) * fraction + 1e-9), len(members)), []
+        rng = np.random.default_rng(seed_for(seed))
+        for number, label in enumerate(sorted(members, key=lambda c: (len(members[c]), c))):
+            wanted = min(len(members[label]), left // (len(members) - number))
+            kept += rng.permutation(members[label])[:wanted].tolist()
+            left -= wanted
+        kept.sort()
+        return Split(tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
 
 
 def read_split(folder: Path) -> tuple[Split, list[str]]:

@@ -39,7 +39,8 @@ class ClassifierRecipe:
     """Every number of one classifier's training. Values and their sources: transfer/classification_recipes.py.
 
     optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
-    rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none.
+    rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none. train_fraction:
+    the share of the training images that is used (Split.share).
     UserError for an unknown name, and for a knob that would do nothing.
     """
 
@@ -65,6 +66,7 @@ class ClassifierRecipe:
     cutmix: float
     label_smoothing: float
     ema: float
+    train_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
