@@ -85,6 +85,22 @@ def test_another_k_reads_the_features_and_computes_none(root, tmp_path, images_s
     ]
 
 
+def test_a_share_of_the_images_votes_by_features_kept_of_all(root, tmp_path, images_shown):
+    record = run_job(make_job(KNN, root, tmp_path / "a" / "half", k=5, train_fraction=0.5))
+    assert (len(images_shown), record.resolved["train_images"]) == (44, 16)
+    train, labels, val, truth = independent(make_job(KNN, root, tmp_path / "other"))
+    split = read_split(root / "imagenet" / "train")[0]
+    voters = set(split.share(0.5, 0).files)
+    rows = [i for i, file in enumerate(split.files) if file in voters]
+    other = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = other.fit(train[rows].numpy(), labels[rows]).score(val.numpy(), truth)
+    assert record.metrics["top1"] == pytest.approx(100 * expected)
+    run_job(make_job(KNN, root, tmp_path / "a" / "all", k=5))
+    assert len(images_shown) == 44
+    few = run_job(make_job(KNN, root, tmp_path / "a" / "few", k=5, train_fraction=0.01))
+    assert "has 4 images in its share of 0.01, fewer than k=5" in few.reason
+
+
 def test_features_are_kept_by_what_they_depend_on(root, tmp_path):
     job = make_job(KNN, root, tmp_path / "work")
     other_pixels = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))

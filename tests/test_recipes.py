@@ -87,6 +87,7 @@ KNOBS = {
     "cutmix": 1.0,
     "label_smoothing": 0.3,
     "ema": 0.5,
+    "train_fraction": 0.7,
 }
 OWN = {
     "imagenet_finetune": {
@@ -106,8 +107,8 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(task, changed knobs) -> SHA-256 of the weights that the task's own run ends with, on eight images."""
-    root = write_imagenet(tmp_path_factory.mktemp("data"), train=2, val=1)
+    """(task, changed knobs) -> SHA-256 of the weights that the task's own run ends with, on twelve images."""
+    root = write_imagenet(tmp_path_factory.mktemp("data"), train=3, val=1)
     patch = pytest.MonkeyPatch()
     found = {}
 
