@@ -12,7 +12,7 @@ from transfer_fixtures import make_job, write_imagenet
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
-from transfer import classification, cli, features, robustness
+from transfer import classification, classifier_job, cli, features, robustness
 from transfer.features import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.images import eval_transform, read_split
 from transfer.task import run_job
@@ -180,8 +180,9 @@ def test_the_recipe_is_dinos():
 
 def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root, tmp_path, monkeypatch):
     asked = []
-    for name in ("train_transform", "probe_transform", "eval_transform"):
-        original = getattr(classification, name)
+    used = [(classification, name) for name in ("train_transform", "probe_transform", "eval_transform")]
+    for module, name in (*used, (classifier_job, "eval_transform")):
+        original = getattr(module, name)
 
         def note(*args, _original=original, **kwargs):
             transform = _original(*args, **kwargs)
@@ -189,7 +190,7 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
             asked.append(tuple(float(v) for v in normalise.mean))
             return transform
 
-        monkeypatch.setattr(classification, name, note)
+        monkeypatch.setattr(module, name, note)
     checkpoint = beit_file(tmp_path)
     for task in classification.TASKS[:2]:
         job = make_job(task, root, tmp_path / task.name, epochs=1, warmup_epochs=0)

@@ -1,5 +1,6 @@
 """What every training of a classifier shares: its images, the model it starts from, its scores, what it leaves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,14 +22,17 @@ Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard
 
 
 def images_of(job: Job) -> Reading:
-    """The training and validation images of the job's task, and its number of classes."""
+    """The training images (the recipe's share of them) and validation images of the job's task, and its number of
+    classes."""
     root, known = Path(job.data.root), {known.name: known for known in SETS}
     if job.task.path:
-        return read_folder(Path(job.task.path))
-    if job.task.name in known:
-        return known[job.task.name].read(root / job.task.name)
-    train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
-    return Reading(train, val, len(wnids()))
+        reading = read_folder(Path(job.task.path))
+    elif job.task.name in known:
+        reading = known[job.task.name].read(root / job.task.name)
+    else:
+        train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
+        reading = Reading(train, val, len(wnids()))
+    return replace(reading, train=reading.train.share(job.recipe.train_fraction, job.seed))
 
 
 def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
@@ -71,7 +75,7 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
         seconds=state.seconds,
         artifacts=artifacts,
         notes=state.notes,
-        resolved={"load": load_summary(job, images.classes)},
+        resolved={"load": load_summary(job, images.classes), "train_images": len(images.train.files)},
     )
 
 
