@@ -13,6 +13,7 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.data import MEAN, STD
 from mae_core.machine import Machine
 from transfer.images import wnids
+from transfer.shifted_sets import CORRUPTIONS
 from transfer.task import Job, Task
 
 ARCH = "vit_mini_patch8"
@@ -49,6 +50,18 @@ def write_code(path: Path, code: int) -> None:
     """A 16 px image that says `code` (0..25) by its colour, for TableModel to read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16), (10 * code, 0, 0)).save(path)
+
+
+def write_c(root: Path, groups: dict[str, str] | None = None, codes=None) -> Path:
+    """root/imagenet-c: 15 corruptions x 5 severities, two classes with two images each. codes: what the images of a
+    corruption and severity say (write_code)."""
+    for number, corruption in enumerate(sorted(CORRUPTIONS)):
+        for severity in (1, 2, 3, 4, 5):
+            folder = root / "imagenet-c" / (groups or {}).get(corruption, "") / corruption / str(severity)
+            said = codes(number, severity) if codes else [0, 0, 1, 1]
+            for i, code in enumerate(said):
+                write_code(folder / wnids()[CLASSES[i // 2]] / f"ILSVRC2012_val_{i:08d}.png", code)
+    return root
 
 
 class TableModel(nn.Module):

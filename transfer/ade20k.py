@@ -9,14 +9,12 @@ from PIL import Image, ImageDraw
 
 from mae_core.data import EXTENSIONS, UNREADABLE
 from mae_core.errors import UserError
-from transfer.images import label_of, some
-from transfer.task import Data
+from transfer.findings import Data, against_official, label_of, some, spread
 
 FOLDER = "ADEChallengeData2016"
 CLASSES = 150
 OFFICIAL_COUNTS = {"train": 20210, "val": 2000}
 SPLITS = {"train": "training", "val": "validation"}
-CHECKED = 100  # pairs of each split that are opened before a training; the others when their turn comes
 
 
 def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -71,12 +69,14 @@ def look(root: Path) -> Data:
     for file in (file for found in listed.values() for pair in found for file in pair):
         digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
     detail = f"{counts['train']} train, {counts['val']} val"
-    return Data(str(root), "found", detail, label_of(folder, counts, OFFICIAL_COUNTS), digest.hexdigest(), counts)
+    label = label_of(folder, counts, OFFICIAL_COUNTS)
+    findings = () if label == "miniature" else against_official(FOLDER, counts, OFFICIAL_COUNTS)
+    return Data(str(root), "found", detail, label, digest.hexdigest(), counts, findings=findings)
 
 
 def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) -> list[str]:
     """What is wrong with a split: no image, images of another kind, images without a label, or wrong labels among
-    CHECKED pairs spread over it."""
+    some pairs spread over it; the others are checked when their turn comes."""
     images = folder / "images" / SPLITS[split]
     strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
     if strange:
@@ -86,15 +86,17 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
     bare = [image.name for image, label in found if label.name not in labels]
     if bare:
-        return [f"{images} has images without a label file in annotations/{SPLITS[split]}: {some(bare)}"]
+        return [f"{images} has {len(bare)} images without a label file in annotations/{SPLITS[split]}: {some(bare)}"]
     if lone := sorted(labels - {label.name for _, label in found}):
-        return [f"annotations/{SPLITS[split]} of {folder} has labels without an image: {some(lone)}"]
-    labelled = False
-    try:
-        for number in np.unique(np.linspace(0, len(found) - 1, CHECKED).round().astype(int)):
+        return [f"annotations/{SPLITS[split]} of {folder} has {len(lone)} labels without an image: {some(lone)}"]
+    looked, labelled, wrong = spread(len(found)), False, []
+    for number in looked:
+        try:
             labelled |= check_pair(*found[number])
-    except UserError as e:
-        return [str(e)]
+        except UserError as e:
+            wrong.append(str(e))
+    if wrong:
+        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {wrong[0]}"]
     return [] if labelled else [f"{images}: no pixel of the label files has a label above 0"]
 
 

@@ -24,10 +24,9 @@ from transfer.classification_recipes import (
 )
 from transfer.classifier_job import images_of, leave, start_model, trained_result, validate
 from transfer.features import knn, knn_recipe, knn_sources
+from transfer.imagenet import look_imagenet, look_imagenet_val
 from transfer.images import (
     eval_transform,
-    look_imagenet,
-    look_imagenet_val,
     probe_transform,
     read_split,
     train_transform,

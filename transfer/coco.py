@@ -17,8 +17,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mae_core.data import UNREADABLE
 from mae_core.errors import UserError
-from transfer.images import label_of, some
-from transfer.task import Data
+from transfer.findings import Data, against_official, label_of, some
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name, with the ten gaps of 1..90. The label of a category is its rank among them, 0..79, whatever part
@@ -71,7 +70,8 @@ class Examples(Sequence):
 @dataclass(frozen=True)
 class Split:
     """One annotation file. examples: images in the order of the file. clipped, dropped: boxes that reached out of their
-    image, and objects without area or without a valid outline. problems: why the file cannot be used."""
+    image, and objects without area or without a valid outline. problems: why the file cannot be used. findings:
+    what is not as in the official file."""
 
     examples: Examples
     objects: int
@@ -79,6 +79,7 @@ class Split:
     dropped: int
     problems: tuple[str, ...]
     sha256: str
+    findings: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -135,13 +136,25 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
     counts = {"clipped": 0, "dropped": 0}
     examples = [read_example(image, folder, by_image.get(image["id"], []), counts) for image in images]
-    return Split(Examples(examples), len(annotations), counts["clipped"], counts["dropped"], (), digest)
+    findings = unlike_official(path, folder, images, categories)
+    return Split(Examples(examples), len(annotations), counts["clipped"], counts["dropped"], (), digest, findings)
 
 
 def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]) -> list[str]:
     foreign = [f"{c['id']} '{c['name']}'" for c in categories if CATEGORIES.get(c["id"]) != c["name"]]
     foreign += [str(i) for i in sorted({str(a["category_id"]) for a in annotations if a["category_id"] not in LABELS})]
     return [f"{path} has categories that are not among COCO's 80: {some(foreign)}"] if foreign else []
+
+
+def unlike_official(path: Path, folder: Path, images: list[dict], categories: list[dict]) -> tuple[str, ...]:
+    """Sentences on categories that the file lacks and images on disk that it does not list."""
+    found = []
+    if absent := [CATEGORIES[i] for i in IDS if i not in {c["id"] for c in categories}]:
+        found.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {some(absent)}")
+    listed = {image["file_name"] for image in images}
+    if extra := sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpg", ".jpeg")) and n not in listed):
+        found.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {some(extra)}")
+    return tuple(found)
 
 
 def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
@@ -230,13 +243,16 @@ def look_coco(root: Path) -> Data:
     if problems:
         return Data(str(root), "incomplete", "; ".join(problems))
     counts = {"train": len(train.examples), "val": len(val.examples)}
+    label = label_of(base, counts, COUNTS)
+    findings = (*against_official("coco", counts, COUNTS), *train.findings, *val.findings)
     return Data(
         str(root),
         "found",
         f"{counts['train']} train, {counts['val']} val images",
-        label_of(base, counts, COUNTS),
+        label,
         hashlib.sha256(f"{train.sha256} {val.sha256}".encode()).hexdigest(),
         counts,
+        findings=() if label == "miniature" else findings,
     )
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mae_core.data import EXTENSIONS
-from transfer.images import Split, fingerprint, label_of, some
-from transfer.task import Data
+from transfer.findings import Data, against_official, label_of, some, unusable
+from transfer.images import Split, fingerprint
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,22 @@ def look(known: LabelledSet, root: Path) -> Data:
     train, val = reading.train, reading.val
     counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
     official = dict(zip(("classes", "train", "val"), known.counts))
+    label = label_of(folder, counts, official)
+    findings: tuple[str, ...] = ()
+    if label != "miniature" and any(known.counts):  # a folder of one's own has no official counts
+        absent = [str(c) for c in range(reading.classes) if c not in train.classes]
+        findings = against_official(known.name, counts, official, absent)
+        if untested := sorted(train.classes - val.classes):
+            findings += (f"{known.name}: validation lacks {len(untested)} classes of training: {some(untested)}",)
     return Data(
         str(root),
         "found",
         f"{counts['classes']} of {reading.classes} classes, {counts['train']} train, {counts['val']} val",
-        label_of(folder, counts, official),
+        label,
         fingerprint(root, train, val),
         counts,
         100 / len(val.classes),
+        findings,
     )
 
 
@@ -73,6 +81,8 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
         if absent:
             listed = some([str(file) for file in absent])
             found.append(f"{len(absent)} of the {len(split.files)} {name} images are not there: {listed}")
+        else:
+            found += unusable(split.files, f"{name} images")
         strange = sorted({label for label in split.labels if not 0 <= label < classes})
         if strange:
             found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {some([str(s) for s in strange])}")
@@ -131,6 +141,9 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         problems.append(f"{path} is missing")
+        return EMPTY
+    except UnicodeDecodeError:
+        problems.append(f"{path} is no text: unpack the list from its archive")
         return EMPTY
     for number, line in enumerate(lines, 1):
         file, _, label = line.rpartition(" ")

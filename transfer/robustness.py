@@ -16,8 +16,9 @@ from mae_core.data import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer import cli, miniature
-from transfer.images import Pixels, Split, columns, eval_transform, fingerprint, label_of, read_split, some, wnids
-from transfer.task import Data, Job, Result, Task
+from transfer.images import Pixels, Split, columns, eval_transform, read_split, wnids
+from transfer.shifted_sets import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
+from transfer.task import Job, Result, Task
 from transfer.train import EvalRecipe, Scores, evaluate, trained_classifier
 
 # Top-1 error of AlexNet, mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
@@ -38,16 +39,6 @@ ALEXNET_ERROR = {
     "elastic_transform": 0.646056,
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
-}
-SEVERITIES = (1, 2, 3, 4, 5)
-# The released archives unpack into groups (noise/gaussian_noise/1/...); others lay the corruptions side by side.
-GROUPS = ("", "noise", "blur", "weather", "digital")
-# Sketch: its README says 50,000, its archive holds 50,889.
-COUNTS = {"imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889}
-FOLDERS = {
-    "imagenet_a": ("imagenet-a",),
-    "imagenet_r": ("imagenet-r",),
-    "imagenet_sketch": ("imagenet-sketch/sketch", "imagenet-sketch", "sketch"),
 }
 
 
@@ -75,84 +66,6 @@ def sources(arch: str) -> dict[str, str]:
         "transform": "facebookresearch/mae util/datasets.py; ImageNet-C: hendrycks/robustness ImageNet-C/test.py "
         "(stand-in: the paper does not state its transform)",
     }
-
-
-def folder_of(root: Path, name: str) -> Path | None:
-    """The first of the usual folders that holds class folders."""
-    found = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
-    return next((f for f in found if any(d.name in wnids() for d in f.iterdir())), found[0] if found else None)
-
-
-def look(name: str, root: Path) -> Data:
-    """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
-    folder = folder_of(root, name)
-    if folder is None:
-        return Data(str(root), "missing", f"no data: it must lie at {root / name.replace('_', '-')}/WNID/*")
-    split, problems = read_split(folder)
-    allowed = set(columns(name)) if name != "imagenet_sketch" else set(range(len(wnids())))
-    foreign = sorted(wnids()[i] for i in split.classes - allowed)
-    if foreign:
-        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}")
-    if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
-    counts = {"classes": len(split.classes), "images": len(split.files)}
-    clean = clean_split(root) if name != "imagenet_sketch" else Split((), ())
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} classes, {counts['images']} images",
-        label_of(folder, counts, {"classes": len(allowed), "images": COUNTS[name]}),
-        fingerprint(root, split, clean),
-        counts,
-        100 / len(split.classes),
-    )
-
-
-def clean_split(root: Path) -> Split:
-    """ImageNet's own validation images, if they are there: next to A and R stands the accuracy on them."""
-    folder = root / "imagenet" / "val"
-    return read_split(folder)[0] if folder.is_dir() else Split((), ())
-
-
-def corruption_folder(root: Path, corruption: str) -> Path:
-    base = root / "imagenet-c"
-    return next((base / g / corruption for g in GROUPS if (base / g / corruption).is_dir()), base / corruption)
-
-
-def look_c(root: Path) -> Data:
-    """ImageNet-C below root: 15 corruptions x 5 severities; a tree with holes is incomplete, and an mCE over what is
-    there would be another number."""
-    base = root / "imagenet-c"
-    if not base.is_dir():
-        return Data(str(root), "missing", f"no data: it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
-    missing = [c for c in ALEXNET_ERROR if not corruption_folder(root, c).is_dir()]
-    problems = [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}"] if missing else []
-    splits: dict[str, Split] = {}
-    for corruption in (c for c in ALEXNET_ERROR if c not in missing):
-        for severity in SEVERITIES:
-            folder = corruption_folder(root, corruption) / str(severity)
-            if not folder.is_dir():
-                problems.append(f"{folder} is missing")
-                continue
-            splits[f"{corruption}/{severity}"], wrong = read_split(folder)
-            problems += wrong
-    sizes = {name: len(split.files) for name, split in splits.items()}
-    if len(set(sizes.values())) > 1:
-        full = max(sizes.values())
-        short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
-        problems.append(f"{base} has fewer than {full} images in {some(short)}")
-    if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
-    ordered = [splits[name] for name in sorted(splits)]
-    counts = {"classes": len(ordered[0].classes), "images": sum(sizes.values())}
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images",
-        label_of(base, counts, {"classes": 1000, "images": 3750000}),
-        fingerprint(root, *ordered),
-        counts,
-    )
 
 
 @cache
