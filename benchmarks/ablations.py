@@ -73,32 +73,40 @@ def resolve(cell: Cell, default: Default, args: argparse.Namespace) -> tuple[str
 
 def pretraining_data(args: argparse.Namespace) -> Path:
     """mini: generated unlabelled images, or DATA/unlabelled; else DATA/imagenet, of which train is taken."""
-    if args.data is None:
-        if args.recipe == "paper":
-            raise UserError("--data DIR is needed: the folder with imagenet/train and imagenet/val")
+    if args.data is None and args.recipe == "paper":
+        raise UserError("--data DIR is needed: the folder with imagenet/train and imagenet/val")
+    own = (args.data or args.out / "data") / "unlabelled"
+    return own if args.recipe == "mini" and (own.is_dir() or args.data is None) else args.data / "imagenet"
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Write the miniature where mini has no --data."""
+    if args.data is None and args.recipe == "mini":
         args.data = args.out / "data"
         miniature.imagenet(args.data)
         miniature.unlabelled(args.data, MINI_IMAGES)
-    own = args.data / "unlabelled"
-    return own if args.recipe == "mini" and own.is_dir() else args.data / "imagenet"
+
+
+def place_of(cell: Cell, default: Default, args: argparse.Namespace) -> Path:
+    """The folder of a cell's pre-training. Its name ends in a hash of all that the weights depend on: cells of several
+    tables that are the same pre-training, such as every table's default, share it."""
+    arch, r = resolve(cell, default, args)
+    tokenizer = args.tokenizer if r.tokenizer == "dall-e" else None
+    identity = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": args.seed}
+    identity |= {"data": str(pretraining_data(args).resolve()), "precision": args.precision}
+    identity |= {"tokenizer": sha256_of(tokenizer) if tokenizer else ""}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    found = sorted(args.out.glob(f"pretraining/*-{digest}/{WEIGHTS_FILE}"))
+    return found[0].parent if found else args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
 
 
 def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: int) -> tuple[Path, str]:
-    """Pre-train a cell as a child process, unless that is done; its folder, and why it failed ("" if it did not).
-
-    The folder's name is a hash of all that the weights depend on: cells of several tables that are the same
-    pre-training, such as every table's default, share it.
-    """
+    """Pre-train a cell as a child process, unless that is done; its folder, and why it failed ("" if it did not)."""
     arch, r = resolve(cell, default, args)
-    data = pretraining_data(args)
-    tokenizer = args.tokenizer if r.tokenizer == "dall-e" else None
-    identity = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": args.seed, "data": str(data.resolve())}
-    identity |= {"precision": args.precision, "tokenizer": sha256_of(tokenizer) if tokenizer else ""}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    work = args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
-    found = sorted(args.out.glob(f"pretraining/*-{digest}/{WEIGHTS_FILE}"))
-    if found:
-        return found[0].parent, ""
+    work = place_of(cell, default, args)
+    if (work / WEIGHTS_FILE).exists():
+        return work, ""
+    data, tokenizer = pretraining_data(args), args.tokenizer if r.tokenizer == "dall-e" else None
     command = [*run_all.launcher(args.gpus), "-m", "mae_core.pretrain", "--data", str(data), "--arch", arch]
     command += ["--recipe", args.recipe, "--out", str(work), "--seed", str(args.seed), "--device", args.device]
     command += ["--precision", args.precision, "--workers", str(args.workers), "--micro-batch", str(args.micro_batch)]
@@ -147,13 +155,17 @@ def run_child(command: Sequence[str], log: Path, lock: int, parallel: bool) -> i
             raise
 
 
-def evaluate_cell(work: Path, default: Default, args: argparse.Namespace, lock: int) -> dict[str, Record]:
-    """Linear probing and fine-tuning of a pre-trained cell, through run_all's plan and children: done ones are read."""
+def evaluation_of(work: Path, default: Default, args: argparse.Namespace) -> argparse.Namespace:
+    """The call of run_all that probes and fine-tunes a pre-trained cell."""
     values = vars(args) | {"ckpt": [str(work / WEIGHTS_FILE)], "tasks": list(TASKS), "seeds": [args.seed]}
     values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in default.transfer.items() for k, v in knobs.items()]
-    own = argparse.Namespace(**values)
-    records = run_all.run(make_plan(own), own, lock)
-    return {record.task: record for record in records}
+    return argparse.Namespace(**values)
+
+
+def evaluate_cell(work: Path, default: Default, args: argparse.Namespace, lock: int) -> dict[str, Record]:
+    """Linear probing and fine-tuning of a pre-trained cell, through run_all's plan and children: done ones are read."""
+    call = evaluation_of(work, default, args)
+    return {record.task: record for record in run_all.run(make_plan(call), call, lock)}
 
 
 def row_of(cell: Cell, default: Default, args: argparse.Namespace, lock: int, unit: int) -> Row:
@@ -227,6 +239,7 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
 def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
     lock = run_all.take_lock(args.out)
     try:
+        generate(args)
         return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
     finally:
         os.close(lock)
@@ -241,16 +254,38 @@ def check(args: argparse.Namespace) -> Machine:
             resolve(cell, DEFAULTS[args.recipe], args)
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
-    if args.tokenizer is not None and ("1d" not in args.table or not args.tokenizer.is_file()):
-        raise UserError(f"--tokenizer {args.tokenizer}: give a file, and --table 1d, which alone uses it")
+    if args.tokenizer is not None and not args.tokenizer.is_file():
+        raise UserError(f"--tokenizer {args.tokenizer}: there is no such file")
+    if args.tokenizer is not None and "1d" not in args.table:
+        raise UserError(f"--tokenizer {args.tokenizer}: only --table 1d uses it")
     return machine_from(args)
 
 
+def state_of(cell: Cell, default: Default, args: argparse.Namespace) -> str:
+    """What is left to do for a cell."""
+    if args.data is None and args.recipe == "paper":
+        return "to do"
+    work = place_of(cell, default, args)
+    if not (work / WEIGHTS_FILE).exists():
+        return "begun" if work.exists() else "to do"
+    call = evaluation_of(work, default, argparse.Namespace(**vars(args) | {"data": args.data or args.out / "data"}))
+    left = [item.job.task.name for item in make_plan(call) if item.state != "done"]
+    return f"pre-trained; to do: {', '.join(left)}" if left else "done"
+
+
 def print_cells(args: argparse.Namespace) -> None:
+    """Each cell with what its pre-training costs beside the default's, in FLOPs, and what is left to do."""
+    default = DEFAULTS[args.recipe]
+    arch, plain = resolve(Cell("default"), default, args)
+    unit = training_flops(arch, plain) * plain.epochs
     for name in args.table:
         print(f"{TABLES[name].title}: {TABLES[name].about}; {about(args)}")
         for cell in cells_of(name, args):
-            print(f"  {cell.label:<50} {', '.join(f'{k}={v}' for k, v in cell.knobs.items()) or 'the default'}")
+            own_arch, r = resolve(cell, default, args)
+            cost = training_flops(own_arch, r) * r.epochs / unit
+            state = "timed anew" if name == "2" else state_of(cell, default, args)
+            knobs = ", ".join(f"{k}={v}" for k, v in cell.knobs.items()) or "the default"
+            print(f"  {cell.label:<50} {cost:5.2f}x  {state:<8} {knobs}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

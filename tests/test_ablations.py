@@ -139,7 +139,8 @@ def test_wall_clock_table(tmp_path):
             r"this recipe has no 'decoder_dept'; did you mean decoder_depth",
         ),
         (["--table", "1a", "--gpus", "0"], r"--gpus 0: give the number of processes"),
-        (["--table", "1a", "--tokenizer", "x.pth"], r"--tokenizer x.pth: give a file, and --table 1d"),
+        (["--table", "1a", "--tokenizer", "x.pth"], r"--tokenizer x.pth: there is no such file"),
+        (["--table", "1a", "--tokenizer", __file__], r"only --table 1d uses it"),
         (["--table", "1f", "--set", "mask_ratio=0.6"], r"grid-wise masking hides 0.75"),
         (["--table", "1a"], r"--data DIR is needed"),
     ],
@@ -151,9 +152,12 @@ def test_wrong_calls_are_refused_before_anything_runs(tmp_path, capsys, flags, s
     assert error.count("\n") == 1
 
 
-def test_plan_lists_the_cells(capsys):
-    assert ablations.main(["--table", "1f", "fig7", "--recipe", "mini", "--plan"]) == 0
+def test_plan_lists_the_cells_and_what_they_cost(capsys, tmp_path):
+    assert ablations.main(["--table", "1f", "fig7", "--recipe", "mini", "--plan", "--out", str(tmp_path / "o")]) == 0
+    assert not (tmp_path / "o").exists()
     out = capsys.readouterr().out
+    assert re.search(r"16 epochs +2\.00x  to do", out)  # of a default of 8
+    assert re.search(r"4 epochs +0\.50x  to do", out)
     assert "block 50 %" in out
     assert "masking=block, mask_ratio=0.5" in out
     assert out.count("the default") == 1  # the fig7 cell of 8 epochs names them
@@ -199,6 +203,12 @@ def test_a_table_is_filled_and_resumed_cell_by_cell(tiny_data, tmp_path, monkeyp
     assert ablations.main(call) == 0
     assert [(p, p.stat().st_mtime_ns) for p in sorted(tmp_path.glob("**/*.safetensors"))] == before
     assert (tmp_path / "tables" / "table_1c.csv").read_text() == first
+    capsys.readouterr()
+    assert ablations.main([*call, "--plan"]) == 0
+    assert capsys.readouterr().out.count("x  done ") == 2
+    next((tmp_path / "runs").glob("*/imagenet_linprobe/*/record.json")).unlink()
+    assert ablations.main([*call, "--plan"]) == 0
+    assert capsys.readouterr().out.count("x  pre-trained; to do: imagenet_linprobe") == 1
     # The default of another table is the same pre-training: nothing is trained for it.
     monkeypatch.setitem(TABLES["1a"].cells, "mini", TABLES["1a"].cells["mini"][1:2])
     assert ablations.main(["--table", "1a", *call[2:]]) == 0
