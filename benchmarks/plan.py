@@ -10,8 +10,8 @@ from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import machine_from
-from mae_core.settings import did_you_mean, override
-from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place
+from mae_core.settings import did_you_mean
+from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place, resolve
 from transfer.task import CLASSIFIER_FILE, Job, Task
 
 FINETUNE = "imagenet_finetune"
@@ -42,7 +42,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     # Random weights are drawn anew for each seed; a file is read once.
     checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
     for task in TASKS:
-        override(task.recipe("vit_base_patch16", args.recipe), settings[task.name])  # also of tasks that are not run
+        resolve(task, "vit_base_patch16", args.recipe, settings[task.name])  # also of tasks that are not run
     root = data_root(args, named or TASKS)
     look = cache(lambda look_below: look_below(root))  # some tasks share their data, and listing it takes a while
 
@@ -57,7 +57,8 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
         coming = finetune.task in chosen and not obstacle(finetune)[0]
         for task in chosen:
             items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming, args.out))
-    return sorted(items, key=lambda item: item.job.task.cost)
+    own = {item.job.work: item for item in items}  # from scratch, two checkpoints of one size are one job
+    return sorted(own.values(), key=lambda item: item.job.task.cost)
 
 
 def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:

@@ -143,13 +143,11 @@ def launcher(processes: int) -> list[str]:
 
 def flags(job: Job, args: argparse.Namespace) -> list[str]:
     """The child's command line; what it computes from it must be this very job."""
-    given = ["--ckpt", job.checkpoint.path if job.checkpoint.format != "random" else job.checkpoint.name]
-    given += ["--recipe", args.recipe, "--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
-    if job.overrides:
-        given += [
-            "--set",
-            *(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in job.overrides.items()),
-        ]
+    given = ["--ckpt", job.checkpoint.path, "--recipe", args.recipe]
+    given += ["--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
+    chosen = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}
+    if knobs := chosen | job.overrides:
+        given += ["--set", *(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in knobs.items())]
     if len(job.task.engines) > 1:
         given += ["--engine", job.engine]
     if job.parent is not None:

@@ -104,6 +104,28 @@ TABLES = (
         ),
     ),
     Table(
+        name="partial",
+        title="ImageNet-1K, partial fine-tuning",
+        caption="Top-1 accuracy (%) by the number of last blocks that are tuned, as in Figure 9 of the MAE paper: 0 is "
+        "linear probing, 0.5 the MLP half of the last block, all blocks are fine-tuning. Other blocks are frozen.",
+        published="partial",
+        columns=tuple(
+            Column("imagenet_partial", f"top1@{k:g}", f"{k:g}", optional=True, reference="")
+            for k in (0, 0.5, 1, 2, 4, 6, 12, 18, 24, 32, 40)
+        ),
+    ),
+    Table(
+        name="scratch",
+        title="ImageNet-1K, supervised training from scratch",
+        caption="Top-1 accuracy (%) from random weights, as in Table 11 of the MAE paper: of the moving average of the "
+        "weights (EMA) and of the weights themselves.",
+        published="scratch",
+        columns=(
+            Column("imagenet_scratch", "top1", "EMA", reference=""),
+            Column("imagenet_scratch", "top1_without_ema", "without EMA", reference=""),
+        ),
+    ),
+    Table(
         name="robustness",
         title="Robustness of the fine-tuned classifier",
         caption="As in Table 13 of the MAE paper. IN-C: mean corruption error (mCE, AlexNet = 100) and the plain mean "
@@ -135,7 +157,7 @@ TABLES = (
         name="inaturalist_places",
         title="iNaturalist and Places, fine-tuning",
         caption="Top-1 accuracy (%), as in Table 6 of the MAE paper. Its rates and epochs were never published: the "
-        "recipe is that of ImageNet, a stand-in.",
+        "recipe is that of ImageNet, a stand-in, unless the section names another.",
         published="inaturalist_places",
         columns=(
             Column("inat2017", "top1", "iNat 2017"),

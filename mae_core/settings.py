@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mae_core.errors import UserError
 
@@ -97,6 +97,8 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
             return finite(text)
         if isinstance(current, tuple):
             parts = [part.strip() for part in text.strip("[]()").split(",")]
+            if get_args(kind)[-1:] == (Ellipsis,):
+                return tuple(finite(part) for part in parts)
             if len(parts) != len(current):
                 raise UserError(
                     f"--set {knob}={text}: {knob} takes {len(current)} numbers, "

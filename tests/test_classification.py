@@ -17,6 +17,7 @@ from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
 from transfer import classification, task
+from transfer.cli import main
 from transfer.images import eval_transform, read_split, wnids
 from transfer.task import CLASSIFIER_FILE, run_job
 from transfer.train import evaluate, trained_classifier
@@ -251,6 +252,31 @@ def test_an_unreadable_validation_image_costs_the_number(tmp_path):
     assert record.status == "failed"
     assert str(broken) in record.reason
     assert record.metrics == {}
+
+
+# From scratch
+
+
+def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, capsys):
+    """Of a checkpoint the size alone counts: nothing of its weights is in what is trained."""
+    save_weights(tmp_path / "other.safetensors", build_vit(ARCH).state_dict(), {"format": "mae-transfer"})
+    common = ["--task", "imagenet_scratch", "--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out")]
+    common += ["--device", "cpu", "--set", "epochs=1", "batch=8", "warmup_epochs=0", "ema=0.5"]
+    for checkpoint in (str(tmp_path / "other.safetensors"), f"random:{ARCH}"):
+        assert main(classification.TASKS, ["--ckpt", checkpoint, *common]) == 0
+    (path,) = (tmp_path / "out").rglob("record.json")
+    record = task.read_record(path)
+    assert capsys.readouterr().out.count("imagenet_scratch: top1 ") == 2
+    assert record.checkpoint["name"] == f"scratch:{ARCH}"
+    assert record.checkpoint["sha256"] == hashlib.sha256(f"scratch:{ARCH}".encode()).hexdigest()
+    assert {"top1", "top1_without_ema"} <= record.metrics.keys() & record.stderr.keys()
+    start = small_checkpoint().encoder  # of the same seed
+    left = load_file(path.parent / CLASSIFIER_FILE)
+    norms = {name for name in start if name.startswith("norm.")}  # replaced by fc_norm
+    # Four steps at a small rate: near where it started, and not there.
+    for name in start.keys() - norms:
+        assert torch.allclose(left[name], start[name], atol=0.02), name
+        assert not torch.equal(left[name], start[name]), name
 
 
 # The probe

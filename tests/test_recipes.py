@@ -1,17 +1,22 @@
 import hashlib
+from collections import Counter
 from dataclasses import asdict, fields, replace
 
 import pytest
 from transfer_fixtures import ARCH, make_job, small_checkpoint, write_imagenet
 
+from mae_core.data import Images
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.optim import learning_rate
 from mae_core.settings import override
 from transfer import classification, robustness
-from transfer.train import UNUSED, ClassifierRecipe, EvalRecipe
+from transfer.task import run_job
+from transfer.train import UNUSED, ClassifierRecipe, EvalRecipe, RepeatedRecipe
 
 TASKS = (*classification.TASKS, *robustness.TASKS)
 FINETUNE, LINPROBE, *_ = classification.TASKS
+SCRATCH, INAT = (next(t for t in TASKS if t.name == name) for name in ("imagenet_scratch", "inat2018"))
 ARCHS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "vit_small_patch16", ARCH)
 
 # All that "mini" may change.
@@ -21,7 +26,9 @@ MINI_FIELDS = {
     "imagenet_linprobe": SIZES,
     "imagenet_knn": {"image_size"},
 }
-MINI_FIELDS |= {t.name: MINI_FIELDS["imagenet_finetune"] for t in TASKS if t.recipe is FINETUNE.recipe}
+MINI_FIELDS |= {t.name: MINI_FIELDS["imagenet_finetune"] for t in TASKS if t.recipe is classification.stand_in_recipe}
+MINI_FIELDS |= {"imagenet_partial": MINI_FIELDS["imagenet_finetune"]}
+MINI_FIELDS |= {"imagenet_scratch": MINI_FIELDS["imagenet_finetune"] | {"ema"}}
 
 
 def every(items):
@@ -66,6 +73,47 @@ def test_an_unknown_recipe_is_answered_with_the_right_name(task, wrong, right):
 def test_an_unknown_knob_is_answered_with_the_right_name(task):
     with pytest.raises(UserError, match=r"did you mean image_size\?"):
         override(task.recipe(ARCH, "paper"), ["imagesize=224"])
+
+
+@pytest.mark.parametrize(
+    ("arch", "epochs", "drop_path"),
+    [("vit_base_patch16", 300, 0.1), ("vit_large_patch16", 200, 0.2), ("vit_huge_patch14", 200, 0.2)],
+)
+def test_training_from_scratch_is_the_papers(arch, epochs, drop_path):
+    """Table 11; the absolute rate is 1e-4 * 4096 / 256."""
+    r = SCRATCH.recipe(arch, "paper")
+    assert learning_rate(r.base_lr, r.batch) == pytest.approx(1.6e-3)
+    assert (r.optimizer, r.betas, r.weight_decay, r.layer_decay) == ("adamw", (0.9, 0.95), 0.3, 1.0)
+    assert (r.image_size, r.batch, r.epochs, r.warmup_epochs, r.drop_path) == (224, 4096, epochs, 20, drop_path)
+    assert (r.rand_augment, r.label_smoothing, r.mixup, r.cutmix) == ("rand-m9-mstd0.5-inc1", 0.1, 0.8, 1.0)
+    assert (r.ema, r.random_erasing) == (0.9999, 0.0)
+
+
+# For ViT-B on iNaturalist: facebookresearch/deit issues 105 and 141, facebookresearch/dino issue 171. The rate 7.5e-5
+# is said to be after scaling, 5e-5 before it, and DeiT's main.py scales by batch / 512.
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "lr", "erasing"),
+    [("deit-360", 360, 768, 7.5e-5, 0.1), ("dino-300", 300, 1024, 5e-5 * 1024 / 512, 0.25)],
+)
+def test_the_longer_stand_ins_are_what_their_authors_said(name, epochs, batch, lr, erasing):
+    r = INAT.recipe("vit_base_patch16", name)
+    assert learning_rate(r.base_lr, r.batch) == pytest.approx(lr)
+    assert (r.epochs, r.batch, r.warmup_epochs, r.random_erasing) == (epochs, batch, 5, erasing)
+    assert (r.optimizer, r.weight_decay, r.layer_decay, r.drop_path) == ("adamw", 0.05, 1.0, 0.1)
+    assert (r.rand_augment, r.label_smoothing, r.mixup, r.cutmix) == ("rand-m9-mstd0.5-inc1", 0.1, 0.8, 1.0)
+    assert (r.pool, r.min_lr, r.ema, r.repeated_augmentation) == ("token", 1e-5, 0.0, 3)
+    sources = INAT.sources("vit_base_patch16", name)
+    assert sources.keys() == asdict(r).keys()
+    assert name.split("-")[0] in sources["epochs"]
+    assert all(text.startswith("stand-in") or text == "not used" for text in sources.values())
+
+
+@every([task for task in TASKS if task.name.startswith(("inat", "places"))])
+def test_the_default_of_iNaturalist_and_Places_is_imagenets(task):
+    for arch in ARCHS:
+        assert task.recipe(arch, "paper") == FINETUNE.recipe(arch, "paper")
+    with pytest.raises(UserError, match=r"unknown recipe 'deit360'; did you mean deit-360\?"):
+        task.recipe(ARCH, "deit360")
 
 
 # Every knob moves something: the weights that a short training ends with.
@@ -120,7 +168,7 @@ def trained(tmp_path_factory):
         return {}
 
     patch.setattr(classification, "leave", leave)
-    patch.setattr(classification, "validate", lambda *_: ({"top1": 0.0}, {}))
+    patch.setattr(classification, "validate", lambda *_: ({"top1": 0.0}, {"top1": 0.0}))
 
     def run(task, **changes) -> str:
         others = {name: changes.pop(name) for name in ("seed", "machine") if name in changes}
@@ -193,6 +241,26 @@ def test_the_knobs_of_an_evaluation_move_its_images():
     assert {f.name for f in fields(EvalRecipe)} == {"image_size", "transform"}
     with pytest.raises(UserError, match="did you mean resize_crop"):
         EvalRecipe(transform="resize_corp")
+
+
+def test_repeated_augmentation_shows_the_images_of_a_batch_again(tmp_path, monkeypatch):
+    """16 images in batches of 8, twice each: a batch shows four images, and two epochs show every image."""
+    root, shown = write_imagenet(tmp_path, train=4, val=1), Images.__getitems__
+    job = make_job(FINETUNE, root, tmp_path / "once")
+    repeated = replace(job, recipe=RepeatedRecipe(**vars(job.recipe), repeated_augmentation=2), work=tmp_path / "twice")
+    batches = []
+
+    def spy(dataset, samples):
+        if isinstance(samples[0], tuple):  # in training
+            batches.append([sample[0] for sample in samples])
+        return shown(dataset, samples)
+
+    monkeypatch.setattr(Images, "__getitems__", spy)
+    for which, different in ((repeated, 4), (job, 8)):
+        batches.clear()
+        assert run_job(which).status == "ok"
+        assert [len(set(batch)) for batch in batches] == [different] * 4
+        assert Counter(image for batch in batches for image in batch) == dict.fromkeys(range(16), 2)
 
 
 @every((FINETUNE, LINPROBE))

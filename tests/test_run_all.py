@@ -17,9 +17,12 @@ from PIL import Image
 from benchmarks import run_all
 from benchmarks.plan import Item, settings_by_task
 from benchmarks.suite import TASKS
+from mae_core.checkpoint import save_weights
 from mae_core.errors import UserError
+from mae_core.vit import build_vit
+from transfer.cli import find_tasks, make_job
 from transfer.images import wnids
-from transfer.task import Record, read_record, write_record
+from transfer.task import Record, describe, read_record, write_record
 
 RUN_ALL = Path(run_all.__file__).resolve()
 WNIDS = sorted({*wnids("imagenet_a")} & {*wnids("imagenet_r")})[:2]
@@ -161,6 +164,13 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--ckpt", ARCH, "--set", "imagenet_finetune.image_size=50"], "50x50"),
         (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=-1"], "epochs=-1"),
         (["--ckpt", ARCH, "--tasks", "imagenet_linprobe", "--set", "imagenet_c.transfrm=1"], "transform"),
+        (["--ckpt", ARCH, "--set", "inat2018.recipe=diet-360"], "did you mean deit-360?"),
+        (["--ckpt", ARCH, "--set", "inat2018.recipe=mini"], "--recipe chooses that, for all tasks"),
+        (
+            ["--ckpt", ARCH, "--set", "imagenet_finetune.recipe=deit-360"],
+            "unknown recipe 'deit-360'; known: paper, mini",
+        ),
+        (["--ckpt", ARCH, "--set", "imagenet_partial.blocks=0,2"], "1 must be among them"),
         (["--ckpt", ARCH, "--out", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth"),
     ):
         assert run_all.main([*out, *arguments]) == 2
@@ -222,6 +232,41 @@ def test_settings_go_to_their_task() -> None:
     assert found["imagenet_c"] == ["transform=resize"]
     with pytest.raises(UserError, match="did you mean imagenet_c"):
         settings_by_task(["imagenet_cc.transform=resize"], TASKS)
+
+
+def test_a_recipe_by_name_holds_for_its_task_alone_and_reaches_the_child(tmp_path: Path, data: Path) -> None:
+    common = ["--ckpt", ARCH, "--data", str(data), "--out", str(tmp_path / "out")]
+    args = run_all.parse([*common, "--set", "inat2018.recipe=deit-360", "inat2018.batch=64"])
+    jobs = {item.job.task.name: item.job for item in run_all.make_plan(args)}
+    job = jobs["inat2018"]
+    assert {name for name in jobs if jobs[name].recipe_label != "paper"} == {"inat2018"}
+    assert job.recipe_label == "deit-360 with batch=64"
+    assert (job.recipe.epochs, job.recipe.batch, job.recipe.layer_decay) == (360, 64, 1.0)
+    flags = run_all.flags(job, args)
+    knobs = flags[flags.index("--set") + 1 :][:2]
+    again = make_job(
+        find_tasks(["inat2018"], TASKS)[0], job.checkpoint, "paper", knobs, job.data, args.out, 0, job.machine
+    )
+    assert again.work == job.work
+    assert "facebookresearch/deit issues 105" in describe(job, status="skipped").sources["epochs"]
+    default = {item.job.task.name: item.job for item in run_all.make_plan(run_all.parse(common))}["inat2018"]
+    assert default.recipe_label == "paper"
+    assert default.work != job.work
+
+
+def test_from_scratch_the_checkpoints_of_one_size_are_one_job(tmp_path: Path, data: Path) -> None:
+    fair = tmp_path / "tuned.safetensors"
+    save_weights(fair, build_vit("vit_mini_patch8", num_classes=1000, pool="avg").state_dict(), {})
+    common = ["--recipe", "mini", "--data", str(data), "--out", str(tmp_path / "out"), "--tasks", "imagenet_scratch"]
+    args = run_all.parse(["--ckpt", str(fair), ARCH, "--seeds", "0", "1", *common])
+    items = run_all.make_plan(args)
+    assert [(item.job.checkpoint.name, item.job.seed) for item in items] == [
+        ("scratch:vit_mini_patch8", s) for s in (0, 1)
+    ]
+    job = items[0].job
+    assert job.work.parent.parent.name == f"scratch-vit_mini_patch8-{job.checkpoint.sha256[:8]}"
+    assert run_all.flags(job, args)[:2] == ["--ckpt", ARCH]
+    assert len({item.job.identity()["checkpoint"] for item in items}) == 1
 
 
 def test_lock_is_held_by_children_too(tmp_path: Path) -> None:

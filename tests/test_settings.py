@@ -15,6 +15,7 @@ class Recipe:
     norm_pix: bool = True
     betas: tuple[float, float] = (0.9, 0.95)
     pool: str = "avg"
+    blocks: tuple[float, ...] = (1.0,)
 
 
 def test_override_parses_by_the_knob_s_own_type():
@@ -26,6 +27,13 @@ def test_override_parses_by_the_knob_s_own_type():
     assert type(recipe.norm_pix) is bool
 
 
+def test_a_tuple_of_any_length_takes_as_many_numbers_as_are_given():
+    for text, value in (("0,0.5,12", (0.0, 0.5, 12.0)), ("3", (3.0,))):
+        assert override(Recipe(), [f"blocks={text}"])[1] == {"blocks": value}
+    with pytest.raises(UserError, match="blocks=1,x: blocks is of type"):
+        override(Recipe(), ["blocks=1,x"])
+
+
 def test_override_without_settings_changes_nothing():
     assert override(Recipe(), []) == (Recipe(), {})
     assert override(Recipe(), ["norm_pix=true", "pool=a=b"])[0] == replace(Recipe(), pool="a=b")
@@ -35,7 +43,7 @@ def test_override_without_settings_changes_nothing():
     ("setting", "answer"),
     [
         ("epoch=3", r"--set epoch=3: this recipe has no 'epoch'; did you mean epochs\?"),
-        ("xyz=3", r"has no 'xyz'; known: base_lr, betas, epochs, norm_pix, pool"),
+        ("xyz=3", r"has no 'xyz'; known: base_lr, betas, blocks, epochs, norm_pix, pool"),
         ("epochs", r"--set epochs: write knob=value"),
         ("epochs=1.5", r"--set epochs=1.5: epochs is of type int"),
         ("epochs=", r"epochs is of type int"),

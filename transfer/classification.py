@@ -1,4 +1,5 @@
-"""ImageNet-1k: end-to-end fine-tuning, linear probing, k-NN, and the evaluation of a released classifier.
+"""ImageNet-1k: fine-tuning whole and in part, linear probing, k-NN, training from scratch, and the evaluation of a
+released classifier; fine-tuning on other labelled sets.
 
 python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DIR --out DIR
 """
@@ -20,6 +21,11 @@ from transfer.classification_recipes import (
     finetune_sources,
     linprobe_recipe,
     linprobe_sources,
+    partial_recipe,
+    partial_sources,
+    scratch_recipe,
+    scratch_sources,
+    stand_in_recipe,
     stand_in_sources,
 )
 from transfer.classifier_job import images_of, leave, start_model, trained_result, validate
@@ -33,6 +39,7 @@ from transfer.images import (
     wnids,
 )
 from transfer.labelled_sets import SETS, LabelledSet, look, read_folder
+from transfer.partial import partial_finetune
 from transfer.task import CLASSIFIER_FILE, Job, Result, Task
 from transfer.train import (
     backbone_tensors,
@@ -51,7 +58,8 @@ def finetune(job: Job) -> Result:
     state, trained = train_classifier(job, model, images.train, transform)
     metrics, stderr = validate(job, trained, images.val)
     if r.ema:
-        metrics["top1_without_ema"] = validate(job, model, images.val)[0]["top1"]
+        for values, without in zip((metrics, stderr), validate(job, model, images.val)):
+            values["top1_without_ema"] = without["top1"]
     artifacts = leave(job, CLASSIFIER_FILE, trained.state_dict(), r.image_size)
     return trained_result(job, state, images, (metrics, stderr), artifacts)
 
@@ -104,7 +112,7 @@ def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
         version=1,
         needs="encoder",
         cost=25,
-        recipe=finetune_recipe,
+        recipe=stand_in_recipe,
         sources=stand_in_sources,
         look=partial(look, known),
         run=finetune,
@@ -128,27 +136,29 @@ COMMON = {
     "look": look_imagenet,
     "miniature": miniature.imagenet,
 }
+FINETUNE = Task(
+    name="imagenet_finetune",
+    title="ImageNet-1k, fine-tuning",
+    needs="encoder",
+    cost=30,
+    recipe=finetune_recipe,
+    sources=finetune_sources,
+    run=finetune,
+    **COMMON,
+)
+LINPROBE = Task(
+    name="imagenet_linprobe",
+    title="ImageNet-1k, linear probing",
+    needs="encoder",
+    cost=20,
+    recipe=linprobe_recipe,
+    sources=linprobe_sources,
+    run=linprobe,
+    **COMMON,
+)
 TASKS = (
-    Task(
-        name="imagenet_finetune",
-        title="ImageNet-1k, fine-tuning",
-        needs="encoder",
-        cost=30,
-        recipe=finetune_recipe,
-        sources=finetune_sources,
-        run=finetune,
-        **COMMON,
-    ),
-    Task(
-        name="imagenet_linprobe",
-        title="ImageNet-1k, linear probing",
-        needs="encoder",
-        cost=20,
-        recipe=linprobe_recipe,
-        sources=linprobe_sources,
-        run=linprobe,
-        **COMMON,
-    ),
+    FINETUNE,
+    LINPROBE,
     Task(
         name="imagenet_eval",
         title="ImageNet-1k, evaluation of a fine-tuned checkpoint",
@@ -167,6 +177,29 @@ TASKS = (
         recipe=knn_recipe,
         sources=knn_sources,
         run=knn,
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_partial",
+        title="ImageNet-1k, fine-tuning the last blocks",
+        needs="encoder",
+        cost=35,
+        recipe=partial_recipe,
+        sources=partial_sources,
+        run=partial(partial_finetune, probe=LINPROBE, finetune=FINETUNE),
+        opt_in=True,
+        **(COMMON | {"metric": "top1@1"}),
+    ),
+    Task(
+        name="imagenet_scratch",
+        title="ImageNet-1k, from scratch",
+        needs="encoder",
+        cost=36,
+        recipe=scratch_recipe,
+        sources=scratch_sources,
+        run=finetune,
+        opt_in=True,
+        from_scratch=True,
         **COMMON,
     ),
     *(task_of(known, miniature_sets.MAKERS[known.name]) for known in SETS),

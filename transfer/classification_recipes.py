@@ -5,12 +5,15 @@ from dataclasses import replace
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from mae_core.vit import get_arch
-from transfer.train import ClassifierRecipe, EvalRecipe
+from transfer.partial import FIGURE_9, PartialRecipe
+from transfer.train import ClassifierRecipe, EvalRecipe, RepeatedRecipe
 
 PAPER_9 = "MAE paper, Table 9"
 OFFICIAL = "facebookresearch/mae FINETUNE.md and main_finetune.py"
 PAPER_10 = "MAE paper, Table 10"
 PROBE = "facebookresearch/mae main_linprobe.py"
+PAPER_11 = "MAE paper, Table 11"
+FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which issue 28 says to use"
 
 # Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
 # Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
@@ -65,8 +68,91 @@ def finetune_sources(arch: str) -> dict[str, str]:
     return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
 
 
-def stand_in_sources(arch: str) -> dict[str, str]:
-    """For iNaturalist, Places and folders: the paper adjusted its ImageNet recipe to each and published no value."""
+def partial_recipe(arch: str, name: str) -> PartialRecipe:
+    """Partial fine-tuning: the recipe of fine-tuning, for each of Figure 9's numbers of blocks that this size has, and
+    for all of its blocks."""
+    depth = float(get_arch(arch).depth)
+    blocks = (*(k for k in FIGURE_9 if k < depth), depth)
+    return PartialRecipe(**vars(finetune_recipe(arch, name)), blocks=blocks)
+
+
+def partial_sources(arch: str) -> dict[str, str]:
+    sources = finetune_sources(arch) | {"blocks": "MAE paper, Figure 9; all blocks are fine-tuning"}
+    unsaid = "fine-tuning's; of partial fine-tuning the paper says only that it is the best of 50, 100 and 200"
+    return sources | {"epochs": f"{unsaid} ({sources['epochs']})"}
+
+
+# From scratch: epochs, drop_path. Other sizes take ViT-B's.
+SCRATCH_BY_SIZE = {"vit_large_patch16": (200, 0.2), "vit_huge_patch14": (200, 0.2)}
+SCRATCH_BASE = (300, 0.1)
+
+
+def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """Supervised training from random weights, with a moving average of the weights: the paper's baseline."""
+    epochs, drop_path = SCRATCH_BY_SIZE.get(arch, SCRATCH_BASE)
+    paper = replace(
+        finetune_recipe(arch, "paper"),
+        epochs=epochs,
+        warmup_epochs=20,
+        batch=4096,
+        base_lr=1e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.3,
+        layer_decay=1.0,
+        drop_path=drop_path,
+        head_std=0.02,
+        random_erasing=0.0,
+        ema=0.9999,
+    )
+    return choose(name, paper, MINI_SCRATCH | miniature_size(arch))
+
+
+def scratch_sources(arch: str) -> dict[str, str]:
+    sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, PAPER_11)
+    if arch not in SCRATCH_BY_SIZE and arch != "vit_base_patch16":
+        sources |= dict.fromkeys(("epochs", "drop_path"), "stand-in: ViT-B's value, MAE has no such size")
+    sources |= dict.fromkeys(("pool", "min_lr", "head_std", "min_scale"), FROM_SCRATCH)
+    sources |= dict.fromkeys(("layer_decay", "random_erasing"), f"{PAPER_11} names none")
+    return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")
+
+
+# Longer recipes for iNaturalist, by name: what an author of two other projects said they fine-tuned a ViT-B with. What
+# he did not say is DeiT's code.
+UNSAID = {"min_lr": 1e-5, "layer_decay": 1.0, "pool": "token", "head_std": 0.02, "repeated_augmentation": 3}
+DEIT = UNSAID | {
+    "epochs": 360,
+    "batch": 768,
+    "base_lr": 2.5e-5,  # * 768 / 256 = 7.5e-5
+    "drop_path": 0.1,
+    "random_erasing": 0.1,
+}
+DINO = DEIT | {"epochs": 300, "batch": 1024, "random_erasing": 0.25}  # his 5e-5 before scaling is for 512 images
+DEIT_SAID = "facebookresearch/deit issues 105 and 141, an author, for ViT-B on iNaturalist"
+DINO_SAID = "facebookresearch/dino issue 171, an author, for ViT-B on iNaturalist"
+DEIT_CODE = "facebookresearch/deit main.py, models.py and samplers.py"
+STAND_INS = {"deit-360": (DEIT, DEIT_SAID), "dino-300": (DINO, DINO_SAID)}
+
+
+def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """For iNaturalist, Places and folders: the recipe of ImageNet, or a longer one by name."""
+    if name in STAND_INS:
+        values, _ = STAND_INS[name]
+        return RepeatedRecipe(**vars(finetune_recipe(arch, "paper")) | values)
+    if name not in ("paper", "mini"):
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ['paper', 'mini', *STAND_INS])}")
+    return finetune_recipe(arch, name)
+
+
+def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
+    """The paper adjusted its ImageNet recipe to each set and published no value."""
+    if name in STAND_INS:
+        _, said = STAND_INS[name]
+        sources = dict.fromkeys(RepeatedRecipe.__dataclass_fields__, f"stand-in: {said}")
+        sources |= dict.fromkeys((*UNSAID, "image_size", "betas", "min_scale"), f"stand-in: {DEIT_CODE}")
+        sources["warmup_epochs"] += "; from 0 and per iteration, theirs from 1e-6 and per epoch"
+        if name == "dino-300":
+            sources["batch"] += ", says 128 for each GPU; 8 are assumed"
+        return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
     return {
         knob: f"stand-in, as for ImageNet: {source}; the paper adjusted rate and epochs, without saying how"
         for knob, source in finetune_sources(arch).items()
@@ -122,6 +208,8 @@ MINI_FINETUNE = {
     "rand_augment": "",
     "random_erasing": 0.0,
 }
+# 360 steps: an average over as large a part of them as 1 / (1 - 0.9999) is of ViT-B's 93,600.
+MINI_SCRATCH = MINI_FINETUNE | {"ema": 0.975}
 MINI_LINPROBE = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}  # the paper's absolute rate
 
 

@@ -1,11 +1,13 @@
 """What every task script and benchmarks/run_all.py share: the flags, the making of jobs, the reasons not to run one."""
 
 import argparse
+import hashlib
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from mae_core.vit import beyond, vit_arguments
 from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
 from transfer.vit_fpn import patch_side
 
+RECIPES = ("paper", "mini")  # of every task
+
 
 def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
     """--recipe, --data, --out, --engine where a task has a choice, and the machine's flags."""
-    parser.add_argument("--recipe", default="paper", choices=("paper", "mini"), help="default: paper")
+    parser.add_argument("--recipe", default="paper", choices=RECIPES, help="default: paper")
     parser.add_argument(
         "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
     )
@@ -102,7 +106,9 @@ def make_job(
     parent: Checkpoint | None = None,
 ) -> Job:
     """The job and its work folder; UserError for an unknown knob or an engine that is not installed."""
-    recipe, overrides = override(task.recipe(checkpoint.arch, recipe_name), settings)
+    if task.from_scratch:
+        checkpoint = scratch_of(checkpoint.arch, seed)
+    task, recipe_name, recipe, overrides = resolve(task, checkpoint.arch, recipe_name, settings)
     if not task.plain_vit:
         vit_arguments(checkpoint.arch, recipe.image_size or None)  # refuses a size that the patches do not divide
     elif recipe.image_size % (patch := patch_side(checkpoint.arch)):
@@ -110,6 +116,26 @@ def make_job(
     engine = choose_engine(task, engine)
     job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, engine, machine, parent)
     return place(job, out)
+
+
+def resolve(task: Task, arch: str, name: str, settings: Sequence[str]) -> tuple[Task, str, Any, dict[str, Any]]:
+    """The recipe with its settings applied: (the task with that recipe's sources, the recipe's name, the recipe, what
+    differs from it). The setting recipe=NAME takes one of the task's own recipes instead of that of --recipe."""
+    own = [setting.removeprefix("recipe=") for setting in settings if setting.startswith("recipe=")]
+    if own:
+        name = own[-1]
+        if name in RECIPES:
+            raise UserError(f"--set recipe={name}: --recipe chooses that, for all tasks")
+        task = replace(task, sources=partial(task.sources, name=name))
+    settings = [setting for setting in settings if not setting.startswith("recipe=")]
+    return task, name, *override(task.recipe(arch, name), settings)
+
+
+def scratch_of(arch: str, seed: int) -> Checkpoint:
+    """Random weights that are called by their size, so that all checkpoints of one size share what starts from them."""
+    name = f"scratch:{arch}"
+    sha256 = hashlib.sha256(name.encode()).hexdigest()
+    return replace(read_checkpoint(f"random:{arch}", seed), name=name, sha256=sha256)
 
 
 def place(job: Job, out: Path) -> Job:

@@ -54,8 +54,8 @@ class Task:
     version: int  # raised whenever the same inputs give another number
     needs: str
     cost: int  # rank for "cheapest first"
-    recipe: Callable[[str, str], Any]  # (arch, "paper" | "mini") -> recipe dataclass
-    sources: Callable[[str], dict[str, str]]  # arch -> where each paper value comes from
+    recipe: Callable[[str, str], Any]  # (arch, "paper" | "mini" | a name of its own) -> recipe dataclass
+    sources: Callable[..., dict[str, str]]  # (arch[, name of its own]) -> where each value comes from
     look: Callable[[Path], Data]
     run: Callable[["Job"], Result]
     miniature: Callable[[Path], Path]  # writes its generated data below a root
@@ -64,6 +64,7 @@ class Task:
     packages: tuple[str, ...] = ()  # further distributions whose versions the record names
     plain_vit: bool = False  # it can hold no encoder but a plain ViT
     opt_in: bool = False  # run only if it is named
+    from_scratch: bool = False  # of a checkpoint it takes the size alone
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
     check: Callable[["Job"], Iterator[tuple[str, str]]] | None = None  # knobs that cannot be run, each with its reason
@@ -289,7 +290,7 @@ def describe(job: Job, **outcome: Any) -> Record:
         recipe_name=job.recipe_name,
         overrides=job.overrides,
         recipe=job.identity()["recipe"],
-        sources=job.task.sources(c.arch) if job.recipe_name == "paper" else {},
+        sources=job.task.sources(c.arch) if job.recipe_name != "mini" else {},
         seed=job.seed,
         engine=job.engine,
         data=json.loads(json.dumps(dataclasses.asdict(job.data))),

@@ -82,6 +82,13 @@ class ClassifierRecipe:
             raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepeatedRecipe(ClassifierRecipe):
+    """repeated_augmentation: augmented samples of each image in a batch."""
+
+    repeated_augmentation: int
+
+
 @dataclass(frozen=True)
 class EvalRecipe:
     """How a trained classifier is shown its images. image_size 0: the size it was trained at.
@@ -160,6 +167,7 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
             lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
             prepare=prepare,
             loss_of=lambda m, images, labels: loss_function(m(images).float(), labels),
+            repeats=r.repeated_augmentation if isinstance(r, RepeatedRecipe) else 1,
         ),
         ema,
     )

@@ -1,0 +1,51 @@
+"""The curve of partial fine-tuning as a picture, over the published ones."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from mae_core.errors import UserError
+
+PICTURE_FILE = "partial.png"
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "partial.csv"
+
+
+def published_curves() -> dict[str, dict[float, float]]:
+    """{"MAE, ViT-L/16, 800 ep, pixels": {blocks tuned: top-1 in percent}} of Figure 9 of the MAE paper."""
+    try:
+        with open(PUBLISHED, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(
+            f"{PUBLISHED} is missing: restore it from the repository (git checkout results/published)"
+        ) from None
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        curve = curves.setdefault(f"{row['method']} ({row['arch']}, {row['pretrain']})", {})
+        curve[float(row["metric"].removeprefix("top1@"))] = float(row["value"])
+    return curves
+
+
+def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str) -> None:
+    """Write a PNG: top-1 over the number of tuned blocks, evenly spaced as in the paper. ours: blocks -> (top-1 and its
+    standard error, both in percent)."""
+    from matplotlib.figure import Figure  # imported late: it takes a second
+
+    published = published_curves()
+    places = {k: i for i, k in enumerate(sorted({*ours, *(k for curve in published.values() for k in curve)}))}
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    panel = figure.subplots()
+    for (name, curve), marker in zip(published.items(), "s^"):
+        x = [places[k] for k in sorted(curve)]
+        y = [curve[k] for k in sorted(curve)]
+        label = f"published, ImageNet-1K: {name}"
+        panel.plot(x, y, f"{marker}--", color="0.6", markersize=5, linewidth=1, label=label, zorder=1)
+    x = [places[k] for k in sorted(ours)]
+    y, errors = zip(*(ours[k] for k in sorted(ours)))
+    panel.errorbar(x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=about, zorder=2)
+    panel.set_xticks(list(places.values()), [f"{k:g}" for k in places])
+    panel.set_xlabel("blocks tuned, from the last one (0: linear probing; all: fine-tuning)")
+    panel.set_ylabel("top-1 accuracy (%)")
+    panel.grid(axis="y", color="0.9")
+    panel.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
