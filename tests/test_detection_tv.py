@@ -292,6 +292,29 @@ def test_the_parts_are_those_of_the_recipe(root, tmp_path):
     assert model.roi_heads.detections_per_img == 100
 
 
+def test_boxes_keep_their_place_in_bf16(root, tmp_path):
+    """The objects' own boxes are among the sampled ones, to the last bit; anchors and scores are float32 too."""
+    model, seen = model_of(job_of(root, tmp_path, roi_batch=64)), []
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    model.rpn.anchor_generator.register_forward_hook(lambda module, arguments, anchors: seen.append(anchors))
+    target = {
+        "boxes": torch.tensor([[33.3, 40.7, 63.1, 62.9], [3.3, 5.7, 17.1, 11.9]]),  # bf16 has quarters from 32 on
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.ones(2, 64, 64, dtype=torch.uint8),
+        "size": torch.tensor([64, 64]),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [target])
+        model.eval()
+        (found,) = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [target])
+    anchors, (sampled,) = seen[:2]
+    assert anchors[0].dtype == sampled.dtype == torch.float32
+    for box in target["boxes"]:
+        assert (sampled == box).all(dim=1).any()
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert {found[key].dtype for key in ("boxes", "scores", "masks")} == {torch.float32}
+
+
 def test_batchnorm_is_synchronised_on_gpus_alone():
     assert head_norm(Machine()) is RoIBatchNorm
     assert head_norm(Machine(device="cuda")) is RoIBatchNorm

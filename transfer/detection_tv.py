@@ -157,6 +157,10 @@ class MaskRCNN(nn.Module):
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
         )
         self.init_as_detectron2()
+        # torchvision computes anchors, boxes and their targets in the type of what its heads give. In bf16, which has
+        # eight bits, a coordinate above 512 px would be off by up to two, and small objects are not learnt at all.
+        for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            head.register_forward_hook(lambda module, inputs, output: in_float32(output))
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -182,7 +186,14 @@ class MaskRCNN(nn.Module):
         for image, (height, width) in zip(normalised, sizes):  # padding is zero after normalisation
             image[:, int(height) :] = 0
             image[:, :, int(width) :] = 0
-        return self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
+        maps = self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
+        return {level: m.float() for level, m in maps.items()}
+
+
+def in_float32(output: Tensor | list | tuple) -> Tensor | list | tuple:
+    if isinstance(output, Tensor):
+        return output.float()
+    return type(output)(in_float32(part) for part in output)
 
 
 def head_norm(machine: Machine) -> type[nn.Module]:
