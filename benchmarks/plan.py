@@ -1,6 +1,7 @@
 """The plan of a call: which job on which checkpoint, with what data, done already or to do."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,6 +13,8 @@ from mae_core.errors import UserError
 from mae_core.machine import machine_from
 from mae_core.settings import did_you_mean
 from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place, resolve
+from transfer.disk import space_line
+from transfer.findings import guarded
 from transfer.task import CLASSIFIER_FILE, Job, Task
 
 FINETUNE = "imagenet_finetune"
@@ -44,7 +47,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     for task in TASKS:
         resolve(task, "vit_base_patch16", args.recipe, settings[task.name])  # also of tasks that are not run
     root = data_root(args, named or TASKS)
-    look = cache(lambda look_below: look_below(root))  # some tasks share their data, and listing it takes a while
+    look = cache(lambda look_below: guarded(look_below, root))  # some tasks share their data: it is listed once
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
         data, knobs = look(task.look), settings[task.name]
@@ -114,13 +117,41 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
     for item in items:
         c = item.job.checkpoint
         by_checkpoint.setdefault((c.name, c.arch, c.kind, c.sha256[:8], item.job.seed), []).append(item)
+    findings, told = findings_by_task(items), {}
     for (name, arch, kind, sha, seed), group in by_checkpoint.items():
         print(f"  {name}: {arch}, {kind}, sha256 {sha}, seed {seed}")
         for item in group:
             job = item.job
-            print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {item.why}")
+            print(
+                f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {why_of(item, told)}"
+            )
+            for line in findings.pop(job.task.name, ()):
+                print(f"      data: {line}")
     states = [item.state for item in items]
-    print(
-        "  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states),
-        flush=True,
-    )
+    print("  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states))
+    if jobs := jobs_to_do(items):
+        print(f"  disk: {space_line(jobs, args.out)}")
+    sys.stdout.flush()
+
+
+def why_of(item: Item, told: dict[str, str]) -> str:
+    """Why an item stands as it does; of a reason that stands above already, below which task."""
+    task = told.setdefault(item.why, item.job.task.name)
+    again = item.state in ("skipped", "failed") and task != item.job.task.name
+    return f"as {task}" if again else item.why
+
+
+def findings_by_task(items: Sequence[Item]) -> dict[str, list[str]]:
+    """What each task's data lack; of what stands below an earlier task already, below which."""
+    told: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    for task, findings in {item.job.task.name: item.job.data.findings for item in items}.items():
+        known = dict.fromkeys(f"as for {told[finding]}" for finding in findings if finding in told)
+        found[task] = [*(finding for finding in findings if finding not in told), *known]
+        for finding in findings:
+            told.setdefault(finding, task)
+    return found
+
+
+def jobs_to_do(items: Sequence[Item]) -> list[Job]:
+    return [item.job for item in items if item.state == "to do"]

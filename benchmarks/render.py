@@ -136,6 +136,7 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
     rows = into_rows(records)
     by_record = {(c.task, c.train_fraction): c for c in columns}.values()  # several columns may show one record
     counting = [r for members in rows.values() for column in by_record for r in that_count(members, column)]
+    notes += data_notes(counting, columns)
     remarks = [(f"{r.status}: {r.task}, {name(r)}", r.reason, r.seed) for r in counting if r.status != "ok"]
     remarks += [(f"note: {r.task}, {name(r)}", note, r.seed) for r in counting for note in r.notes]
     if remarks:
@@ -146,6 +147,16 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
             "counts, then the latest; only seeds of one experiment are averaged."
         )
     return "\n".join(notes)
+
+
+def data_notes(counting: list[Record], columns: list[Column]) -> list[str]:
+    """What the data of the numbers lack, each sentence once with the columns it is true of."""
+    found = defaultdict(list)
+    for c in columns:
+        shown = [r for r in counting if c.shows(r) and r.status == "ok"]
+        for finding in dict.fromkeys(shareable(f) for r in shown for f in r.data.get("findings") or ()):
+            found[finding].append(c.title)
+    return [f"- data of {', '.join(titles)}: {finding}" for finding, titles in found.items()]
 
 
 def name(r: Record) -> str:

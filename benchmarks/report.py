@@ -139,6 +139,7 @@ def summary_csv(records: list[Record]) -> str:
                 "recipe": r.recipe_label,
                 "data": data_title(r.data),
                 "data_detail": shareable(r.data.get("detail") or ""),
+                "data_findings": shareable("; ".join(r.data.get("findings") or ())),
                 "data_fingerprint": (r.data.get("fingerprint") or "")[:8],
                 "image_size": row.image_size,
                 "engine": row.engine,

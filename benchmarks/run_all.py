@@ -16,13 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 try:
-    from benchmarks.plan import Item, make_plan, print_plan, with_classifier
+    from benchmarks.plan import Item, jobs_to_do, make_plan, print_plan, with_classifier
     from benchmarks.report import report
     from benchmarks.suite import TASKS
     from mae_core.errors import UserError
     from mae_core.machine import natural
     from mae_core.progress import duration
     from transfer.cli import add_common_flags, headline, settle, task_argument
+    from transfer.disk import check_space
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
 except ModuleNotFoundError as e:
     python = ROOT / ".venv" / "bin" / "python"
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_plan(items, args)
         if args.plan:
             return 0
+        check_space(jobs_to_do(items), args.out)
         lock = take_lock(args.out)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -69,6 +69,24 @@ def test_a_split_without_a_labelled_pixel_or_with_a_lone_label_is_refused(root):
     assert "no pixel of the label files has a label above 0" in look(root).detail
 
 
+def test_wrong_labels_are_counted_among_those_looked_at(root, monkeypatch):
+    """Colours in two of the six training labels."""
+    for number in (2, 5):
+        label = root / FOLDER / f"annotations/training/ADE_train_0000000{number}.png"
+        Image.open(label).convert("RGB").save(label)
+    assert "2 of 6 pairs looked at (of 6) cannot be used: " in look(root).detail
+    monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
+    assert look(root).status == "found"  # the wrong ones are not among these; their turn comes while training
+
+
+def test_a_part_has_findings(whole, root, monkeypatch):
+    (said,) = look(root).findings
+    assert said.startswith("ADEChallengeData2016: 6 train images, 20204 fewer than the official 20210; 3 val images")
+    assert look(whole).findings == ()
+    monkeypatch.setattr(ade20k, "OFFICIAL_COUNTS", {"train": 6, "val": 3})
+    assert look(root).findings == ()
+
+
 def test_missing_data_are_told_where_they_must_lie(tmp_path):
     data = look(tmp_path)
     assert data.status == "missing"

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -72,6 +73,22 @@ def test_a_whole_tree_is_found_counted_and_labelled(root, monkeypatch):
 
 def test_official_counts_are_coco_s():
     assert coco.COUNTS == {"train": 118287, "val": 5000}
+
+
+def test_what_is_not_as_in_the_official_files_is_a_finding(root, monkeypatch):
+    counts, *others = look_coco(root).findings
+    assert counts.startswith("coco: 8 train images, 118279 fewer than the official 118287; 3 val images, 4997 fewer")
+    assert not others
+    monkeypatch.setattr(coco, "COUNTS", {"train": 8, "val": 3})
+    assert look_coco(root).findings == ()
+    shutil.copy(next((root / "coco" / "val2017").iterdir()), root / "coco" / "val2017" / "more.jpg")
+    change(annotation_file(root, "val"))  # the file is read again once it is another
+    path = annotation_file(root, "train")
+    change(path, categories=[c for c in json.loads(path.read_text())["categories"] if c["id"] != 90])
+    assert look_coco(root).findings == (
+        "coco: instances_train2017.json lacks 1 of the 80 categories: toothbrush",
+        "coco: val2017 has 1 images that instances_val2017.json does not list: more.jpg",
+    )
 
 
 def test_the_fingerprint_is_that_of_both_annotation_files(root):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,70 @@ def test_the_real_part_of_places365():
     names = dict(line.split() for line in (PLACES_DATA / "places365/categories_places365.txt").read_text().splitlines())
     for file, label in zip(reading.train.files, reading.train.labels):
         assert names["/" + str(file.parent.relative_to(PLACES_DATA / "places365/data_256_standard"))] == str(label)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (PLACES_DATA / "places365").is_dir(), reason="no real images here")
+def test_the_real_part_is_learnt_under_a_head_of_365(tmp_path):
+    """Ten classes whose ids have gaps: the head keeps all 365, and chance counts the ten."""
+    (task,) = find_tasks(["places365"], TASKS)
+    record = run_job(make_job(task, PLACES_DATA, tmp_path / "work", batch=50, epochs=1, warmup_epochs=0))
+    assert record.status == "ok", record.reason
+    assert (record.n_eval, record.chance) == (100, 10.0)
+    from mae_core.checkpoint import read_checkpoint
+
+    head = read_checkpoint(tmp_path / "work" / "classifier.safetensors").classifier["head.weight"]
+    assert head.shape[0] == 365
+    assert any("355 of the 365 classes are missing (0, 1, 3 and 352 more)" in f for f in record.data["findings"])
+
+
+def test_a_part_of_a_set_has_findings_and_the_whole_has_none(tmp_path):
+    """With counts of its own a tiny set is the official one."""
+    write_places365(tmp_path)
+    classes, counts = look(KNOWN["places365"], tmp_path).findings
+    assert classes.startswith("places365: 363 of the 365 classes are missing (1, 2, 3 and 360 more)")
+    assert counts.startswith("places365: 2 train images, 1803458 fewer than the official 1803460; 2 val images, 36498")
+    train = {f"x/{c}/t.jpg": c for c in range(1010)}
+    write_inat(tmp_path, 2019, train, {f"x/{c}/v.jpg": c for c in range(1009)})
+    data = look(replace(KNOWN["inat2019"], counts=(1010, 1010, 1009)), tmp_path)
+    assert (data.label, data.findings) == ("official", ("inat2019: validation lacks 1 classes of training: 1009",))
+    data = look(replace(KNOWN["inat2019"], counts=(1010, 1010, 1010)), tmp_path)
+    assert data.findings[0].startswith("inat2019: 1009 val images, 1 fewer than the official 1010: files were lost")
+
+
+def test_the_256_px_images_are_taken_where_both_sizes_are_there(tmp_path):
+    write_places365(tmp_path, "data_large_standard", "val_large")
+    folder = write_places365(tmp_path)
+    reading = KNOWN["places365"].read(folder)
+    assert {f.relative_to(folder).parts[0] for f in reading.train.files} == {"data_256_standard"}
+    assert {f.relative_to(folder).parts[0] for f in reading.val.files} == {"val_256"}
+
+
+def test_a_list_that_is_no_list_is_named(tmp_path):
+    folder = write_places365(tmp_path)
+    (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg,0\n")  # commas, as the name .csv suggests
+    assert "line 1, is not `path label`" in look(KNOWN["places365"], tmp_path).detail
+    (folder / "places365_val.txt").write_bytes(b"\x1f\x8b\x08\xff")  # gzip
+    assert "places365_val.txt is no text: unpack the list" in look(KNOWN["places365"], tmp_path).detail
+
+
+def test_images_that_are_empty_or_broken_links_are_told(tmp_path):
+    train = {f"x/3/{i}.jpg": 3 for i in range(4)}
+    folder = write_inat(tmp_path, 2018, train, {"x/3/v.jpg": 3})
+    (folder / "train_val2018/x/3/2.jpg").write_bytes(b"")
+    (folder / "train_val2018/x/3/v.jpg").unlink()
+    (folder / "train_val2018/x/3/v.jpg").symlink_to("gone.jpg")
+    detail = look(KNOWN["inat2018"], tmp_path).detail
+    assert "1 of 4 training images looked at (of 4) cannot be used" in detail
+    assert "2.jpg is empty" in detail
+    assert "v.jpg is a broken link" in detail
+
+
+def test_inaturalist_without_the_super_category_in_its_paths(tmp_path):
+    """As some loaders want it unpacked: the json's names have it, so the images are not there."""
+    folder = write_inat(tmp_path, 2018, {"Aves/12/a.jpg": 12}, {"Aves/12/b.jpg": 12})
+    (folder / "train_val2018/Aves/12").rename(folder / "train_val2018/12")
+    assert "1 of the 1 training images are not there" in look(KNOWN["inat2018"], tmp_path).detail
 
 
 def test_a_missing_set_says_where_it_must_lie(tmp_path):

@@ -356,6 +356,26 @@ def test_chance_images_and_notes_stand_below(tmp_path):
     assert "- note: imagenet_a, enc abababab, seed 0: decoded by another library" in text
 
 
+def test_what_the_data_lack_stands_below_once_with_its_columns(tmp_path):
+    lack = ["imagenet: 990 of the 1000 classes are missing (n01440764)", "imagenet: see /data/sets/imagenet/train"]
+    data = {**DATA, "label": "subset", "findings": lack}
+    runs = [replace(ok("imagenet_finetune", seed, top1=50.0), data=data) for seed in (0, 1)]
+    other = replace(ok("imagenet_knn", top1=9.0), data={**data, "findings": lack[:1]})
+    lost = replace(broken("imagenet_linprobe", "failed", "why"), data=data)
+    out = made(tmp_path, *runs, other, lost)
+    lines = [line for line in (out / "tables/imagenet.md").read_text().splitlines() if line.startswith("- data of")]
+    assert lines == [
+        "- data of fine-tuning, k-NN: imagenet: 990 of the 1000 classes are missing (n01440764)",
+        "- data of fine-tuning: imagenet: see …/train",  # no path of this machine
+    ]
+    rows = pd.read_csv(out / "summary.csv", keep_default_na=False)
+    (told,) = set(rows[rows.task == "imagenet_finetune"].data_findings)
+    assert told == f"{lack[0]}; imagenet: see …/train"
+    plain = made(tmp_path / "plain", ok("imagenet_finetune", top1=50.0))
+    assert "data of" not in (plain / "summary.md").read_text()
+    assert set(pd.read_csv(plain / "summary.csv", keep_default_na=False).data_findings) == {""}
+
+
 def test_a_task_without_a_table_is_in_the_summary(tmp_path):
     out = made(tmp_path, ok("old_task", top1=33.0, top5=50.0), broken("new_task", "failed", "a reason", metric="ap"))
     text = (out / "summary.md").read_text()

@@ -108,7 +108,7 @@ def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path) -> None:
 @pytest.mark.slow
 def test_plan_names_data_and_runs_nothing(tmp_path: Path, data: Path) -> None:
     write_images(data / "imagenet-c" / "fog" / "1", 1)
-    done = call(tmp_path, "--ckpt", ARCH, "--recipe", "mini", "--data", str(data), "--out", "out", "--plan")
+    done = call(tmp_path, "--ckpt", ARCH, "--recipe", "mini", "--data", str(data), "--out", "out", "--plan", *QUICK)
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("    ")}
     assert done.returncode == 0
     assert "to do" in lines["imagenet_finetune"]

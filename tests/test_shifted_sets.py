@@ -1,6 +1,7 @@
 """ImageNet-A, -R, -Sketch and -C on disk: what is found, and that what is wrong with it is said in a sentence."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,43 @@ def test_the_released_archives_groups_are_found(tmp_path):
     assert len(groups) == 15
     data = look_c(write_c(tmp_path, groups))
     assert data.counts["images"] == 300
+
+
+def test_corruptions_beyond_the_fifteen_play_no_part(tmp_path):
+    """The archive of extra corruptions, unpacked beside the others."""
+    before = look_c(write_c(tmp_path))
+    for extra in ("speckle_noise", "gaussian_blur", "spatter", "saturate", "clean"):
+        shutil.copytree(tmp_path / "imagenet-c" / "fog", tmp_path / "imagenet-c" / extra)
+    assert look_c(tmp_path) == before
+
+
+def test_folders_that_do_not_hold_the_same_images_are_named(tmp_path):
+    """As many in each, but one is another: the versions of an image could not be taken together."""
+    base = write_c(tmp_path) / "imagenet-c"
+    file = next((base / "snow" / "2" / wnids()[CLASSES[0]]).iterdir())
+    file.rename(file.with_name("another.png"))
+    data = look_c(tmp_path)
+    assert data.status == "incomplete"
+    assert data.detail.endswith("the same images in every folder: gaussian_noise/1 differs from snow/2")
+
+
+def test_findings_of_parts(tmp_path, monkeypatch):
+    write_split(tmp_path / "imagenet-r", 1)
+    classes, counts = look("imagenet_r", tmp_path).findings
+    assert classes.startswith("imagenet-r: 196 of the 200 classes are missing (n01443537, ")  # the goldfish
+    assert counts == "imagenet-r: 4 images, 29996 fewer than the official 30000: not the official set"
+    classes, counts = look_c(write_c(tmp_path)).findings
+    assert classes.startswith("imagenet-c: 998 of the 1000 classes")
+    assert "300 images, 3749700 fewer than the official 3750000" in counts
+    (tmp_path / "imagenet-r" / "miniature.json").write_text("{}")
+    assert look("imagenet_r", tmp_path).findings == ()
+
+
+def test_an_empty_image_is_told(tmp_path):
+    write_split(tmp_path / "imagenet-a", 1)
+    file = next((tmp_path / "imagenet-a").rglob("*.JPEG"))
+    file.write_bytes(b"")
+    assert f"1 of 4 images looked at (of 4) cannot be used: {file} is empty" in look("imagenet_a", tmp_path).detail
 
 
 def test_no_tree_is_missing_and_says_where_it_must_lie(tmp_path):
@@ -124,3 +162,10 @@ def test_six_real_corruptions_are_no_imagenet_c():
     there = {path.name for path in (REAL / "imagenet-c").iterdir()}
     assert data.detail.startswith(f"{REAL / 'imagenet-c'} lacks 9 of the 15 corruptions: ")
     assert all((c in data.detail) != (c in there) for c in CORRUPTIONS)
+
+
+@needs_real_images
+def test_the_real_parts_tell_what_they_lack():
+    classes, counts = look("imagenet_sketch", REAL).findings
+    assert classes.startswith("imagenet-sketch: 991 of the 1000 classes are missing (n01440764, ")
+    assert counts == "imagenet-sketch: 36 images, 50853 fewer than the official 50889: not the official set"

@@ -29,6 +29,7 @@ from transfer.classification_recipes import (
     stand_in_sources,
 )
 from transfer.classifier_job import images_of, leave, start_model, trained_result, validate
+from transfer.disk import classifier_weights
 from transfer.features import knn, knn_recipe, knn_sources
 from transfer.imagenet import look_imagenet, look_imagenet_val
 from transfer.images import (
@@ -117,6 +118,7 @@ def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
         look=partial(look, known),
         run=finetune,
         miniature=generate,
+        weights=lambda job: classifier_weights(job, known.counts[0] or job.data.counts["classes"]),
     )
 
 

@@ -17,7 +17,10 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
 from mae_core.vit import beyond, vit_arguments
-from transfer.task import Data, Job, Record, Task, describe, done, run_job, work_folder, write_record
+from transfer.checks import objections
+from transfer.disk import check_space
+from transfer.findings import Data, guarded
+from transfer.task import Job, Record, Task, describe, done, run_job, work_folder, write_record
 from transfer.vit_fpn import patch_side
 
 RECIPES = ("paper", "mini")  # of every task
@@ -64,14 +67,27 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     if args.data is not None:
         if not args.data.is_dir():
             raise UserError(f"--data {args.data} is not a folder")
-        return args.data
+        return readable(args.data)
     if args.recipe != "mini":
-        return Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
+        root = Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
+        if not root.is_dir() and not all(task.path for task in tasks):
+            named = "$MAE_TRANSFER_DATA" if "MAE_TRANSFER_DATA" in os.environ else "--data"
+            raise UserError(
+                f"no data: there is no folder {root}; let {named} name the folder that holds imagenet/, coco/ and the "
+                "others (README, Data), or take --recipe mini, which generates its own"
+            )
+        return readable(root)
     root = args.out / "data"
     if distributed.is_main():
         for write in dict.fromkeys(task.miniature for task in tasks):
             write(root)
     distributed.barrier()
+    return root
+
+
+def readable(root: Path) -> Path:
+    if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"no data: {root} may not be read by this user: change its permissions (chmod)")
     return root
 
 
@@ -145,7 +161,8 @@ def place(job: Job, out: Path) -> Job:
 
 
 def obstacle(job: Job) -> tuple[str, str]:
-    """("skipped" or "failed", why) where the job cannot run at all; ("", "") where it can."""
+    """("skipped" or "failed", why) where the job cannot run at all; ("", "") where it can. UserError where it cannot
+    because of a knob or flag that the call gave."""
     task, kind = job.task, job.checkpoint.kind
     if task.needs == "encoder" and kind == "classifier":
         return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
@@ -157,6 +174,10 @@ def obstacle(job: Job) -> tuple[str, str]:
         return "skipped", job.data.detail
     if job.data.status == "incomplete":
         return "failed", job.data.detail
+    for knob, why in objections(job):
+        if knob.startswith("--") or knob in job.overrides:
+            raise UserError(f"{task.name}: {why}")
+        return "failed", why
     if task.needs == "fine-tuned file" and "head.weight" not in job.checkpoint.classifier:
         return "skipped", f"{job.checkpoint.name} has no head: give a fine-tuned classifier as --ckpt"
     if task.needs == "classifier" and kind != "classifier" and job.parent is None:
@@ -241,9 +262,15 @@ def run_tasks(tasks: Sequence[Task], args: Any, machine: Machine) -> list[Record
     records = []
     for task in tasks:
         own = parent if task.needs == "classifier" and checkpoint.kind != "classifier" else None
-        data = task.look(root)
+        data = guarded(task.look, root)
         job = make_job(task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, own)
-        record = settle(job) or run_job(job)
+        record = settle(job)
+        if record is None:
+            check_space([job], args.out)
+            if distributed.is_main():
+                for finding in data.findings:
+                    print(f"{task.name}: data: {finding}", flush=True)
+            record = run_job(job)
         if distributed.is_main():
             print(f"{headline(record)} ({job.work / 'record.json'})", flush=True)
         records.append(record)

@@ -6,12 +6,15 @@ python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--eng
 import sys
 from pathlib import Path
 
+import torch
+
 from mae_core import distributed
 from transfer import cli, coco_eval, miniature_dense
 from transfer.coco import annotation_file, look_coco, read_split
 from transfer.coco_picture import PICTURE_FILE, draw_predictions
-from transfer.detection_recipe import PUBLISHED, Predictions, recipe, sources
+from transfer.detection_recipe import PUBLISHED, Predictions, RoIBatchNorm, recipe, sources
 from transfer.task import Job, Result, Task
+from transfer.vit_fpn import ViTPyramid
 
 
 def train_and_predict(job: Job) -> Predictions:
@@ -49,6 +52,16 @@ def run(job: Job) -> Result:
     )
 
 
+def weights(job: Job) -> int:
+    """Numbers in the detector: torchvision's, of which detectron2's differs by its norms alone."""
+    from transfer.detection_tv import MaskRCNN
+
+    r = job.recipe
+    with torch.device("meta"):
+        model = MaskRCNN(ViTPyramid(job.checkpoint.arch, r.image_size, window=r.window), r, RoIBatchNorm)
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
 TASKS = (
     Task(
         name="coco",
@@ -68,6 +81,7 @@ TASKS = (
         install="the README's section on detectron2 has the two commands; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),
         plain_vit=True,
+        weights=weights,
     ),
 )
 

@@ -40,8 +40,7 @@ def guarded(look: Callable[[Path], Data], root: Path) -> Data:
     try:
         return look(root)
     except PermissionError as e:
-        who = f"the user {os.getuid()}" if hasattr(os, "getuid") else "this user"
-        detail = f"no data: {e.filename or root} may not be read by {who} (permission denied): change its permissions"
+        detail = f"no data: {e.filename or root} may not be read by this user: change its permissions (chmod)"
     except OSError as e:
         detail = f"no data: {e.filename or root} cannot be read ({e.strerror or type(e).__name__}): mend or replace it"
     return Data(str(root), "missing", detail)

@@ -111,7 +111,9 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     if empty:
         problems.append(f"{folder} has class folders without an image: {some(empty)}")
     if forks:
-        problems.append(f"{folder} has {forks} files of macOS (._NAME) that are no images: find -name '._*' -delete")
+        problems.append(
+            f"{folder} has {forks} files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete"
+        )
     if not files and not problems:
         problems.append(f"{folder} has no class folder with images in it")
     return Split(tuple(files), tuple(labels)), problems
@@ -136,7 +138,7 @@ def misplaced(folder: Path, names: list[str]) -> list[str]:
             )
         problems.append(f"{len(images)} images lie in {folder} itself, not in class folders named by WNID: {how}")
     if archives:
-        how = "for f in n*.tar; do mkdir ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; done"
+        how = "for f in n*.tar; do mkdir -p ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; done"
         problems.append(f"{folder} has {len(archives)} archives of classes, packed still; in there: {how}")
     return problems
 

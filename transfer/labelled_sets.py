@@ -80,7 +80,8 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
         absent = missing_files(split.files)
         if absent:
             listed = some([str(file) for file in absent])
-            found.append(f"{len(absent)} of the {len(split.files)} {name} images are not there: {listed}")
+            of_all = f"{len(absent)} of the {len(split.files)} {name} images"
+            found.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
         else:
             found += unusable(split.files, f"{name} images")
         strange = sorted({label for label in split.labels if not 0 <= label < classes})

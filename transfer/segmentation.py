@@ -22,7 +22,7 @@ from mae_core.progress import Progress
 from mae_core.training import State, Training
 from mae_core.weights_file import save_weights, sha256_of
 from transfer import ade20k, cli, miniature_dense
-from transfer.segmentation_config import config_of, multi_scale_pipeline, norm_of, test_loader
+from transfer.segmentation_config import config_of, multi_scale_pipeline, norm_of, test_loader, weights_of
 from transfer.segmentation_mm import register
 from transfer.segmentation_recipes import recipe, sources
 from transfer.segmentation_scores import bootstrap, class_scores, metrics_of
@@ -267,6 +267,7 @@ TASKS = (
         install="`make install` sets it up",
         packages=("mmsegmentation", "mmengine"),
         plain_vit=True,
+        weights=weights_of,
     ),
 )
 

@@ -5,12 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.vit import get_arch
 from transfer.ade20k import CLASSES, SPLITS
 from transfer.segmentation_recipes import SegmentationRecipe
+from transfer.task import Job
+from transfer.vit_fpn import ViTPyramid
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 
@@ -109,6 +113,20 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
         "train_cfg": {},
         "test_cfg": {"mode": "slide", "crop_size": (r.image_size,) * 2, "stride": (r.stride,) * 2},
     }
+
+
+def weights_of(job: Job) -> int:
+    """Numbers in the model that `model_of` describes, counted without mmsegmentation, which takes seconds to import."""
+    r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
+    wide, narrow = r.head_channels, r.auxiliary_channels
+    with torch.device("meta"):
+        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, bias="per_block")
+    pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
+    merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
+    classifiers = (wide + 1 + narrow + 1) * CLASSES
+    norms = 12 * (4 * wide + 1) + 4 * narrow + 1
+    heads = pooled + merged + 9 * dim * narrow + classifiers + norms
+    return heads + sum(tensor.numel() for tensor in pyramid.state_dict().values())
 
 
 def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]:

@@ -85,6 +85,12 @@ class SegmentationRecipe:
             )
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
             raise UserError(f"taps={','.join(map(str, self.taps))}: give four numbers of blocks, from 0, in order")
+        smallest = self.test_short_side * min(self.min_scale, 0.5 if self.multi_scale else 1)
+        if smallest < 16:
+            raise UserError(
+                f"test_short_side={self.test_short_side} and min_scale={self.min_scale} shrink images to a side of "
+                f"{smallest:g} px: leave them 16 or more"
+            )
         if min(self.pool_scales) < 1:
             raise UserError(f"pool_scales={','.join(map(str, self.pool_scales))}: each must be at least 1")
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,8 +67,7 @@ class Task:
     from_scratch: bool = False  # of a checkpoint it takes the size alone
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
-    check: Callable[["Job"], Iterator[tuple[str, str]]] | None = None  # knobs that cannot be run, each with its reason
-    head: Callable[["Job"], int] | None = None  # numbers of the model beside the encoder's; None: 1000 classes
+    weights: Callable[["Job"], int] | None = None  # numbers in its model; None: encoder and 1000 classes
 
 
 @dataclass(frozen=True)
