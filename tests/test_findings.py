@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer.classification import TASKS
+from benchmarks.suite import TASKS
 from transfer.findings import Data, against_official, guarded, spread, unusable
 from transfer.imagenet import look_imagenet
 
@@ -67,9 +67,15 @@ def test_a_file_that_may_not_be_read_is_one(tmp_path, monkeypatch):
 
 def everything(root: Path) -> None:
     """A folder for every task that asks for one."""
-    for name in ("imagenet/train", "imagenet/val", "inat2017", "inat2018", "inat2019", "places205", "places365"):
+    folders = ["imagenet/train", "imagenet/val", "inat2017", "inat2018", "inat2019", "places205", "places365"]
+    folders += ["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c/fog/1", "coco/annotations"]
+    kinds = ("images/training", "images/validation", "annotations/training", "annotations/validation")
+    for name in (*folders, *(f"ADEChallengeData2016/{kind}" for kind in kinds)):
         (root / name).mkdir(parents=True)
-    (root / "places365" / "places365_train_standard.txt").touch()
+    for name in ("places365/places365_train_standard.txt", "places205/train_places205.csv"):
+        (root / name).touch()
+    for split in ("train", "val"):
+        (root / "coco" / "annotations" / f"instances_{split}2017.json").touch()
 
 
 @pytest.mark.parametrize("task", [t for t in TASKS if not t.of], ids=lambda task: task.name)
