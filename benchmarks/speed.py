@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --compare /path/to/mae    # beside the official code
+python benchmarks/speed.py loader --data /datasets/imagenet/train    # on one core, beside torchvision's ImageFolder
 """
 
 import argparse
@@ -55,9 +56,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=KINDS, metavar="WHAT", help=", ".join(KINDS))
     parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
     parser.add_argument(
-        "--batch", type=natural, default=0, help="images a step (default: 16 on CPU, 128 on GPU or mini)"
+        "--batch", type=natural, default=0, help="images a step (default: 16 on CPU, 128 on GPU, mini or `loader`)"
     )
-    parser.add_argument("--data", type=Path, help="images for `loader`: any folder or tar files")
+    parser.add_argument("--data", type=Path, help="images for `loader`, in class folders; or tar files, ours alone")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae: in alternation")
     parser.add_argument("--warmup", type=natural, default=3, help="steps before the clock runs (default: 3)")
     parser.add_argument("--repeats", type=natural, default=10, help="timed steps of each arm (default: 10)")
@@ -73,8 +74,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def on_one_core(args: argparse.Namespace, machine: Machine) -> Machine:
+    """Both arms in this process, one thread: with workers each would prefetch while the other is timed."""
+    if args.workers > 0 or args.compare is not None:
+        raise UserError("loader is measured per core, in this process, beside torchvision: no --workers, no --compare")
+    torch.set_num_threads(1)
+    return replace(machine, workers=0, threads=1)
+
+
 def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
-    batch = args.batch or (128 if machine.device == "cuda" or args.arch == "vit_mini_patch8" else 16)
+    large = machine.device == "cuda" or args.arch == "vit_mini_patch8" or args.what == "loader"
+    batch = args.batch or (128 if large else 16)
     works, flops = speed_works.works(args.what, args.arch, batch, machine, args.compare, args.data)
     if args.profile:
         profile(works["ours"], machine)
@@ -112,17 +122,26 @@ def profile(work: Callable[[], object], machine: Machine) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    lines = ["| arm | images/s | step (ms) | spread | peak GiB | utilisation | ours is |", "| --- |" + " ---: |" * 6]
-    for r in results:
-        used = "" if r.utilisation is None else f"{r.utilisation:.0f} %"
-        ratio = "" if r is results[0] else f"{results[0].rate / r.rate:.2f}x"
-        step = f"{1000 * r.timing.median:.1f} | ± {r.timing.spread:.1f} %"
-        lines.append(f"| {r.name} | {r.rate:.1f} | {step} | {r.peak_memory_gib:.2f} | {used} | {ratio} |")
-    return "\n".join(lines)
+    """Markdown, without the columns that would be empty."""
+    rows = [
+        {
+            "arm": r.name,
+            "images/s": f"{r.rate:.1f}",
+            "step (ms)": f"{1000 * r.timing.median:.1f}",
+            "spread": "" if r.timing.spread is None else f"± {r.timing.spread:.1f} %",
+            "peak GiB": f"{r.peak_memory_gib:.2f}",
+            "utilisation": "" if r.utilisation is None else f"{r.utilisation:.0f} %",
+            "ours is": "" if r is results[0] else f"{results[0].rate / r.rate:.2f}x",
+        }
+        for r in results
+    ]
+    shown = [column for column in rows[0] if any(row[column] for row in rows)]
+    lines = [shown, ["---", *["---:"] * (len(shown) - 1)], *([row[column] for column in shown] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:
-    """WHAT-ARCH-PRECISION.json and .md below --out."""
+    """WHAT-ARCH-PRECISION.json and .md below --out; of the loader, which has no arch, loader-SIZEpx.*."""
     arms = [
         {
             "name": r.name,
@@ -137,12 +156,18 @@ def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result])
         }
         for r in results
     ]
-    value = {"what": args.what, "arch": args.arch, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
+    if args.what == "loader":
+        size = get_arch(args.arch).image_size
+        made, name, title = {"image_size": size}, f"loader-{size}px", f"{size} px, one core"
+    else:
+        made, title = {"arch": args.arch}, f"{args.arch}, {machine.precision}"
+        name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
+    value = {"what": args.what, **made, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
     value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine.device), "versions": versions()}
     value["matmul_flops_per_second"] = results[0].matmul_rate
-    path = args.out / f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}.json"
+    path = args.out / f"{name}.json"
     write_json(path, value)
-    title = f"{args.what}, {args.arch}, batch {results[0].images}, {machine.precision}, {hardware(machine.device)}"
+    title = f"{args.what}, {title}, batch {results[0].images}, {hardware(machine.device)}"
     path.with_suffix(".md").write_text(f"{title}\n\n{table(results)}\n", encoding="utf-8")
     return path
 
@@ -156,11 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (args.what == "loader") != (args.data is not None):
             raise UserError("--data DIR is needed by loader, and by nothing else")
         machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
+        if args.what == "loader":
+            machine = on_one_core(args, machine)
         results = measure(args, machine)
         path = leave(args, machine, results)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
         return 130
     print(table(results))

@@ -8,20 +8,32 @@ from pathlib import Path
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks import official
 from benchmarks.cost import counted, inputs_of, model_of, training_flops
-from mae_core.data import MEAN, STD, Images, TrainingStream, images_or_shards, loader, pretraining_transform
+from mae_core.data import (
+    MEAN,
+    STD,
+    Images,
+    TrainingStream,
+    images_or_shards,
+    loader,
+    normalised,
+    pretraining_transform,
+)
 from mae_core.errors import UserError
 from mae_core.machine import Machine, suit_attention
 from mae_core.optim import adamw, layer_decay_groups, pretraining_groups
 from mae_core.recipe import PretrainRecipe, recipe
+from mae_core.shards import list_shards
 from mae_core.vit import build_vit, get_arch
 from transfer.classification_recipes import finetune_recipe
 
 Work = Callable[[], object]
 SAME, SHIPPED = "official, same precision", "official, as shipped"
+IMAGE_FOLDER = "torchvision's ImageFolder, Pillow"
 CLASSES = 1000
 
 
@@ -32,7 +44,7 @@ def works(
     code also that, at our precision and, where it differs, as it ships: fp32 on a CPU, fp16 with a loss scaler on a
     GPU."""
     if what == "loader":
-        return loader_works(arch, batch, machine, data, folder is not None), 0
+        return loader_works(get_arch(arch).image_size, batch, machine, data), 0
     name = "mini" if arch == "vit_mini_patch8" else "paper"
     ours, theirs, flops = {"pretrain": pretraining, "finetune": finetuning, "eval": evaluation}[what](
         arch, name, batch, machine, folder
@@ -148,32 +160,34 @@ def classifier_flops(arch: str, image_size: int, train: bool) -> int:
     return counted(lambda: model(image).sum().backward() if train else model(image), model)
 
 
-def loader_works(arch: str, batch: int, machine: Machine, data: Path, compare: bool) -> dict[str, Work]:
-    """The next batch of pre-training images, decoded and augmented; beside it torchvision's ImageFolder with the
-    transforms of the official script."""
-    size = get_arch(arch).image_size
-    files = images_or_shards(data)
+def loader_works(size: int, batch: int, machine: Machine, data: Path) -> dict[str, Work]:
+    """The next batch of pre-training images, decoded, cropped, flipped and normalised on the device; beside it the same
+    of the same files by torchvision's ImageFolder and the transforms of the official script, all of them Pillow's."""
+    files, folder = images_or_shards(data), None
+    if not list_shards(data):
+        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3)
+        steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        try:
+            folder = datasets.ImageFolder(str(data), transforms.Compose(steps))
+        except FileNotFoundError:
+            raise UserError(
+                f"{data} has no class folders with images, as torchvision's ImageFolder reads them"
+            ) from None
+        files = [file for file, _ in folder.samples]
     if len(files) < batch:
         raise UserError(f"{data} has {len(files)} images, less than one batch of {batch}: give a smaller --batch")
     dataset = Images(files, pretraining_transform(size))
 
-    def ours() -> Iterator:
+    def ours() -> Iterator[Tensor]:
         stream = TrainingStream(len(files), batch, batch, 0, 0, 10**6)
-        yield from loader(dataset, stream, machine.workers, machine.device)
+        for images, _, _ in loader(dataset, stream, machine.workers, machine.device):
+            yield normalised(images.to(machine.device, non_blocking=True))
 
-    def theirs() -> Iterator:
-        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3)
-        steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        folder = datasets.ImageFolder(str(data), transforms.Compose(steps))
+    def theirs() -> Iterator[Tensor]:
+        pinned = machine.device == "cuda"
         while True:
-            yield from torch.utils.data.DataLoader(
-                folder,
-                batch,
-                shuffle=True,
-                num_workers=machine.workers,
-                pin_memory=machine.device == "cuda",
-                drop_last=True,
-            )
+            for images, _ in DataLoader(folder, batch, shuffle=True, pin_memory=pinned, drop_last=True):
+                yield images.to(machine.device, non_blocking=True)
 
     found = {"ours": partial(next, ours())}
-    return found | {"official's transforms": partial(next, theirs())} if compare else found
+    return found | {IMAGE_FOLDER: partial(next, theirs())} if folder is not None else found

@@ -19,10 +19,10 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, in percent of the median; 0 for fewer than two repeats."""
+    def spread(self) -> float | None:
+        """Half the distance between the quartiles, in percent of the median; None for fewer than two repeats."""
         if len(self.seconds) < 2:
-            return 0.0
+            return None
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return 50 * (high - low) / self.median
 

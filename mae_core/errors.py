@@ -7,3 +7,8 @@ class UserError(Exception):
     Its text is one sentence: what was wrong, where, and what to do. Command lines print it without a traceback and
     exit non-zero.
     """
+
+    def __str__(self) -> str:
+        # A DataLoader raises its worker's error again with the worker's whole traceback as the text.
+        text = super().__str__()
+        return text.rpartition(f"{__name__}.UserError: ")[2].strip() if text.startswith("Caught UserError") else text

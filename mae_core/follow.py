@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.data import Images, list_images, loader, pretraining_transform
+from mae_core.data import Images, list_images, loader, normalised, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.machine import Machine
@@ -72,7 +72,7 @@ def encoder_features(model: VisionTransformer, files: list[Path], image_size: in
     model.eval()
     for number, (images, _, _) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
         with machine.autocast():
-            tokens = model.forward_features(images.to(machine.device))
+            tokens = model.forward_features(normalised(images.to(machine.device, non_blocking=True)))
         found.append((number * distributed.world_size() + distributed.rank(), tokens[:, 0].float().cpu()))
     model.train(was_training)
     everyone = [part for process in distributed.gather_to_all(found) for part in process]

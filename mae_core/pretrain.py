@@ -17,7 +17,7 @@ import torch
 from mae_core import distributed
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
-from mae_core.data import Images, images_or_shards, pretraining_transform, seed_for
+from mae_core.data import Images, images_or_shards, normalised, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
@@ -99,7 +99,7 @@ def pretrain(
 
     def prepare(images: torch.Tensor, labels: torch.Tensor, step: int, first: int) -> tuple[torch.Tensor, ...]:
         noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
-        return images, noise.to(images.device)
+        return normalised(images), noise.to(images.device)
 
     def write(name: str, epochs: int) -> None:
         if distributed.is_main():

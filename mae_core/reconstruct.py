@@ -15,7 +15,8 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from mae_core.data import MEAN, STD, UNREADABLE, list_images, read_image
+from mae_core.data import MEAN, STD, list_images, normalised
+from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import KMeansTokenizer, PCATarget, TokenTarget
@@ -111,8 +112,6 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
             v2.Resize(size, interpolation=InterpolationMode.BICUBIC),
             v2.CenterCrop(size),
             v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
         ]
     )
     images = []
@@ -121,7 +120,7 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
             images.append(transform(read_image(file)))
         except UNREADABLE as error:
             raise UserError(f"{file} cannot be read as an image ({error}): mend it or take it out") from None
-    return torch.stack(images)
+    return normalised(torch.stack(images))
 
 
 def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path) -> None:

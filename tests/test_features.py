@@ -10,9 +10,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from transfer_fixtures import make_job, write_imagenet
 
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
+from mae_core.data import normalised
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
-from transfer import classification, classifier_job, cli, features, robustness
+from transfer import classification, cli, features, robustness, train
 from transfer.features import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.images import eval_transform, read_split
 from transfer.task import run_job
@@ -31,9 +32,9 @@ def images_shown(monkeypatch):
     shown = []
     forward = features.forward
 
-    def look(model, images, machine):
-        shown.extend(images)
-        return forward(model, images, machine)
+    def look(model, images, pixels, machine):
+        shown.extend(normalised(images, *pixels))
+        return forward(model, images, pixels, machine)
 
     monkeypatch.setattr(features, "forward", look)
     return shown
@@ -43,14 +44,13 @@ def independent(job, pool="token"):
     """Features by the model itself, one image at a time: (train, labels, val, labels)."""
     model = model_of(job.checkpoint, job.recipe.image_size).eval()
     load_encoder(model, job.checkpoint)
-    transform = eval_transform(job.recipe.image_size, job.recipe.transform, job.checkpoint.pixels)
+    transform = eval_transform(job.recipe.image_size, job.recipe.transform)
     found = []
     for name in ("train", "val"):
         split, _ = read_split(Path(job.data.root) / "imagenet" / name)
         with torch.inference_mode():
-            tokens = torch.cat(
-                [model.forward_features(transform(Image.open(f).convert("RGB"))[None]) for f in split.files]
-            )
+            images = [transform(Image.open(f).convert("RGB"))[None] for f in split.files]
+            tokens = torch.cat([model.forward_features(normalised(i, *job.checkpoint.pixels)) for i in images])
         prefix = model.num_prefix_tokens
         found += [tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1), np.array(split.labels)]
     return found
@@ -179,32 +179,27 @@ def test_the_recipe_is_dinos():
 
 
 def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root, tmp_path, monkeypatch):
-    asked = []
-    used = [(classification, name) for name in ("train_transform", "probe_transform", "eval_transform")]
-    for module, name in (*used, (classifier_job, "eval_transform")):
-        original = getattr(module, name)
+    asked = set()
 
-        def note(*args, _original=original, **kwargs):
-            transform = _original(*args, **kwargs)
-            normalise = next(step for step in transform.transforms if type(step).__name__ == "Normalize")
-            asked.append(tuple(float(v) for v in normalise.mean))
-            return transform
+    def note(images, *pixels):
+        asked.add(pixels)
+        return normalised(images, *pixels)
 
-        monkeypatch.setattr(module, name, note)
+    monkeypatch.setattr(train, "normalised", note)
     checkpoint = beit_file(tmp_path)
     for task in classification.TASKS[:2]:
         job = make_job(task, root, tmp_path / task.name, epochs=1, warmup_epochs=0)
         record = run_job(replace(job, checkpoint=checkpoint))
         assert record.status == "ok", record.reason
         assert record.checkpoint["input"]["mean"] == [0.5, 0.5, 0.5]
-    assert asked == [(0.5, 0.5, 0.5)] * 4
+    assert asked == {checkpoint.pixels}
     # What fine-tuning leaves says so too, and is evaluated with them.
     left = read_checkpoint(tmp_path / "imagenet_finetune" / "classifier.safetensors")
     assert (left.kind, left.pixels, left.variant) == ("classifier", checkpoint.pixels, Variant(beit=True))
     asked.clear()
     job = make_job(classification.TASKS[2], root, tmp_path / "eval")
     again = run_job(replace(job, checkpoint=left))
-    assert asked == [(0.5, 0.5, 0.5)]
+    assert asked == {checkpoint.pixels}
     assert again.metrics["top1"] == pytest.approx(
         run_job(replace(job, checkpoint=left, work=tmp_path / "eval2")).metrics["top1"]
     )

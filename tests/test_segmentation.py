@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_fixtures import odd_files
 from PIL import Image
 from segmentation_fixtures import TASK, make_config, make_job, write_ade20k
 from torch import nn
@@ -20,9 +21,9 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import override
 from transfer import segmentation, segmentation_mm
-from transfer.ade20k import FOLDER
+from transfer.ade20k import FOLDER, check_pair
 from transfer.segmentation import Crops, make_runner, with_progress
-from transfer.segmentation_config import multi_scale_pipeline
+from transfer.segmentation_config import LOAD_IMAGE, multi_scale_pipeline
 from transfer.segmentation_config import test_loader as make_loader
 from transfer.segmentation_recipes import MINI, RANGES, SegmentationRecipe, recipe, sources
 from transfer.segmentation_scores import bootstrap, class_scores, metrics_of
@@ -422,3 +423,18 @@ def test_the_plan_says_what_to_install(root, tmp_path, monkeypatch):
 
 def test_every_range_is_of_a_knob():
     assert set(RANGES) <= {field.name for field in fields(SegmentationRecipe)}
+
+
+def test_images_are_read_as_their_labels_are_stored(tmp_path):
+    """Of any mode, and not turned by an orientation in the EXIF."""
+    from mmcv.transforms import LoadImageFromFile
+
+    read = LoadImageFromFile(**{key: value for key, value in LOAD_IMAGE.items() if key != "type"})
+    label = tmp_path / "label.png"
+    Image.fromarray(np.full((4, 8), 7, np.uint8)).save(label)
+    for name, (content, colour) in odd_files().items():
+        (tmp_path / name).write_bytes(content)
+        assert check_pair(tmp_path / name, label)
+        pixels = read({"img_path": str(tmp_path / name)})["img"]
+        assert pixels.shape == (4, 8, 3), name
+        np.testing.assert_allclose(pixels.reshape(-1, 3).mean(axis=0)[::-1], colour, atol=2, err_msg=name)

@@ -3,8 +3,10 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 
-from mae_core.data import EXTENSIONS, images_or_shards, read_image
+from mae_core.data import EXTENSIONS, images_or_shards
+from mae_core.decode import read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.shards import list_members, list_shards
 
@@ -37,6 +39,7 @@ def test_every_image_is_read_as_from_its_file_and_in_any_order(noise_images, sha
     for number in (63, 0, 31, 30, 5):
         assert files[number].name in entries[number]
         assert np.array_equal(read_image(entries[number]), read_image(files[number]))
+        assert torch.equal(read_pixels(entries[number]), read_pixels(files[number]))
 
 
 def test_links_folders_and_other_files_are_passed_over(tmp_path):

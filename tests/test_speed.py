@@ -2,11 +2,13 @@
 
 import json
 import sys
+import tarfile
 
 import numpy as np
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
+from PIL import Image
 
 from benchmarks import official, speed, speed_works
 from benchmarks.cost import training_flops
@@ -66,21 +68,47 @@ def test_every_timed_step_trains(monkeypatch):
     assert all(p.grad is not None for p in parameters)
 
 
-def test_the_loader_gives_batch_after_batch(noise_images, tmp_path):
+def test_the_loader_is_timed_beside_torchvision_s_image_folder(noise_images, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "class").symlink_to(noise_images)
-    found = run(tmp_path, "loader", "--data", str(tmp_path / "data"), "--compare", str(tmp_path))
-    assert [arm["name"] for arm in found["arms"]] == ["ours", "official's transforms"]
-    assert found["arms"][0]["utilisation_percent"] is None
-    assert found["arms"][1]["ours_over_it"] == pytest.approx(
-        found["arms"][0]["images_per_second"] / found["arms"][1]["images_per_second"]
-    )
+    found = run(tmp_path, "loader", "--data", str(tmp_path / "data"))
+    assert [path.stem for path in tmp_path.glob("*.json")] == ["loader-48px"]
+    assert (found["image_size"], found["machine"]["workers"], "arch" in found) == (48, 0, False)
+    ours, theirs = found["arms"]
+    assert (ours["name"], theirs["name"]) == ("ours", "torchvision's ImageFolder, Pillow")
+    assert ours["utilisation_percent"] is None
+    assert theirs["ours_over_it"] == pytest.approx(ours["images_per_second"] / theirs["images_per_second"])
+
+
+def test_both_loaders_give_normalised_batches_of_the_same_files(tmp_path):
+    """Of images of one colour each, which no crop or flip changes: the same 8 batches of 4 in another order."""
+    for number in range(32):
+        file = tmp_path / f"class{number % 3}" / f"{number}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (30, 20), (8 * number, 0, 255 - number)).save(file)
+    colours = []
+    for work in speed_works.loader_works(16, 4, Machine(), tmp_path).values():
+        batches = [work() for _ in range(8)]
+        assert all((batch.shape, batch.dtype) == ((4, 3, 16, 16), torch.float32) for batch in batches)
+        seen = torch.cat(batches)[:, :, 3, 5]
+        colours.append(seen[seen[:, 0].argsort()])
+    torch.testing.assert_close(*colours)
+
+
+def test_images_in_tar_files_are_timed_alone(noise_images, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(noise_images, "images")
+    assert list(speed_works.loader_works(48, 4, Machine(), tmp_path)) == ["ours"]
 
 
 def test_the_table_gives_ratios():
     arms = [Result("ours", Timing((0.5,)), 10, 0, 1.0, 0.0), Result("official", Timing((0.6, 0.8)), 10, 0, 1.0, 0.0)]
-    assert "| ours | 20.0 | 500.0 | ± 0.0 % | 1.00 |  |  |" in speed.table(arms)
-    assert "| 1.40x |" in speed.table(arms)
+    lines = speed.table(arms).splitlines()
+    assert lines[0] == "| arm | images/s | step (ms) | spread | peak GiB | ours is |"
+    assert lines[2] == "| ours | 20.0 | 500.0 |  | 1.00 |  |"
+    assert lines[3] == "| official | 14.3 | 700.0 | ± 7.1 % | 1.00 | 1.40x |"
+    # One arm, one repeat: nothing to compare, no spread.
+    assert speed.table(arms[:1]).splitlines()[0] == "| arm | images/s | step (ms) | peak GiB |"
     assert Result("a", Timing((0.5,)), 10, 10**9, 0.0, 10**11).utilisation == pytest.approx(20)
 
 
@@ -139,12 +167,14 @@ def test_the_official_code_is_timed_at_our_precision_and_as_it_ships(folder, tmp
         (["eval", "--data", "."], "--data DIR is needed by loader, and by nothing else"),
         (["eval", "--arch", "vit_base"], "unknown arch 'vit_base'; did you mean"),
         (["eval", "--repeats", "0"], "--repeats 0: give at least one"),
+        (["loader", "--data", ".", "--workers", "2"], "no --workers, no --compare"),
+        (["loader", "--data", ".", "--compare", "."], "no --workers, no --compare"),
     ],
 )
 def test_wrong_calls_are_refused_in_one_sentence(tmp_path, capsys, flags, sentence):
     first = ["--out", str(tmp_path), "--device", "cpu", "--batch", "2"]
     arch = [] if "--arch" in flags else ["--arch", "vit_mini_patch8"]
-    assert speed.main([*flags, *arch, *first]) == 1
+    assert speed.main([*flags, *arch, *first]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1

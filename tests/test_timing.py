@@ -8,7 +8,7 @@ def test_median_and_spread():
     measured = Timing((1.0, 5.0, 2.0, 4.0, 3.0))
     assert measured.median == 3
     assert measured.spread == pytest.approx(100 / 3)  # quartiles 2 and 4: 1 of 3
-    assert Timing((2.0,)).spread == 0
+    assert Timing((2.0,)).spread is None
 
 
 def test_works_alternate_and_warm_up_untimed(monkeypatch):

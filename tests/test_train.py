@@ -25,14 +25,15 @@ from transfer_fixtures import (
 
 from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
+from mae_core.data import pretraining_transform, seed_all
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from mae_core.vit import build_vit
 from transfer import classification
-from transfer.images import Split, eval_transform, read_split
+from transfer.images import IMAGENET_PIXELS, Split, eval_transform, read_split
 from transfer.task import CLASSIFIER_FILE, read_record, run_job
-from transfer.train import Scores, evaluate, score, train_classifier
+from transfer.train import Scores, erased, evaluate, score, train_classifier
 
 ROOT = Path(__file__).parent.parent
 FINETUNE, LINPROBE, *_ = classification.TASKS
@@ -61,7 +62,7 @@ def train(job, bare_head: bool = True, model: nn.Module | None = None):
             parameter.requires_grad_(name.startswith("head."))
     split, _ = read_split(Path(job.data.root) / "imagenet" / "train")
     job.work.mkdir(parents=True, exist_ok=True)
-    return train_classifier(job, model, split, eval_transform(job.recipe.image_size))
+    return train_classifier(job, model, split, pretraining_transform(job.recipe.image_size, augmentation="none"))
 
 
 def assert_same_training(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 2e-3) -> None:
@@ -105,7 +106,9 @@ def test_every_image_is_counted_once_whatever_the_batch(tmp_path):
     model = TableModel(one_hot_logits([4, 14, 16, 92, 65, 36, 89]))
     for micro_batch, batches in ((3, [3, 3, 1]), (7, [7]), (0, [7])):
         model.batches = []
-        scores = evaluate(model, split, eval_transform(16, "center_crop"), Machine(micro_batch=micro_batch), "x")
+        scores = evaluate(
+            model, split, eval_transform(16, "center_crop"), IMAGENET_PIXELS, Machine(micro_batch=micro_batch), "x"
+        )
         assert scores.top1.tolist() == [False, True, False, True, True, False, True]
         assert model.batches == batches
 
@@ -119,7 +122,7 @@ def test_kept_columns_alone_compete(tmp_path):
     table[1, 250], table[1, 101] = 5.0, 4.0
     table[2, 299] = 5.0
     split = coded_split(tmp_path, [120, 101, 299])
-    at = (TableModel(table), split, eval_transform(16, "center_crop"), Machine(), "x")
+    at = (TableModel(table), split, eval_transform(16, "center_crop"), IMAGENET_PIXELS, Machine(), "x")
     assert evaluate(*at, kept).top1.tolist() == [True, False, True]
     assert evaluate(*at).top1.tolist() == [False, False, True]
     # 199 other logits of 0 in image 2.
@@ -130,7 +133,7 @@ def test_an_unreadable_image_ends_the_evaluation_by_name(tmp_path):
     split = coded_split(tmp_path, [1, 2, 3])
     split.files[1].write_bytes(b"no image")
     with pytest.raises(UserError, match=r"1\.png"):
-        evaluate(TableModel(one_hot_logits([1, 2, 3])), split, eval_transform(16), Machine(), "x")
+        evaluate(TableModel(one_hot_logits([1, 2, 3])), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
 
 
 def test_logits_that_are_no_numbers_give_no_accuracy(tmp_path):
@@ -138,7 +141,7 @@ def test_logits_that_are_no_numbers_give_no_accuracy(tmp_path):
     table[1] = float("nan")
     split = coded_split(tmp_path, [0, 1, 2])
     with pytest.raises(UserError, match="not finite"):
-        evaluate(TableModel(table), split, eval_transform(16), Machine(), "x")
+        evaluate(TableModel(table), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
 
 
 class Small(TableModel):
@@ -155,12 +158,29 @@ class Small(TableModel):
 def test_lack_of_memory_halves_what_is_evaluated_at_once(tmp_path):
     labels = [3, 14, 15, 92, 65, 35, 89]
     split, model = coded_split(tmp_path, labels), Small(one_hot_logits([3, 0, 15, 0, 65, 35, 89]))
-    scores = evaluate(model, split, eval_transform(16), Machine(), "x")
+    scores = evaluate(model, split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
     assert scores.top1.tolist() == [True, False, True, False, True, True, True]
     assert sum(model.batches) == 7
     model.room = 0
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate(model, split, eval_transform(16), Machine(), "x")
+        evaluate(model, split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+
+
+# What follows the augmentation
+
+
+def test_random_erasing_fills_a_quarter_of_the_images_with_noise():
+    """Zeros in: what is not zero was erased. 0.25 of 400, give or take five standard errors; 2 % to a third of each."""
+    seed_all(0)
+    images = erased(torch.zeros(400, 3, 32, 32), 0.25)
+    hit = (images != 0).any(dim=1).flatten(1).float().mean(dim=1)
+    assert abs((hit > 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5
+    assert 0.015 < hit[hit > 0].min() < 0.1
+    assert 0.25 < hit.max() < 0.36
+    noise = images[images != 0]
+    assert abs(noise.mean()) < 5 / len(noise) ** 0.5
+    assert abs(noise.std() - 1) < 0.02
+    assert not erased(torch.zeros(400, 3, 32, 32), 0.0).any()
 
 
 # Two processes equal one
@@ -193,7 +213,7 @@ def scores_of_eleven(split: Split) -> dict[str, torch.Tensor]:
     """Eleven images in batches of two: six batches, the last of one image."""
     torch.manual_seed(0)
     model = build_vit(ARCH, num_classes=1000)
-    scores = evaluate(model, split, eval_transform(48), Machine(micro_batch=2), "x")
+    scores = evaluate(model, split, eval_transform(48), IMAGENET_PIXELS, Machine(micro_batch=2), "x")
     return {name: torch.from_numpy(values) for name, values in vars(scores).items()}
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mae_core.data import EXTENSIONS, UNREADABLE
+from mae_core.data import EXTENSIONS
+from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
 from transfer.findings import Data, against_official, label_of, some, spread
 
@@ -24,10 +25,11 @@ def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def check_pair(image: Path, label: Path) -> bool:
-    """Whether any pixel is labelled. UserError unless the label file is one channel of ids 0..150, as large as its
-    image."""
+    """Whether any pixel is labelled. UserError unless the image can be decoded to its end, and the label file is one
+    channel of ids 0..150, as large as its image."""
     try:
         with Image.open(image) as picture:
+            picture.load()  # OpenCV, which mmsegmentation reads with, fills up a file that is cut short, in silence
             size = picture.size
     except UNREADABLE:
         raise UserError(f"{image} cannot be read as an image: replace it") from None

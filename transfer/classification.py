@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mae_core.data import PILLOW_PIXELS
 from mae_core.errors import UserError
 from transfer import cli, miniature, miniature_sets
 from transfer.classification_recipes import (
@@ -55,7 +56,7 @@ def finetune(job: Job) -> Result:
     """Train everything; leave the classifier as classifier.safetensors in the work folder."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes).to(job.machine.device)
-    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, r.random_erasing, job.checkpoint.pixels)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.pixels)
     state, trained = train_classifier(job, model, images.train, transform)
     metrics, stderr = validate(job, trained, images.val)
     if r.ema:
@@ -74,7 +75,7 @@ def linprobe(job: Job) -> Result:
         parameter.requires_grad_(name.startswith("head."))
     model = model.to(job.machine.device)
     before = parameters_sha256(backbone_tensors(model))
-    transform = probe_transform(r.image_size, r.min_scale, job.checkpoint.pixels)
+    transform = probe_transform(r.image_size, r.min_scale)
     state, trained = train_classifier(job, model, images.train, transform)
     if parameters_sha256(backbone_tensors(model)) != before:
         raise RuntimeError("the frozen encoder changed while its probe was trained")
@@ -96,10 +97,10 @@ def evaluate_released(job: Job) -> Result:
     if model.num_classes != len(wnids()):
         raise UserError(f"{job.checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
     val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
-    metrics, stderr = evaluate(
-        model, val, eval_transform(size, job.recipe.transform, job.checkpoint.pixels), job.machine, job.task.name
-    ).metrics()
-    return Result(metrics, stderr, len(val.files), len(val.files), resolved={"image_size": size})
+    transform, pixels = eval_transform(size, job.recipe.transform), job.checkpoint.pixels
+    metrics, stderr = evaluate(model, val, transform, pixels, job.machine, job.task.name).metrics()
+    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
+    return Result(metrics, stderr, len(val.files), len(val.files), resolved=resolved)
 
 
 def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
@@ -110,7 +111,7 @@ def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
         module="transfer.classification",
         metric="top1",
         higher_is_better=True,
-        version=1,
+        version=TRAINED["version"],
         needs="encoder",
         cost=25,
         recipe=stand_in_recipe,
@@ -138,6 +139,7 @@ COMMON = {
     "look": look_imagenet,
     "miniature": miniature.imagenet,
 }
+TRAINED = COMMON | {"version": 2}
 FINETUNE = Task(
     name="imagenet_finetune",
     title="ImageNet-1k, fine-tuning",
@@ -146,7 +148,7 @@ FINETUNE = Task(
     recipe=finetune_recipe,
     sources=finetune_sources,
     run=finetune,
-    **COMMON,
+    **TRAINED,
 )
 LINPROBE = Task(
     name="imagenet_linprobe",
@@ -156,7 +158,7 @@ LINPROBE = Task(
     recipe=linprobe_recipe,
     sources=linprobe_sources,
     run=linprobe,
-    **COMMON,
+    **TRAINED,
 )
 TASKS = (
     FINETUNE,
@@ -190,7 +192,7 @@ TASKS = (
         sources=partial_sources,
         run=partial(partial_finetune, probe=LINPROBE, finetune=FINETUNE),
         opt_in=True,
-        **(COMMON | {"metric": "top1@1"}),
+        **(TRAINED | {"metric": "top1@1"}),
     ),
     Task(
         name="imagenet_scratch",
@@ -202,7 +204,7 @@ TASKS = (
         run=finetune,
         opt_in=True,
         from_scratch=True,
-        **COMMON,
+        **TRAINED,
     ),
     *(task_of(known, miniature_sets.MAKERS[known.name]) for known in SETS),
     replace(

@@ -9,7 +9,7 @@ from torch import nn
 
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of, save_weights
-from mae_core.data import seed_for
+from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.export import travelling
 from mae_core.training import State
 from mae_core.weights_file import sha256_of
@@ -48,8 +48,8 @@ def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
 
 def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
     """Metrics and their standard errors."""
-    transform = eval_transform(job.recipe.image_size, pixels=job.checkpoint.pixels)
-    return evaluate(model, val, transform, job.machine, job.task.name).metrics()
+    transform = eval_transform(job.recipe.image_size)
+    return evaluate(model, val, transform, job.checkpoint.pixels, job.machine, job.task.name).metrics()
 
 
 def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
@@ -75,7 +75,12 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
         seconds=state.seconds,
         artifacts=artifacts,
         notes=state.notes,
-        resolved={"load": load_summary(job, images.classes), "train_images": len(images.train.files)},
+        resolved={
+            "load": load_summary(job, images.classes),
+            "train_images": len(images.train.files),
+            "train_pixels": TORCHVISION_PIXELS,
+            "val_pixels": PILLOW_PIXELS,
+        },
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from mae_core.data import UNREADABLE
+from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
 from transfer.findings import Data, against_official, label_of, some
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
-from mae_core.data import read_image
+from mae_core.decode import read_image
 from transfer.coco import CATEGORIES, LABELS, Example
 
 PICTURE_FILE = "predictions.png"

@@ -34,7 +34,10 @@ METRICS_EVERY = 20  # iterations between two lines of metrics.json
 
 class MappedExamples(Dataset):
     """Sample -> what detectron2's DatasetMapper makes of the example: large-scale jitter as in its ViTDet configs, the
-    random draws seeded by the position in the stream."""
+    random draws seeded by the position in the stream.
+
+    The mapper turns an image as its EXIF says, where our other readers take it as it is stored; it refuses one whose
+    size is then not the annotations', by name."""
 
     def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
         size = r.image_size

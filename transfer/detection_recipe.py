@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core import distributed
-from mae_core.data import UNREADABLE, read_image, seed_for
+from mae_core.data import seed_for
+from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import half_cosine

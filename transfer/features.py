@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of
-from mae_core.data import Images, loader
+from mae_core.data import PILLOW_PIXELS, Images, loader
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.progress import Progress
@@ -119,7 +119,13 @@ def knn(job: Job) -> Result:
         stderr,
         n_eval=len(val.files),
         images_seen=0 if read else len(train.files) + len(val.files),
-        resolved={"feature": feature, "features": store.name, "load": summary, "train_images": len(voters.files)},
+        resolved={
+            "feature": feature,
+            "features": store.name,
+            "pixels": PILLOW_PIXELS,
+            "load": summary,
+            "train_images": len(voters.files),
+        },
     )
 
 
@@ -154,9 +160,9 @@ def features_of(job: Job, model: nn.Module, split: Split, path: Path) -> Tensor:
     size = job.machine.micro_batch or 128
     indices = list(range(len(split.files)))
     batches = [indices[i : i + size] for i in range(0, len(indices), size)][rank::world]
-    transform = eval_transform(job.recipe.image_size, job.recipe.transform, job.checkpoint.pixels)
+    transform = eval_transform(job.recipe.image_size, job.recipe.transform)
     progress = Progress(f"{job.task.name} features {path.stem}", len(indices), enabled=distributed.is_main())
-    own, bad = own_features(job, model, Images(split.files, transform), batches, progress)
+    own, bad = own_features(job, model, Images(split.files, transform, pillow=True), batches, progress)
     if broken := [name for names in distributed.gather_to_all(bad) for name in names]:
         raise UserError(f"{broken[0]} cannot be read as an image: replace it; no number is given over part of the data")
     mine = part_file(path, rank)
@@ -176,7 +182,7 @@ def own_features(
     for images, _, bad in loader(dataset, batches, job.machine.workers, job.machine.device):
         if bad:
             return torch.empty(0), bad
-        found.append(forward(model, images, job.machine).cpu())
+        found.append(forward(model, images, job.checkpoint.pixels, job.machine).cpu())
         seen += len(images)
         progress.update(min(len(dataset), seen * distributed.world_size()), len(images))
         if not found[-1].isfinite().all():

@@ -167,22 +167,25 @@ auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
 
 
 def train_transform(
-    image_size: int, min_scale: float, rand_augment: str, random_erasing: float, pixels: Pixels = IMAGENET_PIXELS
-) -> Callable:
-    """What fine-tuning augments with, by timm: random resized crop (bicubic), flip, RandAugment, normalisation and
-    random erasing with noise. rand_augment: timm's string, or "" for none."""
-    return create_transform(
-        image_size,
-        is_training=True,
-        scale=(min_scale, 1.0),
-        color_jitter=None,
-        auto_augment=rand_augment or None,
-        interpolation="bicubic",
-        re_prob=random_erasing,
-        re_mode="pixel",
-        mean=pixels[0],
-        std=pixels[1],
-    )
+    image_size: int, min_scale: float, rand_augment: str, pixels: Pixels = IMAGENET_PIXELS
+) -> v2.Compose:
+    """What fine-tuning augments with, on uint8 tensors: random resized crop (bicubic), flip, and timm's RandAugment,
+    whose operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
+    string, or "" for none. pixels: the mean fills what RandAugment shifts in."""
+    crop = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    steps: list[Callable] = [crop, v2.RandomHorizontalFlip()]
+    if rand_augment:
+        _, augment, _ = create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=rand_augment,
+            interpolation="bicubic",
+            mean=pixels[0],
+            separate=True,
+        )
+        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
+    return v2.Compose(steps)
 
 
 class LoopFreeCrop(v2.RandomResizedCrop):
@@ -201,14 +204,15 @@ class LoopFreeCrop(v2.RandomResizedCrop):
         return {"top": top, "left": left, "height": h, "width": w}
 
 
-def probe_transform(image_size: int, min_scale: float, pixels: Pixels = IMAGENET_PIXELS) -> v2.Compose:
-    """What the linear probe augments with: loop-free random resized crop (bicubic) and flip."""
+def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
+    """What the linear probe augments with, on uint8 tensors: loop-free random resized crop (bicubic) and flip."""
     crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_normalised(pixels)])
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def eval_transform(image_size: int, how: str = "resize_crop", pixels: Pixels = IMAGENET_PIXELS) -> v2.Compose:
-    """One view of an image for evaluation, normalised as the checkpoint was trained.
+def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
+    """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. By Pillow, as the
+    published numbers were made: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": centre crop alone. "resize": short side to the size, bicubic, then
@@ -222,11 +226,7 @@ def eval_transform(image_size: int, how: str = "resize_crop", pixels: Pixels = I
     }
     if how not in resized:
         raise UserError(f"unknown transform '{how}'; {did_you_mean(how, list(resized))}")
-    steps: list = [v2.CenterCrop(image_size), *to_normalised(pixels)]
+    steps: list = [v2.CenterCrop(image_size), v2.PILToTensor()]
     if resized[how] is not None:
         steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))
     return v2.Compose(steps)
-
-
-def to_normalised(pixels: Pixels = IMAGENET_PIXELS) -> list:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*pixels)]

@@ -12,7 +12,8 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.checkpoint import Checkpoint
-from mae_core.data import UNREADABLE, read_image
+from mae_core.data import PILLOW_PIXELS
+from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
 from transfer import cli, miniature
@@ -90,12 +91,16 @@ def run_200(job: Job) -> Result:
     model, size = classifier(job)
     root, kept = Path(job.data.root), columns(job.task.name)
     split, _ = read_split(folder_of(root, job.task.name))
-    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
-    result = scored(evaluate(model, split, transform, job.machine, job.task.name, kept), len(split.files), size)
+    transform = eval_transform(size, job.recipe.transform)
+    result = scored(
+        evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name, kept), len(split.files), size
+    )
     clean = clean_split(root).of_classes(kept)
     if not clean.files:
         return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
-    metrics, stderr = evaluate(model, clean, transform, job.machine, f"{job.task.name} clean", kept).metrics()
+    metrics, stderr = evaluate(
+        model, clean, transform, pixels_of(job), job.machine, f"{job.task.name} clean", kept
+    ).metrics()
     return replace(
         result,
         images_seen=result.images_seen + len(clean.files),
@@ -107,20 +112,21 @@ def run_200(job: Job) -> Result:
 def run_sketch(job: Job) -> Result:
     model, size = classifier(job)
     split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
-    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
-    scores = evaluate(model, split, transform, job.machine, job.task.name)
+    transform = eval_transform(size, job.recipe.transform)
+    scores = evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name)
     return scored(scores, len(split.files), size)
 
 
 def scored(scores: Scores, images: int, size: int) -> Result:
     metrics, stderr = scores.metrics()
-    return Result(metrics, stderr, n_eval=images, images_seen=images, resolved={"image_size": size})
+    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
+    return Result(metrics, stderr, n_eval=images, images_seen=images, resolved=resolved)
 
 
 def run_c(job: Job) -> Result:
     """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
     model, size = classifier(job)
-    transform = eval_transform(size, job.recipe.transform, pixels_of(job))
+    transform = eval_transform(size, job.recipe.transform)
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
         splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
@@ -128,7 +134,7 @@ def run_c(job: Job) -> Result:
             check_crop(splits[0].files[0], size)
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
         label = f"{job.task.name} {number + 1}/15 {corruption}"
-        scores = evaluate(model, whole, transform, job.machine, label)
+        scores = evaluate(model, whole, transform, pixels_of(job), job.machine, label)
         wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
     errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
     metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}
@@ -139,7 +145,7 @@ def run_c(job: Job) -> Result:
         n_eval=images,
         images_seen=images,
         tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
-        resolved={"image_size": size},
+        resolved={"image_size": size, "val_pixels": PILLOW_PIXELS},
     )
 
 

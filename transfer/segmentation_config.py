@@ -16,6 +16,8 @@ from transfer.segmentation_recipes import SegmentationRecipe
 from transfer.task import Job
 from transfer.vit_fpn import ViTPyramid
 
+# As the labels are stored, whatever the EXIF orientation says.
+LOAD_IMAGE = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 
 
@@ -142,7 +144,7 @@ def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]
 def train_pipeline(r: SegmentationRecipe) -> list[dict]:
     steps = [
         {"type": "CheckPair"},
-        {"type": "LoadImageFromFile"},
+        LOAD_IMAGE,
         {"type": "LoadAnnotations"},
         {
             "type": "RandomResize",
@@ -164,7 +166,7 @@ def resized(r: SegmentationRecipe, ratio: float = 1.0) -> dict[str, Any]:
 
 def test_pipeline(r: SegmentationRecipe) -> list[dict]:
     """The label stays at its own size: that is where predictions are compared with it."""
-    steps = [{"type": "CheckPair"}, {"type": "LoadImageFromFile"}, resized(r)]
+    steps = [{"type": "CheckPair"}, LOAD_IMAGE, resized(r)]
     return [*steps, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
 
 
@@ -176,7 +178,7 @@ def multi_scale_pipeline(r: SegmentationRecipe) -> list[dict]:
         [{"type": "LoadAnnotations"}],
         [{"type": "PackSegInputs"}],
     ]
-    return [{"type": "LoadImageFromFile"}, {"type": "TestTimeAug", "transforms": views}]
+    return [LOAD_IMAGE, {"type": "TestTimeAug", "transforms": views}]
 
 
 def test_loader(folder: Path, pipeline: list[dict], machine: Machine) -> dict[str, Any]:

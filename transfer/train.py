@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, classifier_of
-from mae_core.data import Images, loader
+from mae_core.data import Images, loader, normalised
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
@@ -22,7 +23,7 @@ from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learnin
 from mae_core.progress import Progress
 from mae_core.settings import check_ranges, did_you_mean
 from mae_core.training import State, Training
-from transfer.images import Split, eval_transform, train_transform
+from transfer.images import Pixels, Split, eval_transform, train_transform
 from transfer.task import Job
 
 # The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
@@ -77,7 +78,7 @@ class ClassifierRecipe:
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
         try:
-            train_transform(224, self.min_scale, self.rand_augment, self.random_erasing)
+            train_transform(224, self.min_scale, self.rand_augment)
         except Exception as e:  # timm parses the string, and fails in any way
             raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
 
@@ -125,7 +126,7 @@ class Scores:
 def train_classifier(job: Job, model: VisionTransformer, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
     """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
     evaluate: the moving average of the weights where the recipe has one."""
-    r, machine = job.recipe, job.machine
+    r, machine, pixels = job.recipe, job.machine, job.checkpoint.pixels
     check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
     share = r.batch // machine.processes
     mixes = r.mixup > 0 or r.cutmix > 0
@@ -149,6 +150,7 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
     steps_per_epoch, lr = len(split.files) // r.batch, learning_rate(r.base_lr, r.batch)
 
     def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+        images = erased(normalised(images, *pixels), r.random_erasing)
         return mixup(images, labels) if mixes else (images, labels)
 
     state = fit(
@@ -179,6 +181,12 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
     return state, trained
 
 
+def erased(images: Tensor, probability: float) -> Tensor:
+    """Random erasing, by timm: with that probability an image gets a rectangle of normal noise, so after normalisation.
+    In place, on the images' device."""
+    return RandomErasing(probability, mode="pixel", device=images.device)(images) if probability else images
+
+
 def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return SoftTargetCrossEntropy()(logits, targets)
 
@@ -193,11 +201,14 @@ def evaluate(
     model: nn.Module,
     split: Split,
     transform: nn.Module,
+    pixels: Pixels,
     machine: Machine,
     label: str,
     kept: Sequence[int] | None = None,
 ) -> Scores:
     """Score every image of a split exactly once, whatever the number of processes.
+
+    transform: as eval_transform's. pixels: mean and std that the classifier's images are normalised with.
 
     Whole batches are dealt out to the processes in turn, so a batch holds the same images however many there are, and
     none is padded. kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then
@@ -213,12 +224,12 @@ def evaluate(
     model.eval()
     parts: list[tuple[int, np.ndarray]] = []
     unreadable: list[str] = []
-    dataset = Images(split.files, transform, labels)
+    dataset = Images(split.files, transform, labels, pillow=True)
     for number, (images, targets, bad) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
         if bad:
             unreadable = bad
             break
-        logits = forward(model, images, machine)
+        logits = forward(model, images, pixels, machine)
         if kept is not None:
             logits = logits[:, list(kept)]
         parts.append((number * distributed.world_size() + distributed.rank(), score(logits, targets.to(logits.device))))
@@ -234,16 +245,17 @@ def evaluate(
     return Scores(rows[:, 0], rows[:, 1].astype(bool), rows[:, 2].astype(bool))
 
 
-def forward(model: nn.Module, images: Tensor, machine: Machine) -> Tensor:
-    """Logits in float32; out of GPU memory tries again in halves."""
+def forward(model: nn.Module, images: Tensor, pixels: Pixels, machine: Machine) -> Tensor:
+    """Logits in float32 of uint8 images, normalised by pixels; out of GPU memory tries again in halves."""
     try:
+        images = images.to(machine.device, non_blocking=True)
         with machine.autocast():
-            return model(images.to(machine.device, non_blocking=True)).float()
+            return model(normalised(images, *pixels)).float()
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise
     torch.cuda.empty_cache()
-    return torch.cat([forward(model, half, machine) for half in images.chunk(2)])
+    return torch.cat([forward(model, half, pixels, machine) for half in images.chunk(2)])
 
 
 def score(logits: Tensor, targets: Tensor) -> np.ndarray:
