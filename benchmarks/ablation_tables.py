@@ -133,7 +133,7 @@ def plot(
     published: Sequence[dict[str, str]],
     about: str,
 ) -> None:
-    """Two panels with scales of their own: ours, and the published curve."""
+    """Two panels with scales of their own: ours with standard errors, and the published curve."""
     from matplotlib.figure import Figure  # imported late: it takes a second
 
     keys = [key for key in columns.ours if key in columns.published and key != "relative_flops"]
@@ -144,7 +144,8 @@ def plot(
     theirs = [(r["label"], place_of(r["label"], places), {k: float(v) for k, v in numbers_of(r)}) for r in published]
     for line, key in enumerate(keys):
         for panel, (name, points) in zip(panels[line], (("ours: " + about, ours), ("published", theirs))):
-            draw(panel, [(label, x, n[key]) for label, x, n in points if key in n], columns.ours[key])
+            shown = [(label, x, n[key], n.get(f"{key}_stderr", 0.0)) for label, x, n in points if key in n]
+            draw(panel, shown, columns.ours[key])
             if line == 0:
                 panel.set_title(name, fontsize=8, wrap=True)
             if line == len(keys) - 1 and table.axis:
@@ -165,12 +166,14 @@ def place_of(label: str, places: dict[str, float | None]) -> float | None:
     return number / 100 if "%" in label else number
 
 
-def draw(panel, points: Sequence[tuple[str, float | None, float]], heading: str) -> None:
-    places = [number if x is None else x for number, (_, x, _) in enumerate(points)]
-    line = "o" if any(x is None for _, x, _ in points) else "o-"
-    panel.plot(places, [y for _, _, y in points], line, markersize=4)
+def draw(panel, points: Sequence[tuple[str, float | None, float, float]], heading: str) -> None:
+    """points: label, place, value, standard error (0: none is known)."""
+    places = [number if x is None else x for number, (_, x, _, _) in enumerate(points)]
+    line = "o" if any(x is None for _, x, _, _ in points) else "o-"
+    values, errors = ([point[i] for point in points] for i in (2, 3))
+    panel.errorbar(places, values, errors if any(errors) else None, fmt=line, markersize=4, capsize=2, elinewidth=0.8)
     panel.set_ylabel(heading.replace(" ↑", ""), fontsize=8)
     panel.tick_params(labelsize=7)
     if line == "o":
-        panel.set_xticks(places, [label for label, _, _ in points], rotation=15, ha="right", fontsize=6)
+        panel.set_xticks(places, [point[0] for point in points], rotation=15, ha="right", fontsize=6)
         panel.set_xlim(-0.5, max(len(points), 1) - 0.5)
