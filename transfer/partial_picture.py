@@ -11,7 +11,8 @@ PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "
 
 
 def published_curves() -> dict[str, dict[float, float]]:
-    """{"MAE, ViT-L/16, 800 ep, pixels": {blocks tuned: top-1 in percent}} of Figure 9 of the MAE paper."""
+    """{"MAE (vit_large_patch16, 800 ep, pixels)": {blocks tuned: top-1 in percent}, ...}: Figure 9 of the MAE paper.
+    UserError if the file of them is not there."""
     try:
         with open(PUBLISHED, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -35,11 +36,11 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
     places = {k: i for i, k in enumerate(sorted({*ours, *(k for curve in published.values() for k in curve)}))}
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     panel = figure.subplots()
-    for (name, curve), marker in zip(published.items(), "s^"):
+    for (name, curve), marker, grey in zip(published.items(), "s^", ("0.45", "0.7")):
         x = [places[k] for k in sorted(curve)]
         y = [curve[k] for k in sorted(curve)]
         label = f"published, ImageNet-1K: {name}"
-        panel.plot(x, y, f"{marker}--", color="0.6", markersize=5, linewidth=1, label=label, zorder=1)
+        panel.plot(x, y, f"{marker}--", color=grey, markersize=5, linewidth=1, label=label, zorder=1)
     x = [places[k] for k in sorted(ours)]
     y, errors = zip(*(ours[k] for k in sorted(ours)))
     panel.errorbar(x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=about, zorder=2)
@@ -47,5 +48,6 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
     panel.set_xlabel("blocks tuned, from the last one (0: linear probing; all: fine-tuning)")
     panel.set_ylabel("top-1 accuracy (%)")
     panel.grid(axis="y", color="0.9")
+    panel.set_axisbelow(True)
     panel.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
