@@ -228,7 +228,7 @@ def test_a_training_split_smaller_than_a_batch_is_refused(root, tmp_path):
 
 def test_a_wrong_label_beyond_the_checked_ones_stops_the_training(tmp_path, monkeypatch):
     """With a process that decodes, too."""
-    monkeypatch.setattr(ade20k, "CHECKED", 2)
+    monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
     label = write_ade20k(tmp_path) / FOLDER / "annotations/training/ADE_train_00000005.png"
     Image.new("L", Image.open(label).size, 151).save(label)
     record = run_job(make_job(tmp_path, tmp_path / "work", Machine(workers=1)))
