@@ -186,7 +186,7 @@ def test_a_folder_is_claimed_once_and_another_experiment_is_refused_with_the_dif
 
 CHANGES = {
     "task": lambda job: replace(job, task=replace(job.task, name="other")),
-    "task_version": lambda job: replace(job, task=replace(job.task, version=2)),
+    "task_version": lambda job: replace(job, task=replace(job.task, version=job.task.version + 1)),
     "checkpoint": lambda job: replace(job, checkpoint=replace(job.checkpoint, sha256="0" * 64)),
     "recipe": lambda job: replace(job, recipe=replace(job.recipe, drop_path=0.3)),
     "engine": lambda job: replace(job, engine="other"),
