@@ -33,6 +33,8 @@ try:
     from mae_core.weights_file import sha256_of
     from transfer import classification, miniature
     from transfer.cli import add_common_flags
+    from transfer.findings import guarded
+    from transfer.imagenet import look_imagenet
     from transfer.task import Record, slug
 except ModuleNotFoundError as e:
     python = ROOT / ".venv" / "bin" / "python"
@@ -79,17 +81,8 @@ def pretraining_data(args: argparse.Namespace) -> Path:
     return own if args.recipe == "mini" and (own.is_dir() or args.data is None) else args.data / "imagenet"
 
 
-def generate(args: argparse.Namespace) -> None:
-    """Write the miniature where mini has no --data."""
-    if args.data is None and args.recipe == "mini":
-        args.data = args.out / "data"
-        miniature.imagenet(args.data)
-        miniature.unlabelled(args.data, MINI_IMAGES)
-
-
 def place_of(cell: Cell, default: Default, args: argparse.Namespace) -> Path:
-    """The folder of a cell's pre-training. Its name ends in a hash of all that the weights depend on: cells of several
-    tables that are the same pre-training, such as every table's default, share it."""
+    """The folder of a cell's pre-training, named by a hash of all that the weights depend on: equal cells share it."""
     arch, r = resolve(cell, default, args)
     tokenizer = args.tokenizer if r.tokenizer == "dall-e" else None
     identity = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": args.seed}
@@ -239,7 +232,10 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
 def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
     lock = run_all.take_lock(args.out)
     try:
-        generate(args)
+        if args.data is None and args.recipe == "mini":
+            args.data = args.out / "data"
+            miniature.imagenet(args.data)
+            miniature.unlabelled(args.data, MINI_IMAGES)
         return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
     finally:
         os.close(lock)
@@ -258,7 +254,19 @@ def check(args: argparse.Namespace) -> Machine:
         raise UserError(f"--tokenizer {args.tokenizer}: there is no such file")
     if args.tokenizer is not None and "1d" not in args.table:
         raise UserError(f"--tokenizer {args.tokenizer}: only --table 1d uses it")
+    check_data(args)
     return machine_from(args)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """UserError unless the data that all cells need are there; what mini without --data needs is generated."""
+    if args.data is not None:
+        data = guarded(look_imagenet, args.data)
+        if data.status != "found":
+            raise UserError(data.detail)
+        _, r = resolve(Cell("default"), DEFAULTS[args.recipe], args)
+        if data.counts["train"] < r.batch and pretraining_data(args).name == "imagenet":
+            raise UserError(f"{data.detail} in {pretraining_data(args)}: train has less than one batch={r.batch}")
 
 
 def state_of(cell: Cell, default: Default, args: argparse.Namespace) -> str:
@@ -275,6 +283,7 @@ def state_of(cell: Cell, default: Default, args: argparse.Namespace) -> str:
 
 def print_cells(args: argparse.Namespace) -> None:
     """Each cell with what its pre-training costs beside the default's, in FLOPs, and what is left to do."""
+    print("cost: FLOPs of the whole pre-training beside the default's")
     default = DEFAULTS[args.recipe]
     arch, plain = resolve(Cell("default"), default, args)
     unit = training_flops(arch, plain) * plain.epochs

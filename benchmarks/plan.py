@@ -12,6 +12,7 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import machine_from
 from mae_core.settings import did_you_mean
+from transfer.checks import training_images
 from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place, resolve
 from transfer.disk import space_line
 from transfer.findings import guarded
@@ -37,7 +38,8 @@ class Item:
 def make_plan(args: argparse.Namespace) -> list[Item]:
     """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and looks at the data."""
     named = find_tasks(args.tasks, TASKS) if args.tasks else None
-    settings = settings_by_task(args.set, [*TASKS, *(named or ())])
+    # "folder" alone is no task: its knobs are those of the folder that is named.
+    settings = settings_by_task(args.set, [*(task for task in TASKS if not task.of), *(named or ())])
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
     machine = replace(machine_from(args), processes=args.gpus)
@@ -45,7 +47,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     # Random weights are drawn anew for each seed; a file is read once.
     checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
     for task in TASKS:
-        resolve(task, "vit_base_patch16", args.recipe, settings[task.name])  # also of tasks that are not run
+        resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also of those that are not run
     root = data_root(args, named or TASKS)
     look = cache(lambda look_below: guarded(look_below, root))  # some tasks share their data: it is listed once
 
@@ -74,7 +76,9 @@ def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:
     if waits and job.parent is None and coming and job.data.status == "found":
         return Item(job, "to do", f"{job.data.detail} (after {FINETUNE})", finetune)
     state, why = obstacle(job)
-    return Item(job, state or "to do", why or job.data.detail)
+    share = getattr(job.recipe, "train_fraction", 1.0)
+    part = f", of which {training_images(job)} are trained on" if share < 1 else ""
+    return Item(job, state or "to do", why or job.data.detail + part)
 
 
 def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
@@ -93,12 +97,13 @@ def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str
     names = [task.name for task in tasks]
     found: dict[str, list[str]] = {name: [] for name in names}
     for setting in settings:
-        task, dot, rest = setting.partition(".")
-        if not dot or "=" not in rest:
+        task, equals, _ = setting.partition("=")
+        task, dot, _ = task.rpartition(".")  # a folder's name may have a dot
+        if not dot or not equals:
             raise UserError(f"--set {setting}: write TASK.KNOB=VALUE")
         if task not in found:
             raise UserError(f"--set {setting}: '{task}' is not among the tasks; {did_you_mean(task, names)}")
-        found[task].append(rest)
+        found[task].append(setting[len(task) + 1 :])
     return found
 
 

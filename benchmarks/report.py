@@ -7,8 +7,10 @@ The same records in any order give the same bytes. What shares a row and a cell:
 
 import argparse
 import dataclasses
+import hashlib
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_origin
@@ -78,10 +80,21 @@ def check(path: Path, record: Record) -> None:
         raise UserError(f"{path} is not a record of this version (wrong: {fields}); move it away or delete it")
 
 
-def data_title(data: dict[str, Any]) -> str:
-    """ "official data", "miniature data" or "subset FOLDER": no more of the root's path, which is the machine's."""
-    label = data.get("label") or "no"
-    return f"subset {Path(data.get('root') or '').name}" if label == "subset" else f"{label} data"
+def data_titles(records: list[Record]) -> Callable[[Record], str]:
+    """The title of a record's data: "official data", "miniature data", "subset FOLDER" or "own FOLDER". No more of the
+    path, which is the machine's, but for a hash of it where several folders of these records have one name."""
+    roots = {r.data.get("root") or "" for r in records}
+    names = Counter(Path(root).name for root in roots)
+
+    def title(r: Record) -> str:
+        label, root = r.data.get("label") or "no", r.data.get("root") or ""
+        if label not in ("subset", "own"):
+            return f"{label} data"
+        name = Path(root).name
+        apart = f" {hashlib.sha256(root.encode()).hexdigest()[:4]}" if names[name] > 1 else ""
+        return f"{label} {name}{apart}"
+
+    return title
 
 
 def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
@@ -91,12 +104,13 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
     under another recipe or on other data says so in its label. A record without a data label (nothing was found)
     stands in the sections of its recipe with the same data root.
     """
+    title = data_titles(records)
     by_engine = {column.task for table in TABLES if table.by_engine for column in table.columns}
 
     def section_of(r: Record) -> Section:
         overrides = {knob: value for knob, value in r.overrides.items() if knob != "train_fraction"}
         label = recipe_label(r.recipe_name, overrides)
-        return Section(label, data_title(r.data), r.engine if r.task in by_engine else "")
+        return Section(label, title(r), r.engine if r.task in by_engine else "")
 
     def origin_of(r: Record) -> Section:
         return section_of(r) if train_fraction(r) == 1 else section_of(r)._replace(recipe=r.recipe_label)
@@ -121,7 +135,7 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
 
 def summary_csv(records: list[Record]) -> str:
     """One line per record and metric, the headline first; failed and skipped ones have it without a value."""
-    lines = []
+    lines, title = [], data_titles(records)
     for r in records:
         row = row_of(r)
         for metric in sorted(r.metrics, key=lambda m: (m != r.metric, m)) or [r.metric]:
@@ -137,7 +151,7 @@ def summary_csv(records: list[Record]) -> str:
                 "chance": fixed(r.chance, 4),
                 "seed": r.seed,
                 "recipe": r.recipe_label,
-                "data": data_title(r.data),
+                "data": title(r),
                 "data_detail": shareable(r.data.get("detail") or ""),
                 "data_findings": shareable("; ".join(r.data.get("findings") or ())),
                 "data_fingerprint": (r.data.get("fingerprint") or "")[:8],

@@ -246,9 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         items = make_plan(args)
         print_plan(items, args)
+        check_space(jobs_to_do(items), args.out)
         if args.plan:
             return 0
-        check_space(jobs_to_do(items), args.out)
         lock = take_lock(args.out)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -20,7 +20,15 @@ try:
     from benchmarks import speed_works
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib, versions
+    from mae_core.machine import (
+        Machine,
+        add_machine_flags,
+        hardware,
+        machine_from,
+        natural,
+        peak_memory_gib,
+        versions,
+    )
     from mae_core.settings import write_json
     from mae_core.vit import get_arch
 except ModuleNotFoundError as e:

@@ -38,6 +38,7 @@ def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]
 
 # What a recipe's numbers must lie in, whichever recipe has them: lowest, highest, and whether the highest is allowed.
 RANGES = {
+    "image_size": (1, math.inf, True),
     "epochs": (1, math.inf, True),
     "batch": (1, math.inf, True),
     "warmup_epochs": (0, math.inf, True),
@@ -77,7 +78,14 @@ def check_ranges(recipe: Any) -> None:
                 limit = f"from {low} on" if high == math.inf else f"from {low} to {'' if closed else 'below '}{high}"
                 raise UserError(f"{knob}={value}: it must be {limit}")
     if getattr(recipe, "warmup_epochs", 0) > getattr(recipe, "epochs", math.inf):
-        raise UserError(f"warmup_epochs={recipe.warmup_epochs} is longer than the training (epochs={recipe.epochs})")
+        raise UserError(
+            f"warmup_epochs={recipe.warmup_epochs} is longer than the training (epochs={recipe.epochs}): set both"
+        )
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Several values as they are typed."""
+    return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def finite(text: str) -> float:
@@ -106,6 +114,8 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
                 )
             return tuple(int(p) if isinstance(c, int) else finite(p) for p, c in zip(parts, current))
     except (ValueError, KeyError):
+        if isinstance(current, tuple):
+            raise UserError(f"--set {knob}={text}: {knob} takes numbers, as in {knob}={listed(current)}") from None
         raise UserError(f"--set {knob}={text}: {knob} is of type {getattr(kind, '__name__', kind)}") from None
     return text
 

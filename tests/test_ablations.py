@@ -143,6 +143,8 @@ def test_wall_clock_table(tmp_path):
         (["--table", "1a", "--tokenizer", __file__], r"only --table 1d uses it"),
         (["--table", "1f", "--set", "mask_ratio=0.6"], r"grid-wise masking hides 0.75"),
         (["--table", "1a"], r"--data DIR is needed"),
+        (["--table", "1a", "--data", "nowhere"], r"ImageNet must lie at nowhere/imagenet/train"),
+        (["--table", "1a", "--recipe", "mini", "--data", "nowhere", "--plan"], r"must lie at nowhere/imagenet"),
     ],
 )
 def test_wrong_calls_are_refused_before_anything_runs(tmp_path, capsys, flags, sentence):
@@ -160,7 +162,7 @@ def test_plan_lists_the_cells_and_what_they_cost(capsys, tmp_path):
     assert re.search(r"4 epochs +0\.50x  to do", out)
     assert "block 50 %" in out
     assert "masking=block, mask_ratio=0.5" in out
-    assert out.count("the default") == 1  # the fig7 cell of 8 epochs names them
+    assert out.count("  the default\n") == 1  # the fig7 cell of 8 epochs names them
     assert "epochs=16" in out
 
 

@@ -301,6 +301,18 @@ def test_objects_without_area_or_outline_are_dropped_and_counted(tmp_path, bad):
     assert split.notes == ("of 2 training objects 1 objects of no area or without a valid outline left out",)
 
 
+@pytest.mark.parametrize("outline", [None, [], [[1, 1, 5, 5]], {"size": [48, 64]}], ids=str)
+def test_an_outline_that_pycocotools_cannot_read_is_refused_where_it_would_be_scored(tmp_path, outline):
+    path = annotation_file(write_coco(tmp_path), "val")
+    values = json.loads(path.read_text())
+    assert look_coco(tmp_path).status == "found"
+    values["annotations"][0]["segmentation"] = outline
+    path.write_text(json.dumps(values))
+    data = look_coco(tmp_path)
+    which = f"1 of the {len(values['annotations'])} objects of {path} have no valid outline"
+    assert (data.status, which in data.detail) == ("incomplete", True)
+
+
 def test_both_repairs_are_one_note(tmp_path):
     split = train_of(tmp_path, [rectangle(FIRST, 1, -5, 5, 9, 9), rectangle(FIRST, 1, 5, 5, 0, 9)])
     cut, left_out = "1 boxes cut to their image", "1 objects of no area or without a valid outline left out"

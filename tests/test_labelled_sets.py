@@ -295,7 +295,7 @@ def test_a_folder_of_ones_own(tmp_path):
     assert find_tasks([task_argument(task)], TASKS)[0].path == task.path
     data = task.look(Path("anywhere"))
     assert data.counts == {"classes": 3, "train": 24, "val": 6}
-    assert data.label == "subset"
+    assert (data.label, data.root) == ("own", task.path)
     record = run_job(make_job(task, Path("anywhere"), tmp_path / "work", epochs=4, base_lr=1e-2))
     assert record.status == "ok", record.reason
     assert record.n_eval == 6

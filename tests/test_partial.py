@@ -260,7 +260,7 @@ def test_another_choice_of_blocks_takes_what_is_there(curve, monkeypatch):
     again = run_job(other)
     assert trained == ["imagenet_partial@0.5"]
     assert again.metrics["top1@1"] == record.metrics["top1@1"]
-    assert again.recipe_label == "mini with blocks=0.5,1.0"
+    assert again.recipe_label == "mini with blocks=0.5,1"
 
 
 def test_an_end_that_fails_fails_the_curve_by_name(root, tmp_path):
@@ -304,7 +304,7 @@ def test_the_recipe_is_fine_tunings_for_the_blocks_of_figure_9(arch, blocks, epo
         (["blocks=0,1,1"], "each once, rising"),
         (["blocks=2,1"], "rising"),
         (["blocks=-1,1"], "give 0, 0.5 or whole numbers"),
-        (["blocks=1,two"], "is of type"),
+        (["blocks=1,two"], "takes numbers, as in blocks=0,0.5,1"),
         (["optimizer=lars", "betas=0,0", "layer_decay=1", "rand_augment=", "random_erasing=0"], "needs adamw"),
     ],
 )

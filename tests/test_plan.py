@@ -101,12 +101,11 @@ def test_a_full_disk_is_said_by_the_plan_and_refused_by_the_run(root, tmp_path, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10, 10))
     train = ["--data", str(root), "--tasks", "imagenet_finetune"]
     train += ["--set", "imagenet_finetune.batch=8", "imagenet_finetune.epochs=1", "imagenet_finetune.warmup_epochs=0"]
-    code, lines, error = call(capsys, tmp_path / "out", *train, "--plan")
-    assert (code, error) == (0, "")
-    said = lines[-1].removeprefix("  disk: ")
-    assert said.endswith("0.00 GiB free")
-    code, lines, error = call(capsys, tmp_path / "out", *train)
-    assert (code, error) == (2, f"error: the disk is too small: {said}; free some, or choose another --out\n")
+    for plan in (["--plan"], []):
+        code, lines, error = call(capsys, tmp_path / "out", *train, *plan)
+        said = lines[-1].removeprefix("  disk: ")
+        assert said.endswith("0.00 GiB free")
+        assert (code, error) == (2, f"error: the disk is too small: {said}; free some, or choose another --out\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -582,6 +582,18 @@ def test_published_numbers_against_the_facts():
             assert (table.replace("Figure", "Fig"), value) in printed
 
 
+def test_two_folders_of_one_name_share_no_section(tmp_path):
+    def on(root: str, label: str, **changes) -> Record:
+        return replace(ok("imagenet_knn", top1=20.0), data={**DATA, "root": root, "label": label}, **changes)
+
+    out = made(tmp_path, on("/x/data", "subset"), on("/y/data", "subset"), on("/z/pets", "own"))
+    data = cells(out, "imagenet").data
+    assert len(set(data)) == 3
+    assert data.str.startswith("subset data ").sum() == 2
+    assert "own pets" in set(data)
+    assert not data.str.contains("/").any()
+
+
 def test_a_share_of_the_training_images_is_a_column_of_its_own(tmp_path):
     def trained_on(share: float, top1: float, **changes) -> Record:
         record = official(ok("imagenet_finetune", top1=top1), **changes)

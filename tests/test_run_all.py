@@ -157,7 +157,11 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--ckpt", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth"),
         (["--ckpt", ARCH, "--tasks", "imagenet_finetun"], "did you mean imagenet_finetune?"),
         (["--ckpt", ARCH, "--set", "imagenet_finetune.layer_deca=1"], "did you mean layer_decay?"),
-        (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=ten"], "epochs"),
+        (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=ten"], "imagenet_finetune: --set epochs=ten"),
+        (["--ckpt", ARCH, "--set", "imagenet_knn.image_size=0"], "imagenet_knn: image_size=0"),
+        (["--ckpt", ARCH, "--tasks", "folder:a.b", "--set", "folder.batch=8"], "did you mean folder:a.b?"),
+        (["--ckpt", ARCH, "--tasks", "folder:a.b", "--set", "folder:a.b.bach=8"], "did you mean batch?"),
+        (["--ckpt", ARCH, "--tasks", "folder:x/a", "folder:y/a"], "would both be called folder:a"),
         (["--ckpt", ARCH, "--set", "epochs=1"], "TASK.KNOB=VALUE"),
         (["--ckpt", ARCH, "--data", str(tmp_path / "nowhere")], "nowhere"),
         (["--ckpt", ARCH, "--gpus", "0"], "--gpus 0"),
@@ -171,7 +175,7 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
             "unknown recipe 'deit-360'; known: paper, mini",
         ),
         (["--ckpt", ARCH, "--set", "imagenet_partial.blocks=0,2"], "1 must be among them"),
-        (["--ckpt", ARCH, "--out", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth"),
+        (["--ckpt", ARCH, "--out", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth is a file: give"),
     ):
         assert run_all.main([*out, *arguments]) == 2
         errors = capsys.readouterr().err

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from mae_core.loop import micro_batch_for
+from mae_core.settings import listed
 from mae_core.vit import get_arch
 from transfer.task import Job
 
@@ -14,17 +15,33 @@ def objections(job: Job) -> Iterator[tuple[str, str]]:
     have been found."""
     r, arch = job.recipe, job.checkpoint.arch
     images, depth = training_images(job), get_arch(arch).depth
+    of_all = f" (train_fraction={r.train_fraction:g})" if getattr(r, "train_fraction", 1.0) < 1 else ""
     if hasattr(r, "k") and images < r.k:
-        yield "k", f"k={r.k}, but there are {images} training images: set a smaller k"
+        yield "k", f"k={r.k}, but there are {images} training images{of_all}: set a smaller k"
     if hasattr(r, "taps") and r.taps[-1] >= depth:
         taps = ",".join(map(str, r.taps))
         yield "taps", f"taps={taps}, but the last block of {arch} is {depth - 1}: set lower ones"
     if hasattr(r, "blocks") and r.blocks[-1] > depth:
-        yield "blocks", f"blocks={','.join(f'{k:g}' for k in r.blocks)}, but {arch} has {depth}: set lower ones"
+        yield "blocks", f"blocks={listed(r.blocks)}, but {arch} has {depth}: set lower ones"
+    if hasattr(r, "blocks"):
+        yield from ends_of_curve(job)
     if hasattr(r, "batch"):
         if images < r.batch:
-            yield "batch", f"{images} training images are less than one batch={r.batch}: set a smaller batch"
+            yield "batch", f"{images} training images{of_all} are less than one batch={r.batch}: set a smaller batch"
         yield from shares(job)
+
+
+def ends_of_curve(job: Job) -> Iterator[tuple[str, str]]:
+    """Of partial fine-tuning: no block and all blocks are linear probing and fine-tuning by their own recipes."""
+    from transfer.classification_recipes import finetune_recipe, linprobe_recipe  # late: they come to here by cli
+
+    arch, images = job.checkpoint.arch, training_images(job)
+    for k, recipe in ((0.0, linprobe_recipe), (float(get_arch(arch).depth), finetune_recipe)):
+        batch = recipe(arch, job.recipe_name).batch
+        if k in job.recipe.blocks and images < batch:
+            which = "linear probing" if k == 0 else "fine-tuning"
+            why = f"{k:g} blocks are {which} by its own recipe, of which one batch={batch} is more than the {images}"
+            yield "blocks", f"{why} training images: leave {k:g} out of blocks"
 
 
 def training_images(job: Job) -> int:

@@ -32,6 +32,7 @@ from transfer.classification_recipes import (
 from transfer.classifier_job import images_of, leave, start_model, trained_result, validate
 from transfer.disk import classifier_weights
 from transfer.features import knn, knn_recipe, knn_sources
+from transfer.findings import Data
 from transfer.imagenet import look_imagenet, look_imagenet_val
 from transfer.images import (
     eval_transform,
@@ -127,8 +128,13 @@ def folder_task(path: str) -> Task:
     """Fine-tuning on a folder of the user's: "folder:" and its last name, in tables."""
     folder = Path(path).expanduser().resolve()
     known = LabelledSet(folder.name, f"Folder {folder.name}", (0, 0, 0), "{train,val}/CLASS/*.jpg", read_folder)
+
+    def look_here(root: Path) -> Data:
+        data = look(known, folder.parent)
+        return replace(data, root=str(folder), label="own" if data.label == "subset" else data.label)
+
     task = task_of(known, lambda root: root)
-    return replace(task, name=f"folder:{folder.name}", path=str(folder), look=lambda root: look(known, folder.parent))
+    return replace(task, name=f"folder:{folder.name}", path=str(folder), look=look_here)
 
 
 COMMON = {

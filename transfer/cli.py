@@ -64,6 +64,8 @@ def choose_engine(task: Task, asked: str = "auto") -> str:
 
 def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     """The root of the datasets; the mini recipe without --data gets the generated miniature, written if need be."""
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
     if args.data is not None:
         if not args.data.is_dir():
             raise UserError(f"--data {args.data} is not a folder")
@@ -100,7 +102,13 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
             raise UserError(f"unknown task '{name}'; {did_you_mean(name, list(known))}")
         if known[family].of and not path:
             raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
-        found.append(known[family].of(path) if colon else known[family])
+        task = known[family].of(path) if colon else known[family]
+        if other := next((t for t in found if t.name == task.name and t.path != task.path), None):
+            raise UserError(
+                f"--tasks: {other.path} and {task.path} would both be called {task.name}: link one of them under "
+                "another name"
+            )
+        found.append(task)
     return list({task.name: task for task in found}.values())
 
 
@@ -144,7 +152,10 @@ def resolve(task: Task, arch: str, name: str, settings: Sequence[str]) -> tuple[
             raise UserError(f"--set recipe={name}: --recipe chooses that, for all tasks")
         task = replace(task, sources=partial(task.sources, name=name))
     settings = [setting for setting in settings if not setting.startswith("recipe=")]
-    return task, name, *override(task.recipe(arch, name), settings)
+    try:
+        return task, name, *override(task.recipe(arch, name), settings)
+    except UserError as e:
+        raise UserError(f"{task.name}: {e}") from None
 
 
 def scratch_of(arch: str, seed: int) -> Checkpoint:

@@ -128,6 +128,8 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
     known = {image["id"] for image in images}
     if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
         problems.append(f"{path} annotates {len(strangers)} times images that it does not list: {some(strangers)}")
+    if not problems and folder.name.startswith("val"):
+        problems += unscorable(path, annotations, {i["id"]: (i["height"], i["width"]) for i in images})
     if problems:
         return Split(Examples(()), len(annotations), 0, 0, tuple(problems), digest)
     by_image: dict[int, list[dict]] = {}
@@ -138,6 +140,22 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
     examples = [read_example(image, folder, by_image.get(image["id"], []), counts) for image in images]
     findings = unlike_official(path, folder, images, categories)
     return Split(Examples(examples), len(annotations), counts["clipped"], counts["dropped"], (), digest, findings)
+
+
+def unscorable(path: Path, annotations: list[dict], sizes: dict[int, tuple[int, int]]) -> list[str]:
+    """A sentence if pycocotools cannot read some of the outlines: its evaluation would fail, after the training."""
+    bad = []
+    for annotation in annotations:
+        outline, size = annotation["segmentation"], sizes[annotation["image_id"]]
+        try:
+            compressed = isinstance(outline, dict) and not isinstance(outline["counts"], list)
+            mask_util.area(outline if compressed else mask_util.frPyObjects(outline, *size))
+        except Exception:  # of any type, by what it stumbles over
+            bad.append(annotation["id"])
+    if not bad:
+        return []
+    which = f"{len(bad)} of the {len(annotations)} objects of {path} have no valid outline"
+    return [f"{which} (ids {some(bad)}): nothing can be scored against them; unpack the file again or remove them"]
 
 
 def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]) -> list[str]:

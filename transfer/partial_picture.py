@@ -1,6 +1,7 @@
 """The curve of partial fine-tuning as a picture, over the published ones."""
 
 import csv
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,11 +44,13 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
         panel.plot(x, y, f"{marker}--", color=grey, markersize=5, linewidth=1, label=label, zorder=1)
     x = [places[k] for k in sorted(ours)]
     y, errors = zip(*(ours[k] for k in sorted(ours)))
-    panel.errorbar(x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=about, zorder=2)
+    panel.errorbar(
+        x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=textwrap.fill(about, 90), zorder=2
+    )
     panel.set_xticks(list(places.values()), [f"{k:g}" for k in places])
     panel.set_xlabel("blocks tuned, from the last one (0: linear probing; all: fine-tuning)")
     panel.set_ylabel("top-1 accuracy (%)")
     panel.grid(axis="y", color="0.9")
     panel.set_axisbelow(True)
-    panel.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center")  # beside the curves, however long a recipe's name is
     figure.savefig(path, dpi=130)
