@@ -82,7 +82,7 @@ PUBLISHED = ("vit_base_patch16", "vit_large_patch16")
 # The miniature: 96 px images that hold objects of 16 to 48, and heads that two cores can train in half a minute.
 MINI = {
     "image_size": 96,
-    "epochs": 5,
+    "epochs": 4,
     "warmup_epochs": 0.5,
     "batch": 2,
     "lr": 1e-3,
