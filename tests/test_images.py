@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
 
 
 def test_a_folder_without_images_is_a_problem(tmp_path):
-    assert read_split(tmp_path)[1] == [f"{tmp_path} has no class folder with images in it"]
+    assert read_split(tmp_path)[1] == [f"{tmp_path} has no class folder with images in it: unpack the archive there"]
 
 
 def test_of_classes_keeps_files_and_labels_together():

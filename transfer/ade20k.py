@@ -88,9 +88,11 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
     bare = [image.name for image, label in found if label.name not in labels]
     if bare:
-        return [f"{images} has {len(bare)} images without a label file in annotations/{SPLITS[split]}: {some(bare)}"]
+        where = f"annotations/{SPLITS[split]}"
+        return [f"{images} has {len(bare)} images without a label file in {where}: {some(bare)}; unpack both anew"]
     if lone := sorted(labels - {label.name for _, label in found}):
-        return [f"annotations/{SPLITS[split]} of {folder} has {len(lone)} labels without an image: {some(lone)}"]
+        where = f"annotations/{SPLITS[split]} of {folder}"
+        return [f"{where} has {len(lone)} labels without an image: {some(lone)}; unpack both anew"]
     looked, labelled, wrong = spread(len(found)), False, []
     for number in looked:
         try:
@@ -98,8 +100,8 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
         except UserError as e:
             wrong.append(str(e))
     if wrong:
-        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {wrong[0]}"]
-    return [] if labelled else [f"{images}: no pixel of the label files has a label above 0"]
+        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {some(wrong, 2)}"]
+    return [] if labelled else [f"{images}: no pixel of the label files has a label above 0; are they SceneParse150's?"]
 
 
 def draw_predictions(

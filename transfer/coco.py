@@ -115,11 +115,11 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
             entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], entry["segmentation"]
             float(entry["area"]), np.array(entry["bbox"], float).reshape(4)
     except (ValueError, KeyError, TypeError, IndexError) as e:
-        problem = f"{path} is no file of COCO instances ({type(e).__name__}: {e})"
+        problem = f"{path} is no file of COCO instances ({type(e).__name__}: {e}): unpack annotations_trainval2017.zip"
         return Split(Examples(()), 0, 0, 0, (problem,), digest)
     problems = wrong_categories(path, annotations, categories) + wrong_images(path, folder, images)
     if not annotations:
-        problems.append(f"{path} has no annotations at all")
+        problems.append(f"{path} has no annotations at all: test sets have none, take instances_{{train,val}}2017.json")
     elif all(a["iscrowd"] for a in annotations):
         problems.append(f"{path} has crowds alone, no object")
     ids = {a["id"] for a in annotations}
@@ -181,19 +181,20 @@ def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     missing = [str(i["file_name"]) for i in images if i["file_name"] not in there]
     if missing:
-        return [f"{len(missing)} of the {len(images)} images of {path.name} are not in {folder}: {some(missing)}"]
+        which = f"{len(missing)} of the {len(images)} images of {path.name}"
+        return [f"{which} are not in {folder}: {some(missing)}; unpack {folder.name}.zip there"]
     if repeated := len(images) - len({i["id"] for i in images}):
-        return [f"{path} uses {repeated} image ids twice"]
+        return [f"{path} uses {repeated} image ids twice: give every image an id of its own"]
     problems = []
     for image in images[:: -(-len(images) // SIZES_CHECKED)]:
         try:
             with Image.open(folder / image["file_name"]) as opened:
                 size = opened.size
         except UNREADABLE:
-            problems.append(f"{folder / image['file_name']} cannot be read as an image")
+            problems.append(f"{folder / image['file_name']} cannot be read as an image: replace it")
             continue
         if size != (image["width"], image["height"]):
-            said = f"{image['width']}x{image['height']}"
+            said = f"{image['width']}x{image['height']}: take the images that it describes"
             problems.append(f"{folder / image['file_name']} is {size[0]}x{size[1]} px, {path.name} says {said}")
     return problems[:3]
 

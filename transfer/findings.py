@@ -102,4 +102,5 @@ def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
             wrong.append(f"{file} is a broken link" if file.is_symlink() else f"{file} is not there")
     if not wrong:
         return []
-    return [f"{len(wrong)} of {len(looked)} {what} looked at (of {len(files)}) cannot be used: {some(wrong)}"]
+    which = f"{len(wrong)} of {len(looked)} {what} looked at (of {len(files)})"
+    return [f"{which} cannot be used: {some(wrong)}; mend or replace them"]

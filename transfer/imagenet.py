@@ -31,7 +31,9 @@ def look_imagenet(root: Path) -> Data:
         problems.append(f"{folder}/train holds validation images alone ({VAL_NAME}*): are train and val swapped?")
     unlearnt = sorted(wnids()[i] for i in val.classes - train.classes)
     if unlearnt and not problems:
-        problems.append(f"{folder}/val has classes that train lacks: {some(unlearnt)}")
+        problems.append(
+            f"{folder}/val has classes that train lacks: {some(unlearnt)}; add them there or take them out of val"
+        )
     problems += unusable(train.files, "training images") + unusable(val.files, "validation images")
     if problems:
         return Data(str(root), "incomplete", "; ".join(problems))

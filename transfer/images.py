@@ -109,13 +109,13 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     if broken:
         problems.append(f"{folder} has broken links for class folders: {some(broken)}; link them to where they lie")
     if empty:
-        problems.append(f"{folder} has class folders without an image: {some(empty)}")
+        problems.append(f"{folder} has class folders without an image: {some(empty)}; fill or remove them")
     if forks:
         problems.append(
             f"{folder} has {forks} files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete"
         )
     if not files and not problems:
-        problems.append(f"{folder} has no class folder with images in it")
+        problems.append(f"{folder} has no class folder with images in it: unpack the archive there")
     return Split(tuple(files), tuple(labels)), problems
 
 

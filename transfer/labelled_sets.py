@@ -76,7 +76,7 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
     found = list(problems)
     for name, split in (("training", train), ("validation", val)):
         if not split.files and not found:
-            found.append(f"{folder} has no {name} images")
+            found.append(f"{folder} has no {name} images: unpack them there")
         absent = missing_files(split.files)
         if absent:
             listed = some([str(file) for file in absent])
@@ -89,7 +89,9 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
             found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {some([str(s) for s in strange])}")
     both = set(train.files) & set(val.files)
     if both:
-        found.append(f"{len(both)} images are in both splits of {folder}: {some(sorted(map(str, both)))}")
+        found.append(
+            f"{len(both)} images are in both splits of {folder}: {some(sorted(map(str, both)))}; keep each in one"
+        )
     unlearnt = sorted(val.classes - train.classes)
     if unlearnt and not found:
         found.append(f"{folder}: validation has classes that training lacks: {some([str(c) for c in unlearnt])}")
@@ -128,9 +130,9 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
             pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
             files, labels = [folder / file for file, _ in pairs], [c for _, c in pairs]
         except FileNotFoundError:
-            problems.append(f"{path} is missing")
+            problems.append(f"{path} is missing: unpack the archive that holds it")
         except (ValueError, KeyError, TypeError) as e:
-            problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e})")
+            problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
         splits.append(Split(tuple(files), tuple(labels)))
     return checked(folder, *splits, classes, problems)
 
@@ -141,7 +143,7 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        problems.append(f"{path} is missing")
+        problems.append(f"{path} is missing: unpack the archive that holds it")
         return EMPTY
     except UnicodeDecodeError:
         problems.append(f"{path} is no text: unpack the list from its archive")
@@ -194,7 +196,9 @@ def read_folder(folder: Path) -> Reading:
         there = sorted(p.name for p in (folder / split).iterdir() if p.is_dir())
         foreign = sorted(set(there) - set(names))
         if foreign:
-            problems.append(f"{folder / split} has classes that train lacks: {some(foreign)}")
+            problems.append(
+                f"{folder / split} has classes that train lacks: {some(foreign)}; add them there or remove them"
+            )
         pairs = [
             (file, label)
             for label, name in enumerate(names)

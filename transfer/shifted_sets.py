@@ -37,7 +37,7 @@ def look(name: str, root: Path) -> Data:
     allowed = sorted(columns(name)) if name != "imagenet_sketch" else range(len(wnids()))
     foreign = sorted(wnids()[i] for i in split.classes.difference(allowed))
     if foreign:
-        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}")
+        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}; move them away")
     problems += unusable(split.files)
     if problems:
         return Data(str(root), "incomplete", "; ".join(problems))
@@ -78,13 +78,17 @@ def look_c(root: Path) -> Data:
     if not base.is_dir():
         return Data(str(root), "missing", f"no data: it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
     missing = [c for c in CORRUPTIONS if not corruption_folder(root, c).is_dir()]
-    problems = [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}"] if missing else []
+    problems = (
+        [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}; unpack their archives"]
+        if missing
+        else []
+    )
     splits: dict[str, Split] = {}
     for corruption in (c for c in CORRUPTIONS if c not in missing):
         for severity in SEVERITIES:
             folder = corruption_folder(root, corruption) / str(severity)
             if not folder.is_dir():
-                problems.append(f"{folder} is missing")
+                problems.append(f"{folder} is missing: unpack its archive again")
                 continue
             splits[f"{corruption}/{severity}"], wrong = read_split(folder)
             problems += wrong
