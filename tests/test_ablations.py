@@ -10,6 +10,7 @@ import pytest
 from benchmarks import ablations
 from benchmarks.ablation_grid import DEFAULTS, TABLES, Cell, Default
 from benchmarks.ablation_tables import ACCURACY, WALL_CLOCK, Row, published_rows, write
+from mae_core.errors import UserError
 from mae_core.recipe import recipe
 from transfer import miniature
 
@@ -152,6 +153,13 @@ def test_wrong_calls_are_refused_before_anything_runs(tmp_path, capsys, flags, s
     error = capsys.readouterr().err
     assert re.search(sentence, error), error
     assert error.count("\n") == 1
+
+
+def test_table_2_needs_images_to_pre_train_on_and_no_classes(tmp_path):
+    (tmp_path / "unlabelled").mkdir()
+    ablations.check_data(arguments("--table", "2", "--recipe", "mini", "--data", str(tmp_path)))
+    with pytest.raises(UserError, match=r"ImageNet must lie at"):
+        ablations.check_data(arguments("--table", "2", "1a", "--recipe", "mini", "--data", str(tmp_path)))
 
 
 def test_plan_lists_the_cells_and_what_they_cost(capsys, tmp_path):

@@ -94,8 +94,9 @@ def knn(job: Job) -> Result:
         for name, split in (("train", train), ("val", val))
     )
     # The features of all are kept, whatever their share: other shares and other values of k read them too.
-    place = {file: i for i, file in enumerate(train.files)}
-    train_features = train_features[[place[file] for file in voters.files]]
+    if voters is not train:  # of all images it would be a copy of gigabytes
+        place = {file: i for i, file in enumerate(train.files)}
+        train_features = train_features[[place[file] for file in voters.files]]
     device = job.machine.device
     labels, truth = torch.tensor(voters.labels), np.array(val.labels)
     metrics, stderr = {}, {}

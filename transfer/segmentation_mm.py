@@ -50,6 +50,9 @@ def provide_operators() -> bool:
 
 
 def absent_operator(name: str) -> Callable[..., None]:
+    """What stands for an operator: mmseg imports all of them, UperNet calls none, and another model that does must stop
+    here rather than compute something else."""
+
     def call(*arguments: Any, **options: Any) -> None:
         raise NotImplementedError(f"mmcv.ops.{name} is a compiled operator: install full mmcv in place of mmcv-lite")
 
