@@ -5,10 +5,8 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
-from transfer_fixtures import ARCH, make_job
+from transfer_fixtures import ARCH, kill_when, make_job
 
 import transfer
 from mae_core import distributed
@@ -554,13 +552,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_weights(root, tmp_path)
         for name in ("whole", "killed")
     }
     subprocess.run(command["whole"], env=env, check=True, timeout=300, cwd=tmp_path)
-    process = subprocess.Popen(command["killed"], env=env, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    deadline = time.monotonic() + 300
-    while not any((tmp_path / "killed").rglob(LOG_FILE)) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_when(lambda: any((tmp_path / "killed").rglob(LOG_FILE)), command["killed"], tmp_path, env)
     assert not any((tmp_path / "killed").rglob("record.json"))
     (checkpoint,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 24

@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from transfer_fixtures import ARCH, small_checkpoint, write_imagenet
+from transfer_fixtures import ARCH, kill_when, small_checkpoint, write_imagenet
 
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
@@ -367,13 +365,7 @@ def test_killed_within_one_number_of_blocks_it_goes_on_and_ends_with_the_same_nu
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, *command(root, whole)], cwd=ROOT, env=env, check=True, timeout=300)
     arguments = [sys.executable, *command(root, killed, "--save-minutes", "0")]
-    process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not list(killed.rglob(f"imagenet_partial/1/*/{CHECKPOINT_FILE}")) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_when(lambda: list(killed.rglob(f"imagenet_partial/1/*/{CHECKPOINT_FILE}")), arguments, ROOT, env)
     (checkpoint,) = killed.rglob(CHECKPOINT_FILE)
     assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 40
     (first,) = killed.rglob(f"imagenet_partial/0.5/*/{partial.RESULT_FILE}")

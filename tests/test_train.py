@@ -1,10 +1,8 @@
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transfer_fixtures import (
     ARCH,
     TableModel,
+    kill_when,
     make_job,
     one_hot_logits,
     write_code,
@@ -419,13 +418,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_weights(tmp_path):
     subprocess.run([sys.executable, *command(root, whole)], cwd=ROOT, env=env, check=True, timeout=300)
 
     arguments = [sys.executable, *command(root, killed, "--save-minutes", "0")]
-    process = subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not any(killed.rglob(LOG_FILE)) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_when(lambda: any(killed.rglob(LOG_FILE)), arguments, ROOT, env)
     assert not any(killed.rglob("record.json"))
     (checkpoint,) = killed.rglob(CHECKPOINT_FILE)
     assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 40

@@ -1,6 +1,9 @@
 """Small generated data trees, models with known answers and jobs for the tests of transfer/."""
 
-from collections.abc import Sequence
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +99,14 @@ def make_job(task: Task, root: Path, work: Path, machine: Machine | None = None,
     machine = machine or Machine()
     data = task.look(root)
     return Job(task, small_checkpoint(seed), recipe, "mini", dict(changes), data, work, seed, machine=machine)
+
+
+def kill_when(there: Callable[[], object], arguments: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+    """Start a process, and SIGKILL it as soon as `there` is true; fail if it ends before."""
+    process = subprocess.Popen(arguments, cwd=cwd, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not there() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
