@@ -21,20 +21,21 @@ try:
     from benchmarks import run_all
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell, Default
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write
-    from benchmarks.cost import training_flops
+    from benchmarks.flops import training_flops
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
+    from mae_core.checkpoint.weights_file import sha256_of
     from mae_core.data import images_or_shards
     from mae_core.errors import UserError
     from mae_core.machine import Machine, hardware, machine_from, natural
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import did_you_mean, override
-    from mae_core.weights_file import sha256_of
-    from transfer import classification, miniature
+    from transfer.classification import tasks as classification
     from transfer.cli import add_common_flags
-    from transfer.findings import guarded
-    from transfer.imagenet import look_imagenet
+    from transfer.data.findings import guarded
+    from transfer.data.imagenet import look_imagenet
+    from transfer.miniature import imagenet as miniature
     from transfer.task import Record, slug
 except ModuleNotFoundError as e:
     python = ROOT / ".venv" / "bin" / "python"

@@ -14,8 +14,8 @@ from mae_core.machine import machine_from
 from mae_core.settings import did_you_mean
 from transfer.checks import training_images
 from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place, resolve
-from transfer.disk import space_line
-from transfer.findings import guarded
+from transfer.data.findings import guarded
+from transfer.space import space_line
 from transfer.task import CLASSIFIER_FILE, Job, Task
 
 FINETUNE = "imagenet_finetune"

@@ -23,7 +23,7 @@ try:
     from mae_core.machine import natural
     from mae_core.progress import duration
     from transfer.cli import add_common_flags, headline, settle, task_argument
-    from transfer.disk import check_space
+    from transfer.space import check_space
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
 except ModuleNotFoundError as e:
     python = ROOT / ".venv" / "bin" / "python"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 try:
     import torch
 
-    from benchmarks import speed_works
+    from benchmarks import speed_workloads as speed_works
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.errors import UserError
     from mae_core.machine import (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cost import inputs_of, model_of, training_flops
+from benchmarks.flops import inputs_of, model_of, training_flops
 from benchmarks.timing import Timing, alternate
 from mae_core.machine import Machine, suit_attention
 from mae_core.recipe import PretrainRecipe

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mae_core.checkpoint.weights_file import read_file
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
-from mae_core.weights_file import read_file
 
 GROUPS, BLOCKS = 4, 2
 STRIDE = 8  # px a token

@@ -9,13 +9,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mae_core import distributed
+from mae_core.checkpoint.weights_file import save_weights, sha256_of
 from mae_core.dalle import read_dalle
 from mae_core.data import Images, Sample, normalised, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.patches import patchify
 from mae_core.recipe import PretrainRecipe
 from mae_core.targets import KMeansTokenizer, PCATarget, PixelTarget, TokenTarget, fit_kmeans, fit_pca
-from mae_core.weights_file import save_weights, sha256_of
 
 TARGET_FILE = "target.safetensors"
 PATCHES_PER_IMAGE = 20

@@ -1,13 +1,12 @@
 """The README against the files that exist."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from benchmarks.suite import TASKS
+from tests.fixtures import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAP = README[README.index("## Map") : README.index("## How to add a task")]
 

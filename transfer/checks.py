@@ -33,7 +33,7 @@ def objections(job: Job) -> Iterator[tuple[str, str]]:
 
 def ends_of_curve(job: Job) -> Iterator[tuple[str, str]]:
     """Of partial fine-tuning: no block and all blocks are linear probing and fine-tuning by their own recipes."""
-    from transfer.classification_recipes import finetune_recipe, linprobe_recipe  # late: they come to here by cli
+    from transfer.classification.recipes import finetune_recipe, linprobe_recipe  # late: they come to here by cli
 
     arch, images = job.checkpoint.arch, training_images(job)
     for k, recipe in ((0.0, linprobe_recipe), (float(get_arch(arch).depth), finetune_recipe)):

@@ -18,10 +18,10 @@ from mae_core.machine import Machine, add_machine_flags, machine_from, natural
 from mae_core.settings import did_you_mean, differences, override
 from mae_core.vit import beyond, vit_arguments
 from transfer.checks import objections
-from transfer.disk import check_space
-from transfer.findings import Data, guarded
+from transfer.data.findings import Data, guarded
+from transfer.pyramid import patch_side
+from transfer.space import check_space
 from transfer.task import Job, Record, Task, describe, done, run_job, work_folder, write_record
-from transfer.vit_fpn import patch_side
 
 RECIPES = ("paper", "mini")  # of every task
 

@@ -20,7 +20,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine, commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences, listed, write_json
 from mae_core.training import CHECKPOINT_FILE
-from transfer.findings import Data
+from transfer.data.findings import Data
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""A Checkpoint as a file again: in the canonical form, or as another project reads it."""
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mae_core.checkpoint import Checkpoint
+from mae_core.checkpoint.weights_file import CheckpointError, save_weights
+from mae_core.data import MEAN, STD
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+from mae_core.vit import ARCHS, EPS
+
+
+def travelling(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
+    """Safetensors metadata of what a model's numbers depend on beside its tensors; {} where all is as in MAE. pool: of
+    the model that is saved; tensors: its names, which show the usual pooling."""
+    c, usual = checkpoint, "avg" if "fc_norm.weight" in tensors else "token"
+    if (c.mean, c.std, c.eps, pool) == (MEAN, STD, EPS, usual):
+        return {}
+    return {"mean": " ".join(map(str, c.mean)), "std": " ".join(map(str, c.std)), "eps": str(c.eps), "pool": pool}
+
+
+def save_canonical(checkpoint: Checkpoint, path: Path) -> None:
+    """One safetensors file with timm's names; reading it gives this checkpoint back, bit for bit."""
+    told = {
+        name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in checkpoint.meta.items()
+    }
+    told |= {"arch": checkpoint.arch, "kind": checkpoint.kind, "source_format": checkpoint.format}
+    told |= {"source_sha256": checkpoint.sha256}
+    tensors = _everything(checkpoint)
+    save_weights(path, tensors, told | travelling(checkpoint, checkpoint.pool, tensors))
+
+
+def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
+    """Write for another project: "timm" (flat safetensors), "fair" ({"model": ...}, as FAIR's MAE code saves), "hf" (a
+    folder for transformers' from_pretrained) or "detectron2" (a .pth whose names start a ViTDet backbone).
+
+    UserError for another form, and for an encoder that the form cannot hold.
+    """
+    if form not in TARGETS:
+        raise UserError(f"unknown form '{form}'; {did_you_mean(form, TARGETS)}")
+    if form != "timm" and not checkpoint.plain:
+        raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
+    if path.exists() and path.is_dir() != (form == "hf"):
+        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a file'}: give another name")
+    suffixes = SUFFIXES.get(form, ())
+    if suffixes and path.suffix not in suffixes:
+        raise CheckpointError(f"{path}: --to {form} writes a file that ends in {' or '.join(suffixes)}")
+    try:
+        TARGETS[form](checkpoint, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, of a folder that is not there
+        raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+SUFFIXES = {"timm": (".safetensors",), "fair": (".pth", ".pt"), "detectron2": (".pth",)}
+
+
+def left_out(checkpoint: Checkpoint, form: str) -> str:
+    """What that form does not say or hold of the checkpoint, "" for nothing: a reader assumes MAE's pixels and eps."""
+    c, found = checkpoint, []
+    if c.decoder and form in ("timm", "detectron2"):
+        found.append(f"the decoder ({len(c.decoder)} tensors)")
+    if c.classifier and form == "detectron2":
+        found.append(f"the classifier ({len(c.classifier)} tensors)")
+    if form != "hf":
+        told = {"mean": (c.mean, MEAN), "std": (c.std, STD), "eps": (c.eps, EPS)}
+        found += [f"{name} {as_text(value)}" for name, (value, usual) in told.items() if value != usual]
+    return ", ".join(found)
+
+
+def as_text(value: float | tuple[float, ...]) -> str:
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+def _everything(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {**checkpoint.encoder, **checkpoint.decoder, **checkpoint.classifier}
+
+
+def _timm(checkpoint: Checkpoint, path: Path) -> None:
+    _safetensors({**checkpoint.encoder, **checkpoint.classifier}, path)
+
+
+def _fair(checkpoint: Checkpoint, path: Path) -> None:
+    _torch({"model": _everything(checkpoint)}, path)
+
+
+def _detectron2(checkpoint: Checkpoint, path: Path) -> None:
+    # matching_heuristics: what ViTDet's own configs ask for; with these names nothing is left to guess.
+    encoder = {f"backbone.net.{name}": tensor for name, tensor in checkpoint.encoder.items()}
+    _torch({"model": encoder, "__author__": "MAE", "matching_heuristics": True}, path)
+
+
+def _hf(checkpoint: Checkpoint, folder: Path) -> None:
+    if "fc_norm.weight" in checkpoint.classifier or any(n.startswith("head.0.") for n in checkpoint.classifier):
+        raise CheckpointError(
+            f"{checkpoint.path} pools by average or has a linear probe, which transformers' ViT has not: use --to timm"
+        )
+    a, decoder, head = ARCHS[checkpoint.arch], checkpoint.decoder, checkpoint.classifier.get("head.weight")
+    kind = "vit_mae" if decoder else "vit"
+    config = {
+        "model_type": kind,
+        "architectures": [
+            "ViTMAEForPreTraining" if decoder else "ViTForImageClassification" if head is not None else "ViTModel"
+        ],
+        "hidden_size": a.dim,
+        "num_hidden_layers": a.depth,
+        "num_attention_heads": a.heads,
+        "intermediate_size": 4 * a.dim,
+        "hidden_act": "gelu",
+        "layer_norm_eps": checkpoint.eps,
+        "image_size": checkpoint.meta["image_size"],
+        "patch_size": a.patch,
+        "num_channels": 3,
+        "qkv_bias": True,
+    }
+    if head is not None and not decoder:
+        config |= {"id2label": {str(i): f"LABEL_{i}" for i in range(len(head))}}
+    if decoder:
+        width = decoder["decoder_embed.weight"].shape[0]
+        blocks = {name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}
+        heads = int(checkpoint.meta.get("decoder_heads") or 16)
+        config |= {
+            "decoder_hidden_size": width,
+            "decoder_num_hidden_layers": len(blocks),
+            "decoder_num_attention_heads": heads,
+        }
+        config |= {"decoder_intermediate_size": 4 * width, "mask_ratio": 0.75}
+        config |= {"norm_pix_loss": bool(checkpoint.meta.get("norm_pix", False))}
+    tensors = {}
+    whole = bool(decoder) or head is not None
+    for name, tensor in ({**checkpoint.encoder, **decoder} if decoder else _everything(checkpoint)).items():
+        tensors |= _hf_names(name, tensor, "vit." if whole else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    _safetensors(tensors, folder / "model.safetensors")
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_normalize": True,
+        "image_mean": list(checkpoint.mean),
+        "image_std": list(checkpoint.std),
+        "size": {"height": config["image_size"], "width": config["image_size"]},
+    }
+    for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+HF_TOP = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def _hf_names(name: str, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
+    """One canonical tensor under transformers' names (the older generation, which every version reads)."""
+    if name.startswith("head."):
+        return {name.replace("head.", "classifier."): tensor}
+    in_decoder = name.startswith("decoder_") or name == "mask_token"
+    if "blocks." not in name:
+        stem, _, kind = name.rpartition(".")
+        top = HF_TOP.get(name) or f"{HF_TOP.get(stem, stem)}.{kind}"
+        return {f"decoder.{name}": tensor} if in_decoder else {prefix + top: tensor}
+    _, number, rest = name.split(".", 2)
+    stem, kind = rest.rsplit(".", 1)
+    start = f"decoder.decoder_layers.{number}." if in_decoder else f"{prefix}encoder.layer.{number}."
+    if stem == "attn.qkv":
+        parts = zip(("query", "key", "value"), tensor.chunk(3))
+        return {f"{start}attention.attention.{part}.{kind}": piece for part, piece in parts}
+    return {f"{start}{HF_BLOCK[stem]}.{kind}": tensor}
+
+
+def _torch(content: dict, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        # Copies: safetensors refuses tensors that share memory. "pt" is what transformers asks for.
+        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        save_file(copies, part, metadata={"format": "pt"})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+TARGETS = {"timm": _timm, "hf": _hf, "fair": _fair, "detectron2": _detectron2}

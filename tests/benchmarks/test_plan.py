@@ -1,0 +1,120 @@
+"""What the plan says of the data, the disk and the call before anything starts."""
+
+import shutil
+from collections import namedtuple
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run_all
+from tests.fixtures.transfer import ARCH, write_imagenet, write_split
+
+KNN = ["--tasks", "imagenet_knn"]
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Four classes of ImageNet, 32 training images."""
+    return write_imagenet(tmp_path / "data", train=8, val=1)
+
+
+def call(capsys, out: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """Exit code, lines printed, error."""
+    code = run_all.main(["--ckpt", f"random:{ARCH}", "--recipe", "mini", "--out", str(out), *arguments])
+    printed, error = capsys.readouterr()
+    return code, printed.splitlines(), error
+
+
+def below(lines: list[str], task: str) -> list[str]:
+    """The lines under a task's own."""
+    start = next(i for i, line in enumerate(lines) if line.split()[:1] == [task])
+    return [line.strip() for line in takewhile(lambda line: line.startswith("      "), lines[start + 1 :])]
+
+
+def test_findings_stand_below_their_task_and_once(root, tmp_path, capsys):
+    write_split(root / "imagenet-a", 1)
+    seeds = ["--seeds", "0", "1", "--set", "imagenet_knn.k=2"]
+    code, lines, _ = call(capsys, tmp_path / "out", "--data", str(root), *seeds, "--plan")
+    assert code == 0
+    classes, counts, *_ = below(lines, "imagenet_knn")
+    assert classes.startswith("data: imagenet: 996 of the 1000 classes are missing (n01440764, ")
+    assert counts.startswith("data: imagenet: 32 train images, 1281135 fewer than the official 1281167; 4 val images")
+    assert below(lines, "imagenet_linprobe") == ["data: as for imagenet_knn"]
+    assert below(lines, "imagenet_a")[0].startswith("data: imagenet-a: 196 of the 200 classes are missing")
+    assert below(lines, "coco") == []
+    assert sum("996 of the 1000" in line for line in lines) == 1
+    assert lines[-1].startswith("  disk: up to 0.")
+
+
+def test_a_root_that_is_not_there_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MAE_TRANSFER_DATA", raising=False)
+    code, lines, error = call(capsys, tmp_path / "out", "--recipe", "paper", "--plan")
+    assert (code, lines, error.count("\n")) == (2, [], 1)
+    assert "there is no folder datasets; let --data name the folder that holds imagenet/" in error
+    monkeypatch.setenv("MAE_TRANSFER_DATA", str(tmp_path / "sets"))
+    _, _, error = call(capsys, tmp_path / "out", "--recipe", "paper")
+    assert f"there is no folder {tmp_path}/sets; let $MAE_TRANSFER_DATA name" in error
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    code, lines, error = call(capsys, tmp_path / "out", "--data", str(tmp_path), "--plan")
+    assert (code, lines) == (2, [])
+    assert error == f"error: no data: {tmp_path} may not be read by this user: change its permissions (chmod)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "imagenet_knn.k=33"], "imagenet_knn: k=33, but there are 32 training images"),
+        (["--set", "imagenet_finetune.batch=34"], "imagenet_finetune: 32 training images are less than one batch=34"),
+        (["--set", "imagenet_finetune.batch=8", "--gpus", "3"], "batch=8 cannot be shared by 3 processes"),
+        (["--set", "imagenet_finetune.batch=7", "imagenet_finetune.mixup=1"], "each process gets 7 of batch=7"),
+        (["--set", "imagenet_linprobe.batch=8", "--micro-batch", "1"], "BatchNorm cannot learn from one image"),
+    ],
+)
+def test_a_call_that_cannot_be_run_is_refused_by_the_plan_too(root, tmp_path, capsys, arguments, said):
+    for plan in (["--plan"], []):
+        code, lines, error = call(capsys, tmp_path / "out", "--data", str(root), *arguments, *plan)
+        assert (code, lines) == (2, [])
+        assert said in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reason_stands_once(tmp_path, capsys):
+    write_split(tmp_path / "data" / "imagenet" / "train", 1)
+    _, lines, _ = call(capsys, tmp_path / "out", "--data", str(tmp_path / "data"), "--plan")
+    assert sum("imagenet lacks val" in line for line in lines) == 1
+    assert any(line.split() == ["imagenet_linprobe", "mini", "torch", "failed", "as", "imagenet_knn"] for line in lines)
+
+
+def test_a_recipe_too_large_for_the_data_fails_alone(root, tmp_path, capsys):
+    code, lines, _ = call(capsys, tmp_path / "out", "--data", str(root), "--plan")
+    assert code == 0
+    stated = {line.split()[0]: line for line in lines if line.startswith("    ") and line[4] != " "}
+    assert "failed   32 training images are less than one batch=64: set a smaller batch" in stated["imagenet_finetune"]
+    assert "to do" in stated["imagenet_knn"]
+
+
+def test_a_full_disk_is_said_by_the_plan_and_refused_by_the_run(root, tmp_path, capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10, 10))
+    train = ["--data", str(root), "--tasks", "imagenet_finetune"]
+    train += ["--set", "imagenet_finetune.batch=8", "imagenet_finetune.epochs=1", "imagenet_finetune.warmup_epochs=0"]
+    for plan in (["--plan"], []):
+        code, lines, error = call(capsys, tmp_path / "out", *train, *plan)
+        said = lines[-1].removeprefix("  disk: ")
+        assert said.endswith("0.00 GiB free")
+        assert (code, error) == (2, f"error: the disk is too small: {said}; free some, or choose another --out\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_skipped_as_missing_data_are(root, tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)  # of the class folders
+    code, lines, error = call(capsys, tmp_path / "out", "--data", str(root), *KNN)
+    assert (code, error) == (2, "")
+    assert "skipped  no data: " in lines[2]
+    assert "/imagenet/train/n01498041 may not be read by this user" in lines[2]

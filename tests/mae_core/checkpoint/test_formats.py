@@ -1,0 +1,550 @@
+"""Every format gives what its own implementation computes. Names: facebookresearch/{mae,moco-v3,dino,dinov2,deit},
+microsoft/unilm (beit), open-mmlab/mmpretrain, huggingface/transformers, timm, google-research/vision_transformer."""
+
+import argparse
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mae_core.checkpoint import CheckpointError, classifier_of, load_encoder, model_of, read_checkpoint
+from mae_core.checkpoint.convert import OURS, PREFIXED
+from mae_core.checkpoint.export import save_canonical
+from mae_core.checkpoint.formats import FORMATS
+from mae_core.data import MEAN, STD
+from mae_core.vit import PLAIN, Variant, build_vit
+from tests.fixtures.checkpoint import (
+    HF_DINOV2,
+    HF_NEW,
+    HF_SWIGLU,
+    MM,
+    beit,
+    dinov2,
+    distilled,
+    flax,
+    hf,
+    hf_beit,
+    mm,
+    prefixed,
+    renamed,
+    swiglu,
+    vit,
+)
+
+HALF = (0.5, 0.5, 0.5)
+SCALE = {"init_values": 1e-5}
+RUN = {"optimizer": {}, "epoch": 3}
+PROJECTOR = {"head.0.weight": torch.zeros(4, 128), "head.1.running_mean": torch.zeros(4)}
+MIM = {"mask_token": torch.zeros(1, 1, 128), "lm_head.weight": torch.zeros(8, 128)}
+PLAIN_VIT = vit().state_dict()
+
+
+def moco(state):
+    whole = {**prefixed(state, "base_encoder."), **prefixed(PROJECTOR, "base_encoder.")}
+    whole |= {**prefixed(state, "momentum_encoder."), "predictor.0.weight": torch.zeros(4, 4)}
+    return {"epoch": 300, "arch": "vit_base", "state_dict": prefixed(whole, "module."), "optimizer": {}}
+
+
+def shared(state):
+    return {"model": {**state, **MIM, "rel_pos_bias.relative_position_index": torch.zeros(37, 37, dtype=torch.long)}}
+
+
+def deit3(state):
+    return {"model": renamed(state, (r"ls([12])\.gamma", r"gamma_\1"))}
+
+
+def dino(state):
+    teacher = {**prefixed(state, "backbone."), "head.mlp.0.weight": torch.zeros(4, 4)}
+    return {"teacher": teacher, "student": prefixed(teacher, "module."), "args": argparse.Namespace(), **RUN}
+
+
+def dinov2_training(state):
+    chunked = renamed(state, (r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 3}.{m[1]}."))
+    return {"teacher": {**prefixed(dinov2(chunked), "backbone."), "dino_head.mlp.0.weight": torch.zeros(4, 4)}}
+
+
+def numpy_pickle(state):
+    return pickle.dumps({"model": {f"backbone.net.{n}": t.numpy() for n, t in state.items()}, "__author__": "MAE"})
+
+
+# format -> (reference model, its file, file name, variant, (mean, eps, pool))
+IMAGENET = (MEAN, 1e-6, "token")
+CASES = {
+    "mae-pretrain": (vit, lambda s: {"model": s}, "f.pth", PLAIN, IMAGENET),
+    "timm": (vit, lambda s: s, "f.safetensors", PLAIN, IMAGENET),
+    "timm training": (vit, lambda s: {"state_dict": prefixed(s, "module._orig_mod."), **RUN}, "f.tar", PLAIN, IMAGENET),
+    "hf-vit": (lambda: vit(1e-12), lambda s: hf(s, prefix="vit."), "f.safetensors", PLAIN, (HALF, 1e-12, "token")),
+    "hf-vit bare": (lambda: vit(1e-12), hf, "pytorch_model.bin", PLAIN, (HALF, 1e-12, "token")),
+    "hf-vit new names": (lambda: vit(1e-12), lambda s: hf(s, HF_NEW), "f.bin", PLAIN, (HALF, 1e-12, "token")),
+    "hf-vit-mae": (
+        lambda: vit(1e-12),
+        lambda s: {**hf(s, prefix="vit."), "decoder.decoder_embed.weight": torch.zeros(32, 128)},
+        "f.safetensors",
+        PLAIN,
+        (MEAN, 1e-12, "token"),
+    ),
+    "hf-deit": (
+        lambda: distilled(1e-12),
+        lambda s: hf(s, prefix="deit."),
+        "f.bin",
+        Variant(1, 2),
+        (MEAN, 1e-12, "token"),
+    ),
+    "hf-beit": (lambda: beit(1e-12), hf_beit, "f.bin", Variant(beit=True), (HALF, 1e-12, "avg")),
+    "hf-dinov2": (
+        lambda: vit(**SCALE),
+        lambda s: hf(s, HF_DINOV2),
+        "f.safetensors",
+        Variant(layer_scale=True),
+        IMAGENET,
+    ),
+    "hf-dinov2 giant": (
+        swiglu,
+        lambda s: hf(s, (*HF_DINOV2, *HF_SWIGLU)),
+        "f.safetensors",
+        Variant(layer_scale=True, swiglu=682),
+        IMAGENET,
+    ),
+    "hf-dinov2-registers": (
+        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
+        lambda s: prefixed(
+            renamed(hf(dinov2(s), HF_DINOV2), (r"^(register_tokens|mask_token)$", r"embeddings.\1")), "dinov2."
+        ),
+        "f.safetensors",
+        Variant(4, 0, layer_scale=True),
+        IMAGENET,
+    ),
+    "mm": (vit, lambda s: {"meta": {}, "state_dict": mm(s)}, "f.pth", PLAIN, IMAGENET),
+    "mm older": (
+        vit,
+        lambda s: {"state_dict": mm(s, (*MM, (r"\bln([12])\.", r"norm\1.")))},
+        "f.pth",
+        PLAIN,
+        IMAGENET,
+    ),
+    "moco-v3": (vit, moco, "f.pth.tar", PLAIN, IMAGENET),
+    "beit": (beit, lambda s: {"model": s}, "f.pth", Variant(beit=True), (HALF, 1e-6, "avg")),
+    "beit shared table": (
+        lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
+        shared,
+        "f.pth",
+        Variant(beit=True),
+        (HALF, 1e-6, "avg"),
+    ),
+    "beit-v2": (
+        beit,
+        lambda s: {"module": {**s, **MIM, "cls_pt_layers.0.norm1.weight": torch.zeros(128)}},
+        "f.pth",
+        Variant(beit=True),
+        (MEAN, 1e-6, "avg"),
+    ),
+    "dino": (vit, dino, "f.pth", PLAIN, IMAGENET),
+    "dinov2": (lambda: vit(**SCALE), dinov2, "f.pth", Variant(layer_scale=True), IMAGENET),
+    "dinov2 training": (lambda: vit(**SCALE), dinov2_training, "f.pth", Variant(layer_scale=True), IMAGENET),
+    "dinov2 giant": (
+        swiglu,
+        lambda s: renamed(s, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")),
+        "f.pth",
+        Variant(layer_scale=True, swiglu=682),
+        IMAGENET,
+    ),
+    "dinov2-registers": (
+        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
+        dinov2,
+        "f.pth",
+        Variant(4, 0, layer_scale=True),
+        IMAGENET,
+    ),
+    "dinov2 timm's registers": (
+        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
+        lambda s: s,
+        "f.safetensors",
+        Variant(4, 0, layer_scale=True),
+        IMAGENET,
+    ),
+    "deit": (lambda: vit(num_classes=10), lambda s: {"model": s}, "f.pth", PLAIN, IMAGENET),
+    "deit-distilled": (distilled, lambda s: {"model": s}, "f.pth", Variant(1, 2), IMAGENET),
+    "deit3": (
+        lambda: vit(**SCALE, no_embed_class=True, num_classes=10),
+        deit3,
+        "f.pth",
+        Variant(positions=0, layer_scale=True),
+        IMAGENET,
+    ),
+    "npz": (lambda: vit(num_classes=10), flax, "f.npz", PLAIN, (HALF, 1e-6, "token")),
+    "npz optimizer": (
+        lambda: vit(num_classes=10),
+        lambda s: flax(s, "opt/target/"),
+        "f.npz",
+        PLAIN,
+        (HALF, 1e-6, "token"),
+    ),
+    "detectron2": (vit, lambda s: {"model": prefixed(s, "backbone.net.")}, "f.pth", PLAIN, IMAGENET),
+    "detectron2 pickle": (vit, numpy_pickle, "f.pkl", PLAIN, IMAGENET),
+    "prefixed": (
+        vit,
+        lambda s: {
+            "state_dict": {**prefixed(s, "backbone."), "projector.0.weight": torch.zeros(2, 2)},
+            "callbacks": {},
+        },
+        "solo.ckpt",
+        PLAIN,
+        IMAGENET,
+    ),
+    "prefixed lightly": (
+        vit,
+        lambda s: {
+            "state_dict": {**prefixed(s, "backbone.vit."), "decoder.decoder_blocks.0.norm1.weight": torch.zeros(2)}
+        },
+        "lightly.ckpt",
+        PLAIN,
+        IMAGENET,
+    ),
+}
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Write a value as the kind of file that its name says."""
+
+    def write(content, name="f.pth"):
+        path = tmp_path / name
+        if name.endswith(".safetensors"):
+            save_file(content, path)
+        elif name.endswith(".npz"):
+            np.savez(path, **content)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        return path
+
+    return write
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def loaded(checkpoint, size=48):
+    model = model_of(checkpoint, size).eval()
+    return model, load_encoder(model, checkpoint)
+
+
+def assert_same_output(one, other, atol=1e-5):
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(one(images), other(images), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_of_each_format_computes_what_its_own_model_computes(put, tmp_path, case):
+    make, write, name, variant, (mean, eps, pool) = CASES[case]
+    reference = make()
+    checkpoint = read_checkpoint(put(write(reference.state_dict()), name))
+    assert checkpoint.format == case.partition(" ")[0]
+    assert (checkpoint.arch, checkpoint.kind, checkpoint.variant) == ("vit_mini_patch8", "encoder", variant)
+    assert (checkpoint.mean, checkpoint.std == HALF, checkpoint.eps) == (mean, mean == HALF, eps)
+    assert checkpoint.pool == ("token" if checkpoint.classifier else pool)
+    assert checkpoint.meta["image_size"] == 48
+    model, report = loaded(checkpoint)
+    assert report.coverage == 100
+    assert_same_output(model.forward_features, reference.forward_features)
+    # And the canonical form gives all of it back, bit for bit.
+    save_canonical(checkpoint, tmp_path / "canonical.safetensors")
+    again = read_checkpoint(tmp_path / "canonical.safetensors")
+    for part in ("encoder", "decoder", "classifier"):
+        assert equal(getattr(again, part), getattr(checkpoint, part))
+    for value in ("arch", "kind", "variant", "mean", "std", "eps", "pool"):
+        assert getattr(again, value) == getattr(checkpoint, value), value
+
+
+def test_every_format_of_the_table_has_a_case():
+    """mae-*: tests/test_checkpoint.py."""
+    names = {f.name for f in (*FORMATS, PREFIXED) if not f.name.startswith("mae-")} - {OURS.name}
+    tested = {case.partition(" ")[0] for case in CASES}
+    assert names - tested == {"mm-linprobe", "moco-v3-linprobe"}  # below
+
+
+CLASSIFIERS = {
+    "deit": (lambda: vit(num_classes=10), lambda s: {"model": s}, "f.pth"),
+    "deit-distilled": (distilled, lambda s: {"model": s}, "f.pth"),
+    "mae-finetuned": (lambda: vit(num_classes=10, global_pool="avg"), lambda s: {"model": s}, "f.pth"),
+    "beit": (lambda: beit(num_classes=10, global_pool="avg"), lambda s: {"model": s}, "f.pth"),
+    "npz": (lambda: vit(num_classes=10), flax, "f.npz"),
+    "hf-vit": (
+        lambda: vit(1e-12, num_classes=10),
+        lambda s: renamed(hf(s, prefix="vit."), (r"^vit\.head\.", "classifier.")),
+        "f.safetensors",
+    ),
+    "mm": (
+        lambda: vit(num_classes=10, global_pool="avg"),
+        lambda s: {"state_dict": renamed(mm(s), (r"^backbone\.head\.", "head.layers.head."))},
+        "f.pth",
+    ),
+    "moco-v3-linprobe": (
+        lambda: vit(num_classes=10),
+        lambda s: {"state_dict": prefixed(s, "module."), "arch": "vit_base", "best_acc1": 76.7},
+        "f.pth.tar",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_a_head_computes_the_logits_of_its_own_model(put, case):
+    make, write, name = CLASSIFIERS[case]
+    reference = make()
+    checkpoint = read_checkpoint(put(write(reference.state_dict()), name))
+    assert checkpoint.format == case
+    assert_same_output(classifier_of(checkpoint), reference)
+
+
+def test_mmpretrains_probe_keeps_its_batchnorm_apart(put):
+    probe = {
+        "head.0.running_mean": torch.randn(128),
+        "head.1.weight": torch.randn(10, 128),
+        "head.1.bias": torch.zeros(10),
+    }
+    named = renamed(probe, (r"^head\.0\.", "neck.bn."), (r"^head\.1\.", "head.fc."))
+    checkpoint = read_checkpoint(put({"state_dict": {**mm(PLAIN_VIT), **named}}))
+    assert (checkpoint.format, checkpoint.kind) == ("mm-linprobe", "linear-probe")
+    assert equal(checkpoint.classifier, probe)
+
+
+def test_a_head_over_more_than_one_token_is_dropped(put):
+    """DINOv2's classifies class token and average together."""
+    state = {**hf(vit(**SCALE).state_dict(), HF_DINOV2), "classifier.weight": torch.zeros(10, 256)}
+    checkpoint = read_checkpoint(put(state, "f.safetensors"))
+    assert (checkpoint.classifier, checkpoint.dropped) == ({}, ("classifier.weight",))
+
+
+def test_the_position_of_dinov2s_class_token_is_not_lost(put):
+    reference = vit(**SCALE, reg_tokens=4, no_embed_class=True)
+    state = dinov2(reference.state_dict())
+    state["pos_embed"] = torch.cat([torch.full((1, 1, 128), 0.3), state["pos_embed"][:, 1:]], dim=1)
+    model, report = loaded(read_checkpoint(put(state)))
+    with torch.no_grad():
+        reference.cls_token += 0.3
+    assert_same_output(model.forward_features, reference.forward_features)
+    assert set(report.converted) == {"cls_token", "pos_embed", "reg_token"}
+
+
+# What travels with the weights
+
+
+def folder(tmp_path, state, config=None, preprocessor=None, name="model.safetensors"):
+    tmp_path.mkdir(exist_ok=True)
+    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
+    for file, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+        if content is not None:
+            (tmp_path / file).write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
+    config = {"model_type": "vit", "layer_norm_eps": 1e-3, "num_attention_heads": 4}
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
+    whole, inside, alone = read_checkpoint(path), read_checkpoint(path / name), read_checkpoint(path.joinpath(name))
+    assert whole.pixels == inside.pixels == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (whole.eps, whole.name, inside.name, whole.path) == (1e-3, "my-vit", "my-vit", str(path))
+    assert_same_output(loaded(whole)[0].forward_features, vit(1e-3).forward_features)
+    with pytest.raises(AssertionError):  # the eps shows
+        assert_same_output(loaded(whole)[0].forward_features, vit(1e-12).forward_features)
+    assert whole.sha256 == alone.sha256
+    folder(path, hf(PLAIN_VIT), config, {**pixels, "image_mean": [0.0, 0.2, 0.3]}, name)
+    other = read_checkpoint(path)
+    assert other.sha256 == whole.sha256
+    assert other.identity != whole.identity  # other pixels are another experiment
+
+
+def test_timms_config_says_the_pixels(tmp_path):
+    config = {"architecture": "vit_mini", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
+    assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).pixels == (HALF, HALF)
+
+
+def test_vit_mae_without_its_decoder_is_known_by_its_config(tmp_path):
+    checkpoint = read_checkpoint(folder(tmp_path / "m", hf(PLAIN_VIT), {"model_type": "vit_mae"}))
+    assert (checkpoint.format, checkpoint.pixels) == ("hf-vit", (MEAN, STD))
+
+
+def small(heads):
+    """ViT-S/16 on the meta device: 6 and 12 heads have the same shapes."""
+    with torch.device("meta"):
+        state = build_vit("vit_small_patch16").state_dict()
+    return {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
+
+
+def test_the_number_of_heads_comes_from_the_format_or_the_config(put, tmp_path):
+    state = small(6)
+    assert read_checkpoint(put({"model": state})).arch == "vit_small_patch16"
+    mocos = put(moco(state), "moco.pth.tar")
+    assert read_checkpoint(mocos).arch == "vit_small_patch16_heads12"
+    assert read_checkpoint(mocos, key="momentum_encoder").arch == "vit_small_patch16_heads12"
+    config = {"num_attention_heads": 12}
+    assert read_checkpoint(folder(tmp_path / "h", hf(state), config)).arch == "vit_small_patch16_heads12"
+    with pytest.raises(CheckpointError, match=r"8 attention heads, where .* has: vit_small_patch16 6, .*heads12 12"):
+        read_checkpoint(folder(tmp_path / "h", hf(state), {"num_attention_heads": 8}))
+    # The canonical form remembers it, and a model of the other number is refused.
+    checkpoint = read_checkpoint(mocos)
+    save_canonical(checkpoint, tmp_path / "c.safetensors")
+    assert read_checkpoint(tmp_path / "c.safetensors").arch == "vit_small_patch16_heads12"
+    with torch.device("meta"), pytest.raises(CheckpointError, match="12 attention heads, the model 6"):
+        load_encoder(build_vit("vit_small_patch16"), checkpoint)
+
+
+def test_google_s_imagenet_21k_head_says_its_pixels(put):
+    state = {**PLAIN_VIT, "head.weight": torch.zeros(21843, 128), "head.bias": torch.zeros(21843)}
+    assert read_checkpoint(put(state, "f.safetensors")).pixels == (HALF, HALF)
+
+
+# Other input sizes
+
+
+def test_registers_and_missing_class_positions_survive_another_input_size(put):
+    for case in ("dinov2-registers", "deit-distilled", "deit3"):
+        make, write, name, *_ = CASES[case]
+        checkpoint = read_checkpoint(put(write(make().state_dict()), name))
+        model, report = loaded(checkpoint, 64)
+        prefix = checkpoint.variant.positions
+        assert report.resized == ("pos_embed",)
+        assert model.pos_embed.shape[1] == prefix + 64
+        assert torch.equal(model.pos_embed[:, :prefix], checkpoint.encoder["pos_embed"][:, :prefix])
+        assert model(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_beits_tables_are_resized_as_timm_resizes_them(put):
+    reference = beit()
+    model, report = loaded(read_checkpoint(put({"model": reference.state_dict()})), 64)
+    assert report.resized == tuple(f"blocks.{i}.attn.relative_position_bias_table" for i in range(6))
+    for block in reference.blocks:
+        block.attn.set_window_size((8, 8))
+    for ours, theirs in zip(model.blocks, reference.blocks):
+        table = theirs.attn.relative_position_bias_table
+        torch.testing.assert_close(ours.attn.relative_position_bias_table, table, atol=1e-6, rtol=0)
+        assert table.shape == (15 * 15 + 3, 4)
+
+
+# Several models in one file
+
+
+def test_several_models_are_refused_without_a_key(put):
+    other = vit(reg_tokens=1).state_dict()
+    for content, named in (
+        ({"model": PLAIN_VIT, "model_ema": PLAIN_VIT}, "model and model_ema"),
+        ({"state_dict": PLAIN_VIT, "state_dict_ema": PLAIN_VIT}, "state_dict and state_dict_ema"),
+        ({"state_dict": {**prefixed(PLAIN_VIT, "backbone."), **prefixed(other, "momentum_backbone.")}}, "backbone and"),
+    ):
+        with pytest.raises(CheckpointError, match=f"holds 2 models, {named}.*--key NAME --convert"):
+            read_checkpoint(put(content))
+
+
+def test_a_key_chooses_a_model(put):
+    shifted = {name: tensor + 1 for name, tensor in PLAIN_VIT.items()}
+    content = {"model": PLAIN_VIT, "model_ema": prefixed(shifted, "module.")}
+    assert equal(read_checkpoint(put(content), key="model").encoder, PLAIN_VIT)
+    chosen = read_checkpoint(put(content), key="model_ema")
+    assert equal(chosen.encoder, shifted)
+    assert chosen.dropped == ("model.*",)
+    two = {"state_dict": {**prefixed(PLAIN_VIT, "online.vit."), **prefixed(shifted, "target.vit.")}}
+    assert equal(read_checkpoint(put(two), key="target.vit").encoder, shifted)
+    assert equal(read_checkpoint(put(dino(PLAIN_VIT)), key="student").encoder, PLAIN_VIT)
+    assert equal(read_checkpoint(put(two), key="target").encoder, shifted)
+    wrapped = {
+        "state_dict": {**prefixed(dino(PLAIN_VIT)["teacher"], "teacher."), **prefixed(shifted, "student.module.")}
+    }
+    assert equal(read_checkpoint(put(wrapped), key="teacher").encoder, PLAIN_VIT)
+    assert equal(read_checkpoint(put(wrapped), key="student").encoder, shifted)
+    with pytest.raises(CheckpointError, match="no model under 'onlin'; did you mean online"):
+        read_checkpoint(put(two), key="onlin")
+    with pytest.raises(CheckpointError, match="'optimizer' is no model; the models are model"):
+        read_checkpoint(put({"model": PLAIN_VIT, "optimizer": {}}), key="optimizer")
+
+
+# Refusals
+
+
+def test_an_incomplete_or_turned_file_of_another_format_is_refused(put):
+    complete = hf(PLAIN_VIT, prefix="vit.")
+    query = "vit.encoder.layer.2.attention.attention.query.weight"
+    fc1 = "vit.encoder.layer.0.intermediate.dense.weight"
+    without_block = {name: t for name, t in complete.items() if ".layer.3." not in name}
+    for state, message in (
+        (without_block, "no blocks.3.norm1.weight"),
+        ({name: t for name, t in complete.items() if name != query}, "no blocks.2.attn.qkv.weight"),
+        ({**complete, fc1: complete[fc1].t().contiguous()}, r"blocks.0.mlp.fc1.weight is \[128, 512\]"),
+        ({**complete, query: torch.zeros(128, 64)}, "no blocks.2.attn.qkv.weight"),
+        (
+            {**complete, "vit.embeddings.patch_embeddings.projection.weight": torch.zeros(128, 3, 12, 12)},
+            "unknown size, width/depth/patch 128/6/12",
+        ),
+        ({**complete, "vit.encoder.layer.0.attention.q_norm.weight": torch.zeros(32)}, "which vit_mini_patch8 has not"),
+        ({**complete, "layernorm.weight": torch.zeros(128)}, "both layernorm.weight and vit.layernorm.weight"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as error:
+            read_checkpoint(put(state, "f.safetensors"))
+        assert "\n" not in str(error.value)
+
+
+def test_half_a_table_of_relative_positions_is_refused(put):
+    state = beit().state_dict()
+    table = "blocks.3.attn.relative_position_bias_table"
+    with pytest.raises(CheckpointError, match=f"no {table}"):
+        read_checkpoint(put({"model": {name: t for name, t in state.items() if name != table}}))
+    with pytest.raises(CheckpointError, match=rf"{table} is \[120, 4\] where vit_mini_patch8 has \[124, 4\]"):
+        read_checkpoint(put({"model": {**state, table: state[table][:120]}}))
+
+
+def test_a_trained_detector_is_named(put):
+    state = {**PLAIN_VIT, "blocks.0.attn.rel_pos_h": torch.zeros(27, 32)}
+    with pytest.raises(CheckpointError, match="trained ViTDet detector"):
+        read_checkpoint(put({"model": prefixed(state, "backbone.net.")}))
+
+
+def test_a_convolutional_stem_is_named(put):
+    state = {name: t for name, t in PLAIN_VIT.items() if not name.startswith("patch_embed")}
+    state["patch_embed.proj.0.weight"] = torch.zeros(16, 3, 3, 3)
+    with pytest.raises(CheckpointError, match=r"no patch_embed\.proj\.weight"):
+        read_checkpoint(put(moco(state), "f.tar"))
+
+
+def test_folders_without_usable_weights_are_refused(tmp_path):
+    for files, message in (
+        ((), "it holds no file"),
+        (("a.pth", "b.txt"), r"without model.safetensors or pytorch_model.bin \(it holds a.pth, b.txt\)"),
+        (("model.safetensors.index.json",), "weights in several files"),
+    ):
+        path = tmp_path / f"folder{len(files)}{''.join(files)[:5]}"
+        path.mkdir()
+        for name in files:
+            (path / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(path)
+    damaged = folder(tmp_path / "d", hf(PLAIN_VIT))
+    for content, message in (
+        ("{", "is no JSON file"),
+        ("[]", "holds no settings"),
+        ('{"image_mean": 1}', "is damaged"),
+    ):
+        (damaged / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(damaged)
+
+
+def test_arrays_that_are_no_numbers_are_refused(put):
+    with pytest.raises(CheckpointError, match="holds no plain arrays"):
+        read_checkpoint(put({"embedding/kernel": np.array([{}], dtype=object)}, "f.npz"))
+    path = put(flax(vit(num_classes=10).state_dict()), "f.npz")
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(CheckpointError, match="cut short or damaged"):
+        read_checkpoint(path)
+
+
+def test_only_arrays_are_unpickled(put):
+    for thing, name in ((argparse.Namespace(), "argparse.Namespace"), (print, "builtins.print")):
+        with pytest.raises(CheckpointError, match=f"wants to run {name} while loading: refused"):
+            read_checkpoint(put(pickle.dumps({"model": {"a": np.zeros(2), "b": thing}}), "f.pkl"))

@@ -1,0 +1,120 @@
+"""Files that are no plain photographs, and files that are none at all, through every way that images are read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mae_core.data import Images, Sample, loader, pretraining_transform
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.reconstruct import load_images
+from tests.fixtures.image import broken_files, odd_files, photograph
+from tests.fixtures.transfer import TableModel, one_hot_logits
+from transfer.classification.train import evaluate
+from transfer.data.ade20k import check_pair
+from transfer.data.coco import Example, Examples
+from transfer.data.split import IMAGENET_PIXELS, Split, eval_transform, probe_transform, train_transform
+from transfer.detection.engine_torchvision import Jittered
+from transfer.detection.recipe import DetectionRecipe, open_image
+
+TRANSFORMS = {
+    "pre-training": pretraining_transform(8),
+    "colour jitter": pretraining_transform(8, augmentation="crop + colour jitter"),
+    "fine-tuning": train_transform(8, 0.08, "rand-m9-mstd0.5-inc1"),
+    "probe": probe_transform(8, 0.08),
+    "evaluation": eval_transform(8),
+}
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> dict[Path, tuple[int, int, int]]:
+    """{file: its one colour}; each is 8 x 4 px."""
+    folder = tmp_path_factory.mktemp("odd")
+    for name, (content, _) in odd_files().items():
+        (folder / name).write_bytes(content)
+    return {folder / name: colour for name, (_, colour) in odd_files().items()}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("broken")
+    for name, content in broken_files().items():
+        (folder / name).write_bytes(content)
+    return sorted(folder.iterdir())
+
+
+def example(file: Path, width: int, height: int) -> Example:
+    return Example(str(file), 1, height, width, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), ())
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_odd_files_reach_the_batch(odd, way):
+    dataset = Images(list(odd), TRANSFORMS[way], pillow=way == "evaluation")
+    images, _, bad = next(iter(loader(dataset, [range(len(odd))], 0, "cpu")))
+    assert (images.shape, images.dtype, bad) == ((len(odd), 3, 8, 8), torch.uint8, [])
+    if way not in ("colour jitter", "fine-tuning"):
+        expected = torch.tensor(list(odd.values()))[:, :, None, None].expand_as(images)
+        torch.testing.assert_close(images.int(), expected.int(), atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+def test_broken_files_are_named_by_the_worker_that_met_them(broken, way):
+    dataset = Images(broken, TRANSFORMS[way], pillow=way == "evaluation")
+    _, _, bad = next(iter(loader(dataset, [range(len(broken))], 1, "cpu")))
+    assert bad == [str(file) for file in broken]
+
+
+def test_broken_files_end_an_evaluation_by_their_name(broken):
+    for file in broken:
+        split = Split((file,), (0,))
+        with pytest.raises(UserError, match=f"{file} cannot be read as an image: replace it; no number"):
+            evaluate(TableModel(one_hot_logits([0])), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+
+
+def test_broken_files_end_a_picture_by_their_name(broken):
+    for file in broken:
+        with pytest.raises(UserError, match=f"{file} cannot be read as an image"):
+            load_images([file], 48)
+
+
+def test_coco_reads_odd_files_as_they_are_stored(odd):
+    for file, colour in odd.items():
+        image = open_image(example(file, 8, 4))  # an orientation in the EXIF turns nothing: so COCO's outlines lie
+        np.testing.assert_allclose(np.asarray(image).reshape(-1, 3).mean(axis=0), colour, atol=1)
+
+
+def test_coco_names_broken_files_and_a_worker_says_it_in_one_sentence(broken):
+    for file in broken:
+        with pytest.raises(UserError, match=f"{file} cannot be read as an image .*: replace it"):
+            open_image(example(file, 48, 48))
+    dataset = Jittered(Examples([example(broken[0], 48, 48)]), DetectionRecipe(image_size=32), seed=0)
+    with pytest.raises(UserError) as raised:
+        next(iter(loader(dataset, [[Sample(0, 0)]], 1, "cpu")))
+    assert str(raised.value).startswith(f"{broken[0]} cannot be read as an image (")
+    assert str(raised.value).count("\n") == 0
+
+
+def write_label(folder: Path, width: int, height: int) -> Path:
+    Image.fromarray(np.full((height, width), 7, np.uint8)).save(folder / "label.png")
+    return folder / "label.png"
+
+
+def test_ade20k_names_broken_files(broken, tmp_path):
+    label = write_label(tmp_path, 48, 48)
+    for file in broken:
+        with pytest.raises(UserError, match=f"{file} cannot be read as an image: replace it"):
+            check_pair(file, label)
+
+
+def fails(image: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no such crop")
+
+
+def test_whatever_fails_in_a_worker_the_file_is_named(tmp_path):
+    photograph(20, 20).save(tmp_path / "image.jpg")
+    with pytest.raises(UserError) as raised:
+        next(iter(loader(Images([tmp_path / "image.jpg"], fails), [[0]], 1, "cpu")))
+    assert str(raised.value) == f"{tmp_path}/image.jpg cannot be augmented (RuntimeError: no such crop): replace it"

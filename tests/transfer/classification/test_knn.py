@@ -1,0 +1,237 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
+from mae_core.data import normalised
+from mae_core.errors import UserError
+from mae_core.vit import Variant, build_vit
+from tests.fixtures.transfer import make_job, write_imagenet
+from transfer import cli
+from transfer.classification import knn as features
+from transfer.classification import robustness, train
+from transfer.classification import tasks as classification
+from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
+from transfer.data.split import eval_transform, read_split
+from transfer.task import run_job
+
+KNN = next(task for task in classification.TASKS if task.name == "imagenet_knn")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_imagenet(tmp_path_factory.mktemp("data"), train=8, val=3)
+
+
+@pytest.fixture
+def images_shown(monkeypatch):
+    """Every image that a model is shown, in order."""
+    shown = []
+    forward = features.forward
+
+    def look(model, images, pixels, machine):
+        shown.extend(normalised(images, *pixels))
+        return forward(model, images, pixels, machine)
+
+    monkeypatch.setattr(features, "forward", look)
+    return shown
+
+
+def independent(job, pool="token"):
+    """Features by the model itself, one image at a time: (train, labels, val, labels)."""
+    model = model_of(job.checkpoint, job.recipe.image_size).eval()
+    load_encoder(model, job.checkpoint)
+    transform = eval_transform(job.recipe.image_size, job.recipe.transform)
+    found = []
+    for name in ("train", "val"):
+        split, _ = read_split(Path(job.data.root) / "imagenet" / name)
+        with torch.inference_mode():
+            images = [transform(Image.open(f).convert("RGB"))[None] for f in split.files]
+            tokens = torch.cat([model.forward_features(normalised(i, *job.checkpoint.pixels)) for i in images])
+        prefix = model.num_prefix_tokens
+        found += [tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1), np.array(split.labels)]
+    return found
+
+
+def test_the_number_is_that_of_scikit_learn_on_the_same_features(root, tmp_path):
+    job = make_job(KNN, root, tmp_path / "a" / "work", k=5)
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    train, labels, val, truth = independent(job)
+    for name, k in (("top1", 5), ("top1@10", 10), ("top1@20", 20)):
+        other = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        expected = other.fit(train.numpy(), labels).score(val.numpy(), truth)
+        assert record.metrics[name] == pytest.approx(100 * expected)
+        assert record.stderr[name] == pytest.approx(100 * math.sqrt(expected * (1 - expected) / 12))
+    assert record.metrics.keys() == {"top1", "top1@10", "top1@20"}  # 32 training images: no 100, no 200
+    assert (record.n_eval, record.images_seen) == (12, 44)
+    assert record.resolved["feature"] == "class token after the final norm"
+    assert "100 % of the encoder" in record.resolved["load"]
+
+
+def test_another_k_reads_the_features_and_computes_none(root, tmp_path, images_shown):
+    first = run_job(make_job(KNN, root, tmp_path / "a" / "k20", k=20))
+    assert len(images_shown) == 44
+    second = run_job(make_job(KNN, root, tmp_path / "a" / "k10", k=10, temperature=0.2))
+    assert len(images_shown) == 44
+    assert second.resolved["features"] == first.resolved["features"]
+    assert second.images_seen == 0
+    assert sorted(p.name for p in (tmp_path / "a" / first.resolved["features"]).iterdir()) == [
+        "train.safetensors",
+        "val.safetensors",
+    ]
+
+
+def test_a_share_of_the_images_votes_by_features_kept_of_all(root, tmp_path, images_shown):
+    record = run_job(make_job(KNN, root, tmp_path / "a" / "half", k=5, train_fraction=0.5))
+    assert (len(images_shown), record.resolved["train_images"]) == (44, 16)
+    train, labels, val, truth = independent(make_job(KNN, root, tmp_path / "other"))
+    split = read_split(root / "imagenet" / "train")[0]
+    voters = set(split.share(0.5, 0).files)
+    rows = [i for i, file in enumerate(split.files) if file in voters]
+    other = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = other.fit(train[rows].numpy(), labels[rows]).score(val.numpy(), truth)
+    assert record.metrics["top1"] == pytest.approx(100 * expected)
+    run_job(make_job(KNN, root, tmp_path / "a" / "all", k=5))
+    assert len(images_shown) == 44
+    few = run_job(make_job(KNN, root, tmp_path / "a" / "few", k=5, train_fraction=0.01))
+    assert "has 4 images in its share of 0.01, fewer than k=5" in few.reason
+
+
+def test_features_are_kept_by_what_they_depend_on(root, tmp_path):
+    job = make_job(KNN, root, tmp_path / "work")
+    other_pixels = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))
+    changed = [
+        replace(job, checkpoint=other_pixels),
+        replace(job, checkpoint=replace(job.checkpoint, eps=1e-5)),
+        replace(job, checkpoint=replace(job.checkpoint, sha256="0")),
+        replace(job, checkpoint=replace(job.checkpoint, config="1")),
+        replace(job, recipe=replace(job.recipe, image_size=32)),
+        replace(job, recipe=replace(job.recipe, transform="resize")),
+        replace(job, data=replace(job.data, fingerprint="0")),
+        replace(job, machine=replace(job.machine, precision="bf16")),
+        replace(job, seed=1),  # random weights: another seed is another model
+    ]
+    assert len({feature_folder(j) for j in (job, *changed)}) == len(changed) + 1
+    assert len({j.identity()["checkpoint"] for j in changed[2:4]} | {job.identity()["checkpoint"]}) == 3
+    same = [
+        replace(job, recipe=replace(job.recipe, k=3, temperature=1.0)),
+        replace(job, machine=replace(job.machine, workers=2)),
+    ]
+    file = replace(job, checkpoint=replace(job.checkpoint, format="timm"))
+    same_file = replace(file, seed=5)
+    assert {feature_folder(j) for j in same} == {feature_folder(job)}
+    assert feature_folder(file) == feature_folder(same_file)
+
+
+def beit_file(tmp_path):
+    torch.manual_seed(3)
+    state = build_vit("vit_mini_patch8", variant=Variant(beit=True)).state_dict()
+    torch.save({"model": state}, tmp_path / "beit.pth")
+    return read_checkpoint(tmp_path / "beit.pth")
+
+
+def test_a_beit_is_shown_its_own_pixels_and_averaged(root, tmp_path, images_shown):
+    job = replace(make_job(KNN, root, tmp_path / "a" / "work", k=5), checkpoint=beit_file(tmp_path))
+    record = run_job(job)
+    assert record.resolved["feature"] == "mean of the patch tokens after the final norm"
+    split, _ = read_split(root / "imagenet" / "train")
+    pixels = torch.from_numpy(np.array(Image.open(split.files[0]).convert("RGB").resize((54, 54), Image.BICUBIC)))
+    expected = (pixels[3:51, 3:51].permute(2, 0, 1) / 255 - 0.5) / 0.5
+    torch.testing.assert_close(images_shown[0], expected, atol=0.02, rtol=0)
+    train, labels, val, truth = independent(job, "avg")
+    other = KNeighborsClassifier(5, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    assert record.metrics["top1"] == pytest.approx(100 * other.fit(train.numpy(), labels).score(val.numpy(), truth))
+
+
+def test_registers_are_no_patches():
+    model = build_vit("vit_mini_patch8", variant=Variant(4, 0, layer_scale=True)).eval()
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+        torch.testing.assert_close(Representation(model, "avg")(images), tokens[:, 5:].mean(1))
+        torch.testing.assert_close(Representation(model, "token")(images), tokens[:, 0])
+
+
+def test_what_cannot_give_a_number_gives_a_reason(root, tmp_path):
+    few = run_job(make_job(KNN, root, tmp_path / "a" / "w", k=33))
+    assert (few.status, "has 32 images, fewer than k=33" in few.reason) == ("failed", True)
+    broken = write_imagenet(tmp_path / "data", train=2, val=1)
+    file = next((broken / "imagenet" / "train").glob("*/*"))
+    file.write_bytes(b"\xff\xd8 cut short")
+    bad = run_job(make_job(KNN, broken, tmp_path / "b" / "w", k=2))
+    assert (bad.status, str(file) in bad.reason) == ("failed", True)
+    for wrong in ({"k": 0}, {"temperature": 0.0}, {"transform": "resize_corp"}):
+        with pytest.raises(UserError):
+            KnnRecipe(**{"image_size": 48, **wrong})
+
+
+def test_the_recipe_is_dinos():
+    r = knn_recipe("vit_base_patch16", "paper")
+    assert (r.k, r.temperature, r.image_size, r.transform) == (20, 0.07, 224, "resize_crop")
+    assert KNN.metric == "top1"
+
+
+# The pixels of a checkpoint in the other tasks
+
+
+def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root, tmp_path, monkeypatch):
+    asked = set()
+
+    def note(images, *pixels):
+        asked.add(pixels)
+        return normalised(images, *pixels)
+
+    monkeypatch.setattr(train, "normalised", note)
+    checkpoint = beit_file(tmp_path)
+    for task in classification.TASKS[:2]:
+        job = make_job(task, root, tmp_path / task.name, epochs=1, warmup_epochs=0)
+        record = run_job(replace(job, checkpoint=checkpoint))
+        assert record.status == "ok", record.reason
+        assert record.checkpoint["input"]["mean"] == [0.5, 0.5, 0.5]
+    assert asked == {checkpoint.pixels}
+    # What fine-tuning leaves says so too, and is evaluated with them.
+    left = read_checkpoint(tmp_path / "imagenet_finetune" / "classifier.safetensors")
+    assert (left.kind, left.pixels, left.variant) == ("classifier", checkpoint.pixels, Variant(beit=True))
+    asked.clear()
+    job = make_job(classification.TASKS[2], root, tmp_path / "eval")
+    again = run_job(replace(job, checkpoint=left))
+    assert asked == {checkpoint.pixels}
+    assert again.metrics["top1"] == pytest.approx(
+        run_job(replace(job, checkpoint=left, work=tmp_path / "eval2")).metrics["top1"]
+    )
+
+
+def test_the_shifted_sets_are_shown_as_the_classifier_was_trained(root, tmp_path):
+    job = make_job(classification.TASKS[0], root, tmp_path / "w")
+    assert robustness.pixels_of(job) == job.checkpoint.pixels
+    parent = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))
+    assert robustness.pixels_of(replace(job, parent=parent)) == parent.pixels
+
+
+def test_a_task_that_holds_plain_vits_alone_skips_the_others(root, tmp_path):
+    job = make_job(KNN, root, tmp_path / "w")
+    pyramid = replace(KNN, plain_vit=True)
+    assert cli.obstacle(replace(job, task=pyramid)) == ("", "")
+    state, why = cli.obstacle(replace(job, task=pyramid, checkpoint=beit_file(tmp_path)))
+    assert (state, why) == ("skipped", "not a plain ViT: beit has BEiT's relative positions and layer scale")
+
+
+def test_a_supervised_encoder_can_be_evaluated_as_the_classifier_it_is(root, tmp_path):
+    torch.manual_seed(0)
+    model = build_vit("vit_mini_patch8", num_classes=1000)
+    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
+    checkpoint = read_checkpoint(tmp_path / "deit.pth")
+    assert checkpoint.kind == "encoder"
+    task = classification.TASKS[2]
+    job = make_job(task, root, tmp_path / "w")
+    assert cli.obstacle(replace(job, checkpoint=checkpoint)) == ("", "")
+    assert run_job(replace(job, checkpoint=checkpoint)).status == "ok"
+    save_weights(tmp_path / "e.safetensors", build_vit("vit_mini_patch8").state_dict(), {})
+    assert cli.obstacle(replace(job, checkpoint=read_checkpoint(tmp_path / "e.safetensors")))[0] == "skipped"

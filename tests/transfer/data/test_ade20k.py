@@ -1,0 +1,182 @@
+"""ADE20K on disk: what is found, and that what is wrong is said before anything is trained."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.fixtures import SHARED
+from tests.fixtures.segmentation import write_ade20k
+from transfer.data import ade20k
+from transfer.data.ade20k import FOLDER, draw_predictions, look, pairs
+from transfer.miniature import imagenet as miniature
+
+REAL = SHARED
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return write_ade20k(tmp_path_factory.mktemp("ade20k"), train=6, val=3)
+
+
+@pytest.fixture
+def root(whole, tmp_path) -> Path:
+    """A copy to damage, not marked as the miniature."""
+    shutil.copytree(whole, tmp_path / "data")
+    (tmp_path / "data" / FOLDER / miniature.MARKER).unlink()
+    return tmp_path / "data"
+
+
+def test_found_with_its_counts_and_label(whole, root):
+    data = look(whole)
+    assert (data.status, data.label, data.counts) == ("found", "miniature", {"train": 6, "val": 3})
+    assert data.detail == "6 train, 3 val"
+    assert look(root).label == "subset"
+    assert look(root).fingerprint == data.fingerprint
+
+
+def test_the_official_counts_make_it_official(root, monkeypatch):
+    assert ade20k.OFFICIAL_COUNTS == {"train": 20210, "val": 2000}  # SceneParse150
+    monkeypatch.setattr(ade20k, "OFFICIAL_COUNTS", {"train": 6, "val": 3})
+    assert look(root).label == "official"
+
+
+def test_fingerprint_tells_one_listing_from_another(root):
+    before = look(root).fingerprint
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        (root / FOLDER / kind / f"training/ADE_train_00000006.{suffix}").unlink()
+    after = look(root)
+    assert after.status == "found"
+    assert after.fingerprint != before
+
+
+def test_fingerprint_tells_other_labels_from_these(root):
+    before = look(root).fingerprint
+    label = root / FOLDER / "annotations/training/ADE_train_00000006.png"
+    Image.fromarray(np.full(np.asarray(Image.open(label)).shape, 7, np.uint8)).save(label)
+    assert look(root).fingerprint != before
+
+
+def test_a_split_without_a_labelled_pixel_or_with_a_lone_label_is_refused(root):
+    lone = root / FOLDER / "images/training/ADE_train_00000003.jpg"
+    kept = lone.read_bytes()
+    lone.unlink()
+    assert "labels without an image: ADE_train_00000003.png" in look(root).detail
+    lone.write_bytes(kept)
+    for label in (root / FOLDER / "annotations/validation").iterdir():
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(label)))).save(label)
+    assert "no pixel of the label files has a label above 0" in look(root).detail
+
+
+def test_wrong_labels_are_counted_among_those_looked_at(root, monkeypatch):
+    """Colours in two of the six training labels."""
+    for number in (2, 5):
+        label = root / FOLDER / f"annotations/training/ADE_train_0000000{number}.png"
+        Image.open(label).convert("RGB").save(label)
+    assert "2 of 6 pairs looked at (of 6) cannot be used: " in look(root).detail
+    monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
+    assert look(root).status == "found"  # the wrong ones are not among these; their turn comes while training
+
+
+def test_a_part_has_findings(whole, root, monkeypatch):
+    (said,) = look(root).findings
+    assert said.startswith("ADEChallengeData2016: 6 train images, 20204 fewer than the official 20210; 3 val images")
+    assert look(whole).findings == ()
+    monkeypatch.setattr(ade20k, "OFFICIAL_COUNTS", {"train": 6, "val": 3})
+    assert look(root).findings == ()
+
+
+def test_missing_data_are_told_where_they_must_lie(tmp_path):
+    data = look(tmp_path)
+    assert data.status == "missing"
+    assert "ADEChallengeData2016/{images,annotations}/{training,validation}" in data.detail
+
+
+LABEL = "annotations/training/ADE_train_00000002.png"
+IMAGE = "images/training/ADE_train_00000002.jpg"
+
+
+def ids(path: Path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+def above_150(folder: Path) -> None:
+    changed = ids(folder / LABEL)
+    changed[3, 5] = 151
+    Image.fromarray(changed).save(folder / LABEL)
+
+
+def sixteen_bits(folder: Path) -> None:
+    Image.fromarray(ids(folder / LABEL).astype(np.uint16) + 300).save(folder / LABEL)
+
+
+def coloured(folder: Path) -> None:
+    Image.open(folder / LABEL).convert("RGB").save(folder / LABEL)
+
+
+def other_size(folder: Path) -> None:
+    Image.fromarray(ids(folder / LABEL)[:-1]).save(folder / LABEL)
+
+
+def damaged(folder: Path) -> None:
+    (folder / LABEL).write_bytes((folder / LABEL).read_bytes()[:60])
+
+
+def damaged_image(folder: Path) -> None:
+    (folder / IMAGE).write_bytes(b"no picture")
+
+
+def empty_split(folder: Path) -> None:
+    for path in (folder / "images/training").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (above_150, r"ADE_train_00000002\.png has the label 151: labels must be 0 \(none\) to 150"),
+        (sixteen_bits, r"ADE_train_00000002\.png is of mode I;16, not one channel of 8 bits"),
+        (coloured, r"ADE_train_00000002\.png is of mode RGB, not one channel of 8 bits"),
+        (other_size, r"ADE_train_00000002\.png is 96x71 px, its image ADE_train_00000002\.jpg 96x72"),
+        (damaged, r"ADE_train_00000002\.png cannot be read as an image"),
+        (damaged_image, r"ADE_train_00000002\.jpg cannot be read as an image"),
+        (empty_split, r"images/training has no image \*\.jpg"),
+        (lambda f: (f / LABEL).unlink(), r"without a label file in annotations/training: ADE_train_00000002\.jpg"),
+        (lambda f: (f / IMAGE).rename(f / IMAGE.replace("jpg", "png")), r"do not end in \.jpg: ADE_train_00000002"),
+        (lambda f: shutil.rmtree(f / "annotations/validation"), r"lacks annotations/validation"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_a_sentence(root, damage, says):
+    damage(root / FOLDER)
+    data = look(root)
+    assert data.status == "incomplete"
+    assert re.search(says, data.detail), data.detail
+
+
+def test_pictures_show_the_image_the_prediction_and_the_truth(whole, tmp_path):
+    """A right prediction looks like the truth; each class has its own colour, and unlabelled pixels are black."""
+    folder = whole / FOLDER
+    image, label = pairs(folder, "val")[0]
+    truth = ids(label)
+    palette = np.random.default_rng(0).integers(30, 256, (150, 3)).tolist()
+    right, wrong = np.where(truth == 0, 0, truth - 1).astype(np.uint8), np.full(truth.shape, 7, np.uint8)
+    draw_predictions([(image, right), (image, wrong)], folder, palette, tmp_path / "picture.png")
+    sheet = np.asarray(Image.open(tmp_path / "picture.png"))
+    width = round(truth.shape[1] * 200 / truth.shape[0])
+    first = [sheet[18:218, column * (width + 6) : column * (width + 6) + width].astype(int) for column in range(3)]
+    labelled = np.asarray(Image.fromarray(truth).resize((width, 200), Image.Resampling.NEAREST)) > 0
+    assert (first[1] == first[2])[labelled].all()
+    assert (first[2][~labelled] == 0).all()
+    photograph = np.asarray(Image.open(image).resize((width, 200), Image.Resampling.NEAREST))
+    assert (first[0] == photograph).all()
+    second = sheet[18 + 206 : 18 + 406, width + 6 : 2 * width + 6]
+    assert (second == palette[7]).all()
+
+
+@pytest.mark.skipif(not (REAL / FOLDER).is_dir(), reason="the real images are not here")
+def test_real_images_are_accepted():
+    data = look(REAL)
+    assert (data.status, data.label, data.counts) == ("found", "subset", {"train": 4, "val": 5})

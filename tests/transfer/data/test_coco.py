@@ -1,0 +1,412 @@
+"""The reader of COCO's annotations, against pycocotools and what was written."""
+
+import json
+import math
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
+
+from mae_core.errors import UserError
+from tests.fixtures import SHARED
+from tests.fixtures.coco import FIRST_ID, NAMES, change, crowd, rectangle, runs, write_coco, write_split
+from transfer.data import coco
+from transfer.data.coco import (
+    CATEGORIES,
+    IDS,
+    LABELS,
+    Examples,
+    annotation_file,
+    look_coco,
+    read_split,
+    training_examples,
+)
+
+FIRST = FIRST_ID["train"]
+TOO_LONG = mask_util.encode(np.asfortranarray(np.eye(96, 64, dtype=np.uint8)))  # for an image of 48 x 64
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return write_coco(tmp_path)
+
+
+def train_of(root: Path, annotations: list[dict], sizes=((64, 48),), **content) -> coco.Split:
+    write_split(root, "train", sizes, annotations, **content)
+    return read_split(root, "train")
+
+
+def problem_of(root: Path) -> str:
+    """Why the tree cannot be used."""
+    found = look_coco(root)
+    assert found.status == "incomplete"
+    return found.detail
+
+
+# The categories
+
+
+def test_labels_are_0_to_79_for_ids_with_ten_gaps():
+    assert len(CATEGORIES) == 80
+    assert set(range(1, 91)) - set(CATEGORIES) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert [LABELS[i] for i in (1, 11, 13, 90)] == [0, 10, 11, 79]
+    assert sorted(LABELS.values()) == list(range(80))
+    assert all(IDS[label] == category for category, label in LABELS.items())
+    assert (CATEGORIES[1], CATEGORIES[18], CATEGORIES[90]) == ("person", "dog", "toothbrush")
+
+
+def test_labels_do_not_depend_on_what_a_file_lists(tmp_path):
+    listed = [{"id": i, "name": NAMES[i]} for i in (90, 13)]
+    split = train_of(tmp_path, [rectangle(FIRST, i, 2, 2, 9, 9) for i in (90, 13)], categories=listed)
+    assert split.examples[0].labels.tolist() == [79, 11]
+
+
+# Looking at a tree
+
+
+def test_a_whole_tree_is_found_counted_and_labelled(root, monkeypatch):
+    found = look_coco(root)
+    assert (found.status, found.counts, found.label) == ("found", {"train": 8, "val": 3}, "subset")
+    assert found.detail == "8 train, 3 val images"
+    monkeypatch.setattr(coco, "COUNTS", {"train": 8, "val": 3})
+    assert look_coco(root).label == "official"
+    (root / "coco" / "miniature.json").write_text("{}")
+    assert look_coco(root).label == "miniature"
+
+
+def test_official_counts_are_coco_s():
+    assert coco.COUNTS == {"train": 118287, "val": 5000}
+
+
+def test_what_is_not_as_in_the_official_files_is_a_finding(root, monkeypatch):
+    counts, *others = look_coco(root).findings
+    assert counts.startswith("coco: 8 train images, 118279 fewer than the official 118287; 3 val images, 4997 fewer")
+    assert not others
+    monkeypatch.setattr(coco, "COUNTS", {"train": 8, "val": 3})
+    assert look_coco(root).findings == ()
+    shutil.copy(next((root / "coco" / "val2017").iterdir()), root / "coco" / "val2017" / "more.jpg")
+    change(annotation_file(root, "val"))  # the file is read again once it is another
+    path = annotation_file(root, "train")
+    change(path, categories=[c for c in json.loads(path.read_text())["categories"] if c["id"] != 90])
+    assert look_coco(root).findings == (
+        "coco: instances_train2017.json lacks 1 of the 80 categories: toothbrush",
+        "coco: val2017 has 1 images that instances_val2017.json does not list: more.jpg",
+    )
+
+
+def test_the_fingerprint_is_that_of_both_annotation_files(root):
+    before = look_coco(root).fingerprint
+    assert look_coco(root).fingerprint == before
+    seen = {before}
+    for split in ("train", "val"):
+        time.sleep(0.01)
+        change(annotation_file(root, split), info={"year": 2017})
+        seen.add(look_coco(root).fingerprint)
+    assert len(seen) == 3
+
+
+def test_no_data_says_where_it_must_lie(tmp_path):
+    found = look_coco(tmp_path)
+    assert found.status == "missing"
+    assert "coco/annotations/instances_{train,val}2017.json" in found.detail
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_annotation_file_is_named(root, split):
+    path = annotation_file(root, split)
+    path.unlink()
+    assert f"{path} missing" in problem_of(root)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not json",
+        b"\xff\xfe\x00",
+        b"[]",
+        b'{"images": 3, "annotations": [], "categories": []}',
+        b'{"images": [], "annotations": []}',
+        b'{"images": [1], "annotations": [], "categories": []}',
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_that_is_no_coco_json_is_named(root, split, content):
+    path = annotation_file(root, split)
+    path.write_bytes(content)
+    assert f"{path} is no file of COCO instances" in problem_of(root)
+
+
+def test_captions_are_no_instances(root):
+    path = annotation_file(root, "val")
+    captions = [{"id": 1, "image_id": FIRST_ID["val"], "caption": "a dog"}]
+    change(path, annotations=captions)
+    assert f"{path} is no file of COCO instances" in problem_of(root)
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        *(("annotations", {key: None}) for key in ("area", "bbox")),
+        *(("annotations", key) for key in ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")),
+        ("annotations", {"bbox": [1, 2, 3]}),
+        ("annotations", {"bbox": [1, 2, 3, 4, 5]}),
+        ("annotations", {"bbox": "wide"}),
+        *(("images", key) for key in ("id", "file_name", "height", "width")),
+        ("images", {"height": None}),
+        ("images", {"width": "64"}),
+        ("images", {"width": 64.0}),
+        *(("categories", key) for key in ("id", "name")),
+    ],
+    ids=str,
+)
+def test_what_pycocotools_or_the_training_would_stumble_over_is_told_before(root, part, broken):
+    """A key that is missing, or a value that it cannot have: after a week of training would be too late."""
+    path = annotation_file(root, "val")
+    entries = json.loads(path.read_text())[part]
+    if isinstance(broken, dict):
+        entries[-1] |= broken
+    else:
+        del entries[-1][broken]
+    change(path, **{part: entries})
+    assert f"{path} is no file of COCO instances" in problem_of(root)
+
+
+# Images
+
+
+def test_images_missing_on_disk_are_counted_and_the_first_named(root):
+    for i in (0, 2, 3, 5):
+        (root / "coco" / "train2017" / f"{FIRST + i:012d}.jpg").unlink()
+    for path in (root / "coco" / "val2017").iterdir():
+        path.unlink()
+    (root / "coco" / "val2017").rmdir()
+    detail = problem_of(root)
+    assert "4 of the 8 images of instances_train2017.json are not in" in detail
+    assert f"{FIRST:012d}.jpg, {FIRST + 2:012d}.jpg, {FIRST + 3:012d}.jpg and 1 more" in detail
+    assert "3 of the 3 images of instances_val2017.json are not in" in detail
+
+
+def test_an_image_of_another_size_than_the_json_says_is_named(root):
+    path = root / "coco" / "val2017" / f"{FIRST_ID['val']:012d}.jpg"
+    Image.new("RGB", (48, 64)).save(path)
+    assert f"{path} is 48x64 px, instances_val2017.json says 64x48" in problem_of(root)
+
+
+def test_a_file_that_is_no_image_is_named(root):
+    path = root / "coco" / "train2017" / f"{FIRST + 7:012d}.jpg"
+    path.write_bytes(b"no image")
+    assert f"{path} cannot be read as an image" in problem_of(root)
+
+
+def test_no_images_and_repeated_ids(root):
+    path = annotation_file(root, "train")
+    images = json.loads(path.read_text())["images"]
+    change(path, images=[*images[:-1], images[0]])
+    assert f"{path} uses 1 image ids twice" in problem_of(root)
+    time.sleep(0.01)
+    change(path, images=[])
+    assert f"{path} lists no images" in problem_of(root)
+
+
+# Annotations that make a file unusable
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_annotations_at_all(root, split):
+    path = annotation_file(root, split)
+    change(path, annotations=[])
+    assert f"{path} has no annotations at all" in problem_of(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_crowds_alone_are_nothing_to_learn_or_find(root, split):
+    mask = np.ones((48, 64), np.uint8)
+    path = write_split(root, split, [(64, 48)], [crowd(FIRST_ID[split], 1, mask)])
+    assert f"{path} has crowds alone, no object" in problem_of(root)
+
+
+def test_objects_of_no_area_alone_are_nothing_to_learn(root):
+    path = write_split(root, "train", [(64, 48)], [rectangle(FIRST, 1, 5, 5, 0, 10)])
+    assert f"{path} has no object to learn" in problem_of(root)
+
+
+@pytest.mark.parametrize(("category", "said"), [(12, "12"), (91, "91"), (0, "0")])
+def test_a_category_unknown_to_the_80(root, category, said):
+    path = write_split(root, "train", [(64, 48)], [rectangle(FIRST, category, 5, 5, 9, 9)])
+    assert f"{path} has categories that are not among COCO's 80: {said}" in problem_of(root)
+
+
+def test_a_category_under_another_name(root):
+    path = annotation_file(root, "val")
+    change(path, categories=[{"id": 18, "name": "cat"}, {"id": 1, "name": "person"}])
+    assert f"{path} has categories that are not among COCO's 80: 18 'cat'" in problem_of(root)
+
+
+def test_annotations_of_images_that_are_not_listed(root):
+    path = write_split(root, "train", [(64, 48)], [rectangle(FIRST, 1, 5, 5, 9, 9), rectangle(4711, 1, 5, 5, 9, 9)])
+    assert f"{path} annotates 1 times images that it does not list: 4711" in problem_of(root)
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (7, 7)])
+def test_annotation_ids_that_pycocotools_would_confuse(root, ids):
+    """It takes id 0 for "not found", and keeps the last of two with one id."""
+    objects = [rectangle(FIRST_ID["val"], 1, 5 * i, 5, 4, 9, id=i) for i in ids]
+    path = write_split(root, "val", [(64, 48)], objects)
+    assert f"{path}: the ids of its annotations are not all different and from 1 on" in problem_of(root)
+
+
+# Objects
+
+
+def test_boxes_are_cut_to_their_image_and_counted(tmp_path):
+    objects = [
+        rectangle(FIRST, 1, 5, 6, 20, 10),
+        rectangle(FIRST, 1, -4, 40, 20, 30),
+        rectangle(FIRST, 1, 50, 5, 14.03, 9),  # a rounding: cut and not counted
+        rectangle(FIRST, 1, 60, -2, 9, 9),
+    ]
+    split = train_of(tmp_path, objects)
+    expected = [[5, 6, 25, 16], [0, 40, 16, 48], [50, 5, 64, 14], [60, 0, 64, 7]]
+    np.testing.assert_allclose(split.examples[0].boxes, expected, atol=1e-5)
+    assert split.examples[0].boxes.dtype == np.float32
+    assert (split.objects, split.clipped, split.dropped) == (4, 2, 0)
+    assert split.notes == ("of 4 training objects 2 boxes cut to their image",)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"bbox": [5, 5, 0, 9]},
+        {"bbox": [5, 5, 9, 0]},
+        {"bbox": [30, 5, -9, 9]},
+        {"bbox": [64, 5, 9, 9]},
+        {"bbox": [5, 48, 9, 9]},
+        {"bbox": [math.nan, 5, 9, 9]},
+        {"segmentation": []},
+        {"segmentation": [[1, 1, 5, 5]]},
+        {"segmentation": [[1, 1, 5, 5, 9, 9, 3]]},
+        {"segmentation": None},
+        {"segmentation": {"size": [48, 64]}},
+        {"segmentation": {"counts": [3072], "size": [64, 48]}},
+        {"segmentation": {"counts": [10, 20], "size": [48, 64]}},
+        {"segmentation": {"counts": [10, 4000], "size": [48, 64]}},
+        {"segmentation": {"counts": TOO_LONG["counts"].decode(), "size": [48, 64]}},
+        {"segmentation": {"counts": "", "size": [48, 64]}},
+    ],
+    ids=str,
+)
+def test_objects_without_area_or_outline_are_dropped_and_counted(tmp_path, bad):
+    good = rectangle(FIRST, 18, 5, 6, 20, 10)
+    split = train_of(tmp_path, [rectangle(FIRST, 1, 5, 5, 9, 9) | bad, good])
+    (example,) = split.examples
+    assert (example.labels.tolist(), len(example.boxes), len(example.rles)) == ([LABELS[18]], 1, 1)
+    assert (split.objects, split.clipped, split.dropped, split.problems) == (2, 0, 1, ())
+    assert split.notes == ("of 2 training objects 1 objects of no area or without a valid outline left out",)
+
+
+@pytest.mark.parametrize("outline", [None, [], [[1, 1, 5, 5]], {"size": [48, 64]}], ids=str)
+def test_an_outline_that_pycocotools_cannot_read_is_refused_where_it_would_be_scored(tmp_path, outline):
+    path = annotation_file(write_coco(tmp_path), "val")
+    values = json.loads(path.read_text())
+    assert look_coco(tmp_path).status == "found"
+    values["annotations"][0]["segmentation"] = outline
+    path.write_text(json.dumps(values))
+    data = look_coco(tmp_path)
+    which = f"1 of the {len(values['annotations'])} objects of {path} have no valid outline"
+    assert (data.status, which in data.detail) == ("incomplete", True)
+
+
+def test_both_repairs_are_one_note(tmp_path):
+    split = train_of(tmp_path, [rectangle(FIRST, 1, -5, 5, 9, 9), rectangle(FIRST, 1, 5, 5, 0, 9)])
+    cut, left_out = "1 boxes cut to their image", "1 objects of no area or without a valid outline left out"
+    assert split.notes == (f"of 2 training objects {cut} and {left_out}",)
+    assert train_of(tmp_path / "b", [rectangle(FIRST, 1, 5, 5, 9, 9)]).notes == ()
+
+
+def test_crowds_are_left_out_of_training(root):
+    example = read_split(root, "train").examples[0]
+    assert len(example.labels) == 1
+    assert example.masks()[:, 36:44, 40:60].sum() == 0
+
+
+def test_masks_are_those_of_pycocotools_whatever_their_form(tmp_path):
+    blob = np.zeros((48, 64), np.uint8)
+    blob[3:20, 10:30] = 1
+    blob[8:12, 15:20] = 0
+    compressed = mask_util.encode(np.asfortranarray(blob))
+    forms = {
+        "polygon": [[3.2, 4.7, 30.5, 6.1, 22.9, 40.3]],
+        "two": [[5, 5, 6, 6], [1, 1, 9, 1, 9, 9, 1, 9], [20.5, 20.5, 40, 20, 33, 44]],
+        "runs": runs(blob),
+        "compressed": {"size": compressed["size"], "counts": compressed["counts"].decode()},
+    }
+    objects = [rectangle(FIRST, 1, 2, 2, 40, 40, segmentation=segmentation) for segmentation in forms.values()]
+    (example,) = train_of(tmp_path, objects).examples
+    masks = example.masks()
+    assert (masks.shape, masks.dtype) == ((4, 48, 64), np.uint8)
+    assert np.array_equal(masks[2], blob)
+    assert np.array_equal(masks[3], blob)
+    objects[1]["segmentation"] = objects[1]["segmentation"][1:]  # pycocotools refuses what is no polygon
+    truth = COCO(write_split(tmp_path / "again", "train", [(64, 48)], objects))
+    for mask, annotation in zip(masks, truth.anns.values()):
+        assert np.array_equal(mask, truth.annToMask(annotation))
+
+
+def test_an_image_without_an_object_is_read_but_not_trained_on(tmp_path):
+    write_coco(tmp_path)
+    objects = [rectangle(FIRST + 1, 1, 5, 5, 9, 9), rectangle(FIRST + 2, 1, 5, 5, 0, 9)]
+    split = train_of(tmp_path, [*objects, crowd(FIRST + 3, 1, np.ones((48, 64), np.uint8))], [(64, 48)] * 4)
+    assert [example.id for example in split.examples] == [FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
+    assert [example.id for example in training_examples(tmp_path)] == [FIRST + 1]
+    empty = split.examples[0]
+    assert (empty.boxes.shape, empty.labels.shape, empty.masks().shape) == ((0, 4), (0,), (0, 48, 64))
+    assert (empty.boxes.dtype, empty.labels.dtype) == (np.float32, np.int64)
+
+
+def test_training_examples_of_a_broken_file_are_an_error(tmp_path):
+    write_split(tmp_path, "train", [(64, 48)], [])
+    with pytest.raises(UserError, match="no annotations at all"):
+        training_examples(tmp_path)
+
+
+def test_examples_are_a_sequence_that_survives_pickling(root):
+    examples = read_split(root, "train").examples
+    assert len(examples) == 8
+    again = pickle.loads(pickle.dumps(examples))
+    for found in (list(examples), [again[i] for i in range(8)], [examples[i - 8] for i in range(8)]):
+        assert [example.id for example in found] == list(range(FIRST, FIRST + 8))
+    last = again[7]
+    assert last.file == str(root / "coco" / "train2017" / f"{FIRST + 7:012d}.jpg")
+    assert (last.height, last.width) == (64, 64)
+    assert np.array_equal(last.masks(), examples[-1].masks())
+    for wrong in (8, -9):
+        with pytest.raises(IndexError):
+            examples[wrong]
+    assert len(Examples(())) == 0
+    assert list(Examples(())) == []
+    with pytest.raises(IndexError):
+        Examples(())[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "coco").is_dir(), reason="the real subset is not here")
+def test_the_real_subset_is_read_as_pycocotools_reads_it():
+    for split in ("train", "val"):
+        truth, ours = COCO(annotation_file(SHARED, split)), read_split(SHARED, split)
+        assert (ours.problems, ours.objects) == ((), len(truth.anns))
+        kept = 0
+        for example in ours.examples:
+            own = truth.loadAnns(truth.getAnnIds(imgIds=example.id, iscrowd=False))
+            kept += len(example.labels)
+            assert [IDS[label] for label in example.labels] == [a["category_id"] for a in own]
+            for mask, box, annotation in zip(example.masks(), example.boxes, own):
+                assert np.array_equal(mask, truth.annToMask(annotation))
+                x, y, w, h = annotation["bbox"]
+                np.testing.assert_allclose(box, [x, y, x + w, y + h], atol=0.06)
+        assert kept + ours.dropped == sum(not a["iscrowd"] for a in truth.anns.values())

@@ -1,0 +1,105 @@
+"""How a set differs from the official one, in sentences; and what the system does not let a look read."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.suite import TASKS
+from transfer.data.findings import Data, against_official, guarded, spread, unusable
+from transfer.data.imagenet import look_imagenet
+
+OFFICIAL = {"classes": 1000, "train": 1281167, "val": 50000}
+
+
+def test_the_official_set_has_no_findings():
+    assert against_official("imagenet", OFFICIAL, OFFICIAL) == ()
+
+
+def test_a_part_is_told_with_its_missing_classes_and_its_counts():
+    names = [f"n{i:08}" for i in range(990)]
+    classes, images = against_official("imagenet", {"classes": 10, "train": 1000, "val": 50000}, OFFICIAL, names)
+    assert classes.startswith("imagenet: 990 of the 1000 classes are missing (n00000000, n00000001, n00000002 and 987 ")
+    assert images == (
+        "imagenet: 1000 train images, 1280167 fewer than the official 1281167: not the official set"
+    )  # nothing of val, whose count is right
+
+
+def test_a_damaged_copy_is_told_from_another_set():
+    lost = {**OFFICIAL, "train": 1281160, "val": 50001}
+    (one,) = against_official("imagenet", lost, OFFICIAL)
+    assert "1281160 train images, 7 fewer than the official 1281167; 50001 val images, 1 more than" in one
+    assert one.endswith("unpack the archive again")
+    (far,) = against_official("imagenet", {**OFFICIAL, "val": 49499}, OFFICIAL)  # 1.002 % fewer
+    assert far.endswith("not the official set")
+
+
+def test_what_is_looked_at_is_spread_over_the_whole_list():
+    assert spread(0) == []
+    assert spread(3) == [0, 1, 2]
+    assert spread(1281167, 5) == [0, 320292, 640583, 960874, 1281166]
+    assert len(spread(1281167)) == 100
+
+
+def test_files_that_cannot_be_used_are_counted(tmp_path):
+    files = [tmp_path / f"{i}.jpg" for i in range(5)]
+    for file in files:
+        file.write_bytes(b"x")
+    assert unusable(files) == []
+    files[1].write_bytes(b"")
+    files[3].unlink()
+    files[3].symlink_to(tmp_path / "gone.jpg")
+    files[4].unlink()
+    (said,) = unusable(files, "training images")
+    assert said.startswith("3 of 5 training images looked at (of 5) cannot be used: ")
+    assert f"{files[1]} is empty" in said
+    assert f"{files[3]} is a broken link" in said
+    assert f"{files[4]} is not there" in said
+
+
+def test_a_file_that_may_not_be_read_is_one(tmp_path, monkeypatch):
+    file = tmp_path / "a.jpg"
+    file.write_bytes(b"x")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything
+    assert f"{file} may not be read by this user" in unusable([file])[0]
+
+
+def everything(root: Path) -> None:
+    """A folder for every task that asks for one."""
+    folders = ["imagenet/train", "imagenet/val", "inat2017", "inat2018", "inat2019", "places205", "places365"]
+    folders += ["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c/fog/1", "coco/annotations"]
+    kinds = ("images/training", "images/validation", "annotations/training", "annotations/validation")
+    for name in (*folders, *(f"ADEChallengeData2016/{kind}" for kind in kinds)):
+        (root / name).mkdir(parents=True)
+    for name in ("places365/places365_train_standard.txt", "places205/train_places205.csv"):
+        (root / name).touch()
+    for split in ("train", "val"):
+        (root / "coco" / "annotations" / f"instances_{split}2017.json").touch()
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS if not t.of], ids=lambda task: task.name)
+def test_a_folder_that_may_not_be_read_is_a_sentence_for_every_task(task, tmp_path, monkeypatch):
+    everything(tmp_path)
+
+    def refuse(self, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
+
+    for owner, name in ((os, "scandir"), (os, "listdir"), (Path, "iterdir"), (Path, "read_text"), (Path, "read_bytes")):
+        monkeypatch.setattr(owner, name, refuse)
+    data = guarded(task.look, tmp_path)
+    assert data.status == "missing"
+    assert f"{tmp_path}/locked may not be read by this user: change its permissions" in data.detail
+
+
+def test_another_error_of_the_disk_is_a_sentence_too(tmp_path):
+    def look(root: Path) -> Data:
+        raise OSError(116, "Stale file handle", "/data/imagenet")
+
+    assert guarded(look, tmp_path).detail == (
+        "no data: /data/imagenet cannot be read (Stale file handle): mend or replace it"
+    )
+    (tmp_path / "imagenet").write_text("a file where the folder must be")
+    assert guarded(look_imagenet, tmp_path).status == "missing"
+    shutil.rmtree(tmp_path)
+    assert guarded(look_imagenet, tmp_path).status == "missing"

@@ -1,0 +1,334 @@
+"""The detectron2 engine against our own pyramid, against torchvision's, and against being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.fixtures import ROOT
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed")
+
+from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.modeling import build_backbone as build_from_cfg
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from mae_core.checkpoint import read_checkpoint
+from mae_core.data import MEAN, STD, Sample
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.training import CHECKPOINT_FILE
+from transfer.data.coco import training_examples
+from transfer.detection import engine_detectron2 as detection_d2
+from transfer.detection import engine_torchvision as detection_tv
+from transfer.detection import train_detectron2 as detection_d2_train
+from transfer.detection.recipe import DETECTOR_FILE, RoIBatchNorm, recipe
+from transfer.detection.tasks import TASKS
+from transfer.miniature import dense as miniature_dense
+from transfer.pyramid import ViTPyramid, load_pyramid
+from transfer.task import Job, run_job
+
+pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
+ARCH, COCO = "vit_mini_patch8", TASKS[0]
+LITTLE = {"image_size": 64, "epochs": 1, "warmup_epochs": 0.5, "batch": 4, "roi_batch": 16, "proposals": 32}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """24 training and 4 validation images of the miniature of COCO."""
+    root = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature_dense, "TRAIN", 24)
+        patch.setattr(miniature_dense, "VAL", 4)
+        miniature_dense.coco(root)
+    return root
+
+
+@pytest.fixture
+def r():
+    return replace(recipe(ARCH, "mini"), **LITTLE)
+
+
+@pytest.fixture
+def pyramid(r):
+    """With weights that a training would have moved: no bias table is zero."""
+    torch.manual_seed(0)
+    pyramid = ViTPyramid(ARCH, r.image_size, window=r.window)
+    load_pyramid(pyramid, read_checkpoint(f"random:{ARCH}"))
+    with torch.no_grad():
+        for parameter in pyramid.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return pyramid.eval()
+
+
+def make_job(root, work, machine=None, **changes) -> Job:
+    r = replace(recipe(ARCH, "mini"), **{**LITTLE, **changes})
+    checkpoint = read_checkpoint(f"random:{ARCH}")
+    return Job(COCO, checkpoint, r, "mini", {}, COCO.look(root), work, 0, "detectron2", machine or Machine())
+
+
+def test_both_engines_see_the_pyramids_own_features(pyramid, r):
+    """Pixels of an image that fills 40 x 64 of the square."""
+    image = torch.randint(0, 256, (3, 40, 64), generator=torch.Generator().manual_seed(0)).float()
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    square = torch.zeros(1, 3, 64, 64)
+    square[0, :, :40] = (image - mean) / std
+    alone = pyramid(square)
+
+    ours = detection_d2.build_model(pyramid, r, RoIBatchNorm).eval()
+    theirs = ours.backbone.bottom_up(ours.preprocess_image([{"image": image}]).tensor)
+    assert list(theirs) == ["s2", "s4", "s8", "s16"]
+    for mine, map_ in zip(alone, theirs.values()):
+        torch.testing.assert_close(map_, mine, rtol=0, atol=1e-5)
+
+    seen = []
+    tv = detection_tv.MaskRCNN(pyramid, r, RoIBatchNorm).eval()
+    tv.body.register_forward_hook(lambda module, inputs, output: seen.extend(output))
+    padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    padded[0, :, :40] = image
+    tv(padded, [{"size": torch.tensor([40, 64])}])
+    for mine, map_ in zip(alone, seen):
+        torch.testing.assert_close(map_, mine, rtol=0, atol=1e-5)
+
+
+def test_heads_are_those_of_the_recipe(pyramid):
+    model = detection_d2.build_model(pyramid, recipe("vit_base_patch16", "paper"), RoIBatchNorm)
+    rpn, heads = model.proposal_generator, model.roi_heads
+    convolutions = [m for m in rpn.rpn_head.conv.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 2
+    assert not any(isinstance(m, RoIBatchNorm) for m in rpn.modules())
+    box = [
+        (type(m).__name__, m.weight.shape[0]) for m in heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+    assert [width for _, width in box] == [256, 256, 256, 256, 1024]
+    assert sum(isinstance(m, RoIBatchNorm) for m in heads.box_head.modules()) == 4
+    assert sum(isinstance(m, RoIBatchNorm) for m in heads.mask_head.modules()) == 4
+    assert sum(isinstance(m, nn.ConvTranspose2d) for m in heads.mask_head.modules()) == 1
+    assert sum(isinstance(m, RoIBatchNorm) for m in model.backbone.modules()) == 8  # after each lateral and output conv
+    assert heads.box_predictor.cls_score.out_features == 81
+    # Anchors of 8 strides a side: 16 to 256 px at strides 2 to 32.
+    cells = list(rpn.anchor_generator.cell_anchors)
+    assert [(cell[1, 2:] - cell[1, :2]).tolist() for cell in cells] == [[s, s] for s in (16, 32, 64, 128, 256)]
+    assert [len(cell) for cell in cells] == [3] * 5
+    assert rpn.pre_nms_topk == {True: 2000, False: 1000}
+    assert heads.batch_size_per_image == 512
+
+
+def test_the_mapper_keeps_masks_on_their_objects(root, r):
+    """Objects keep their class and size under the jitter; boxes are tight around what is left of the masks."""
+    examples = training_examples(root)
+    mapped = detection_d2_train.MappedExamples(examples, r, seed=0)
+    first, again, other = mapped[Sample(3, 7)], mapped[Sample(3, 7)], mapped[Sample(3, 8)]
+    assert torch.equal(first["image"], again["image"])
+    assert first["image"].shape != other["image"].shape or not torch.equal(first["image"], other["image"])
+    assert max(first["image"].shape[1:]) <= r.image_size
+    instances = first["instances"]
+    assert set(instances.gt_classes.tolist()) <= set(examples[3].labels.tolist())
+    for box, mask in zip(instances.gt_boxes.tensor, instances.gt_masks.tensor):
+        rows, columns = np.nonzero(mask.numpy())
+        assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def test_a_batch_without_a_single_object_is_survived(pyramid, r):
+    model = detection_d2.build_model(pyramid, r, RoIBatchNorm).train()
+    nothing = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long))
+    nothing.gt_masks = BitMasks(torch.zeros(0, 64, 64, dtype=torch.bool))
+    with EventStorage():
+        losses = model([{"image": torch.zeros(3, 64, 64), "instances": nothing}] * 2)
+        sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+TWO_NORMS = """
+import torch, torch.distributed as dist
+from transfer.detection.engine_detectron2 import EmptySafeSyncBatchNorm
+dist.init_process_group("gloo")
+norm = EmptySafeSyncBatchNorm(3, momentum=1.0)
+x = torch.arange(24.0).view(2, 3, 2, 2) if dist.get_rank() else torch.zeros(0, 3, 2, 2)
+x.requires_grad_()
+(norm(x) ** 3).sum().backward()
+assert norm.running_mean.tolist() == torch.arange(24.0).view(2, 3, 4).mean(dim=(0, 2)).tolist(), norm.running_mean
+assert x.grad.isfinite().all() and norm.weight.grad is not None
+norm(torch.zeros(0, 3, 2, 2))  # nobody has anything
+assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_synchronised_batchnorm_beside_a_process_without_a_roi(tmp_path):
+    """The mean is that of the process that has some; an iteration in which nobody has any changes nothing."""
+    (tmp_path / "two.py").write_text(TWO_NORMS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "two.py")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_configs_build_the_same_backbone(tmp_path):
+    """A LazyConfig and a yacs config; weights are those of the checkpoint."""
+    spec = f"random:{ARCH}"
+    lazy = instantiate(LazyCall(detection_d2.build_backbone)(checkpoint=spec, image_size=64, fpn_dim=32, norm="BN"))
+    cfg = get_cfg()
+    detection_d2.add_mae_vit_config(cfg)
+    cfg.MODEL.MAE_VIT.CHECKPOINT, cfg.MODEL.MAE_VIT.IMAGE_SIZE, cfg.MODEL.MAE_VIT.WINDOW = spec, 64, 6
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM = "build_mae_vit_fpn_backbone", 32, "BN"
+    yacs = build_from_cfg(cfg)
+    encoder = read_checkpoint(spec).encoder
+    for backbone in (lazy, yacs):
+        assert {name: s.stride for name, s in backbone.output_shape().items()} == {
+            "p1": 2, "p2": 4, "p3": 8, "p4": 16, "p5": 32,
+        }  # fmt: skip
+        weight = backbone.bottom_up.pyramid.blocks[3].mlp.fc1.weight
+        assert torch.equal(weight, encoder["blocks.3.mlp.fc1.weight"])
+        assert backbone(torch.zeros(1, 3, 64, 64))["p3"].shape == (1, 32, 8, 8)
+
+
+@pytest.mark.slow
+def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(detection_d2_train, "METRICS_EVERY", 2)
+    record = run_job(make_job(root, tmp_path))
+    assert record.status == "ok", record.reason
+    assert record.engine == "detectron2"
+    assert {"box_ap", "mask_ap"} <= record.metrics.keys()
+    assert "detectron2" in record.versions
+    assert record.resolved["iterations"] == 6
+    assert record.resolved["seconds_per_iteration"] > 0
+    assert record.images_seen == 24
+    assert (tmp_path / "predictions.png").exists()
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+    assert not any(note.startswith("torchvision") for note in record.notes)
+    assert "BatchNorm" not in " ".join(record.notes)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 3, 5]
+    assert all(line["total_loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_micro_batches_take_the_images_of_the_batch(root, tmp_path, monkeypatch, micro_batch):
+    """Whatever their size: each of the 24 once an epoch, at positions 0 to 23."""
+    taken, get = [], detection_d2_train.MappedExamples.__getitem__
+
+    def recorded(self, sample):
+        taken.append(sample)
+        return get(self, sample)
+
+    monkeypatch.setattr(detection_d2_train.MappedExamples, "__getitem__", recorded)
+    job = make_job(root, tmp_path, Machine(micro_batch=micro_batch), batch=12)
+    model = detection_d2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    iterations, _ = detection_d2_train.train(model, training_examples(root), job, micro_batch)
+    assert iterations == 2
+    assert [sample.position for sample in taken] == list(range(24))
+    assert sorted(sample.index for sample in taken) == list(range(24))
+
+
+def test_gradients_of_micro_batches_are_averaged(tmp_path, root):
+    """A model whose loss is 3 * w on one image and 5 * w on the other: one step of SGD at rate 1 goes down by 4."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(()))
+
+        def forward(self, data):
+            return {"loss": self.w * data[0]}
+
+    model = Linear()
+    loader = [[torch.tensor(3.0)], [torch.tensor(5.0)]]
+    trainer = detection_d2_train.Trainer(
+        model, loader, torch.optim.SGD(model.parameters(), 1.0), make_job(root, tmp_path), 2
+    )
+    trainer.train(0, 1)
+    assert model.w.item() == -4.0
+
+
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from transfer.detection.tasks import TASKS
+from transfer import cli
+sys.exit(cli.main(TASKS, sys.argv[1:]))
+"""
+
+
+def start(root: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
+    command += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0"]
+    command += ["--set", *(f"{k}={v}" for k, v in {**LITTLE, "epochs": 3}.items())]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def detector(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (path,) = out.rglob(DETECTOR_FILE)
+    return load_file(path)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
+    """SIGKILL after a saved iteration of 18; the rest starts there, and no bit differs from a run in one piece."""
+    whole = start(root, tmp_path / "whole")
+    text = whole.communicate()[0]
+    assert whole.returncode == 0, text
+    killed = start(root, tmp_path / "killed")
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "killed").rglob(CHECKPOINT_FILE)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (saved,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
+    done = torch.load(saved, weights_only=True)["iteration"]
+    assert 0 < done < 18
+    resumed = start(root, tmp_path / "killed")
+    text = resumed.communicate()[0]
+    assert resumed.returncode == 0, text
+    assert f"at iteration {done}/18" in text
+    one, two = detector(tmp_path / "whole"), detector(tmp_path / "killed")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("damage", ["cut", "other head"])
+def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
+    job = make_job(root, tmp_path)
+    model = detection_d2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    path = tmp_path / CHECKPOINT_FILE
+    if damage == "cut":
+        path.write_bytes(b"PK\x03\x04 cut short")
+    else:
+        state = model.state_dict()
+        state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(21, job.recipe.fc_dim)
+        torch.save({"model": state, "iteration": 2, "seconds": 1.0}, path)
+    with pytest.raises(UserError, match="damaged" if damage == "cut" else "cls_score"):
+        detection_d2_train.train(model, training_examples(root), job, 4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_predict(root, tmp_path):
+    """gloo; BatchNorm is synchronised here on the CPU too. Every validation image is predicted once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "transfer.detection", "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
+    command += ["--engine", "detectron2", "--data", str(root), "--out", str(tmp_path)]
+    command += ["--set", *(f"{k}={v}" for k, v in LITTLE.items())]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(next(tmp_path.rglob("record.json")).read_text())
+    assert record["status"] == "ok"
+    assert record["resolved"]["batchnorm"] == "synchronised"
+    assert record["resolved"]["batchnorm_images"] == 4
+    assert detector(tmp_path)

@@ -1,0 +1,165 @@
+"""Partial fine-tuning: how the accuracy grows with the number of blocks that are tuned (MAE paper, Figure 9).
+
+Of k blocks, the last k are tuned, with the final norm and the head; 0.5 is the second half of the last block: its norm
+and MLP. 0 is linear probing and the whole depth is fine-tuning: these two are the tasks of their own, found done or run
+at their ordinary place. Each k between them is a training below this task's folder, with a result of its own.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+
+from mae_core import distributed
+from mae_core.errors import UserError
+from mae_core.settings import write_json
+from mae_core.training import CHECKPOINT_FILE
+from mae_core.vit import get_arch
+from transfer.classification.job import images_of, start_model, trained_result, validate
+from transfer.classification.picture import PICTURE_FILE, draw_curve
+from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
+from transfer.cli import finished, make_job
+from transfer.data.labelled import Reading
+from transfer.data.split import train_transform
+from transfer.task import Job, Record, Result, Task, claim, run_job, work_folder
+
+FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
+HEADLINE = 1.0
+RESULT_FILE = "result.json"
+# The knobs that linear probing and fine-tuning at the ends of the curve take over.
+SHARED = ("image_size", "train_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRecipe(ClassifierRecipe):
+    """One training's numbers for every k, and blocks: the numbers k of blocks to tune, rising; 0, 0.5 or whole, 1 among
+    them. UserError for others."""
+
+    blocks: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = f"blocks={','.join(f'{k:g}' for k in self.blocks)}"
+        if list(self.blocks) != sorted(set(self.blocks)) or any(k < 0 or (k % 1 and k != 0.5) for k in self.blocks):
+            raise UserError(f"{given}: give 0, 0.5 or whole numbers of blocks, each once, rising")
+        if HEADLINE not in self.blocks:
+            raise UserError(f"{given}: {HEADLINE:g} must be among them, its accuracy is the headline of this task")
+        if self.optimizer != "adamw":
+            raise UserError(f"optimizer={self.optimizer} trains the head alone: partial fine-tuning needs adamw")
+
+
+def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
+    """Every k of the recipe, the ends first; the curve as partial.png in the work folder."""
+    r, depth = job.recipe, get_arch(job.checkpoint.arch).depth
+    if r.blocks[-1] > depth:
+        raise UserError(f"blocks: {r.blocks[-1]:g} blocks cannot be tuned, {job.checkpoint.arch} has {depth}")
+    ends = {0.0: probe, float(depth): finetune}
+    found: dict[float, Record | Result] = {k: end_of_curve(job, ends[k]) for k in r.blocks if k in ends}
+    images = images_of(job)
+    found |= {k: tune(part_of(job, k), k, images) for k in r.blocks if k not in ends}
+    found = {k: found[k] for k in r.blocks}
+    own = [one for k, one in found.items() if k not in ends]
+    metrics = {f"top1@{k:g}": one.metrics["top1"] for k, one in found.items()}
+    stderr = {f"top1@{k:g}": one.stderr["top1"] for k, one in found.items()}
+    notes = [f"{k:g} blocks: {note}" for k, one in found.items() for note in one.notes]
+    if job.recipe_name == "paper":
+        notes.append(
+            f"{r.epochs} epochs for every number of blocks from 0.5 to {depth - 1}; the paper took the best of 50, 100 "
+            "and 200 for each and does not say which"
+        )
+    if distributed.is_main():
+        c = job.checkpoint
+        about = f"ours: {c.name} ({c.arch}), {job.recipe_label} recipe, {job.data.label} data, seed {job.seed}"
+        curve = {k: (one.metrics["top1"], one.stderr["top1"]) for k, one in found.items()}
+        draw_curve(job.work / PICTURE_FILE, curve, about)
+    return Result(
+        metrics,
+        stderr,
+        n_eval=len(images.val.files),
+        images_seen=sum(one.images_seen for one in own),
+        seconds=sum(one.seconds for one in own),
+        tables={"by_blocks": {f"{k:g}": described(one) for k, one in found.items()}},
+        notes=tuple(notes),
+    )
+
+
+def described(one: Record | Result) -> dict:
+    """What the record says of one k: whose training it was, its metrics, and what was found about the frozen part."""
+    values = {"task": one.task} if isinstance(one, Record) else {}
+    values |= {"metrics": one.metrics, "seconds": one.seconds, "images_seen": one.images_seen}
+    return values | {name: value for name, value in one.resolved.items() if name != "load"}
+
+
+def end_of_curve(job: Job, task: Task) -> Record:
+    """Linear probing or fine-tuning by its own recipe of this name: its record, run now if it is not there."""
+    out = job.work.parents[3]  # work_folder: OUT/runs/CHECKPOINT/TASK/RUN
+    start = job.task.recipe(job.checkpoint.arch, job.recipe_name)
+    changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(start, knob)]
+    settings = [f"{knob}={getattr(job.recipe, knob)}" for knob in changed]
+    c, data, machine = job.checkpoint, job.data, job.machine
+    end = make_job(task, c, job.recipe_name, settings, data, out, job.seed, machine)
+    record = finished(end) or run_job(end)
+    if record.status != "ok":
+        raise UserError(f"{task.name}, one end of the curve, has no number: {record.reason}")
+    return record
+
+
+def part_of(job: Job, k: float) -> Job:
+    """The training of the last k blocks. Its folder does not depend on which other k are asked for."""
+    recipe = ClassifierRecipe(**{f.name: getattr(job.recipe, f.name) for f in dataclasses.fields(ClassifierRecipe)})
+    overrides = {knob: value for knob, value in job.overrides.items() if knob != "blocks"}
+    task = replace(job.task, name=f"{job.task.name}@{k:g}")
+    part = replace(job, task=task, recipe=recipe, overrides=overrides)
+    c, label = job.checkpoint, part.recipe_label
+    folder = work_folder(Path(), c, task.name, label, job.seed, part.identity()).name
+    return replace(part, work=job.work.parent / f"{k:g}" / folder)
+
+
+def tune(job: Job, k: float, images: Reading) -> Result:
+    """Train the last k blocks and leave the result in the work folder; read it there if that was done before. The
+    frozen part is proven unchanged by checksum."""
+    claim(job.work, job.identity())
+    path = job.work / RESULT_FILE
+    if path.exists():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**values | {"notes": tuple(values["notes"])})
+    r = job.recipe
+    model = start_model(job, images.classes)
+    tuned = freeze_all_but(model, k)
+    model = model.to(job.machine.device)
+    before = checksum_of_others(model, tuned)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.pixels)
+    state, trained = train_classifier(job, model, images.train, transform)
+    if checksum_of_others(trained, tuned) != before:
+        raise RuntimeError(f"the frozen part changed while {k:g} blocks were tuned")
+    result = trained_result(job, state, images, validate(job, trained, images.val), {})
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    resolved = result.resolved | {"trained_parameters": parameters, "frozen_sha256": before}
+    result = replace(result, resolved=resolved)
+    if distributed.is_main():
+        write_json(path, dataclasses.asdict(result))
+        (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return result
+
+
+def freeze_all_but(model: VisionTransformer, k: float) -> frozenset[str]:
+    """Leave gradients to the last k blocks, the final norm and the head alone; the names of their parameters.
+
+    What is frozen comes first, so no gradient passes through it: autograd keeps nothing of it, and it needs no
+    torch.no_grad. Drop path acts in it as in the rest: the recipe is that of fine-tuning.
+    """
+    depth = len(model.blocks)
+    parts = [f"blocks.{i}." for i in range(depth - int(k), depth)]
+    if k == 0.5:
+        parts = [f"blocks.{depth - 1}.{part}" for part in ("norm2.", "mlp.", "ls2.", "gamma_2")]
+    last = (*parts, "norm.", "fc_norm.", "head.")
+    tuned = frozenset(name for name, _ in model.named_parameters() if name.startswith(last))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in tuned)
+    return tuned
+
+
+def checksum_of_others(model: VisionTransformer, tuned: frozenset[str]) -> str:
+    return parameters_sha256((name, tensor) for name, tensor in model.state_dict().items() if name not in tuned)

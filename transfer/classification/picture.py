@@ -1,0 +1,56 @@
+"""The curve of partial fine-tuning as a picture, over the published ones."""
+
+import csv
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+from mae_core.errors import UserError
+
+PICTURE_FILE = "partial.png"
+PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published" / "partial.csv"
+
+
+def published_curves() -> dict[str, dict[float, float]]:
+    """{"MAE (vit_large_patch16, 800 ep, pixels)": {blocks tuned: top-1 in percent}, ...}: Figure 9 of the MAE paper.
+    UserError if the file of them is not there."""
+    try:
+        with open(PUBLISHED, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(
+            f"{PUBLISHED} is missing: restore it from the repository (git checkout results/published)"
+        ) from None
+    curves: dict[str, dict[float, float]] = {}
+    for row in rows:
+        curve = curves.setdefault(f"{row['method']} ({row['arch']}, {row['pretrain']})", {})
+        curve[float(row["metric"].removeprefix("top1@"))] = float(row["value"])
+    return curves
+
+
+def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str) -> None:
+    """Write a PNG: top-1 over the number of tuned blocks, evenly spaced as in the paper. ours: blocks -> (top-1 and its
+    standard error, both in percent)."""
+    from matplotlib.figure import Figure  # imported late: it takes a second
+
+    published = published_curves()
+    places = {k: i for i, k in enumerate(sorted({*ours, *(k for curve in published.values() for k in curve)}))}
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    panel = figure.subplots()
+    for (name, curve), marker, grey in zip(published.items(), "s^", ("0.45", "0.7")):
+        x = [places[k] for k in sorted(curve)]
+        y = [curve[k] for k in sorted(curve)]
+        label = f"published, ImageNet-1K: {name}"
+        panel.plot(x, y, f"{marker}--", color=grey, markersize=5, linewidth=1, label=label, zorder=1)
+    x = [places[k] for k in sorted(ours)]
+    y, errors = zip(*(ours[k] for k in sorted(ours)))
+    panel.errorbar(
+        x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=textwrap.fill(about, 90), zorder=2
+    )
+    panel.set_xticks(list(places.values()), [f"{k:g}" for k in places])
+    panel.set_xlabel("blocks tuned, from the last one (0: linear probing; all: fine-tuning)")
+    panel.set_ylabel("top-1 accuracy (%)")
+    panel.grid(axis="y", color="0.9")
+    panel.set_axisbelow(True)
+    figure.legend(fontsize=8, loc="outside lower center")  # beside the curves, however long a recipe's name is
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,234 @@
+"""The numbers of the classification tasks, each with its source; transfer/classification.py runs them."""
+
+from dataclasses import replace
+
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+from mae_core.vit import get_arch
+from transfer.classification.partial import FIGURE_9, PartialRecipe
+from transfer.classification.train import ClassifierRecipe, EvalRecipe, RepeatedRecipe
+
+PAPER_9 = "MAE paper, Table 9"
+OFFICIAL = "facebookresearch/mae FINETUNE.md and main_finetune.py"
+PAPER_10 = "MAE paper, Table 10"
+PROBE = "facebookresearch/mae main_linprobe.py"
+PAPER_11 = "MAE paper, Table 11"
+FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which issue 28 says to use"
+
+# Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
+# Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
+# fine-tuned (Ti, S, the miniature) take B's.
+BY_SIZE = {
+    "vit_large_patch16": (50, 1e-3, 0.75, 0.2),
+    "vit_huge_patch14": (50, 1e-3, 0.75, 0.3),
+}
+BASE = (100, 5e-4, 0.65, 0.1)
+
+
+def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """Fine-tuning end to end. "paper": the official repository's values, which the released classifiers were trained
+    with. "mini": for the generated 48 px images, MINI_FINETUNE replaced."""
+    epochs, base_lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
+    paper = ClassifierRecipe(
+        image_size=get_arch(arch).image_size,
+        epochs=epochs,
+        warmup_epochs=5,
+        batch=1024,
+        base_lr=base_lr,
+        min_lr=1e-6,
+        optimizer="adamw",
+        betas=(0.9, 0.999),
+        momentum=0.0,
+        trust_coefficient=0.0,
+        weight_decay=0.05,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        pool="avg",
+        head_std=2e-5,
+        min_scale=0.08,
+        rand_augment="rand-m9-mstd0.5-inc1",
+        random_erasing=0.25,
+        mixup=0.8,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        ema=0.0,
+    )
+    return choose(name, paper, MINI_FINETUNE | miniature_size(arch))
+
+
+def finetune_sources(arch: str) -> dict[str, str]:
+    """Where each value of the paper recipe comes from."""
+    sized = (
+        OFFICIAL if arch in BY_SIZE or arch == "vit_base_patch16" else "stand-in: ViT-B's value, MAE has no such size"
+    )
+    both = f"{PAPER_9}; {OFFICIAL}"
+    sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, both)
+    sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized)
+    sources |= dict.fromkeys(("pool", "random_erasing", "min_lr", "head_std", "min_scale"), OFFICIAL)
+    return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
+
+
+def partial_recipe(arch: str, name: str) -> PartialRecipe:
+    """Partial fine-tuning: the recipe of fine-tuning, for each of Figure 9's numbers of blocks that this size has, and
+    for all of its blocks."""
+    depth = float(get_arch(arch).depth)
+    blocks = (*(k for k in FIGURE_9 if k < depth), depth)
+    return PartialRecipe(**vars(finetune_recipe(arch, name)), blocks=blocks)
+
+
+def partial_sources(arch: str) -> dict[str, str]:
+    sources = finetune_sources(arch) | {"blocks": "MAE paper, Figure 9; all blocks are fine-tuning"}
+    unsaid = "fine-tuning's; of partial fine-tuning the paper says only that it is the best of 50, 100 and 200"
+    return sources | {"epochs": f"{unsaid} ({sources['epochs']})"}
+
+
+# From scratch: epochs, drop_path. Other sizes take ViT-B's.
+SCRATCH_BY_SIZE = {"vit_large_patch16": (200, 0.2), "vit_huge_patch14": (200, 0.2)}
+SCRATCH_BASE = (300, 0.1)
+
+
+def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """Supervised training from random weights, with a moving average of the weights: the paper's baseline."""
+    epochs, drop_path = SCRATCH_BY_SIZE.get(arch, SCRATCH_BASE)
+    paper = replace(
+        finetune_recipe(arch, "paper"),
+        epochs=epochs,
+        warmup_epochs=20,
+        batch=4096,
+        base_lr=1e-4,
+        betas=(0.9, 0.95),
+        weight_decay=0.3,
+        layer_decay=1.0,
+        drop_path=drop_path,
+        head_std=0.02,
+        random_erasing=0.0,
+        ema=0.9999,
+    )
+    return choose(name, paper, MINI_SCRATCH | miniature_size(arch))
+
+
+def scratch_sources(arch: str) -> dict[str, str]:
+    sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, PAPER_11)
+    if arch not in SCRATCH_BY_SIZE and arch != "vit_base_patch16":
+        sources |= dict.fromkeys(("epochs", "drop_path"), "stand-in: ViT-B's value, MAE has no such size")
+    sources |= dict.fromkeys(("pool", "min_lr", "head_std", "min_scale"), FROM_SCRATCH)
+    sources |= dict.fromkeys(("layer_decay", "random_erasing"), f"{PAPER_11} names none")
+    return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")
+
+
+# Longer recipes for iNaturalist, by name: what an author of two other projects said they fine-tuned a ViT-B with. What
+# he did not say is DeiT's code.
+UNSAID = {"min_lr": 1e-5, "layer_decay": 1.0, "pool": "token", "head_std": 0.02, "repeated_augmentation": 3}
+DEIT = UNSAID | {
+    "epochs": 360,
+    "batch": 768,
+    "base_lr": 2.5e-5,  # * 768 / 256 = 7.5e-5
+    "drop_path": 0.1,
+    "random_erasing": 0.1,
+}
+DINO = DEIT | {"epochs": 300, "batch": 1024, "random_erasing": 0.25}  # his 5e-5 before scaling is for 512 images
+DEIT_SAID = "facebookresearch/deit issues 105 and 141, an author, for ViT-B on iNaturalist"
+DINO_SAID = "facebookresearch/dino issue 171, an author, for ViT-B on iNaturalist"
+DEIT_CODE = "facebookresearch/deit main.py, models.py and samplers.py"
+STAND_INS = {"deit-360": (DEIT, DEIT_SAID), "dino-300": (DINO, DINO_SAID)}
+
+
+def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """For iNaturalist, Places and folders: the recipe of ImageNet, or a longer one by name."""
+    if name in STAND_INS:
+        values, _ = STAND_INS[name]
+        return RepeatedRecipe(**vars(finetune_recipe(arch, "paper")) | values)
+    if name not in ("paper", "mini"):
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ['paper', 'mini', *STAND_INS])}")
+    return finetune_recipe(arch, name)
+
+
+def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
+    """The paper adjusted its ImageNet recipe to each set and published no value."""
+    if name in STAND_INS:
+        _, said = STAND_INS[name]
+        sources = dict.fromkeys(RepeatedRecipe.__dataclass_fields__, f"stand-in: {said}")
+        sources |= dict.fromkeys((*UNSAID, "image_size", "betas", "min_scale"), f"stand-in: {DEIT_CODE}")
+        sources["warmup_epochs"] += "; from 0 and per iteration, theirs from 1e-6 and per epoch"
+        if name == "dino-300":
+            sources["batch"] += ", says 128 for each GPU; 8 are assumed"
+        return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
+    return {
+        knob: f"stand-in, as for ImageNet: {source}; the paper adjusted rate and epochs, without saying how"
+        for knob, source in finetune_sources(arch).items()
+    }
+
+
+def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:
+    """Linear probing of the frozen encoder: class token, BatchNorm without affine, linear layer."""
+    paper = ClassifierRecipe(
+        image_size=get_arch(arch).image_size,
+        epochs=90,
+        warmup_epochs=10,
+        batch=16384,
+        base_lr=0.1,
+        min_lr=0.0,
+        optimizer="lars",
+        betas=(0.0, 0.0),
+        momentum=0.9,
+        trust_coefficient=0.001,
+        weight_decay=0.0,
+        layer_decay=1.0,
+        drop_path=0.0,
+        pool="token",
+        head_std=0.01,
+        min_scale=0.08,
+        rand_augment="",
+        random_erasing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        label_smoothing=0.0,
+        ema=0.0,
+    )
+    return choose(name, paper, MINI_LINPROBE | miniature_size(arch))
+
+
+def linprobe_sources(arch: str) -> dict[str, str]:
+    sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, f"{PAPER_10}; {PROBE}")
+    sources |= dict.fromkeys(("trust_coefficient", "pool", "head_std", "min_scale"), PROBE)
+    return sources | dict.fromkeys(("betas", "layer_decay", "ema"), "not used")
+
+
+# All that "mini" changes. Sizes, lengths and rates: images of 48 px, 800 of them, minutes on two cores. Augmentation:
+# one shape fills a miniature's image, and RandAugment, erasing and crops of 8 % leave too little of it to see.
+MINI_FINETUNE = {
+    "epochs": 30,
+    "warmup_epochs": 3,
+    "batch": 64,
+    "base_lr": 8e-3,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "drop_path": 0.0,
+    "min_scale": 0.3,
+    "rand_augment": "",
+    "random_erasing": 0.0,
+}
+# 360 steps: an average over as large a part of them as 1 / (1 - 0.9999) is of ViT-B's 93,600.
+MINI_SCRATCH = MINI_FINETUNE | {"ema": 0.975}
+MINI_LINPROBE = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}  # the paper's absolute rate
+
+
+def miniature_size(arch: str) -> dict[str, int]:
+    """The miniature's 48 px, down to a multiple of the patch: a ViT-L runs through it on two cores too."""
+    return {"image_size": 48 - 48 % get_arch(arch).patch}
+
+
+def choose(name: str, paper: ClassifierRecipe, mini: dict) -> ClassifierRecipe:
+    recipes = {"paper": paper, "mini": replace(paper, **mini)}
+    if name not in recipes:
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
+    return recipes[name]
+
+
+def eval_recipe(arch: str, name: str) -> EvalRecipe:
+    """The official evaluation: one view, resized and cropped (main_finetune.py --eval)."""
+    return choose(name, EvalRecipe(), {})
+
+
+def eval_sources(arch: str) -> dict[str, str]:
+    return {"image_size": "the checkpoint's own", "transform": "facebookresearch/mae util/datasets.py"}

@@ -1,0 +1,234 @@
+"""A fine-tuned ImageNet classifier on ImageNet-A, -R, -C and -Sketch: inference only.
+
+python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED --data DIR --out DIR
+"""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from timm.models.vision_transformer import VisionTransformer
+
+from mae_core.checkpoint import Checkpoint
+from mae_core.data import PILLOW_PIXELS
+from mae_core.decode import UNREADABLE, read_image
+from mae_core.errors import UserError
+from mae_core.settings import did_you_mean
+from transfer.classification.train import EvalRecipe, Scores, evaluate, trained_classifier
+from transfer.data.imagenet_shifts import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
+from transfer.data.split import Pixels, Split, columns, eval_transform, read_split, wnids
+from transfer.miniature import imagenet as miniature
+from transfer.task import Job, Result, Task
+
+# Top-1 error of AlexNet, mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
+# another script lists the corruptions in another order.
+ALEXNET_ERROR = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+
+
+def recipe(arch: str, name: str) -> EvalRecipe:
+    """ImageNet-A, -R, -Sketch: the official evaluation transform at the classifier's own size."""
+    return choose(name, EvalRecipe())
+
+
+def recipe_c(arch: str, name: str) -> EvalRecipe:
+    """ImageNet-C: its files are 224 px already, and a classifier of that size gets them as they are, as in its authors'
+    script; another one gets them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop
+    is the other way in use."""
+    return choose(name, EvalRecipe(transform="resize"))
+
+
+def choose(name: str, r: EvalRecipe) -> EvalRecipe:
+    if name not in ("paper", "mini"):
+        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ('paper', 'mini'))}")
+    return r
+
+
+def sources(arch: str) -> dict[str, str]:
+    return {
+        "image_size": "the classifier's own",
+        "transform": "facebookresearch/mae util/datasets.py; ImageNet-C: hendrycks/robustness ImageNet-C/test.py "
+        "(stand-in: the paper does not state its transform)",
+    }
+
+
+@cache
+def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+    """One model for all the sets that a process evaluates."""
+    model, size = trained_classifier(checkpoint, image_size, device)
+    if model.num_classes != len(wnids()):
+        raise UserError(f"{checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
+    return model, size
+
+
+def classifier(job: Job) -> tuple[VisionTransformer, int]:
+    return load_once(job.parent or job.checkpoint, job.recipe.image_size, job.machine.device)
+
+
+def pixels_of(job: Job) -> Pixels:
+    return (job.parent or job.checkpoint).pixels
+
+
+def run_200(job: Job) -> Result:
+    """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
+    model, size = classifier(job)
+    root, kept = Path(job.data.root), columns(job.task.name)
+    split, _ = read_split(folder_of(root, job.task.name))
+    transform = eval_transform(size, job.recipe.transform)
+    result = scored(
+        evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name, kept), len(split.files), size
+    )
+    clean = clean_split(root).of_classes(kept)
+    if not clean.files:
+        return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
+    metrics, stderr = evaluate(
+        model, clean, transform, pixels_of(job), job.machine, f"{job.task.name} clean", kept
+    ).metrics()
+    return replace(
+        result,
+        images_seen=result.images_seen + len(clean.files),
+        metrics=result.metrics | {"clean_200_top1": metrics["top1"]},
+        stderr=result.stderr | {"clean_200_top1": stderr["top1"]},
+    )
+
+
+def run_sketch(job: Job) -> Result:
+    model, size = classifier(job)
+    split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
+    transform = eval_transform(size, job.recipe.transform)
+    scores = evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name)
+    return scored(scores, len(split.files), size)
+
+
+def scored(scores: Scores, images: int, size: int) -> Result:
+    metrics, stderr = scores.metrics()
+    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
+    return Result(metrics, stderr, n_eval=images, images_seen=images, resolved=resolved)
+
+
+def run_c(job: Job) -> Result:
+    """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
+    model, size = classifier(job)
+    transform = eval_transform(size, job.recipe.transform)
+    wrong: dict[str, list[np.ndarray]] = {}
+    for number, corruption in enumerate(ALEXNET_ERROR):
+        splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
+        if job.recipe.transform == "center_crop":
+            check_crop(splits[0].files[0], size)
+        whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
+        label = f"{job.task.name} {number + 1}/15 {corruption}"
+        scores = evaluate(model, whole, transform, pixels_of(job), job.machine, label)
+        wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
+    errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
+    metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}
+    images = sum(len(part) for parts in wrong.values() for part in parts)
+    return Result(
+        metrics,
+        mce_stderr(wrong),
+        n_eval=images,
+        images_seen=images,
+        tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
+        resolved={"image_size": size, "val_pixels": PILLOW_PIXELS},
+    )
+
+
+def check_crop(file: Path, size: int) -> None:
+    try:
+        side = min(read_image(file).size)
+    except UNREADABLE as e:
+        raise UserError(f"{file} cannot be read as an image ({e}): replace it") from None
+    if size > side:
+        raise UserError(
+            f"ImageNet-C's images are {side} px, a centre crop of {size} px would add a black border: "
+            "set transform=resize"
+        )
+
+
+def mce(errors: dict[str, list[float]]) -> float:
+    """Mean corruption error in percent: the mean over the 15 corruptions of the model's error, summed over the five
+    severities, over AlexNet's. errors: corruption -> five top-1 errors in 0..1. UserError if one is missing."""
+    missing = [c for c in ALEXNET_ERROR if len(errors.get(c, ())) != len(SEVERITIES)]
+    if missing:
+        raise UserError(f"no mCE without five severities of {', '.join(missing)}")
+    return 100 * float(np.mean([sum(errors[c]) / (len(SEVERITIES) * ALEXNET_ERROR[c]) for c in ALEXNET_ERROR]))
+
+
+def mce_stderr(wrong: dict[str, list[np.ndarray]]) -> dict[str, float]:
+    """Standard errors of mce and mean_err over the images. The 75 versions of an image are not independent, so each
+    image's mean over them is the unit; the versions list the same images in the same order."""
+    per_image = {c: np.mean(np.stack([part.astype(float) for part in parts]), axis=0) for c, parts in wrong.items()}
+    n = len(next(iter(per_image.values())))
+    if n < 2:
+        return {}
+    ce = np.mean([per_image[c] / ALEXNET_ERROR[c] for c in per_image], axis=0)
+    err = np.mean(list(per_image.values()), axis=0)
+    return {name: 100 * float(v.std(ddof=1) / np.sqrt(n)) for name, v in (("mce", ce), ("mean_err", err))}
+
+
+COMMON = {"module": "transfer.classification", "version": 1, "needs": "classifier", "sources": sources}
+TASKS = (
+    Task(
+        name="imagenet_a",
+        title="ImageNet-A",
+        metric="top1",
+        higher_is_better=True,
+        cost=41,
+        recipe=recipe,
+        look=lambda root: look("imagenet_a", root),
+        run=run_200,
+        miniature=miniature.imagenet_a,
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_r",
+        title="ImageNet-R",
+        metric="top1",
+        higher_is_better=True,
+        cost=42,
+        recipe=recipe,
+        look=lambda root: look("imagenet_r", root),
+        run=run_200,
+        miniature=miniature.imagenet_r,
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_sketch",
+        title="ImageNet-Sketch",
+        metric="top1",
+        higher_is_better=True,
+        cost=43,
+        recipe=recipe,
+        look=lambda root: look("imagenet_sketch", root),
+        run=run_sketch,
+        miniature=miniature.imagenet_sketch,
+        **COMMON,
+    ),
+    Task(
+        name="imagenet_c",
+        title="ImageNet-C",
+        metric="mce",
+        higher_is_better=False,
+        cost=44,
+        recipe=recipe_c,
+        look=look_c,
+        run=run_c,
+        miniature=miniature.imagenet_c,
+        **COMMON,
+    ),
+)

@@ -1,0 +1,286 @@
+"""The classifier's training and evaluation: one recipe, one loop, one way to count."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from mae_core import distributed
+from mae_core.checkpoint import Checkpoint, classifier_of
+from mae_core.data import Images, loader, normalised
+from mae_core.errors import UserError
+from mae_core.loop import check_batch, fit, micro_batch_for
+from mae_core.machine import Machine
+from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
+from mae_core.progress import Progress
+from mae_core.settings import check_ranges, did_you_mean
+from mae_core.training import State, Training
+from transfer.data.split import Pixels, Split, eval_transform, train_transform
+from transfer.task import Job
+
+# The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
+# on images that are cropped and flipped alone.
+UNUSED = {
+    "adamw": {"momentum": 0.0, "trust_coefficient": 0.0},
+    "lars": {"betas": (0.0, 0.0), "layer_decay": 1.0, "rand_augment": "", "random_erasing": 0.0},
+}
+POOLS = ("avg", "token")
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Every number of one classifier's training. Values and their sources: transfer/classification/recipes.py.
+
+    optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
+    rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none. train_fraction:
+    the share of the training images that is used (Split.share).
+    UserError for an unknown name, and for a knob that would do nothing.
+    """
+
+    image_size: int
+    epochs: int
+    warmup_epochs: int
+    batch: int
+    base_lr: float
+    min_lr: float
+    optimizer: str
+    betas: tuple[float, float]
+    momentum: float
+    trust_coefficient: float
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    pool: str
+    head_std: float
+    min_scale: float
+    rand_augment: str
+    random_erasing: float
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    ema: float
+    train_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for knob, known in (("optimizer", tuple(UNUSED)), ("pool", POOLS)):
+            if getattr(self, knob) not in known:
+                raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
+        for knob, value in UNUSED[self.optimizer].items():
+            if getattr(self, knob) != value:
+                raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
+        try:
+            train_transform(224, self.min_scale, self.rand_augment)
+        except Exception as e:  # timm parses the string, and fails in any way
+            raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatedRecipe(ClassifierRecipe):
+    """repeated_augmentation: augmented samples of each image in a batch."""
+
+    repeated_augmentation: int
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """How a trained classifier is shown its images. image_size 0: the size it was trained at.
+
+    transform: "resize_crop", "center_crop" or "resize" (transfer/data/split.py, eval_transform, which refuses others).
+    """
+
+    image_size: int = 0
+    transform: str = "resize_crop"
+
+    def __post_init__(self) -> None:
+        eval_transform(self.image_size or 224, self.transform)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per image, in the order of the data: cross-entropy [n], correct at 1 and at 5 [n]."""
+
+    loss: np.ndarray
+    top1: np.ndarray
+    top5: np.ndarray
+
+    def metrics(self) -> tuple[dict[str, float], dict[str, float]]:
+        """top1, top5 (percent) and loss, and the standard error of each over the images."""
+        n = len(self.loss)
+        metrics = {"top1": 100 * self.top1.mean(), "top5": 100 * self.top5.mean(), "loss": self.loss.mean()}
+        stderr = {
+            k: 100 * np.sqrt(p * (1 - p) / n) for k, p in (("top1", self.top1.mean()), ("top5", self.top5.mean()))
+        }
+        stderr["loss"] = self.loss.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+        return {k: float(v) for k, v in metrics.items()}, {k: float(v) for k, v in stderr.items()}
+
+
+def train_classifier(job: Job, model: VisionTransformer, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
+    """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
+    evaluate: the moving average of the weights where the recipe has one."""
+    r, machine, pixels = job.recipe, job.machine, job.checkpoint.pixels
+    check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
+    share = r.batch // machine.processes
+    mixes = r.mixup > 0 or r.cutmix > 0
+    # 512: what one GPU of the official probe takes, so that its BatchNorm sees the same batch.
+    wanted = machine.micro_batch or (512 if r.optimizer == "lars" else 128)
+    micro_batch = micro_batch_for(share, wanted)
+    if mixes:
+        if share % 2 or wanted < 2:
+            raise UserError(
+                f"mixup pairs images: {share} a process in micro-batches of {wanted} need to be even numbers"
+            )
+        micro_batch = 2 * micro_batch_for(share // 2, wanted // 2)
+    mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model_classes(model))
+    loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
+    if r.optimizer == "lars":
+        optimizer = lars(model.head, r.momentum, r.trust_coefficient, r.weight_decay)
+    else:
+        optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
+    model.set_grad_checkpointing(machine.activation_checkpointing)
+    ema = ModelEmaV3(model, decay=r.ema) if r.ema else None
+    steps_per_epoch, lr = len(split.files) // r.batch, learning_rate(r.base_lr, r.batch)
+
+    def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+        images = erased(normalised(images, *pixels), r.random_erasing)
+        return mixup(images, labels) if mixes else (images, labels)
+
+    state = fit(
+        model,
+        optimizer,
+        Training(
+            label=f"{job.task.name} {job.checkpoint.name}",
+            work=job.work,
+            dataset=Images(split.files, transform, split.labels, seed=job.seed),
+            epochs=r.epochs,
+            batch=r.batch,
+            micro_batch=micro_batch,
+            seed=job.seed,
+            machine=machine,
+            fixed=job.identity(),
+            lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
+            prepare=prepare,
+            loss_of=lambda m, images, labels: loss_function(m(images).float(), labels),
+            repeats=r.repeated_augmentation if isinstance(r, RepeatedRecipe) else 1,
+        ),
+        ema,
+    )
+    trained = ema.module if ema is not None else model
+    if machine.processes > 1:
+        # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
+        for buffer in trained.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    return state, trained
+
+
+def erased(images: Tensor, probability: float) -> Tensor:
+    """Random erasing, by timm: with that probability an image gets a rectangle of normal noise, so after normalisation.
+    In place, on the images' device."""
+    return RandomErasing(probability, mode="pixel", device=images.device)(images) if probability else images
+
+
+def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return SoftTargetCrossEntropy()(logits, targets)
+
+
+def model_classes(model: VisionTransformer) -> int:
+    head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
+    return head.out_features
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    transform: nn.Module,
+    pixels: Pixels,
+    machine: Machine,
+    label: str,
+    kept: Sequence[int] | None = None,
+) -> Scores:
+    """Score every image of a split exactly once, whatever the number of processes.
+
+    transform: as eval_transform's. pixels: mean and std that the classifier's images are normalised with.
+
+    Whole batches are dealt out to the processes in turn, so a batch holds the same images however many there are, and
+    none is padded. kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then
+    over them.
+    """
+    size = machine.micro_batch or 128
+    indices = list(range(len(split.files)))
+    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+    mine = batches[distributed.rank() :: distributed.world_size()]
+    progress = Progress(f"evaluate {label}", len(indices), enabled=distributed.is_main())
+    place = {c: i for i, c in enumerate(kept)} if kept is not None else None
+    labels = [place[c] for c in split.labels] if place is not None else split.labels
+    model.eval()
+    parts: list[tuple[int, np.ndarray]] = []
+    unreadable: list[str] = []
+    dataset = Images(split.files, transform, labels, pillow=True)
+    for number, (images, targets, bad) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
+        if bad:
+            unreadable = bad
+            break
+        logits = forward(model, images, pixels, machine)
+        if kept is not None:
+            logits = logits[:, list(kept)]
+        parts.append((number * distributed.world_size() + distributed.rank(), score(logits, targets.to(logits.device))))
+        progress.update(min(len(indices), (number + 1) * size * distributed.world_size()), len(images))
+    # Every process hears of a bad file and stops with the others: one that stopped alone would fall out of step.
+    gathered = distributed.gather_to_all((parts, unreadable))
+    if bad := [name for _, names in gathered for name in names]:
+        raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
+    everyone = [part for process, _ in gathered for part in process]
+    rows = np.concatenate([rows for _, rows in sorted(everyone, key=lambda part: part[0])])
+    if not np.isfinite(rows[:, 0]).all():
+        raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(rows[:, 0])))]} are not finite")
+    return Scores(rows[:, 0], rows[:, 1].astype(bool), rows[:, 2].astype(bool))
+
+
+def forward(model: nn.Module, images: Tensor, pixels: Pixels, machine: Machine) -> Tensor:
+    """Logits in float32 of uint8 images, normalised by pixels; out of GPU memory tries again in halves."""
+    try:
+        images = images.to(machine.device, non_blocking=True)
+        with machine.autocast():
+            return model(normalised(images, *pixels)).float()
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([forward(model, half, pixels, machine) for half in images.chunk(2)])
+
+
+def score(logits: Tensor, targets: Tensor) -> np.ndarray:
+    """[n, 3]: cross-entropy, right at 1, right at 5 (or at all, with fewer classes)."""
+    loss = nn.functional.cross_entropy(logits, targets, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return torch.stack([loss.double(), ranked[:, 0].double(), ranked.any(dim=1).double()], dim=1).cpu().numpy()
+
+
+def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+    """The ViT of a checkpoint with a head, ready to evaluate, and its input size (0: the one it was trained at)."""
+    if "head.weight" not in checkpoint.classifier:
+        raise UserError(f"{checkpoint.name} is no classifier: it has no head")
+    vit = classifier_of(checkpoint, image_size)
+    return vit.to(device), image_size or checkpoint.meta["image_size"]
+
+
+def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_tensors(model: VisionTransformer) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in model.state_dict().items() if not name.startswith("head."))

@@ -1,0 +1,1 @@
+"""Readers of the datasets, and what was found of them."""

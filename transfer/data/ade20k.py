@@ -1,0 +1,133 @@
+"""ADE20K (SceneParse150) on disk: what is there, whether it is whole, and the classes' colours in pictures."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mae_core.data import EXTENSIONS
+from mae_core.decode import UNREADABLE
+from mae_core.errors import UserError
+from transfer.data.findings import Data, against_official, label_of, some, spread
+
+FOLDER = "ADEChallengeData2016"
+CLASSES = 150
+OFFICIAL_COUNTS = {"train": 20210, "val": 2000}
+SPLITS = {"train": "training", "val": "validation"}
+
+
+def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """(image, label file) of every image of a split, by name; the label file need not be there."""
+    images, labels = folder / "images" / SPLITS[split], folder / "annotations" / SPLITS[split]
+    return [(image, labels / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
+
+
+def check_pair(image: Path, label: Path) -> bool:
+    """Whether any pixel is labelled. UserError unless the image can be decoded to its end, and the label file is one
+    channel of ids 0..150, as large as its image."""
+    try:
+        with Image.open(image) as picture:
+            picture.load()  # OpenCV, which mmsegmentation reads with, fills up a file that is cut short, in silence
+            size = picture.size
+    except UNREADABLE:
+        raise UserError(f"{image} cannot be read as an image: replace it") from None
+    try:
+        with Image.open(label) as picture:
+            mode, ids = picture.mode, np.asarray(picture)
+    except UNREADABLE:
+        raise UserError(f"{label} cannot be read as an image: replace it") from None
+    if mode not in ("L", "P"):
+        raise UserError(
+            f"{label} is of mode {mode}, not one channel of 8 bits: labels are ids 0..{CLASSES}, as in the release "
+            f"{FOLDER}, not colours; replace it"
+        )
+    if ids.shape != size[::-1]:
+        raise UserError(
+            f"{label} is {ids.shape[1]}x{ids.shape[0]} px, its image {image.name} {size[0]}x{size[1]}: replace one"
+        )
+    if ids.max() > CLASSES:
+        raise UserError(f"{label} has the label {ids.max()}: labels must be 0 (none) to {CLASSES}; replace it")
+    return bool(ids.any())
+
+
+def look(root: Path) -> Data:
+    """ADE20K below root: ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}."""
+    folder = root / FOLDER
+    where = f"{folder}/{{images,annotations}}/{{training,validation}}/*.{{jpg,png}}"
+    if not folder.is_dir():
+        return Data(str(root), "missing", f"no data: ADE20K must lie at {where}")
+    folders = [f"{kind}/{name}" for kind in ("images", "annotations") for name in SPLITS.values()]
+    absent = [name for name in folders if not (folder / name).is_dir()]
+    if absent:
+        return Data(str(root), "incomplete", f"{folder} lacks {' and '.join(absent)}: ADE20K must lie at {where}")
+    listed = {split: pairs(folder, split) for split in SPLITS}
+    problems = [problem for split, found in listed.items() for problem in problems_of(folder, split, found)]
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {split: len(found) for split, found in listed.items()}
+    digest = hashlib.sha256()
+    for file in (file for found in listed.values() for pair in found for file in pair):
+        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    detail = f"{counts['train']} train, {counts['val']} val"
+    label = label_of(folder, counts, OFFICIAL_COUNTS)
+    findings = () if label == "miniature" else against_official(FOLDER, counts, OFFICIAL_COUNTS)
+    return Data(str(root), "found", detail, label, digest.hexdigest(), counts, findings=findings)
+
+
+def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) -> list[str]:
+    """What is wrong with a split: no image, images of another kind, images without a label, or wrong labels among
+    some pairs spread over it; the others are checked when their turn comes."""
+    images = folder / "images" / SPLITS[split]
+    strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
+    if strange:
+        return [f"{images} has images that do not end in .jpg: {some(strange)}"]
+    if not found:
+        return [f"{images} has no image *.jpg"]
+    labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
+    bare = [image.name for image, label in found if label.name not in labels]
+    if bare:
+        where = f"annotations/{SPLITS[split]}"
+        return [f"{images} has {len(bare)} images without a label file in {where}: {some(bare)}; unpack both anew"]
+    if lone := sorted(labels - {label.name for _, label in found}):
+        where = f"annotations/{SPLITS[split]} of {folder}"
+        return [f"{where} has {len(lone)} labels without an image: {some(lone)}; unpack both anew"]
+    looked, labelled, wrong = spread(len(found)), False, []
+    for number in looked:
+        try:
+            labelled |= check_pair(*found[number])
+        except UserError as e:
+            wrong.append(str(e))
+    if wrong:
+        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {some(wrong, 2)}"]
+    return [] if labelled else [f"{images}: no pixel of the label files has a label above 0; are they SceneParse150's?"]
+
+
+def draw_predictions(
+    rows: Sequence[tuple[Path, np.ndarray]], folder: Path, palette: Sequence[Sequence[int]], target: Path
+) -> None:
+    """Write a picture with one row per image: image | prediction | ground truth, classes in the palette's colours.
+
+    rows: image file and predicted classes 0..149 [H, W]. Unlabelled pixels are black in the ground truth.
+    """
+    colours = np.vstack([np.zeros((1, 3)), np.asarray(palette)]).astype(np.uint8)
+    height, gap, top = 200, 6, 18
+    panels = []
+    for image, prediction in rows:
+        label = folder / "annotations" / SPLITS["val"] / f"{image.stem}.png"
+        drawn = (
+            Image.open(image).convert("RGB"),
+            colours[prediction.astype(int) + 1],
+            colours[np.asarray(Image.open(label))],
+        )
+        pictures = [part if isinstance(part, Image.Image) else Image.fromarray(part) for part in drawn]
+        width = round(pictures[0].width * height / pictures[0].height)
+        panels.append([picture.resize((width, height), Image.Resampling.NEAREST) for picture in pictures])
+    widest = max(row[0].width for row in panels)
+    sheet = Image.new("RGB", (3 * (widest + gap), top + len(panels) * (height + gap)), "white")
+    for column, title in enumerate(("image", "prediction", "ground truth")):
+        ImageDraw.Draw(sheet).text((column * (widest + gap) + 2, 3), title, fill="black")
+        for number, row in enumerate(panels):
+            sheet.paste(row[column], (column * (widest + gap), top + number * (height + gap)))
+    sheet.save(target)

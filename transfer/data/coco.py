@@ -1,0 +1,284 @@
+"""COCO 2017 on disk: its 80 categories, the reader of its annotations, and what may be wrong with them."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_util
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+from mae_core.decode import UNREADABLE
+from mae_core.errors import UserError
+from transfer.data.findings import Data, against_official, label_of, some
+
+COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
+# Official id -> name, with the ten gaps of 1..90. The label of a category is its rank among them, 0..79, whatever part
+# of them a file has.
+CATEGORIES = {
+    i: name for i, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]) if i and name != "N/A"
+}
+IDS = tuple(CATEGORIES)
+LABELS = {category: label for label, category in enumerate(IDS)}
+SIZES_CHECKED = 100  # images whose header is compared with the json; all would take minutes on a slow disk
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and its objects, crowds left out: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one
+    run-length encoding (pycocotools) an object."""
+
+    file: str
+    id: int
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    rles: tuple[dict, ...]
+
+    def masks(self) -> np.ndarray:
+        """uint8 [n, height, width]."""
+        if not self.rles:
+            return np.zeros((0, self.height, self.width), np.uint8)
+        return np.ascontiguousarray(mask_util.decode(list(self.rles)).transpose(2, 0, 1))
+
+
+class Examples(Sequence):
+    """Examples in one block of bytes: forked workers share it, where touching objects would copy it page by page."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        parts = [pickle.dumps(example, protocol=-1) for example in examples]
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.block = np.frombuffer(b"".join(parts), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return pickle.loads(memoryview(self.block[start : self.ends[index]]))
+
+
+@dataclass(frozen=True)
+class Split:
+    """One annotation file. examples: images in the order of the file. clipped, dropped: boxes that reached out of their
+    image, and objects without area or without a valid outline. problems: why the file cannot be used. findings:
+    what is not as in the official file."""
+
+    examples: Examples
+    objects: int
+    clipped: int
+    dropped: int
+    problems: tuple[str, ...]
+    sha256: str
+    findings: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        found = f"{self.clipped} boxes cut to their image" if self.clipped else ""
+        found += " and " * bool(self.clipped and self.dropped)
+        found += f"{self.dropped} objects of no area or without a valid outline left out" if self.dropped else ""
+        return (f"of {self.objects} training objects {found}",) if found else ()
+
+
+def annotation_file(root: Path, split: str) -> Path:
+    return root / "coco" / "annotations" / f"instances_{split}2017.json"
+
+
+def read_split(root: Path, split: str) -> Split:
+    """The "train" or "val" images below root/coco. What is wrong is told in `problems`, nothing raised."""
+    path = annotation_file(root, split)
+    return read_once(path, root / "coco" / f"{split}2017", path.stat().st_mtime_ns)
+
+
+@cache
+def read_once(path: Path, folder: Path, changed: int) -> Split:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        values = json.loads(content)
+        images, annotations, categories = (list(values[k]) for k in ("images", "annotations", "categories"))
+        # All that the readers ask for, pycocotools among them, which would do so after the training.
+        for image in images:
+            image["id"], image["file_name"], range(image["height"]), range(image["width"])
+        for category in categories:
+            category["id"], category["name"]
+        for entry in annotations:
+            entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], entry["segmentation"]
+            float(entry["area"]), np.array(entry["bbox"], float).reshape(4)
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        problem = f"{path} is no file of COCO instances ({type(e).__name__}: {e}): unpack annotations_trainval2017.zip"
+        return Split(Examples(()), 0, 0, 0, (problem,), digest)
+    problems = wrong_categories(path, annotations, categories) + wrong_images(path, folder, images)
+    if not annotations:
+        problems.append(f"{path} has no annotations at all: test sets have none, take instances_{{train,val}}2017.json")
+    elif all(a["iscrowd"] for a in annotations):
+        problems.append(f"{path} has crowds alone, no object")
+    ids = {a["id"] for a in annotations}
+    if len(ids) < len(annotations) or 0 in ids:  # pycocotools takes 0 for "not found"
+        problems.append(f"{path}: the ids of its annotations are not all different and from 1 on")
+    known = {image["id"] for image in images}
+    if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
+        problems.append(f"{path} annotates {len(strangers)} times images that it does not list: {some(strangers)}")
+    if not problems and folder.name.startswith("val"):
+        problems += unscorable(path, annotations, {i["id"]: (i["height"], i["width"]) for i in images})
+    if problems:
+        return Split(Examples(()), len(annotations), 0, 0, tuple(problems), digest)
+    by_image: dict[int, list[dict]] = {}
+    for annotation in annotations:
+        if not annotation["iscrowd"]:
+            by_image.setdefault(annotation["image_id"], []).append(annotation)
+    counts = {"clipped": 0, "dropped": 0}
+    examples = [read_example(image, folder, by_image.get(image["id"], []), counts) for image in images]
+    findings = unlike_official(path, folder, images, categories)
+    return Split(Examples(examples), len(annotations), counts["clipped"], counts["dropped"], (), digest, findings)
+
+
+def unscorable(path: Path, annotations: list[dict], sizes: dict[int, tuple[int, int]]) -> list[str]:
+    """A sentence if pycocotools cannot read some of the outlines: its evaluation would fail, after the training."""
+    bad = []
+    for annotation in annotations:
+        outline, size = annotation["segmentation"], sizes[annotation["image_id"]]
+        try:
+            compressed = isinstance(outline, dict) and not isinstance(outline["counts"], list)
+            mask_util.area(outline if compressed else mask_util.frPyObjects(outline, *size))
+        except Exception:  # of any type, by what it stumbles over
+            bad.append(annotation["id"])
+    if not bad:
+        return []
+    which = f"{len(bad)} of the {len(annotations)} objects of {path} have no valid outline"
+    return [f"{which} (ids {some(bad)}): nothing can be scored against them; unpack the file again or remove them"]
+
+
+def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]) -> list[str]:
+    foreign = [f"{c['id']} '{c['name']}'" for c in categories if CATEGORIES.get(c["id"]) != c["name"]]
+    foreign += [str(i) for i in sorted({str(a["category_id"]) for a in annotations if a["category_id"] not in LABELS})]
+    return [f"{path} has categories that are not among COCO's 80: {some(foreign)}"] if foreign else []
+
+
+def unlike_official(path: Path, folder: Path, images: list[dict], categories: list[dict]) -> tuple[str, ...]:
+    """Sentences on categories that the file lacks and images on disk that it does not list."""
+    found = []
+    if absent := [CATEGORIES[i] for i in IDS if i not in {c["id"] for c in categories}]:
+        found.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {some(absent)}")
+    listed = {image["file_name"] for image in images}
+    if extra := sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpg", ".jpeg")) and n not in listed):
+        found.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {some(extra)}")
+    return tuple(found)
+
+
+def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
+    if not images:
+        return [f"{path} lists no images"]
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    missing = [str(i["file_name"]) for i in images if i["file_name"] not in there]
+    if missing:
+        which = f"{len(missing)} of the {len(images)} images of {path.name}"
+        return [f"{which} are not in {folder}: {some(missing)}; unpack {folder.name}.zip there"]
+    if repeated := len(images) - len({i["id"] for i in images}):
+        return [f"{path} uses {repeated} image ids twice: give every image an id of its own"]
+    problems = []
+    for image in images[:: -(-len(images) // SIZES_CHECKED)]:
+        try:
+            with Image.open(folder / image["file_name"]) as opened:
+                size = opened.size
+        except UNREADABLE:
+            problems.append(f"{folder / image['file_name']} cannot be read as an image: replace it")
+            continue
+        if size != (image["width"], image["height"]):
+            said = f"{image['width']}x{image['height']}: take the images that it describes"
+            problems.append(f"{folder / image['file_name']} is {size[0]}x{size[1]} px, {path.name} says {said}")
+    return problems[:3]
+
+
+def read_example(image: dict, folder: Path, annotations: list[dict], counts: dict[str, int]) -> Example:
+    """Boxes are cut to the image; objects left without area or outline are dropped, as detectron2 does; both are
+    counted."""
+    height, width = image["height"], image["width"]
+    boxes, labels, rles = [], [], []
+    for annotation in annotations:
+        x, y, w, h = annotation["bbox"]
+        box = np.array([x, y, x + w, y + h], np.float64)
+        inside = box.clip(0, [width, height, width, height])
+        rle = outline(annotation["segmentation"], height, width)
+        if rle is None or not np.isfinite(box).all() or (inside[2:] - inside[:2]).min() <= 0:
+            counts["dropped"] += 1
+            continue
+        # The published boxes are rounded to 0.01 px, and some reach out by that.
+        counts["clipped"] += bool(np.abs(inside - box).max() > 0.05)
+        boxes.append(inside)
+        labels.append(LABELS[annotation["category_id"]])
+        rles.append(rle)
+    return Example(
+        str(folder / image["file_name"]),
+        image["id"],
+        height,
+        width,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        tuple(rles),
+    )
+
+
+def outline(segmentation: Any, height: int, width: int) -> dict | None:
+    """Polygons, or a run-length encoding in either form, as a compressed run-length encoding; None if invalid."""
+    try:
+        if isinstance(segmentation, dict):
+            counts = segmentation["counts"]
+            if list(segmentation["size"]) != [height, width] or not counts:
+                return None
+            if isinstance(counts, list):
+                # pycocotools would leave what the runs do not reach as the memory was.
+                return mask_util.frPyObjects(segmentation, height, width) if sum(counts) == height * width else None
+            mask_util.decode(segmentation)  # ValueError if the runs are too long
+            return segmentation
+        polygons = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+        return mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def look_coco(root: Path) -> Data:
+    """COCO below root: coco/{train,val}2017/*.jpg and coco/annotations/instances_{train,val}2017.json."""
+    base = root / "coco"
+    where = f"{base}/{{train,val}}2017/*.jpg and {base}/annotations/instances_{{train,val}}2017.json"
+    if not base.is_dir():
+        return Data(str(root), "missing", f"no data: COCO must lie at {where}")
+    absent = [str(p) for split in ("train", "val") if not (p := annotation_file(root, split)).is_file()]
+    if absent:
+        return Data(str(root), "incomplete", f"{' and '.join(absent)} missing: COCO must lie at {where}")
+    train, val = read_split(root, "train"), read_split(root, "val")
+    problems = train.problems + val.problems
+    if not problems and not training_examples(root):
+        problems = (f"{annotation_file(root, 'train')} has no object to learn",)
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {"train": len(train.examples), "val": len(val.examples)}
+    label = label_of(base, counts, COUNTS)
+    findings = (*against_official("coco", counts, COUNTS), *train.findings, *val.findings)
+    return Data(
+        str(root),
+        "found",
+        f"{counts['train']} train, {counts['val']} val images",
+        label,
+        hashlib.sha256(f"{train.sha256} {val.sha256}".encode()).hexdigest(),
+        counts,
+        findings=() if label == "miniature" else findings,
+    )
+
+
+@cache
+def training_examples(root: Path) -> Examples:
+    """The training images that have at least one object; UserError if they cannot be read."""
+    split = read_split(root, "train")
+    if split.problems:
+        raise UserError("; ".join(split.problems))
+    return Examples([example for example in split.examples if len(example.labels)])

@@ -1,0 +1,127 @@
+"""ImageNet-A, -R, -Sketch and -C on disk: whether they are there, whole and the official ones."""
+
+from pathlib import Path
+
+from transfer.data.findings import Data, against_official, label_of, some, unusable
+from transfer.data.imagenet import without
+from transfer.data.split import Split, columns, fingerprint, read_split, wnids
+
+CORRUPTIONS = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+SEVERITIES = (1, 2, 3, 4, 5)
+# The released archives unpack into groups (noise/gaussian_noise/1/...); others lay the corruptions side by side.
+GROUPS = ("", "noise", "blur", "weather", "digital")
+# Sketch: its README says 50,000, its archive holds 50,889.
+COUNTS = {"imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889}
+FOLDERS = {
+    "imagenet_a": ("imagenet-a",),
+    "imagenet_r": ("imagenet-r",),
+    "imagenet_sketch": ("imagenet-sketch/sketch", "imagenet-sketch", "sketch"),
+}
+
+
+def folder_of(root: Path, name: str) -> Path | None:
+    """The first of the usual folders that holds class folders."""
+    found = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
+    return next((f for f in found if any(d.name in wnids() for d in f.iterdir())), found[0] if found else None)
+
+
+def look(name: str, root: Path) -> Data:
+    """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
+    folder = folder_of(root, name)
+    if folder is None:
+        return Data(str(root), "missing", f"no data: it must lie at {root / name.replace('_', '-')}/WNID/*")
+    split, problems = read_split(folder)
+    allowed = sorted(columns(name)) if name != "imagenet_sketch" else range(len(wnids()))
+    foreign = sorted(wnids()[i] for i in split.classes.difference(allowed))
+    if foreign:
+        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}; move them away")
+    problems += unusable(split.files)
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    counts = {"classes": len(split.classes), "images": len(split.files)}
+    official = {"classes": len(allowed), "images": COUNTS[name]}
+    label, where = label_of(folder, counts, official), str(folder.relative_to(root))
+    findings = (
+        () if label == "miniature" else against_official(where, counts, official, without(split.classes, allowed))
+    )
+    clean = clean_split(root) if name != "imagenet_sketch" else Split((), ())
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} classes, {counts['images']} images",
+        label,
+        fingerprint(root, split, clean),
+        counts,
+        100 / len(split.classes),
+        findings,
+    )
+
+
+def clean_split(root: Path) -> Split:
+    """ImageNet's own validation images, if they are there: next to A and R stands the accuracy on them."""
+    folder = root / "imagenet" / "val"
+    return read_split(folder)[0] if folder.is_dir() else Split((), ())
+
+
+def corruption_folder(root: Path, corruption: str) -> Path:
+    base = root / "imagenet-c"
+    return next((base / g / corruption for g in GROUPS if (base / g / corruption).is_dir()), base / corruption)
+
+
+def look_c(root: Path) -> Data:
+    """ImageNet-C below root: 15 corruptions x 5 severities; a tree with holes is incomplete, and an mCE over what is
+    there would be another number."""
+    base = root / "imagenet-c"
+    if not base.is_dir():
+        return Data(str(root), "missing", f"no data: it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
+    missing = [c for c in CORRUPTIONS if not corruption_folder(root, c).is_dir()]
+    problems = (
+        [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}; unpack their archives"]
+        if missing
+        else []
+    )
+    splits: dict[str, Split] = {}
+    for corruption in (c for c in CORRUPTIONS if c not in missing):
+        for severity in SEVERITIES:
+            folder = corruption_folder(root, corruption) / str(severity)
+            if not folder.is_dir():
+                problems.append(f"{folder} is missing: unpack its archive again")
+                continue
+            splits[f"{corruption}/{severity}"], wrong = read_split(folder)
+            problems += wrong
+    sizes = {name: len(split.files) for name, split in splits.items()}
+    if len(set(sizes.values())) > 1:
+        full = max(sizes.values())
+        short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
+        problems.append(f"{base} has fewer than {full} images in {some(short)}")
+    elif splits:
+        first = next(iter(splits))
+        images = images_of(splits[first])
+        if others := [name for name, split in splits.items() if images_of(split) != images]:
+            problems.append(
+                f"{base} does not hold the same images in every folder: {first} differs from {some(others)}"
+            )
+    problems += unusable([file for split in splits.values() for file in split.files])
+    if problems:
+        return Data(str(root), "incomplete", "; ".join(problems))
+    ordered = [splits[name] for name in sorted(splits)]
+    classes = ordered[0].classes
+    counts = {"classes": len(classes), "images": sum(sizes.values())}
+    official = {"classes": 1000, "images": 3750000}
+    label = label_of(base, counts, official)
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images",
+        label,
+        fingerprint(root, *ordered),
+        counts,
+        findings=() if label == "miniature" else against_official("imagenet-c", counts, official, without(classes)),
+    )
+
+
+def images_of(split: Split) -> list[tuple[int, str]]:
+    return [(label, file.name) for file, label in zip(split.files, split.labels)]

@@ -1,0 +1,244 @@
+"""Labelled image sets beside ImageNet: iNaturalist 2017, 2018 and 2019, Places205 and Places365, a folder of your own.
+
+Each is read as its official archives unpack. Labels are the official ones, whatever part of the classes is there.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mae_core.data import EXTENSIONS
+from transfer.data.findings import Data, against_official, label_of, some, unusable
+from transfer.data.split import Split, fingerprint
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read of a set. classes: of the classifier, official where the set has an official number. problems: why
+    it cannot be used."""
+
+    train: Split
+    val: Split
+    classes: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """One set: name is its folder below the data root, counts are official (classes, train, val images)."""
+
+    name: str
+    title: str
+    counts: tuple[int, int, int]
+    layout: str
+    read: Callable[[Path], Reading]
+
+
+EMPTY = Split((), ())
+
+
+def look(known: LabelledSet, root: Path) -> Data:
+    """The set below root/NAME."""
+    folder = root / known.name
+    if not folder.is_dir():
+        return Data(str(root), "missing", f"no data: {known.title} must lie at {folder}/{known.layout}")
+    reading = known.read(folder)
+    if reading.problems:
+        return Data(str(root), "incomplete", "; ".join(reading.problems))
+    train, val = reading.train, reading.val
+    counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
+    official = dict(zip(("classes", "train", "val"), known.counts))
+    label = label_of(folder, counts, official)
+    findings: tuple[str, ...] = ()
+    if label != "miniature" and any(known.counts):  # a folder of one's own has no official counts
+        absent = [str(c) for c in range(reading.classes) if c not in train.classes]
+        findings = against_official(known.name, counts, official, absent)
+        if untested := sorted(train.classes - val.classes):
+            findings += (f"{known.name}: validation lacks {len(untested)} classes of training: {some(untested)}",)
+    return Data(
+        str(root),
+        "found",
+        f"{counts['classes']} of {reading.classes} classes, {counts['train']} train, {counts['val']} val",
+        label,
+        fingerprint(root, train, val),
+        counts,
+        100 / len(val.classes),
+        findings,
+    )
+
+
+def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iterable[str]) -> Reading:
+    """The reading, with the problems that every set may have: no images, files that are not there, labels that no
+    class has, images in both splits, classes that cannot be learnt."""
+    found = list(problems)
+    for name, split in (("training", train), ("validation", val)):
+        if not split.files and not found:
+            found.append(f"{folder} has no {name} images: unpack them there")
+        absent = missing_files(split.files)
+        if absent:
+            listed = some([str(file) for file in absent])
+            of_all = f"{len(absent)} of the {len(split.files)} {name} images"
+            found.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
+        else:
+            found += unusable(split.files, f"{name} images")
+        strange = sorted({label for label in split.labels if not 0 <= label < classes})
+        if strange:
+            found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {some([str(s) for s in strange])}")
+    both = set(train.files) & set(val.files)
+    if both:
+        found.append(
+            f"{len(both)} images are in both splits of {folder}: {some(sorted(map(str, both)))}; keep each in one"
+        )
+    unlearnt = sorted(val.classes - train.classes)
+    if unlearnt and not found:
+        found.append(f"{folder}: validation has classes that training lacks: {some([str(c) for c in unlearnt])}")
+    return Reading(train, val, classes, tuple(found))
+
+
+def missing_files(files: Iterable[Path]) -> list[Path]:
+    """Those that are not on disk. One listing a folder: a question a file takes minutes for millions."""
+    by_folder = defaultdict(list)
+    for file in files:
+        by_folder[file.parent].append(file)
+    absent = []
+    for folder, members in by_folder.items():
+        there = set(os.listdir(folder)) if folder.is_dir() else set()
+        absent += [file for file in members if file.name not in there]
+    return absent
+
+
+def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
+    """FOLDER/{train,val}YEAR.json and the images at the `file_name`s that these give. Both splits share one tree of
+    folders, so the json alone decides who is where; the label is the annotation's category_id, joined on the image."""
+    splits, problems = [], []
+    for name in ("train", "val"):
+        path = folder / f"{name}{year}.json"
+        files, labels = [], []
+        try:
+            values = json.loads(path.read_bytes())
+            names = {image["id"]: image["file_name"] for image in values["images"]}
+            label = {a["image_id"]: int(a["category_id"]) for a in values["annotations"]}
+            if len(label) < len(values["annotations"]):
+                problems.append(f"{path} labels {len(values['annotations']) - len(label)} images twice")
+            if strangers := sorted(map(str, label.keys() - names.keys())):
+                problems.append(f"{path} labels images that it does not list: {some(strangers)}")
+            if bare := sorted(names[i] for i in names.keys() - label.keys()):
+                problems.append(f"{path} lists {len(bare)} images without a label: {some(bare)}")
+            pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
+            files, labels = [folder / file for file, _ in pairs], [c for _, c in pairs]
+        except FileNotFoundError:
+            problems.append(f"{path} is missing: unpack the archive that holds it")
+        except (ValueError, KeyError, TypeError) as e:
+            problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
+        splits.append(Split(tuple(files), tuple(labels)))
+    return checked(folder, *splits, classes, problems)
+
+
+def read_list(path: Path, images: Path, problems: list[str]) -> Split:
+    """Lines of `relative/path label`, the path perhaps with a leading slash, the folders perhaps nested."""
+    files, labels = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        problems.append(f"{path} is missing: unpack the archive that holds it")
+        return EMPTY
+    except UnicodeDecodeError:
+        problems.append(f"{path} is no text: unpack the list from its archive")
+        return EMPTY
+    for number, line in enumerate(lines, 1):
+        file, _, label = line.rpartition(" ")
+        if not file or not label.isdecimal():
+            problems.append(f"{path}, line {number}, is not `path label`: {line[:60]!r}")
+            return EMPTY
+        files.append(images / PurePosixPath(file.strip().lstrip("/")))
+        labels.append(int(label))
+    return Split(tuple(files), tuple(labels))
+
+
+def first_of(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first that is there; the first of all if none is, for the message that it is missing."""
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+def read_places365(folder: Path) -> Reading:
+    """Places365-Standard; the 256 px images where both sizes are there."""
+    problems: list[str] = []
+    lists = ("", "filelist_places365-standard/")
+    train_list = first_of(folder, tuple(f"{d}places365_train_standard.txt" for d in lists))
+    val_list = first_of(folder, tuple(f"{d}places365_val.txt" for d in lists))
+    train = read_list(train_list, first_of(folder, ("data_256_standard", "data_large_standard")), problems)
+    # Validation images lie flat in a folder of their own: their list has names alone.
+    val = read_list(val_list, first_of(folder, ("val_256", "val_large")), problems)
+    return checked(folder, train, val, 365, problems)
+
+
+def read_places205(folder: Path) -> Reading:
+    """Places205; both lists are relative to one folder of images."""
+    problems: list[str] = []
+    images = first_of(folder, ("data/vision/torralba/deeplearning/images256", "images256"))
+    lists = first_of(folder, ("trainvalsplit_places205", "."))
+    train, val = (read_list(lists / f"{name}_places205.csv", images, problems) for name in ("train", "val"))
+    return checked(folder, train, val, 205, problems)
+
+
+def read_folder(folder: Path) -> Reading:
+    """FOLDER/{train,val}/CLASS/*: the label is the rank of the class's name among those of train."""
+    problems, splits = [], []
+    names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()) if (folder / "train").is_dir() else []
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            problems.append(f"{folder / split} is missing: images must lie at {folder}/{{train,val}}/CLASS/*.jpg")
+            splits.append(EMPTY)
+            continue
+        there = sorted(p.name for p in (folder / split).iterdir() if p.is_dir())
+        foreign = sorted(set(there) - set(names))
+        if foreign:
+            problems.append(
+                f"{folder / split} has classes that train lacks: {some(foreign)}; add them there or remove them"
+            )
+        pairs = [
+            (file, label)
+            for label, name in enumerate(names)
+            if name in there
+            for file in sorted((folder / split / name).iterdir())
+            if file.suffix.lower() in EXTENSIONS
+        ]
+        splits.append(Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs)))
+    if len(names) == 1:
+        problems.append(f"{folder} has the one class {names[0]}: every guess would be right")
+    return checked(folder, *splits, len(names), problems)
+
+
+def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:
+    images = "train_val_images/SUPERCATEGORY/CATEGORY" if year == 2017 else f"train_val{year}/SUPERCATEGORY/ID"
+    layout = f"{{train{year}.json, val{year}.json, {images}/*.jpg}}"
+
+    def read(folder: Path) -> Reading:
+        return read_inaturalist(folder, year, classes)
+
+    return LabelledSet(f"inat{year}", f"iNaturalist {year}", (classes, train, val), layout, read)
+
+
+# Counts: visipedia/inat_comp; the Places365 devkit; for Places205 two notes that agree.
+SETS = (
+    inaturalist(2017, 5089, 579184, 95986),
+    inaturalist(2018, 8142, 437513, 24426),
+    inaturalist(2019, 1010, 265213, 3030),
+    LabelledSet(
+        "places205",
+        "Places205",
+        (205, 2448873, 20500),
+        "{trainvalsplit_places205/{train,val}_places205.csv, data/vision/torralba/deeplearning/images256/*}",
+        read_places205,
+    ),
+    LabelledSet(
+        "places365",
+        "Places365-Standard",
+        (365, 1803460, 36500),
+        "{places365_train_standard.txt, places365_val.txt, data_256_standard/*, val_256/*}",
+        read_places365,
+    ),
+)

@@ -1,0 +1,1 @@
+"""COCO: Mask R-CNN with a ViT-FPN, on detectron2 or on torchvision."""

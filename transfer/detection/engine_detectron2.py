@@ -1,0 +1,232 @@
+"""Engine: detectron2's Mask R-CNN on the ViT pyramid. Imported only where detectron2 is installed.
+
+In a LazyConfig of your own: `model.backbone = L(build_backbone)(checkpoint="mae.pth", image_size=1024, ...)`. In a yacs
+config: `add_mae_vit_config(cfg)`, then MODEL.BACKBONE.NAME = "build_mae_vit_fpn_backbone".
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import NaiveSyncBatchNorm, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, GeneralizedRCNN
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN, StandardRPNHead
+from detectron2.modeling.roi_heads import (
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    StandardROIHeads,
+)
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from mae_core.checkpoint import read_checkpoint
+from mae_core.data import MEAN, STD
+from mae_core.loop import check_batch, micro_batch_for
+from mae_core.machine import Machine, suit_attention
+from transfer.data.coco import CATEGORIES, training_examples
+from transfer.detection.recipe import (
+    ANCHOR_RATIOS,
+    ANCHOR_STRIDES,
+    DETECTIONS,
+    NMS_THRESHOLD,
+    SCORE_THRESHOLD,
+    DetectionRecipe,
+    Predictions,
+    RoIBatchNorm,
+    as_results,
+    batchnorm_facts,
+    build_pyramid,
+    fitted,
+    leave,
+    validation_batches,
+)
+from transfer.detection.train_detectron2 import train
+from transfer.pyramid import ViTPyramid, load_pyramid, pretraining_grid
+from transfer.task import Job
+
+
+class PyramidBackbone(Backbone):
+    """A ViTPyramid as detectron2 wants a backbone: normalised images -> {"s4": map, "s8": ..., ...} by stride."""
+
+    def __init__(self, pyramid: ViTPyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.names = [f"s{stride}" for stride in pyramid.strides]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.pyramid(images)))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        channels, strides = self.pyramid.channels, self.pyramid.strides
+        return {name: ShapeSpec(channels=channels, stride=stride) for name, stride in zip(self.names, strides)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.pyramid.strides[-1]
+
+
+class EmptySafeSyncBatchNorm(NaiveSyncBatchNorm):
+    """Synchronised, and weighted by each process's count, so that one without a single RoI does no harm. detectron2's
+    convolutions refuse torch's synchronised one on an empty batch."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, stats_mode="N", **kwargs)
+
+
+def head_norm(machine: Machine) -> type[nn.Module]:
+    return EmptySafeSyncBatchNorm if machine.processes > 1 else RoIBatchNorm
+
+
+def fpn(pyramid: ViTPyramid, image_size: int, dim: int, norm: str | Callable[[int], nn.Module]) -> FPN:
+    """detectron2's FPN over the pyramid, its images padded to a square of that side."""
+    bottom_up, top = PyramidBackbone(pyramid), LastLevelMaxPool()
+    top.in_feature = f"p{int(math.log2(pyramid.strides[-1]))}"  # its own default is p5, of stride 32
+    return FPN(bottom_up, bottom_up.names, dim, norm=norm, top_block=top, square_pad=image_size)
+
+
+def build_backbone(
+    checkpoint: str,
+    image_size: int = 1024,
+    window: int | None = None,
+    drop_path: float = 0.1,
+    fpn_dim: int = 256,
+    norm: str | Callable[[int], nn.Module] = "SyncBN",
+    activation_checkpointing: bool = False,
+) -> FPN:
+    """For configs: the FPN over the ViT of a checkpoint, loaded here and strictly: leave `train.init_checkpoint`
+    (MODEL.WEIGHTS) empty. checkpoint: a file, or "random:ARCH". window: None for the pre-training grid. Images must be
+    RGB, normalised with the mean and std that `python -m mae_core.checkpoint` states. CheckpointError for a file that
+    is no ViT encoder."""
+    source = read_checkpoint(checkpoint)
+    pyramid = ViTPyramid(
+        source.arch,
+        image_size,
+        window=pretraining_grid(source.arch) if window is None else window,
+        drop_path=drop_path,
+        activation_checkpointing=activation_checkpointing,
+    )
+    load_pyramid(pyramid, source)
+    return fpn(pyramid, image_size, fpn_dim, norm)
+
+
+def add_mae_vit_config(cfg: CfgNode) -> None:
+    """The keys that build_mae_vit_fpn_backbone reads."""
+    cfg.MODEL.MAE_VIT = CfgNode({"CHECKPOINT": "", "IMAGE_SIZE": 1024, "WINDOW": 14, "DROP_PATH": 0.1})
+
+
+@BACKBONE_REGISTRY.register()
+def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    vit, out = cfg.MODEL.MAE_VIT, cfg.MODEL.FPN
+    return build_backbone(vit.CHECKPOINT, vit.IMAGE_SIZE, vit.WINDOW, vit.DROP_PATH, out.OUT_CHANNELS, out.NORM)
+
+
+def build_model(
+    pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+) -> GeneralizedRCNN:
+    """Mask R-CNN as the recipe says: RPN with r.rpn_convs hidden convolutions, box head of four convolutions and one
+    fully connected layer, mask head of four, all in detectron2's own parts. pixels: mean and std of the channels (0..1)
+    that the checkpoint's images are normalised with."""
+    backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
+    levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
+    strides = [backbone.output_shape()[level].stride for level in levels]
+    ratios = list(ANCHOR_RATIOS)
+
+    def pooler(side: int) -> ROIPooler:
+        scales = tuple(1 / stride for stride in pyramid.strides)
+        return ROIPooler(output_size=side, scales=scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+
+    return GeneralizedRCNN(
+        backbone=backbone,
+        proposal_generator=RPN(
+            in_features=levels,
+            head=StandardRPNHead(in_channels=r.fpn_dim, num_anchors=len(ratios), conv_dims=[-1] * r.rpn_convs),
+            anchor_generator=DefaultAnchorGenerator(
+                sizes=[[ANCHOR_STRIDES * stride] for stride in strides], aspect_ratios=ratios, strides=strides
+            ),
+            anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
+            box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+            batch_size_per_image=r.rpn_batch,
+            positive_fraction=0.5,
+            pre_nms_topk=(2 * r.proposals, r.proposals),
+            post_nms_topk=(r.proposals, r.proposals),
+            nms_thresh=0.7,
+        ),
+        roi_heads=StandardROIHeads(
+            num_classes=classes,
+            batch_size_per_image=r.roi_batch,
+            positive_fraction=0.25,
+            proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),
+            box_in_features=levels[:4],
+            box_pooler=pooler(7),
+            box_head=FastRCNNConvFCHead(
+                ShapeSpec(channels=r.fpn_dim, height=7, width=7),
+                conv_dims=[r.head_dim] * 4,
+                fc_dims=[r.fc_dim],
+                conv_norm=norm,
+            ),
+            box_predictor=FastRCNNOutputLayers(
+                ShapeSpec(channels=r.fc_dim),
+                box2box_transform=Box2BoxTransform(weights=(10, 10, 5, 5)),
+                num_classes=classes,
+                test_score_thresh=SCORE_THRESHOLD,
+                test_nms_thresh=NMS_THRESHOLD,
+                test_topk_per_image=DETECTIONS,
+            ),
+            mask_in_features=levels[:4],
+            mask_pooler=pooler(14),
+            mask_head=MaskRCNNConvUpsampleHead(
+                ShapeSpec(channels=r.fpn_dim, height=14, width=14),
+                num_classes=classes,
+                conv_dims=[r.head_dim] * 5,  # four convolutions and the deconvolution
+                conv_norm=norm,
+            ),
+        ),
+        pixel_mean=[255 * v for v in pixels[0]],
+        pixel_std=[255 * v for v in pixels[1]],
+        input_format="RGB",
+    )
+
+
+def train_and_predict(job: Job) -> Predictions:
+    """Train by job.recipe, resuming what lies in job.work; detect on the validation images; write both down."""
+    r, machine = job.recipe, job.machine
+    examples = training_examples(Path(job.data.root))
+    check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
+    pyramid, loaded = build_pyramid(job)
+    norm = head_norm(machine)
+    model = build_model(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
+    suit_attention(model, machine)
+    if machine.compile:
+        pyramid.compile()  # the heads change their shapes with every image
+    micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
+    iterations, seconds = train(model, examples, job, micro_batch)
+    results, artifacts = leave(job, model, predict(model, job))
+    facts, notes = batchnorm_facts(r, machine, micro_batch, synchronised=norm is EmptySafeSyncBatchNorm)
+    return Predictions(results, iterations, seconds, notes, {"loaded": loaded, **facts}, artifacts)
+
+
+@torch.inference_mode()
+def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
+    """COCO results of this process's share of the validation images."""
+    machine, size, found = job.machine, job.recipe.image_size, []
+    model.eval()
+    for batch in validation_batches(job, machine.micro_batch or 8):
+        images = [pil_to_tensor(fitted(image, size)) for _, image in batch]
+        inputs = [{"image": image, "height": e.height, "width": e.width} for (e, _), image in zip(batch, images)]
+        with machine.autocast():
+            outputs = model(inputs)
+        for (example, _), output in zip(batch, outputs):
+            instances = output["instances"].to("cpu")
+            boxes, scores = instances.pred_boxes.tensor.float().numpy(), instances.scores.float().numpy()
+            masks = instances.pred_masks.numpy().astype("uint8")
+            found += as_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
+    return found

@@ -1,0 +1,263 @@
+"""Engine: torchvision's Mask R-CNN on the ViT pyramid, for machines without detectron2.
+
+Where it departs from the recipe (DEPARTURES, in every record): torchvision's losses and pooling are not detectron2's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from mae_core.data import MEAN, STD, Sample, seed_all
+from mae_core.loop import check_batch, fit, micro_batch_for
+from mae_core.machine import Machine
+from mae_core.optim import adamw
+from mae_core.training import Training
+from transfer.data.coco import CATEGORIES, Examples, training_examples
+from transfer.detection.recipe import (
+    ANCHOR_RATIOS,
+    ANCHOR_STRIDES,
+    DETECTIONS,
+    NMS_THRESHOLD,
+    SCORE_THRESHOLD,
+    DetectionRecipe,
+    Predictions,
+    RoIBatchNorm,
+    as_results,
+    batchnorm_facts,
+    build_pyramid,
+    fitted,
+    leave,
+    open_image,
+    parameter_groups,
+    schedule,
+    to_square,
+    validation_batches,
+)
+from transfer.pyramid import ViTPyramid
+from transfer.task import Job
+
+DEPARTURES = (
+    "torchvision engine: smooth L1 box losses with beta 1/9 (detectron2: L1)",
+    "torchvision engine: RoIAlign without the half-pixel shift, two samples a bin (detectron2: aligned, adaptive)",
+    "torchvision engine: proposals may reach into the padding (detectron2 cuts them to the image)",
+)
+
+
+def large_scale_jitter(
+    image: Image.Image, masks: np.ndarray, size: int, scales: tuple[float, float]
+) -> tuple[Image.Image, Tensor]:
+    """Flip with probability 1/2, scale so that the image fits into a square of `size` times a factor from `scales`, and
+    crop at random to at most size x size. Returns the image and the masks, uint8 [n, h, w]. Draws from torch."""
+    if torch.rand(()) < 0.5:
+        image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
+    factor = scales[0] + (scales[1] - scales[0]) * torch.rand(()).item()
+    ratio = min(size * factor / side for side in image.size)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    left, top = (int(max(side - size, 0) * torch.rand(()).item()) for side in (width, height))
+    box = (left, top, left + min(width, size), top + min(height, size))
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
+    # Nearest, by picking rows and columns: only the crop is ever made.
+    rows = ((np.arange(box[1], box[3]) + 0.5) * masks.shape[1] / height).astype(int)
+    columns = ((np.arange(box[0], box[2]) + 0.5) * masks.shape[2] / width).astype(int)
+    return image, torch.from_numpy(masks[:, rows][:, :, columns])
+
+
+class Jittered(Dataset):
+    """Sample -> (uint8 [3, S, S], {boxes, labels 1..80, masks}, ""): one augmented training image, its random draws
+    seeded by its position in the stream."""
+
+    def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
+        self.examples, self.r, self.seed = examples, r, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
+        example, size = self.examples[sample.index], self.r.image_size
+        image = open_image(example)
+        seed_all(self.seed, sample.position)
+        image, masks = large_scale_jitter(image, example.masks(), size, (self.r.min_scale, self.r.max_scale))
+        # Boxes anew from what the crop left of the masks; objects it left nothing of are gone (detectron2's ViTDet).
+        kept = masks.flatten(1).any(dim=1).bool() if len(masks) else torch.zeros(0, dtype=torch.bool)
+        masks = masks[kept]
+        target = {
+            "boxes": boxes_of(masks),
+            "labels": torch.from_numpy(example.labels)[kept] + 1,
+            "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
+            "size": torch.tensor(image.size[::-1]),
+        }
+        return to_square(image, size), target, ""
+
+
+def boxes_of(masks: Tensor) -> Tensor:
+    """Masks [n, h, w], none empty -> [n, 4] x0, y0, x1, y1 around their pixels."""
+    boxes = torch.zeros(len(masks), 4)
+    for box, mask in zip(boxes, masks):
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).flatten()
+    return boxes
+
+
+class MaskRCNN(nn.Module):
+    """torchvision's RPN and RoI heads on an FPN over the pyramid.
+
+    (images uint8 [B, 3, S, S], targets) -> losses by name when training; else per image boxes [n, 4], labels 1..80,
+    scores and masks [n, 1, 28, 28]. Of the targets evaluation needs `size` alone, the (height, width) without padding.
+    pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
+    """
+
+    def __init__(
+        self, body: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+    ) -> None:
+        super().__init__()
+        classes, levels = len(CATEGORIES) + 1, ["0", "1", "2", "3"]
+        self.body = body
+        self.fpn = FeaturePyramidNetwork([body.channels] * 4, r.fpn_dim, LastLevelMaxPool(), norm)
+        strides = (*body.strides, 2 * body.strides[-1])
+        sizes = tuple((ANCHOR_STRIDES * stride,) for stride in strides)
+        self.rpn = RegionProposalNetwork(
+            AnchorGenerator(sizes, (ANCHOR_RATIOS,) * len(sizes)),
+            RPNHead(r.fpn_dim, len(ANCHOR_RATIOS), conv_depth=r.rpn_convs),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=r.rpn_batch,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2 * r.proposals, "testing": r.proposals},
+            post_nms_top_n={"training": r.proposals, "testing": r.proposals},
+            nms_thresh=0.7,
+        )
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+            FastRCNNConvFCHead((r.fpn_dim, 7, 7), [r.head_dim] * 4, [r.fc_dim], norm),
+            FastRCNNPredictor(r.fc_dim, classes),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=r.roi_batch,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=SCORE_THRESHOLD,
+            nms_thresh=NMS_THRESHOLD,
+            detections_per_img=DETECTIONS,
+            mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
+            mask_head=MaskRCNNHeads(r.fpn_dim, [r.head_dim] * 4, 1, norm),
+            mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
+        )
+        self.init_as_detectron2()
+        # torchvision computes anchors, boxes and their targets in the type of what its heads give. In bf16, which has
+        # eight bits, a coordinate above 512 px would be off by up to two, and small objects are not learnt at all.
+        for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            head.register_forward_hook(lambda module, inputs, output: in_float32(output))
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def init_as_detectron2(self) -> None:
+        """Last layers of the heads: torchvision leaves them at larger defaults."""
+        box, mask = self.roi_heads.box_predictor, self.roi_heads.mask_predictor.mask_fcn_logits
+        for layer, std in ((box.cls_score, 0.01), (box.bbox_pred, 0.001), (mask, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        features = self.features(images, [target["size"] for target in targets])
+        # The whole square as the image's size: from it torchvision infers the strides of the maps.
+        size = tuple(images.shape[-2:])
+        sizes, targets = [size] * len(images), targets if self.training else None
+        proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
+        found, roi_losses = self.roi_heads(features, proposals, sizes, targets)
+        return rpn_losses | roi_losses if self.training else found
+
+    def features(self, images: Tensor, sizes: list[Tensor]) -> dict[str, Tensor]:
+        normalised = (images - self.mean) / self.std
+        for image, (height, width) in zip(normalised, sizes):  # padding is zero after normalisation
+            image[:, int(height) :] = 0
+            image[:, :, int(width) :] = 0
+        maps = self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
+        return {level: m.float() for level, m in maps.items()}
+
+
+def in_float32(output: Tensor | list | tuple) -> Tensor | list | tuple:
+    if isinstance(output, Tensor):
+        return output.float()
+    return type(output)(in_float32(part) for part in output)
+
+
+def head_norm(machine: Machine) -> type[nn.Module]:
+    """Synchronised over GPUs, where torch's takes empty batches. It has none for the CPU."""
+    return nn.SyncBatchNorm if machine.processes > 1 and machine.device.startswith("cuda") else RoIBatchNorm
+
+
+def train_and_predict(job: Job) -> Predictions:
+    """Train by job.recipe, resuming what lies in job.work; detect on the validation images; write both down."""
+    r, machine = job.recipe, job.machine
+    examples = training_examples(Path(job.data.root))
+    check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
+    pyramid, loaded = build_pyramid(job)
+    norm = head_norm(machine)
+    model = MaskRCNN(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
+    if machine.compile:
+        model.body.compile()  # the heads change their shapes with every image
+    micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
+    _, rate = schedule(r, len(examples))
+    state = fit(
+        model,
+        adamw(parameter_groups(model, r.weight_decay), r.betas),
+        Training(
+            label=f"{job.task.name} {job.checkpoint.name}",
+            work=job.work,
+            dataset=Jittered(examples, r, job.seed),
+            epochs=r.epochs,
+            batch=r.batch,
+            micro_batch=micro_batch,
+            seed=job.seed,
+            machine=replace(machine, compile=False),
+            fixed=job.identity(),
+            lr_at=rate,
+            prepare=lambda images, targets, step, first: (images, targets),
+            loss_of=lambda m, images, targets: sum(m(images, targets).values()),
+        ),
+    )
+    if machine.processes > 1:
+        # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    results, artifacts = leave(job, model, predict(model, job))
+    facts, notes = batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
+    notes = (*DEPARTURES, *notes, *state.notes)
+    return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
+
+
+@torch.inference_mode()
+def predict(model: MaskRCNN, job: Job) -> list[dict]:
+    """COCO results of this process's share of the validation images."""
+    machine, size, found = job.machine, job.recipe.image_size, []
+    model.eval()
+    for batch in validation_batches(job, machine.micro_batch or 8):
+        images = [fitted(image, size) for _, image in batch]
+        sizes = [{"size": torch.tensor(image.size[::-1])} for image in images]
+        with machine.autocast():
+            outputs = model(torch.stack([to_square(image, size) for image in images]).to(machine.device), sizes)
+        for (example, _), image, output in zip(batch, images, outputs):
+            scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
+            limit = torch.tensor([example.width, example.height]).repeat(2)
+            boxes = (output["boxes"].float().cpu() * scale).clamp(min=torch.zeros(4), max=limit)
+            kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie in the padding alone
+            boxes, masks = boxes[kept], output["masks"].float().cpu()[kept]
+            masks = paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5
+            labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))
+            found += as_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy().astype(np.uint8))
+    return found

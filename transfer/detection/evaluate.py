@@ -1,0 +1,119 @@
+"""COCO's metrics of one results file: the only place where they are computed, whatever engine made the file."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from transfer.data.coco import CATEGORIES
+
+KINDS = {"box": "bbox", "mask": "segm"}
+# The six averages of COCOeval.stats that are about precision.
+SUMMARY = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """box_ap, mask_ap and their relatives in percent; the standard error of both; AP by category name."""
+
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+
+
+def evaluate(annotations: Path, results: Path, seed: int = 0) -> Evaluation:
+    """Box and mask AP (percent) of a COCO-results file. What has no ground truth (such as large objects in a small set)
+    has no metric. Standard errors: bootstrap over the images."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints all it does
+        truth = COCO(str(annotations))
+        found = json.loads(results.read_text(encoding="utf-8"))
+        metrics, stderr, per_class = {}, {}, {}
+        for name, kind in KINDS.items():
+            evaluator = COCOeval(truth, load(truth, found, name), kind)
+            evaluator.evaluate()
+            evaluator.accumulate()
+            evaluator.summarize()
+            values = zip(SUMMARY, evaluator.stats[:6])
+            metrics |= {f"{name}_{metric}": 100 * float(value) for metric, value in values if value >= 0}
+            stderr[f"{name}_ap"] = bootstrap(evaluator, seed)
+            precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], all sizes
+            per_class[f"{name}_ap"] = {
+                CATEGORIES[category]: round(100 * float(precision[:, :, k].mean()), 2)
+                for k, category in enumerate(evaluator.params.catIds)
+                if (precision[:, :, k] > -1).all()
+            }
+    return Evaluation(metrics, stderr, per_class)
+
+
+def load(truth: COCO, found: list[dict], name: str) -> COCO:
+    """The detections for boxes or masks. pycocotools takes the size of an object from its box where it has one: masks
+    are told apart by the area of the mask."""
+    if not found:  # which loadRes cannot read
+        nothing = COCO()
+        nothing.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
+        nothing.dataset["annotations"] = []
+        nothing.createIndex()
+        return nothing
+    left_out = "bbox" if name == "mask" else "segmentation"
+    return truth.loadRes([{k: v for k, v in one.items() if k != left_out} for one in found])
+
+
+def bootstrap(evaluator: COCOeval, seed: int, resamples: int = RESAMPLES) -> float:
+    """Standard deviation (percent) of AP over resamples of the images, drawn with replacement. Detections were matched
+    within each image by evaluate(); only the accumulation is done again."""
+    matches = Matches(evaluator)
+    rng = np.random.default_rng(seed)
+    images = len(evaluator.params.imgIds)
+    drawn = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples))
+    values = [100 * matches.ap(counts) for counts in drawn]
+    return float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else 0.0
+
+
+class Matches:
+    """What evaluate() matched (all sizes, most detections), per category in falling order of score, so that AP can be
+    taken over any multiset of the images."""
+
+    def __init__(self, evaluator: COCOeval) -> None:
+        p = evaluator.params
+        self.recalls, self.images = p.recThrs, len(p.imgIds)
+        most = p.maxDets[-1]
+        self.categories = []
+        for k in range(len(p.catIds)):
+            first = k * len(p.areaRng) * self.images  # evalImgs: [category, size range, image]; range 0 is all
+            scores, hits, ignored, owner = [], [], [], []
+            objects = np.zeros(self.images, np.int64)
+            for i, entry in enumerate(evaluator.evalImgs[first : first + self.images]):
+                if entry is None:
+                    continue
+                objects[i] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
+                scores.append(np.asarray(entry["dtScores"][:most]))
+                hits.append(entry["dtMatches"][:, :most] != 0)
+                ignored.append(np.asarray(entry["dtIgnore"][:, :most], bool))
+                owner.append(np.full(len(scores[-1]), i))
+            if objects.any():
+                order = np.argsort(-np.concatenate(scores), kind="mergesort")
+                hit, ignore = np.concatenate(hits, axis=1)[:, order], np.concatenate(ignored, axis=1)[:, order]
+                self.categories.append((hit & ~ignore, ~hit & ~ignore, np.concatenate(owner)[order], objects))
+
+    def ap(self, counts: np.ndarray) -> float:
+        """AP (0..1) where image i stands counts[i] times; NaN if no object is left."""
+        values = []
+        for true, false, owner, objects in self.categories:
+            positives = int(objects @ counts)
+            if not positives:
+                continue
+            repeats = counts[owner]
+            tp = np.cumsum(np.repeat(true, repeats, axis=1), axis=1, dtype=np.float64)
+            fp = np.cumsum(np.repeat(false, repeats, axis=1), axis=1, dtype=np.float64)
+            precision = tp / np.maximum(tp + fp, np.spacing(1))
+            envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+            for recall, best in zip(tp / positives, envelope):
+                place = np.searchsorted(recall, self.recalls, side="left")
+                values.append(np.append(best, 0.0)[np.minimum(place, len(best))].mean())
+        return float(np.mean(values)) if values else float("nan")

@@ -1,0 +1,86 @@
+"""COCO: Mask R-CNN with a ViT-FPN, fine-tuned end to end, on detectron2 or on torchvision.
+
+python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--engine detectron2|torchvision]
+"""
+
+from pathlib import Path
+
+import torch
+
+from mae_core import distributed
+from transfer.data.coco import annotation_file, look_coco, read_split
+from transfer.detection import evaluate as coco_eval
+from transfer.detection.picture import PICTURE_FILE, draw_predictions
+from transfer.detection.recipe import PUBLISHED, Predictions, RoIBatchNorm, recipe, sources
+from transfer.miniature import dense as miniature_dense
+from transfer.pyramid import ViTPyramid
+from transfer.task import Job, Result, Task
+
+
+def train_and_predict(job: Job) -> Predictions:
+    """By the job's engine, which is imported here: neither needs the other to be installed."""
+    if job.engine == "detectron2":
+        from transfer.detection import engine_detectron2 as engine
+    else:
+        from transfer.detection import engine_torchvision as engine
+    return engine.train_and_predict(job)
+
+
+def run(job: Job) -> Result:
+    """Train, detect on the validation images, evaluate the results file, and draw some of it."""
+    root = Path(job.data.root)
+    predictions = train_and_predict(job)
+    evaluation = None
+    if distributed.is_main():
+        evaluation = coco_eval.evaluate(annotation_file(root, "val"), predictions.results, job.seed)
+        draw_predictions(read_split(root, "val").examples, predictions.results, job.work / PICTURE_FILE)
+    evaluation = distributed.gather_to_all(evaluation)[0]
+    iterations, seconds, notes = predictions.iterations, predictions.seconds, predictions.notes
+    if job.recipe_name == "paper" and job.checkpoint.arch not in PUBLISHED:
+        notes += (f"nobody published a recipe for {job.checkpoint.arch}: this one is derived from ViT-B's and ViT-L's",)
+    resolved = {"iterations": iterations, "seconds_per_iteration": round(seconds / max(iterations, 1), 4)}
+    return Result(
+        evaluation.metrics,
+        evaluation.stderr,
+        n_eval=job.data.counts["val"],
+        images_seen=iterations * job.recipe.batch,
+        seconds=seconds,
+        tables={"per_class": evaluation.per_class},
+        resolved={**resolved, **predictions.resolved},
+        artifacts=predictions.artifacts,
+        notes=(*notes, *read_split(root, "train").notes),
+    )
+
+
+def weights(job: Job) -> int:
+    """Numbers in the detector: torchvision's, of which detectron2's differs by its norms alone."""
+    from transfer.detection.engine_torchvision import MaskRCNN
+
+    r = job.recipe
+    with torch.device("meta"):
+        model = MaskRCNN(ViTPyramid(job.checkpoint.arch, r.image_size, window=r.window), r, RoIBatchNorm)
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+TASKS = (
+    Task(
+        name="coco",
+        title="COCO 2017, Mask R-CNN with a ViT-FPN",
+        module="transfer.detection",
+        metric="box_ap",
+        higher_is_better=True,
+        version=2,
+        needs="encoder",
+        cost=40,
+        recipe=recipe,
+        sources=sources,
+        look=look_coco,
+        run=run,
+        miniature=miniature_dense.coco,
+        engines={"detectron2": "detectron2", "torchvision": "torchvision"},
+        install="the README's section on detectron2 has the two commands; or take --engine torchvision",
+        packages=("detectron2", "pycocotools"),
+        plain_vit=True,
+        weights=weights,
+    ),
+)

@@ -1,0 +1,239 @@
+"""detectron2's trainer, hooks, loader and checkpointer, for a training that is resumed at its exact iteration."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import detectron2.data.transforms as T
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.structures import BoxMode
+from detectron2.utils.events import JSONWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler
+
+from mae_core import distributed
+from mae_core.data import Sample, TrainingStream, seed_all
+from mae_core.errors import UserError
+from mae_core.loop import stop_requested
+from mae_core.optim import adamw, set_learning_rate
+from mae_core.progress import Progress
+from mae_core.training import CHECKPOINT_FILE
+from transfer.data.coco import Example, Examples
+from transfer.detection.recipe import DetectionRecipe, open_image, parameter_groups, schedule
+from transfer.task import Job
+
+DIVERGED = "the last checkpoint stands; a lower lr, a longer warm-up or --precision fp32 may help"
+METRICS_EVERY = 20  # iterations between two lines of metrics.json
+
+
+class MappedExamples(Dataset):
+    """Sample -> what detectron2's DatasetMapper makes of the example: large-scale jitter as in its ViTDet configs, the
+    random draws seeded by the position in the stream.
+
+    The mapper turns an image as its EXIF says, where our other readers take it as it is stored; it refuses one whose
+    size is then not the annotations', by name."""
+
+    def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
+        size = r.image_size
+        self.examples, self.seed = examples, seed
+        self.mapper = DatasetMapper(
+            is_train=True,
+            augmentations=[
+                T.RandomFlip(horizontal=True),
+                T.ResizeScale(r.min_scale, r.max_scale, target_height=size, target_width=size),
+                T.FixedSizeCrop((size, size), pad=False),  # the backbone pads, after normalisation
+            ],
+            image_format="RGB",
+            use_instance_mask=True,
+            instance_mask_format="bitmask",
+            recompute_boxes=True,
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, sample: Sample) -> dict[str, Any]:
+        example = self.examples[sample.index]
+        open_image(example).close()  # says in a sentence what is wrong with the file
+        seed_all(self.seed, sample.position)
+        return self.mapper(as_dict(example))
+
+
+def as_dict(example: Example) -> dict[str, Any]:
+    """The example in detectron2's standard format."""
+    objects = zip(example.boxes.tolist(), example.labels.tolist(), example.rles)
+    return {
+        "file_name": example.file,
+        "image_id": example.id,
+        "height": example.height,
+        "width": example.width,
+        "annotations": [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "segmentation": rle, "iscrowd": 0}
+            for box, label, rle in objects
+        ],
+    }
+
+
+class Stream(Sampler):
+    """This process's Samples from a given iteration on, one by one. detectron2's own sampler starts anew at 0."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream) * self.stream.chunk
+
+    def __iter__(self) -> Iterator[Sample]:
+        for chunk in self.stream:
+            yield from chunk
+
+
+class Checkpointer(DetectionCheckpointer):
+    """One file, replaced at once when the new one is whole; read without running code, and strictly."""
+
+    def save(self, name: str, **facts: Any) -> None:
+        if not self.save_to_disk:
+            return
+        if not all(tensor.isfinite().all() for tensor in self.model.state_dict().values()):
+            raise UserError(f"a weight became infinite or NaN: stopped; {DIVERGED}")
+        content = {"model": self.model.state_dict(), **facts}
+        content |= {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, name)
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+
+    def has_checkpoint(self) -> bool:
+        return os.path.exists(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        return os.path.join(self.save_dir, CHECKPOINT_FILE)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return torch.load(filename, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged pickle fails in any way
+            raise UserError(f"{filename} is damaged: delete it to start this training again") from None
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(checkpoint.pop("model"), strict=True)
+        except (RuntimeError, KeyError) as e:
+            problem = " ".join(str(e).split())[:200]
+            path = self.get_checkpoint_file()
+            raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
+
+
+class Trainer(SimpleTrainer):
+    """Accumulates micro-batches to the effective batch, in the job's precision (detectron2's AMPTrainer needs a GPU).
+    Every draw in the heads is seeded by the iteration, so that a resumed run repeats it."""
+
+    def __init__(self, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, job: Job, chunks: int) -> None:
+        super().__init__(model, loader, optimizer, gather_metric_period=METRICS_EVERY)
+        self.job, self.chunks = job, chunks
+
+    def run_step(self) -> None:
+        machine, total, waited = self.job.machine, {}, 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for chunk in range(self.chunks):
+            before = time.perf_counter()
+            data = next(self._data_loader_iter)
+            waited += time.perf_counter() - before
+            seed_all(self.job.seed, self.iter, distributed.rank(), chunk, device=machine.device)
+            parallel = isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if parallel and chunk < self.chunks - 1 else contextlib.nullcontext():
+                with machine.autocast():
+                    losses = self.model(data)
+                (sum(losses.values()) / self.chunks).backward()
+            for name, loss in losses.items():
+                total[name] = total.get(name, 0.0) + loss.detach() / self.chunks
+        self.after_backward()
+        try:
+            self._write_metrics(total, waited)
+        except FloatingPointError:
+            raise UserError(f"the loss became infinite or NaN at iteration {self.iter}: stopped; {DIVERGED}") from None
+        self.optimizer.step()
+
+
+class Rate(HookBase):
+    """The learning rate of each iteration, by the recipe's schedule."""
+
+    def __init__(self, rate: Any) -> None:
+        self.rate = rate
+
+    def before_step(self) -> None:
+        set_learning_rate(self.trainer.optimizer, self.rate(self.trainer.iter))
+
+
+class Keeper(HookBase):
+    """Saves every few minutes, at the end, and when asked to stop; shows progress and counts the seconds."""
+
+    def __init__(self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop) -> None:
+        self.checkpointer, self.job, self.iterations = checkpointer, job, iterations
+        self.before, self.stop = seconds, stop
+        self.started = self.saved = time.monotonic()
+        label = f"{job.task.name} {job.checkpoint.name}"
+        self.progress = Progress(label, iterations, first, enabled=distributed.is_main(), unit="it")
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        latest = self.trainer.storage.latest().get("total_loss")
+        self.progress.update(done, self.job.recipe.batch, f"loss {latest[0]:.4f}" if latest else "")
+        due = distributed.is_main() and time.monotonic() - self.saved >= 60 * self.job.machine.save_minutes
+        due, stopping = distributed.any_process(due, bool(self.stop))
+        if due or stopping or done == self.iterations:
+            self.checkpointer.save(CHECKPOINT_FILE, iteration=done, seconds=self.seconds)
+            self.saved = time.monotonic()
+        if stopping:
+            raise KeyboardInterrupt
+
+
+def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> tuple[int, float]:
+    """Train in place, from the work folder's checkpoint on if there is one. Returns the iterations and the seconds that
+    all parts took together. Ctrl-C and SIGTERM save, then raise KeyboardInterrupt."""
+    r, machine = job.recipe, job.machine
+    optimizer = adamw(parameter_groups(model, r.weight_decay), r.betas)
+    iterations, rate = schedule(r, len(examples))
+    checkpointer = Checkpointer(model, str(job.work), optimizer=optimizer)
+    saved = checkpointer.resume_or_load("", resume=True)
+    first, seconds = saved.get("iteration", 0), saved.get("seconds", 0.0)
+    if first >= iterations:
+        return iterations, seconds
+    if first and distributed.is_main():
+        print(f"resuming {job.task.name} {job.checkpoint.name} at iteration {first}/{iterations}", flush=True)
+    stream = TrainingStream(len(examples), r.batch, micro_batch, job.seed, first, iterations)
+    loader = build_detection_train_loader(
+        MappedExamples(examples, r, job.seed),
+        mapper=None,
+        sampler=Stream(stream),
+        total_batch_size=micro_batch * machine.processes,
+        aspect_ratio_grouping=False,
+        num_workers=machine.workers,
+    )
+    parallel = DistributedDataParallel(model) if machine.processes > 1 else model
+    model.train()
+    trainer = Trainer(parallel, loader, optimizer, job, r.batch // machine.processes // micro_batch)
+    with stop_requested() as stop:
+        keeper = Keeper(checkpointer, job, iterations, first, seconds, stop)
+        writer = hooks.PeriodicWriter([JSONWriter(str(job.work / "metrics.json"))], period=METRICS_EVERY)
+        trainer.register_hooks([Rate(rate), keeper, writer if distributed.is_main() else None])
+        try:
+            trainer.train(first, iterations)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of GPU memory at iteration {trainer.iter} with a micro-batch of {micro_batch}: start again with "
+                "a smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
+            ) from None
+    return iterations, keeper.seconds

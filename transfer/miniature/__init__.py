@@ -1,0 +1,1 @@
+"""The miniature: small generated copies of the datasets in their official layouts."""

@@ -1,0 +1,151 @@
+"""The miniature of COCO and ADE20K: one set of generated crowded scenes in both official layouts.
+
+    DIR/coco/{train2017,val2017}/%012d.jpg       DIR/coco/annotations/instances_{train,val}2017.json
+    DIR/ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
+
+Images have several sizes and shapes. Objects are the classes of scenes.py under ids of the real datasets; a name's
+real meaning plays no part.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from contourpy import contour_generator
+from PIL import Image
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+from transfer.miniature.crowded_scenes import CrowdedScene, crowded_scene, paint
+from transfer.miniature.imagenet import Files, jpeg, rng_of, write_set
+from transfer.miniature.scenes import CLASSES
+
+TRAIN, VAL = 200, 60
+# (width, height) in px, in turn.
+SIZES = ((96, 96), (96, 72), (72, 96), (120, 80), (80, 120), (100, 75), (90, 90), (75, 101))
+# COCO's first 16 ids; 12 is one of its gaps.
+COCO_IDS = dict(zip(CLASSES, (*range(1, 12), *range(13, 18))))
+# ADE20K's ids of what the regions are named after, and ids spread over 1..150 for the objects. 0, unlabelled, is what
+# no entry names: the pebbles.
+ADE_IDS = {"wall": 1, "sky": 3, "grass": 10, "ground": 14} | {name: 15 + 9 * i for i, name in enumerate(CLASSES)}
+
+# First id and name of each of COCO's supercategories, which are consecutive.
+SUPERCATEGORIES = {
+    1: "person", 2: "vehicle", 10: "outdoor", 16: "animal", 27: "accessory", 34: "sports", 44: "kitchen", 52: "food",
+    62: "furniture", 72: "electronic", 78: "appliance", 84: "indoor",
+}  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A scene, its noisy image uint8 [H, W, 3], and what each pixel shows (`crowded_scenes.paint`), uint8 [H, W]."""
+
+    scene: CrowdedScene
+    image: np.ndarray
+    owner: np.ndarray
+
+
+def picture(seed: int, split: str, index: int) -> Picture:
+    """Image `index` (from 0) of split "train" or "val", the same for both datasets."""
+    rng = rng_of(seed, f"crowded/{split}", 0, index)
+    scene = crowded_scene(*SIZES[index % len(SIZES)], rng)
+    clean, owner = paint(scene)
+    return Picture(scene, np.clip(np.rint(clean + rng.normal(0, 3, clean.shape)), 0, 255).astype(np.uint8), owner)
+
+
+def coco_categories() -> list[dict[str, Any]]:
+    """All 80 categories as the official files list them; the names are torchvision's, whose list has the gaps too."""
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [
+        {"supercategory": SUPERCATEGORIES[max(first for first in SUPERCATEGORIES if first <= id)], "id": id, "name": n}
+        for id, n in enumerate(names)
+        if n not in ("__background__", "N/A")
+    ]
+
+
+def polygons_of(mask: np.ndarray) -> list[list[float]]:
+    """The outlines [x0, y0, x1, y1, ...] in px of a mask [H, W] without holes, one per connected part."""
+    # The level between outside (0) and inside (1) lies on the pixels' borders; a frame of 0 closes every outline.
+    outlines = contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)
+    return [np.round(line[:-1] - 0.5, 2).ravel().tolist() for line in outlines]
+
+
+def counts_of(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run lengths: pixels column by column, runs of 0 and 1 in turn, the first of 0."""
+    changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+    return np.diff(changes, prepend=0, append=mask.size).tolist()
+
+
+def annotations_of(drawn: Picture, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """COCO's annotations of an image: each object's visible pixels; a crowd as one of run lengths."""
+    scene, first = drawn.scene, len(drawn.scene.regions)
+    parts = [(thing.kind, drawn.owner == first + i, 0) for i, thing in enumerate(scene.objects) if i >= scene.crowd]
+    if scene.crowd:
+        crowd = (drawn.owner >= first) & (drawn.owner < first + scene.crowd)
+        parts.append((scene.objects[0].kind, crowd, 1))
+    found = []
+    for kind, mask, crowd in parts:
+        if kind not in COCO_IDS or not mask.any():
+            continue
+        rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+        corner = [int(columns[0]), int(rows[0])]
+        found.append(
+            {
+                "segmentation": {"counts": counts_of(mask), "size": list(mask.shape)} if crowd else polygons_of(mask),
+                "area": float(mask.sum()),
+                "iscrowd": crowd,
+                "image_id": image_id,
+                "bbox": [*map(float, corner), float(columns[-1] - corner[0] + 1), float(rows[-1] - corner[1] + 1)],
+                "category_id": COCO_IDS[kind],
+                "id": first_id + len(found),
+            }
+        )
+    return found
+
+
+def _coco_files(seed: int) -> Files:
+    for split, count, first in (("train", TRAIN, 1), ("val", VAL, TRAIN + 1)):
+        images, annotations = [], []
+        for index in range(count):
+            drawn, image_id = picture(seed, split, index), first + index
+            name, (height, width) = f"{image_id:012d}.jpg", drawn.owner.shape
+            images.append({"license": 1, "file_name": name, "height": height, "width": width, "id": image_id})
+            annotations += annotations_of(drawn, image_id, 1 + len(annotations))
+            yield f"{split}2017/{name}", jpeg(drawn.image)
+        content = {
+            "info": {"description": "generated miniature in COCO's format", "version": "1.0", "year": 2017},
+            "licenses": [{"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}],
+            "images": images,
+            "annotations": annotations,
+            "categories": coco_categories(),
+        }
+        yield f"annotations/instances_{split}2017.json", json.dumps(content).encode()
+
+
+def label_of(drawn: Picture) -> np.ndarray:
+    """ADE20K's label image, uint8 [H, W]: 1..150, and 0 where nothing is labelled."""
+    ids = [ADE_IDS.get(part.kind, 0) for part in (*drawn.scene.regions, *drawn.scene.objects)]
+    return np.array(ids, np.uint8)[drawn.owner]
+
+
+def _ade20k_files(seed: int) -> Files:
+    for split, folder, count in (("train", "training", TRAIN), ("val", "validation", VAL)):
+        for index in range(count):
+            drawn, name = picture(seed, split, index), f"{folder}/ADE_{split}_{index + 1:08d}"
+            label = io.BytesIO()
+            Image.fromarray(label_of(drawn)).save(label, "PNG")
+            yield f"images/{name}.jpg", jpeg(drawn.image)
+            yield f"annotations/{name}.png", label.getvalue()
+
+
+def coco(root: Path, seed: int = 0) -> Path:
+    """Write root/coco: 200 training and 60 validation images with boxes and masks; returns that folder. A set that is
+    there is treated as by `miniature.imagenet`."""
+    counts = {"train": TRAIN, "val": VAL, "annotation files": 2}
+    return write_set(root, "coco", seed, counts, _coco_files(seed))
+
+
+def ade20k(root: Path, seed: int = 0) -> Path:
+    """Write root/ADEChallengeData2016: the same images with label images; otherwise as `coco`."""
+    counts = {"train": TRAIN, "val": VAL, "label files": TRAIN + VAL}
+    return write_set(root, "ADEChallengeData2016", seed, counts, _ade20k_files(seed))

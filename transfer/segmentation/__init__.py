@@ -1,0 +1,1 @@
+"""ADE20K: UperNet on the ViT pyramid, through mmsegmentation."""

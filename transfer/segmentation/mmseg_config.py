@@ -1,0 +1,190 @@
+"""A recipe as one mmengine configuration: the model, the data, the optimizer, the tests. Plain values alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_core.checkpoint import Checkpoint
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.vit import get_arch
+from transfer.data.ade20k import CLASSES, SPLITS
+from transfer.pyramid import ViTPyramid
+from transfer.segmentation.recipe import SegmentationRecipe
+from transfer.task import Job
+
+# As the labels are stored, whatever the EXIF orientation says.
+LOAD_IMAGE = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
+RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
+
+
+def config_of(
+    checkpoint: Checkpoint, r: SegmentationRecipe, folder: Path, work: Path, machine: Machine, kept: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The arguments of mmengine's Runner, which ignores in silence what it does not know.
+
+    folder: ADEChallengeData2016. kept: names of the validation images whose predictions are wanted.
+    """
+    return {
+        "model": model_of(checkpoint, r, machine),
+        "work_dir": str(work / "mmengine"),
+        "train_dataloader": {"dataset": dataset_of(folder, "train", train_pipeline(r))},
+        "train_cfg": {"type": "OurLoop"},
+        "optim_wrapper": {
+            "constructor": "MAELayerDecay",
+            "optimizer": {"lr": r.lr, "betas": r.betas, "weight_decay": r.weight_decay},
+            "paramwise_cfg": {"depth": get_arch(checkpoint.arch).depth, "layer_decay": r.layer_decay},
+        },
+        "test_dataloader": test_loader(folder, test_pipeline(r), machine),
+        "test_cfg": {"type": "PrecisionTestLoop", "machine": asdict(machine)},
+        "test_evaluator": {"type": "ImageAreas", "kept": list(kept)},
+        # The loop steps the rate, saves and reports itself.
+        "default_hooks": dict.fromkeys(
+            ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+        ),
+        "visualizer": {"type": "Visualizer"},
+        "env_cfg": {"mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0}},
+        "log_level": "ERROR",
+        "default_scope": "mmseg",
+    }
+
+
+def norm_of(machine: Machine) -> str:
+    """torch's SyncBatchNorm runs on GPUs alone and needs several processes; with one it is BatchNorm."""
+    return "SyncBN" if machine.device.startswith("cuda") and machine.processes > 1 else "BN"
+
+
+def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) -> dict[str, Any]:
+    if r.taps[-1] >= get_arch(checkpoint.arch).depth:
+        last = get_arch(checkpoint.arch).depth - 1
+        raise UserError(f"taps={','.join(map(str, r.taps))}: the last block of {checkpoint.arch} is {last}")
+    dim, norm = get_arch(checkpoint.arch).dim, {"type": norm_of(machine), "requires_grad": True}
+
+    def loss(weight: float) -> dict[str, Any]:
+        return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
+
+    shared = {
+        "dropout_ratio": r.head_dropout,
+        "num_classes": CLASSES,
+        "norm_cfg": norm,
+        "align_corners": False,
+    }
+    return {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": [255 * m for m in checkpoint.mean],
+            "std": [255 * s for s in checkpoint.std],
+            "bgr_to_rgb": True,
+            "pad_val": 0,
+            "seg_pad_val": 255,
+            "size": (r.image_size, r.image_size),
+        },
+        "backbone": {
+            "type": "MAEPyramid",
+            "arch": checkpoint.arch,
+            "image_size": r.image_size,
+            "taps": tuple(int(tap) for tap in r.taps),
+            "bias": "per_block",
+            "norm": norm["type"],
+            "drop_path": r.drop_path,
+            "activation_checkpointing": machine.activation_checkpointing,
+        },
+        "decode_head": {
+            "type": "UPerHead",
+            "in_channels": [dim] * 4,
+            "in_index": [0, 1, 2, 3],
+            "pool_scales": tuple(int(scale) for scale in r.pool_scales),
+            "channels": r.head_channels,
+            "loss_decode": loss(1.0),
+            **shared,
+        },
+        "auxiliary_head": {
+            "type": "FCNHead",
+            "in_channels": dim,
+            "in_index": 2,
+            "channels": r.auxiliary_channels,
+            "num_convs": 1,
+            "concat_input": False,
+            "loss_decode": loss(r.auxiliary_weight),
+            **shared,
+        },
+        "train_cfg": {},
+        "test_cfg": {"mode": "slide", "crop_size": (r.image_size,) * 2, "stride": (r.stride,) * 2},
+    }
+
+
+def weights_of(job: Job) -> int:
+    """Numbers in the model that `model_of` describes, counted without mmsegmentation, which takes seconds to import."""
+    r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
+    wide, narrow = r.head_channels, r.auxiliary_channels
+    with torch.device("meta"):
+        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, bias="per_block")
+    pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
+    merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
+    classifiers = (wide + 1 + narrow + 1) * CLASSES
+    norms = 12 * (4 * wide + 1) + 4 * narrow + 1
+    heads = pooled + merged + 9 * dim * narrow + classifiers + norms
+    return heads + sum(tensor.numel() for tensor in pyramid.state_dict().values())
+
+
+def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]:
+    name = SPLITS[split]
+    return {
+        "type": "ADE20KDataset",
+        "data_root": str(folder),
+        "data_prefix": {"img_path": f"images/{name}", "seg_map_path": f"annotations/{name}"},
+        "pipeline": pipeline,
+    }
+
+
+def train_pipeline(r: SegmentationRecipe) -> list[dict]:
+    steps = [
+        {"type": "CheckPair"},
+        LOAD_IMAGE,
+        {"type": "LoadAnnotations"},
+        {
+            "type": "RandomResize",
+            "scale": (r.test_long_side, r.test_short_side),
+            "ratio_range": (r.min_scale, r.max_scale),
+            "keep_ratio": True,
+        },
+        {"type": "RandomCrop", "crop_size": (r.image_size,) * 2, "cat_max_ratio": r.max_class_share},
+        {"type": "RandomFlip", "prob": r.flip},
+    ]
+    photometric = [{"type": "PhotoMetricDistortion"}] if r.photometric else []
+    return [*steps, *photometric, {"type": "PackSegInputs"}]
+
+
+def resized(r: SegmentationRecipe, ratio: float = 1.0) -> dict[str, Any]:
+    scale = (round(r.test_long_side * ratio), round(r.test_short_side * ratio))
+    return {"type": "Resize", "scale": scale, "keep_ratio": True}
+
+
+def test_pipeline(r: SegmentationRecipe) -> list[dict]:
+    """The label stays at its own size: that is where predictions are compared with it."""
+    steps = [{"type": "CheckPair"}, LOAD_IMAGE, resized(r)]
+    return [*steps, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
+
+
+def multi_scale_pipeline(r: SegmentationRecipe) -> list[dict]:
+    """Twelve views of an image: RATIOS of the test's size, each as it is and flipped."""
+    views = [
+        [resized(r, ratio) for ratio in RATIOS],
+        [{"type": "RandomFlip", "prob": 0.0}, {"type": "RandomFlip", "prob": 1.0}],
+        [{"type": "LoadAnnotations"}],
+        [{"type": "PackSegInputs"}],
+    ]
+    return [LOAD_IMAGE, {"type": "TestTimeAug", "transforms": views}]
+
+
+def test_loader(folder: Path, pipeline: list[dict], machine: Machine) -> dict[str, Any]:
+    return {
+        "batch_size": 1,
+        "num_workers": machine.workers,
+        "sampler": {"type": "DefaultSampler", "shuffle": False},
+        "dataset": {**dataset_of(folder, "val", pipeline), "test_mode": True},
+    }

@@ -1,0 +1,186 @@
+"""What mmsegmentation must know of this project, and what it needs to be importable; all of it only once asked for.
+
+mmseg imports a few of mmcv's compiled operators, of which UperNet uses none. Full mmcv does not build against current
+torch, so where it is absent a stand-in takes the operators' place; where it is there, it is used.
+"""
+
+import importlib.machinery
+import importlib.util
+import re
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mae_core import distributed
+from mae_core.machine import Machine
+from transfer.data.ade20k import check_pair
+from transfer.pyramid import ViTPyramid, decays, layer_of
+
+# The names that mmseg 1.2.2 imports from mmcv.ops. The classes appear in isinstance checks and as bases.
+FUNCTIONS = ("point_sample", "sigmoid_focal_loss")
+CLASSES = ("CrissCrossAttention", "PSAMask", "DeformConv2d", "ModulatedDeformConv2d")
+
+
+def provide_operators() -> bool:
+    """Put a stand-in for mmcv.ops into this process if compiled mmcv is absent; whether it is there now."""
+    import mmcv
+
+    if importlib.util.find_spec("mmcv._ext") is not None:
+        return False
+    if getattr(sys.modules.get("mmcv.ops"), "stand_in", False):
+        return True
+    module = types.ModuleType("mmcv.ops", "Stand-in for mmcv's compiled operators.")
+    module.__spec__ = importlib.machinery.ModuleSpec("mmcv.ops", loader=None)
+    module.stand_in = True
+    for name in FUNCTIONS:
+        setattr(module, name, absent_operator(name))
+    for name in CLASSES:
+        setattr(module, name, type(name, (), {"__init__": absent_operator(name), "__module__": "mmcv.ops"}))
+    sys.modules["mmcv.ops"] = mmcv.ops = module
+    return True
+
+
+def absent_operator(name: str) -> Callable[..., None]:
+    """What stands for an operator: mmseg imports all of them, UperNet calls none, and another model that does must stop
+    here rather than compute something else."""
+
+    def call(*arguments: Any, **options: Any) -> None:
+        raise NotImplementedError(f"mmcv.ops.{name} is a compiled operator: install full mmcv in place of mmcv-lite")
+
+    return call
+
+
+class LayerDecay:
+    """Optimizer constructor: AdamW with layer-wise decay of the learning rate. mmseg's own constructors leave every
+    block of an encoder with timm's names at scale 1.
+
+    A group's lr_scale is layer_decay ** (depth + 1 - layer), the layer being vit_fpn.layer_of's; the heads are layer
+    depth + 1. No weight decay on vectors, positions and bias tables.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
+        self.settings = {**optim_wrapper_cfg["optimizer"], **paramwise_cfg}
+
+    def __call__(self, model: nn.Module) -> Any:
+        from mmengine.optim import OptimWrapper
+
+        s = self.settings
+        groups = layer_groups(model, s["depth"], s["layer_decay"], s["weight_decay"])
+        return OptimWrapper(torch.optim.AdamW(groups, lr=s["lr"], betas=s["betas"]))
+
+
+def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups of a segmentor whose `backbone` is a ViTPyramid, each with its lr_scale and weight_decay."""
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        own = re.sub(r"^backbone\.", "", name)
+        layer = layer_of(own, depth) if own != name else depth + 1
+        decayed = decays(own, parameter)
+        default = {
+            "params": [],
+            "names": [],
+            "lr_scale": layer_decay ** (depth + 1 - layer),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        group = groups.setdefault((layer, decayed), default)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+class CheckPair:
+    """First step of the pipelines: refuses a pair that cannot be right (ade20k.check_pair) when its turn comes."""
+
+    def __call__(self, results: dict) -> dict:
+        check_pair(Path(results["img_path"]), Path(results["seg_map_path"]))
+        return results
+
+
+def make_pyramid(norm: str, **options: Any) -> ViTPyramid:
+    """The backbone; norm: "SyncBN" or "BN"."""
+    return ViTPyramid(norm={"SyncBN": nn.SyncBatchNorm, "BN": nn.BatchNorm2d}[norm], **options)
+
+
+@cache
+def register() -> None:
+    """Import mmsegmentation and tell its registries what the configuration of segmentation.py names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that mmcv-lite has no operators, and deprecations
+        provide_operators()
+        import mmseg.datasets
+        import mmseg.models  # noqa: F401
+        from mmengine.runner import BaseLoop, TestLoop
+        from mmseg.evaluation import IoUMetric
+        from mmseg.registry import DATASETS, LOOPS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
+
+    class OurLoop(BaseLoop):
+        """Hands the training to `run(runner, dataset)`: mmengine's own loops cannot resume without decoding all that
+        came before, and lose their checkpoint if killed while they save."""
+
+        def __init__(self, runner: Any, dataloader: dict, run: Callable) -> None:
+            self._runner, self._run = runner, run
+            self.dataset = DATASETS.build(dataloader["dataset"])
+            self.iter, self.max_iters = 0, 0  # asked for by the runner
+
+        def run(self) -> None:
+            self._run(self._runner, self.dataset)
+
+    class PrecisionTestLoop(TestLoop):
+        """mmengine's, in the precision of a Machine; `each` hears of every image."""
+
+        def __init__(self, runner: Any, dataloader: dict, evaluator: Any, machine: dict, each: Callable) -> None:
+            super().__init__(runner, dataloader, evaluator)
+            self.machine, self.each = Machine(**machine), each
+
+        @torch.inference_mode()
+        def run_iter(self, idx: int, data_batch: dict) -> None:
+            with self.machine.autocast():
+                outputs = self.runner.model.test_step(data_batch)
+            self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+            self.each(idx + 1)
+
+    class ImageAreas(IoUMetric):
+        """mmseg's metric that keeps its counts per image, `areas` [N, 3, C]: intersection, union, label; and the
+        predictions of the images named in `kept`, uint8 [H, W] by file name."""
+
+        def __init__(self, kept: Sequence[str] = ()) -> None:
+            super().__init__()
+            self.kept = dict.fromkeys(kept)
+            self.areas = np.empty(0)
+
+        def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+            super().process(data_batch, data_samples)
+            for sample in data_samples:
+                name = Path(sample["img_path"]).name
+                if name in self.kept:
+                    classes = sample["pred_sem_seg"]["data"].squeeze()
+                    self.kept[name] = classes.byte().cpu().numpy()
+
+        def evaluate(self, size: int) -> dict[str, float]:
+            """Gathered here, because mmengine's way leaves a folder in the current one. The sampler deals images out
+            in turn and repeats the first ones to make the shares even."""
+            mine = [np.stack([r[0], r[1], r[3]]).astype(np.int64) for r in self.results]
+            everyone = distributed.gather_to_all((mine, self.kept))
+            dealt = zip_longest(*(areas for areas, _ in everyone))
+            self.areas = np.stack([one for group in dealt for one in group if one is not None][:size])
+            self.kept = {
+                name: next((kept[name] for _, kept in everyone if kept[name] is not None), None) for name in self.kept
+            }
+            self.results.clear()
+            return {}
+
+    MODELS.register_module(name="MAEPyramid", module=make_pyramid)
+    OPTIM_WRAPPER_CONSTRUCTORS.register_module(name="MAELayerDecay", module=LayerDecay)
+    TRANSFORMS.register_module(name="CheckPair", module=CheckPair)
+    LOOPS.register_module(name="OurLoop", module=OurLoop)
+    LOOPS.register_module(name="PrecisionTestLoop", module=PrecisionTestLoop)
+    METRICS.register_module(name="ImageAreas", module=ImageAreas)
