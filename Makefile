@@ -35,9 +35,9 @@ demo: install
 	@echo "== 2/4 pre-training for about a minute (mae_mini, which step 4 evaluates, had longer)"
 	$(BIN)/python -m mae_core.pretrain --data $(DEMO)/data/unlabelled --arch vit_mini_patch8 --recipe mini \
 		--set epochs=7 --out $(DEMO)/pretrain
-	@echo "== 3/4 what it reconstructs"
-	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors --images $(DEMO)/data/imagenet/val \
-		--limit 8 --out $(DEMO)/reconstruction.png
+	@echo "== 3/4 what it reconstructs, and mae_mini beside it"
+	$(BIN)/python -m mae_core.reconstruct --ckpt $(DEMO)/pretrain/mae.safetensors results/miniature/mae_mini.safetensors \
+		--images $(DEMO)/data/imagenet/val --limit 8 --out $(DEMO)/reconstruction.png
 	@echo "== 4/4 these tasks on mae_mini and on random weights"
 	$(BIN)/python benchmarks/run_all.py --recipe mini --out $(DEMO) --tasks $(DEMO_TASKS)
 

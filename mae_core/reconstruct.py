@@ -1,6 +1,8 @@
 """Draw what a masked autoencoder sees and what it makes of it: the paper's Figures 2 to 4.
 
 python -m mae_core.reconstruct --ckpt FILE --images DIR --mask-ratio .75 .85 .95 --out picture.png
+
+Several checkpoints stand side by side.
 """
 
 import argparse
@@ -128,9 +130,9 @@ def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path
     `group` columns, the note below."""
     from matplotlib.figure import Figure  # imported late: it takes a second, and reconstruct() does without
 
-    rows, gap, edge = len(columns[0][1]), 0.15, 0.1  # in cells; 0.2 for the titles, 0.3 for the note
+    rows, gap, edge = len(columns[0][1]), 0.15, 0.1  # in cells; 0.3 for the titles, 0.3 for the note
     wide = len(columns) + gap * ((len(columns) - 1) // group) + 2 * edge
-    high = rows + 0.5 + 2 * edge
+    high = rows + 0.6 + 2 * edge
     figure = Figure(figsize=(CELL_INCHES * wide, CELL_INCHES * high), dpi=DPI)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for number, (title, images) in enumerate(columns):
@@ -149,21 +151,28 @@ def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path
 
 
 def picture(
-    model: MaskedAutoencoder, folder: Path, ratios: Sequence[float], out: Path, limit: int, seed: int, about: str
+    models: Sequence[tuple[str, MaskedAutoencoder]],
+    folder: Path,
+    ratios: Sequence[float],
+    out: Path,
+    limit: int,
+    seed: int,
 ) -> int:
-    """Draw up to `limit` images, spread evenly over the folder's list, at every ratio; returns how many."""
+    """Draw up to `limit` images, spread evenly over the folder's list, by every named model at every ratio, in three
+    columns each; returns how many images. Models with the same patches get the same masks."""
     files = list_images(folder)
     count = min(limit, len(files))
-    images = load_images([files[i * len(files) // count] for i in range(count)], model.patch_embed.img_size[0])
+    files = [files[i * len(files) // count] for i in range(count)]
     columns = []
-    for ratio in ratios:
-        parts = reconstruct(model, images, ratio, seed)
-        titles = (f"{100 * ratio:g} % masked", "reconstruction", "pasted on visible")
-        columns += zip(titles, parts)
+    for name, model in models:
+        images = load_images(files, model.patch_embed.img_size[0])
+        for ratio in ratios:
+            titles = (f"{name}\n{100 * ratio:g} % masked", "reconstruction", "pasted on visible")
+            columns += zip(titles, reconstruct(model, images, ratio, seed))
     columns.append(("original", images))
-    note = f"{about}; predictions of visible patches carry no loss"
-    if model.norm_pix:
-        note += "; normalised pixels, shown with the true mean and deviation of each patch"
+    note = "predictions of visible patches carry no loss"
+    if normalised_pixels := [name for name, model in models if model.norm_pix]:
+        note += f"; {', '.join(normalised_pixels)}: normalised pixels, shown with each patch's true mean and deviation"
     draw(columns, 3, note, out)
     return count
 
@@ -172,14 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mae_core.reconstruct", description="Draw images masked, reconstructed and as they are."
     )
-    parser.add_argument("--ckpt", required=True, help="a checkpoint with its decoder")
+    parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="checkpoints with their decoders")
     parser.add_argument("--images", type=Path, required=True, help="folder of images at any depth")
     parser.add_argument("--mask-ratio", type=float, nargs="+", default=[0.75], metavar="R", help="default: 0.75")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
     parser.add_argument("--limit", type=int, default=8, help="images at most, spread over the folder (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="decides the masks")
     parser.add_argument(
-        "--norm-pix", action="store_true", help="it predicts normalised pixels, if the file itself does not say so"
+        "--norm-pix", action="store_true", help="they predict normalised pixels, where the file itself does not say so"
     )
     args = parser.parse_args(argv)
     try:
@@ -190,10 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--limit {args.limit}: give a positive number of images")
         if args.out.suffix.lower() != ".png":
             raise UserError(f"--out {args.out}: the picture is a PNG, name it so")
-        checkpoint = read_checkpoint(args.ckpt)
-        model = load_autoencoder(checkpoint, args.norm_pix)
-        about = f"{checkpoint.name}: {checkpoint.arch}"
-        count = picture(model, args.images, args.mask_ratio, args.out, args.limit, args.seed, about)
+        checkpoints = [read_checkpoint(path) for path in args.ckpt]
+        models = [(checkpoint.name, load_autoencoder(checkpoint, args.norm_pix)) for checkpoint in checkpoints]
+        count = picture(models, args.images, args.mask_ratio, args.out, args.limit, args.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -156,6 +156,24 @@ def test_the_picture_has_a_row_per_image_and_three_columns_per_ratio(file, noise
         assert runs == count
 
 
+def test_several_checkpoints_stand_side_by_side_with_the_same_patches_hidden(
+    file, small_mae, noise_images, tmp_path, monkeypatch
+):
+    paths = [file(decoder_heads="2").rename(tmp_path / "first.safetensors")]
+    paths.append(file(small_mae(seed=1).state_dict(), decoder_heads="2"))
+    drawn = []
+    monkeypatch.setattr("mae_core.reconstruct.draw", lambda columns, *_: drawn.extend(columns))
+    arguments = ["--images", str(noise_images), "--out", str(tmp_path / "p.png"), "--limit", "2"]
+    assert main(["--ckpt", *map(str, paths), *arguments]) == 0
+    titles, images = zip(*drawn)
+    parts = ("reconstruction", "pasted on visible")
+    assert titles == ("first\n75 % masked", *parts, "mae\n75 % masked", *parts, "original")
+    assert torch.equal(images[0], images[3])
+    hidden = images[0] == 0
+    assert torch.equal(images[2][~hidden], images[5][~hidden])
+    assert not torch.isclose(images[2][hidden], images[5][hidden]).any()
+
+
 def test_the_picture_shows_the_originals_spread_over_the_folder(file, tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
     for number, colour in enumerate(colours):
