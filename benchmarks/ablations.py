@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 try:
@@ -30,7 +29,7 @@ try:
     from mae_core.machine import Machine, hardware, machine_from, natural
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
-    from mae_core.settings import did_you_mean, override
+    from mae_core.settings import as_typed, override, unknown
     from transfer.classification import tasks as classification
     from transfer.cli import add_common_flags
     from transfer.data.findings import guarded
@@ -116,10 +115,6 @@ def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: 
         return work, ""
     last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
     return work, f"pre-training ended with exit code {code}: {last} (log: {log})"
-
-
-def as_typed(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def run_child(command: Sequence[str], log: Path, lock: int, parallel: bool) -> int:
@@ -246,7 +241,7 @@ def check(args: argparse.Namespace) -> Machine:
     """UserError for a wrong call; every recipe of every cell is resolved before anything runs."""
     for name in args.table:
         if name not in TABLES:
-            raise UserError(f"unknown table '{name}'; {did_you_mean(name, list(TABLES))}")
+            raise unknown("table", name, TABLES)
         for cell in cells_of(name, args):
             resolve(cell, DEFAULTS[args.recipe], args)
     if args.gpus < 1:

@@ -22,6 +22,7 @@ try:
     from mae_core.errors import UserError
     from mae_core.machine import natural
     from mae_core.progress import duration
+    from mae_core.settings import as_typed
     from transfer.cli import add_common_flags, headline, settle, task_argument
     from transfer.space import check_space
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
@@ -148,7 +149,7 @@ def flags(job: Job, args: argparse.Namespace) -> list[str]:
     given += ["--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
     chosen = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}
     if knobs := chosen | job.overrides:
-        given += ["--set", *(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in knobs.items())]
+        given += ["--set", *(f"{knob}={as_typed(value)}" for knob, value in knobs.items())]
     if len(job.task.engines) > 1:
         given += ["--engine", job.engine]
     if job.parent is not None:

@@ -6,7 +6,7 @@ from mae_core.autoencoder import LOSS_ON
 from mae_core.data import AUGMENTATIONS
 from mae_core.errors import UserError
 from mae_core.masking import GRID_RATIO, MASKINGS
-from mae_core.settings import check_ranges, did_you_mean
+from mae_core.settings import bounded, check_ranges, choose, unknown
 from mae_core.targets import TARGETS
 from mae_core.vit import get_arch
 
@@ -22,36 +22,36 @@ class PretrainRecipe:
     UserError for an unknown word, and for a knob that would do nothing beside the others.
     """
 
-    image_size: int = 224
-    mask_ratio: float = 0.75
+    image_size: int = bounded(1, default=224)
+    mask_ratio: float = bounded(0, 1, below=True, default=0.75)
     norm_pix: bool = True  # the released encoders; section 4's baseline reconstructs plain pixels
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    epochs: int = 1600  # Table 3 and all transfer results; the ablations take 800
-    warmup_epochs: int = 40
-    batch: int = 4096
-    base_lr: float = 1.5e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    min_scale: float = 0.2  # random-size crop, smallest share of the area
+    decoder_dim: int = bounded(4, default=512)
+    decoder_depth: int = bounded(1, default=8)
+    decoder_heads: int = bounded(1, default=16)
+    epochs: int = bounded(1, default=1600)  # Table 3 and all transfer results; the ablations take 800
+    warmup_epochs: int = bounded(0, default=40)
+    batch: int = bounded(1, default=4096)
+    base_lr: float = bounded(0, default=1.5e-4)
+    min_lr: float = bounded(0, default=0.0)
+    weight_decay: float = bounded(0, default=0.05)
+    betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.9, 0.95))
+    min_scale: float = bounded(0, 1, default=0.2)  # random-size crop, smallest share of the area
     masking: str = "random"
     encoder_mask_tokens: bool = False
     loss_on: str = "masked"
     target: str = "pixels"
-    pca_components: int = 96
+    pca_components: int = bounded(1, default=96)
     tokenizer: str = "k-means"
-    vocabulary: int = 8192  # tokens of k-means; DALL-E's encoder has as many
-    fit_images: int = 10000  # whose patches PCA and k-means are fitted on; the paper names no sample
+    vocabulary: int = bounded(2, default=8192)  # tokens of k-means; DALL-E's encoder has as many
+    fit_images: int = bounded(1, default=10000)  # sample that PCA and k-means are fitted on; the paper names none
     augmentation: str = "crop, random size"
-    repeated_augmentation: int = 1  # crops of each decoded image in a batch
+    repeated_augmentation: int = bounded(1, default=1)  # crops of each decoded image in a batch
 
     def __post_init__(self) -> None:
         check_ranges(self)
         for knob, known in WORDS.items():
             if getattr(self, knob) not in known:
-                raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
+                raise unknown(knob, getattr(self, knob), known)
         for knob, value, because in self.unused():
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with {because}: leave it at {value}")
@@ -115,6 +115,4 @@ def recipe(arch: str, name: str) -> PretrainRecipe:
             base_lr=1.5e-3,
         ),
     }
-    if name not in recipes:
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
-    return recipes[name]
+    return choose("recipe", name, recipes)

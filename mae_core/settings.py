@@ -5,16 +5,30 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from mae_core.errors import UserError
+
+T = TypeVar("T")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not among the known ones."""
+    return UserError(f"unknown {kind} '{name}'; {did_you_mean(name, list(known))}")
+
+
+def choose(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """known[name]; UserError with the nearest name if there is none."""
+    if name not in known:
+        raise unknown(kind, name, known)
+    return known[name]
 
 
 def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -36,56 +50,32 @@ def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]
     return dataclasses.replace(recipe, **parsed), parsed
 
 
-# What a recipe's numbers must lie in, whichever recipe has them: lowest, highest, and whether the highest is allowed.
-RANGES = {
-    "image_size": (1, math.inf, True),
-    "epochs": (1, math.inf, True),
-    "batch": (1, math.inf, True),
-    "warmup_epochs": (0, math.inf, True),
-    "base_lr": (0, math.inf, True),
-    "min_lr": (0, math.inf, True),
-    "betas": (0, 1, False),
-    "momentum": (0, 1, False),
-    "trust_coefficient": (0, math.inf, True),
-    "weight_decay": (0, math.inf, True),
-    "layer_decay": (0, 1, True),
-    "drop_path": (0, 1, False),
-    "head_std": (0, math.inf, True),
-    "min_scale": (0, 1, True),
-    "random_erasing": (0, 1, True),
-    "mixup": (0, math.inf, True),
-    "cutmix": (0, math.inf, True),
-    "label_smoothing": (0, 1, False),
-    "ema": (0, 1, False),
-    "mask_ratio": (0, 1, False),
-    "decoder_dim": (4, math.inf, True),
-    "decoder_depth": (1, math.inf, True),
-    "decoder_heads": (1, math.inf, True),
-    "pca_components": (1, math.inf, True),
-    "vocabulary": (2, math.inf, True),
-    "fit_images": (1, math.inf, True),
-    "repeated_augmentation": (1, math.inf, True),
-    "train_fraction": (1e-6, 1, True),
-}
+def bounded(low: float, high: float = math.inf, *, below: bool = False, default: Any = dataclasses.MISSING) -> Any:
+    """A recipe's field whose number, or each of whose numbers, must lie in low..high; below: in low..high without high.
+    `check_ranges` says so."""
+    return dataclasses.field(default=default, metadata={"bounds": (low, high, below)})
 
 
 def check_ranges(recipe: Any) -> None:
-    """UserError for a number that no training can have, such as a negative number of epochs."""
-    for knob, (low, high, closed) in RANGES.items():
-        values = getattr(recipe, knob, ())
+    """UserError for a number outside its field's bounds, such as a negative number of epochs."""
+    for field in dataclasses.fields(recipe):
+        low, high, below = field.metadata.get("bounds", (-math.inf, math.inf, False))
+        values = getattr(recipe, field.name) if "bounds" in field.metadata else ()
         for value in values if isinstance(values, tuple) else (values,):
-            if not (low <= value <= high and (closed or value < high)):
-                limit = f"from {low} on" if high == math.inf else f"from {low} to {'' if closed else 'below '}{high}"
-                raise UserError(f"{knob}={value}: it must be {limit}")
+            if not (low <= value <= high) or (below and value == high):
+                limit = f"at least {low}" if high == math.inf else f"from {low} to {'below ' * below}{high}"
+                raise UserError(f"{field.name}={value}: it must be {limit}")
     if getattr(recipe, "warmup_epochs", 0) > getattr(recipe, "epochs", math.inf):
         raise UserError(
             f"warmup_epochs={recipe.warmup_epochs} is longer than the training (epochs={recipe.epochs}): set both"
         )
 
 
-def listed(values: Sequence[Any]) -> str:
-    """Several values as they are typed."""
-    return ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+def as_typed(value: Any) -> str:
+    """A knob's value as it is typed after --set; `parse_value` reads it back."""
+    if isinstance(value, tuple | list):
+        return ",".join(f"{v:g}" if isinstance(v, float) and float(f"{v:g}") == v else str(v) for v in value)
+    return str(value)
 
 
 def finite(text: str) -> float:
@@ -109,13 +99,12 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
                 return tuple(finite(part) for part in parts)
             if len(parts) != len(current):
                 raise UserError(
-                    f"--set {knob}={text}: {knob} takes {len(current)} numbers, "
-                    f"as in {knob}={','.join(map(str, current))}"
+                    f"--set {knob}={text}: {knob} takes {len(current)} numbers, as in {knob}={as_typed(current)}"
                 )
             return tuple(int(p) if isinstance(c, int) else finite(p) for p, c in zip(parts, current))
     except (ValueError, KeyError):
         if isinstance(current, tuple):
-            raise UserError(f"--set {knob}={text}: {knob} takes numbers, as in {knob}={listed(current)}") from None
+            raise UserError(f"--set {knob}={text}: {knob} takes numbers, as in {knob}={as_typed(current)}") from None
         raise UserError(f"--set {knob}={text}: {knob} is of type {getattr(kind, '__name__', kind)}") from None
     return text
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import choose
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ norm_layer = partial(nn.LayerNorm, eps=EPS)
 
 def get_arch(name: str) -> Arch:
     """The Arch of that name; UserError with the nearest names if there is none."""
-    if name not in ARCHS:
-        raise UserError(f"unknown arch '{name}'; {did_you_mean(name, list(ARCHS))}")
-    return ARCHS[name]
+    return choose("arch", name, ARCHS)
 
 
 def sincos_axis(dim: int, positions: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from mae_core.loop import micro_batch_for
-from mae_core.settings import listed
+from mae_core.settings import as_typed
 from mae_core.vit import get_arch
 from transfer.task import Job
 
@@ -19,10 +19,9 @@ def objections(job: Job) -> Iterator[tuple[str, str]]:
     if hasattr(r, "k") and images < r.k:
         yield "k", f"k={r.k}, but there are {images} training images{of_all}: set a smaller k"
     if hasattr(r, "taps") and r.taps[-1] >= depth:
-        taps = ",".join(map(str, r.taps))
-        yield "taps", f"taps={taps}, but the last block of {arch} is {depth - 1}: set lower ones"
+        yield "taps", f"taps={as_typed(r.taps)}, but the last block of {arch} is {depth - 1}: set lower ones"
     if hasattr(r, "blocks") and r.blocks[-1] > depth:
-        yield "blocks", f"blocks={listed(r.blocks)}, but {arch} has {depth}: set lower ones"
+        yield "blocks", f"blocks={as_typed(r.blocks)}, but {arch} has {depth}: set lower ones"
     if hasattr(r, "blocks"):
         yield from ends_of_curve(job)
     if hasattr(r, "batch"):

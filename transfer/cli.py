@@ -15,7 +15,7 @@ from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, natural
-from mae_core.settings import did_you_mean, differences, override
+from mae_core.settings import differences, override, unknown
 from mae_core.vit import beyond, vit_arguments
 from transfer.checks import objections
 from transfer.data.findings import Data, guarded
@@ -99,7 +99,7 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
     for name in dict.fromkeys(names):
         family, colon, path = name.partition(":")
         if family not in known or (colon and not known[family].of):
-            raise UserError(f"unknown task '{name}'; {did_you_mean(name, list(known))}")
+            raise unknown("task", name, known)
         if known[family].of and not path:
             raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
         task = known[family].of(path) if colon else known[family]

@@ -18,7 +18,7 @@ from mae_core import distributed
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine, commit, hardware, peak_memory_gib, versions
-from mae_core.settings import differences, listed, write_json
+from mae_core.settings import as_typed, differences, write_json
 from mae_core.training import CHECKPOINT_FILE
 from transfer.data.findings import Data
 
@@ -164,9 +164,8 @@ class Record:
 
 def recipe_label(name: str, overrides: dict[str, Any]) -> str:
     """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
-    # Several values as they are typed: a tuple comes back from JSON as a list.
-    shown = {k: listed(v) if isinstance(v, tuple | list) else v for k, v in overrides.items()}
-    return f"{name} with {', '.join(f'{k}={shown[k]}' for k in sorted(shown))}" if shown else name
+    knobs = ", ".join(f"{knob}={as_typed(value)}" for knob, value in sorted(overrides.items()))
+    return f"{name} with {knobs}" if overrides else name
 
 
 RECORD_FILE = "record.json"

@@ -13,8 +13,7 @@ from torch import Tensor
 from mae_core.checkpoint import Checkpoint
 from mae_core.checkpoint.weights_file import CheckpointError, save_weights
 from mae_core.data import MEAN, STD
-from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import unknown
 from mae_core.vit import ARCHS, EPS
 
 
@@ -45,7 +44,7 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
     UserError for another form, and for an encoder that the form cannot hold.
     """
     if form not in TARGETS:
-        raise UserError(f"unknown form '{form}'; {did_you_mean(form, TARGETS)}")
+        raise unknown("form", form, TARGETS)
     if form != "timm" and not checkpoint.plain:
         raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
     if path.exists() and path.is_dir() != (form == "hf"):

@@ -512,7 +512,7 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp
         (["--recipe", "tiny"], "error: unknown recipe 'tiny'; did you mean mini?"),
         (["--set", "epoch=3"], "error: --set epoch=3: this recipe has no 'epoch'; did you mean epochs?"),
         (["--set", "batch=128"], "has 64 images, less than one batch of 128: set a smaller batch (--set batch=N)"),
-        (["--set", "batch=0"], "error: batch=0: it must be from 1 on"),
+        (["--set", "batch=0"], "error: batch=0: it must be at least 1"),
         (["--set", "batch=16", "mask_ratio=1"], "error: mask_ratio=1.0: it must be from 0 to below 1"),
         (["--set", "batch=16", "image_size=50"], "50x50 is not divisible by it"),
         (["--data", "nowhere"], "error: nowhere is not a folder of images"),

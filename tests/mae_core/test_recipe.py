@@ -32,8 +32,8 @@ PLAIN = replace(PretrainRecipe(), norm_pix=False)
         ({"augmentation": "crop, fixed size", "min_scale": 0.5}, r"min_scale does nothing with augmentation=crop, fix"),
         ({"masking": "grid", "mask_ratio": 0.5}, r"mask_ratio=0.5: grid-wise masking hides 0.75 of the patches"),
         ({"repeated_augmentation": 3}, r"repeated_augmentation=3: a batch of 4096 is no multiple of it"),
-        ({"repeated_augmentation": 0}, r"repeated_augmentation=0: it must be from 1 on"),
-        ({"pca_components": 0, "target": "pca"}, r"pca_components=0: it must be from 1 on"),
+        ({"repeated_augmentation": 0}, r"repeated_augmentation=0: it must be at least 1"),
+        ({"pca_components": 0, "target": "pca"}, r"pca_components=0: it must be at least 1"),
     ],
 )
 def test_what_would_do_nothing_or_is_unknown_is_refused(knobs, sentence):

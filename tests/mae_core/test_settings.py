@@ -5,7 +5,7 @@ import pytest
 
 from mae_core.errors import UserError
 from mae_core.pretrain import PretrainRecipe
-from mae_core.settings import did_you_mean, differences, override, write_json
+from mae_core.settings import as_typed, did_you_mean, differences, override, write_json
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,23 @@ def test_override_parses_by_the_knob_s_own_type():
     assert parsed == {"epochs": 7, "base_lr": 1.0, "norm_pix": False, "betas": (0.8, 0.9), "pool": "token"}
     assert type(recipe.base_lr) is float
     assert type(recipe.norm_pix) is bool
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        *(("base_lr", value) for value in (1e-30, 0.1 + 0.2, 1.0, 1234567.0)),
+        *(("betas", value) for value in ((0.1 + 0.2, 1.0), (0.9, 1 / 3))),
+        *(("blocks", value) for value in ((0.0, 0.5, 12.0), (1234567.0,), [2.0, 1 / 3])),
+        ("epochs", 12345678),
+        ("norm_pix", False),
+        ("pool", "token"),
+    ],
+)
+def test_a_value_as_typed_reads_back_as_it_was(knob, value):
+    found = getattr(override(Recipe(), [f"{knob}={as_typed(value)}"])[0], knob)
+    assert found == (tuple(value) if isinstance(value, list) else value)
+    assert as_typed((0.0, 0.5, 12.0)) == "0,0.5,12"
 
 
 def test_a_tuple_of_any_length_takes_as_many_numbers_as_are_given():
@@ -97,12 +114,12 @@ def test_write_json_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("epochs=0", "from 1 on"),
-        ("batch=-4", "from 1 on"),
+        ("epochs=0", "at least 1"),
+        ("batch=-4", "at least 1"),
         ("warmup_epochs=2000", "longer than the training"),
         ("min_scale=2", "from 0 to 1"),
         ("betas=0.9,1", "below 1"),
-        ("weight_decay=-0.1", "from 0 on"),
+        ("weight_decay=-0.1", "at least 0"),
         ("base_lr=nan", "base_lr"),
         ("base_lr=inf", "base_lr"),
     ],

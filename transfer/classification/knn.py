@@ -17,7 +17,7 @@ from mae_core.data import PILLOW_PIXELS, Images, loader
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.progress import Progress
-from mae_core.settings import check_ranges, did_you_mean
+from mae_core.settings import bounded, check_ranges, choose
 from transfer.classification.recipes import miniature_size
 from transfer.classification.train import forward
 from transfer.data.split import Split, eval_transform, read_split, wnids
@@ -33,24 +33,22 @@ class KnnRecipe:
     """k and temperature of the vote; size (px) and transform (transfer/data/split.py, eval_transform) of the images;
     train_fraction: the share of the training images that vote (Split.share)."""
 
-    image_size: int
-    k: int = 20
+    image_size: int = bounded(1)
+    k: int = bounded(1, default=20)
     temperature: float = 0.07
     transform: str = "resize_crop"
-    train_fraction: float = 1.0
+    train_fraction: float = bounded(1e-6, 1, default=1.0)
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.k < 1 or self.temperature <= 0:
-            raise UserError(f"k={self.k}, temperature={self.temperature:g}: both must be above 0")
+        if self.temperature <= 0:
+            raise UserError(f"temperature={self.temperature:g}: it must be above 0")
         eval_transform(self.image_size or 224, self.transform)
 
 
 def knn_recipe(arch: str, name: str) -> KnnRecipe:
     """k-NN as DINO evaluates it: no augmentation, no training; "mini" differs in the size of the images alone."""
-    if name not in ("paper", "mini"):
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ('paper', 'mini'))}")
-    return KnnRecipe(**miniature_size(arch)) if name == "mini" else KnnRecipe(image_size=224)
+    return choose("recipe", name, {"paper": KnnRecipe(image_size=224), "mini": KnnRecipe(**miniature_size(arch))})
 
 
 def knn_sources(arch: str) -> dict[str, str]:

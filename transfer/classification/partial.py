@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae_core import distributed
 from mae_core.errors import UserError
-from mae_core.settings import write_json
+from mae_core.settings import as_typed, write_json
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import get_arch
 from transfer.classification.job import images_of, start_model, trained_result, validate
@@ -41,7 +41,7 @@ class PartialRecipe(ClassifierRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = f"blocks={','.join(f'{k:g}' for k in self.blocks)}"
+        given = f"blocks={as_typed(self.blocks)}"
         if list(self.blocks) != sorted(set(self.blocks)) or any(k < 0 or (k % 1 and k != 0.5) for k in self.blocks):
             raise UserError(f"{given}: give 0, 0.5 or whole numbers of blocks, each once, rising")
         if HEADLINE not in self.blocks:
@@ -97,7 +97,7 @@ def end_of_curve(job: Job, task: Task) -> Record:
     out = job.work.parents[3]  # work_folder: OUT/runs/CHECKPOINT/TASK/RUN
     start = job.task.recipe(job.checkpoint.arch, job.recipe_name)
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(start, knob)]
-    settings = [f"{knob}={getattr(job.recipe, knob)}" for knob in changed]
+    settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
     c, data, machine = job.checkpoint, job.data, job.machine
     end = make_job(task, c, job.recipe_name, settings, data, out, job.seed, machine)
     record = finished(end) or run_job(end)

@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import choose, unknown
 from mae_core.vit import get_arch
 from transfer.classification.partial import FIGURE_9, PartialRecipe
 from transfer.classification.train import ClassifierRecipe, EvalRecipe, RepeatedRecipe
@@ -53,7 +52,8 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
         label_smoothing=0.1,
         ema=0.0,
     )
-    return choose(name, paper, MINI_FINETUNE | miniature_size(arch))
+    mini = MINI_FINETUNE | miniature_size(arch)
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
 
 
 def finetune_sources(arch: str) -> dict[str, str]:
@@ -104,7 +104,8 @@ def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
         random_erasing=0.0,
         ema=0.9999,
     )
-    return choose(name, paper, MINI_SCRATCH | miniature_size(arch))
+    mini = MINI_SCRATCH | miniature_size(arch)
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
 
 
 def scratch_sources(arch: str) -> dict[str, str]:
@@ -139,7 +140,7 @@ def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
         values, _ = STAND_INS[name]
         return RepeatedRecipe(**vars(finetune_recipe(arch, "paper")) | values)
     if name not in ("paper", "mini"):
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ['paper', 'mini', *STAND_INS])}")
+        raise unknown("recipe", name, ("paper", "mini", *STAND_INS))
     return finetune_recipe(arch, name)
 
 
@@ -185,7 +186,8 @@ def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:
         label_smoothing=0.0,
         ema=0.0,
     )
-    return choose(name, paper, MINI_LINPROBE | miniature_size(arch))
+    mini = MINI_LINPROBE | miniature_size(arch)
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
 
 
 def linprobe_sources(arch: str) -> dict[str, str]:
@@ -218,16 +220,9 @@ def miniature_size(arch: str) -> dict[str, int]:
     return {"image_size": 48 - 48 % get_arch(arch).patch}
 
 
-def choose(name: str, paper: ClassifierRecipe, mini: dict) -> ClassifierRecipe:
-    recipes = {"paper": paper, "mini": replace(paper, **mini)}
-    if name not in recipes:
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
-    return recipes[name]
-
-
 def eval_recipe(arch: str, name: str) -> EvalRecipe:
     """The official evaluation: one view, resized and cropped (main_finetune.py --eval)."""
-    return choose(name, EvalRecipe(), {})
+    return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe()))
 
 
 def eval_sources(arch: str) -> dict[str, str]:

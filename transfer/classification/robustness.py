@@ -14,7 +14,7 @@ from mae_core.checkpoint import Checkpoint
 from mae_core.data import PILLOW_PIXELS
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import choose
 from transfer.classification.train import EvalRecipe, Scores, evaluate, trained_classifier
 from transfer.data.imagenet_shifts import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
 from transfer.data.split import Pixels, Split, columns, eval_transform, read_split, wnids
@@ -44,20 +44,14 @@ ALEXNET_ERROR = {
 
 def recipe(arch: str, name: str) -> EvalRecipe:
     """ImageNet-A, -R, -Sketch: the official evaluation transform at the classifier's own size."""
-    return choose(name, EvalRecipe())
+    return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe()))
 
 
 def recipe_c(arch: str, name: str) -> EvalRecipe:
     """ImageNet-C: its files are 224 px already, and a classifier of that size gets them as they are, as in its authors'
     script; another one gets them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop
     is the other way in use."""
-    return choose(name, EvalRecipe(transform="resize"))
-
-
-def choose(name: str, r: EvalRecipe) -> EvalRecipe:
-    if name not in ("paper", "mini"):
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ('paper', 'mini'))}")
-    return r
+    return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe(transform="resize")))
 
 
 def sources(arch: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.progress import Progress
-from mae_core.settings import check_ranges, did_you_mean
+from mae_core.settings import bounded, check_ranges, unknown
 from mae_core.training import State, Training
 from transfer.data.split import Pixels, Split, eval_transform, train_transform
 from transfer.task import Job
@@ -45,35 +45,35 @@ class ClassifierRecipe:
     UserError for an unknown name, and for a knob that would do nothing.
     """
 
-    image_size: int
-    epochs: int
-    warmup_epochs: int
-    batch: int
-    base_lr: float
-    min_lr: float
+    image_size: int = bounded(1)
+    epochs: int = bounded(1)
+    warmup_epochs: int = bounded(0)
+    batch: int = bounded(1)
+    base_lr: float = bounded(0)
+    min_lr: float = bounded(0)
     optimizer: str
-    betas: tuple[float, float]
-    momentum: float
-    trust_coefficient: float
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
+    betas: tuple[float, float] = bounded(0, 1, below=True)
+    momentum: float = bounded(0, 1, below=True)
+    trust_coefficient: float = bounded(0)
+    weight_decay: float = bounded(0)
+    layer_decay: float = bounded(0, 1)
+    drop_path: float = bounded(0, 1, below=True)
     pool: str
-    head_std: float
-    min_scale: float
+    head_std: float = bounded(0)
+    min_scale: float = bounded(0, 1)
     rand_augment: str
-    random_erasing: float
-    mixup: float
-    cutmix: float
-    label_smoothing: float
-    ema: float
-    train_fraction: float = 1.0
+    random_erasing: float = bounded(0, 1)
+    mixup: float = bounded(0)
+    cutmix: float = bounded(0)
+    label_smoothing: float = bounded(0, 1, below=True)
+    ema: float = bounded(0, 1, below=True)
+    train_fraction: float = bounded(1e-6, 1, default=1.0)
 
     def __post_init__(self) -> None:
         check_ranges(self)
         for knob, known in (("optimizer", tuple(UNUSED)), ("pool", POOLS)):
             if getattr(self, knob) not in known:
-                raise UserError(f"unknown {knob} '{getattr(self, knob)}'; {did_you_mean(getattr(self, knob), known)}")
+                raise unknown(knob, getattr(self, knob), known)
         for knob, value in UNUSED[self.optimizer].items():
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
@@ -87,7 +87,7 @@ class ClassifierRecipe:
 class RepeatedRecipe(ClassifierRecipe):
     """repeated_augmentation: augmented samples of each image in a batch."""
 
-    repeated_augmentation: int
+    repeated_augmentation: int = bounded(1)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from timm.data import auto_augment, create_transform
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.data import EXTENSIONS, MEAN, STD, seed_for
-from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import choose
 from transfer.data.findings import some
 
 VAL_NAME = "ILSVRC2012_val_"  # begins the names of the official validation images
@@ -224,9 +223,8 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
         "center_crop": None,
         "resize": image_size,
     }
-    if how not in resized:
-        raise UserError(f"unknown transform '{how}'; {did_you_mean(how, list(resized))}")
+    short_side = choose("transform", how, resized)
     steps: list = [v2.CenterCrop(image_size), v2.PILToTensor()]
-    if resized[how] is not None:
-        steps.insert(0, v2.Resize(resized[how], interpolation=InterpolationMode.BICUBIC))
+    if short_side is not None:
+        steps.insert(0, v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC))
     return v2.Compose(steps)

@@ -25,7 +25,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
-from mae_core.settings import check_ranges, did_you_mean, write_json
+from mae_core.settings import bounded, check_ranges, choose, write_json
 from transfer.data.coco import IDS, Example, read_split
 from transfer.pyramid import ViTPyramid, decays, load_pyramid, pretraining_grid
 from transfer.task import Job
@@ -43,38 +43,34 @@ class DetectionRecipe:
     """Every number of one detector's training.
 
     image_size: side in px of the square that images are padded to. lr: at that batch, not scaled with it. min_scale,
-    max_scale: range of the large-scale jitter. window: patches along one side. rpn_batch, roi_batch: anchors and
-    proposals an image that enter the losses. proposals: what the RPN keeps of an image.
+    max_scale: range of the large-scale jitter. window: patches along one side, 0 for global attention
+    everywhere. rpn_batch, roi_batch: anchors and proposals an image that enter the losses. proposals: what the RPN
+    keeps of an image.
     """
 
-    image_size: int = 1024
-    epochs: int = 100
-    warmup_epochs: float = 0.25
-    batch: int = 64
+    image_size: int = bounded(1, default=1024)
+    epochs: int = bounded(1, default=100)
+    warmup_epochs: float = bounded(0, default=0.25)
+    batch: int = bounded(1, default=64)
     lr: float = 8e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.1
-    drop_path: float = 0.1
-    window: int = 14
-    min_scale: float = 0.1
+    betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.9, 0.999))
+    weight_decay: float = bounded(0, default=0.1)
+    drop_path: float = bounded(0, 1, below=True, default=0.1)
+    window: int = bounded(0, default=14)
+    min_scale: float = bounded(0, 1, default=0.1)
     max_scale: float = 2.0
-    fpn_dim: int = 256
-    head_dim: int = 256
-    fc_dim: int = 1024
-    rpn_convs: int = 2
-    rpn_batch: int = 256
-    roi_batch: int = 512
-    proposals: int = 1000
+    fpn_dim: int = bounded(1, default=256)
+    head_dim: int = bounded(1, default=256)
+    fc_dim: int = bounded(1, default=1024)
+    rpn_convs: int = bounded(1, default=2)
+    rpn_batch: int = bounded(1, default=256)
+    roi_batch: int = bounded(1, default=512)
+    proposals: int = bounded(1, default=1000)
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.max_scale < self.min_scale:
             raise UserError(f"max_scale={self.max_scale} is below min_scale={self.min_scale}")
-        for knob in ("image_size", "fpn_dim", "head_dim", "fc_dim", "rpn_convs", "rpn_batch", "roi_batch", "proposals"):
-            if getattr(self, knob) < 1:
-                raise UserError(f"{knob}={getattr(self, knob)}: it must be from 1 on")
-        if self.window < 0:
-            raise UserError(f"window={self.window}: it must be from 0 on (0: global attention everywhere)")
 
 
 DROP_PATH = {"vit_large_patch16": 0.3, "vit_huge_patch14": 0.3}  # else 0.1
@@ -101,11 +97,7 @@ MINI = {
 def recipe(arch: str, name: str) -> DetectionRecipe:
     """The recipe of that name; UserError for an unknown one."""
     paper = DetectionRecipe(drop_path=DROP_PATH.get(arch, 0.1), window=pretraining_grid(arch))
-    if name == "paper":
-        return paper
-    if name == "mini":
-        return replace(paper, **MINI)
-    raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, ('paper', 'mini'))}")
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **MINI)})
 
 
 def sources(arch: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.settings import as_typed
 from mae_core.vit import get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
 from transfer.pyramid import ViTPyramid
@@ -60,7 +61,7 @@ def norm_of(machine: Machine) -> str:
 def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) -> dict[str, Any]:
     if r.taps[-1] >= get_arch(checkpoint.arch).depth:
         last = get_arch(checkpoint.arch).depth - 1
-        raise UserError(f"taps={','.join(map(str, r.taps))}: the last block of {checkpoint.arch} is {last}")
+        raise UserError(f"taps={as_typed(r.taps)}: the last block of {checkpoint.arch} is {last}")
     dim, norm = get_arch(checkpoint.arch).dim, {"type": norm_of(machine), "requires_grad": True}
 
     def loss(weight: float) -> dict[str, Any]:

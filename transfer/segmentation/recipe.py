@@ -4,11 +4,10 @@ The MAE paper gives UperNet, 100 epochs and a batch of 16 (appendix A.4) and say
 found. The rest is what two public reproductions of ViT-B ran (48.15 and 48.13 mIoU), on mmsegmentation's base files.
 """
 
-import math
 from dataclasses import dataclass, fields, replace
 
 from mae_core.errors import UserError
-from mae_core.settings import did_you_mean
+from mae_core.settings import as_typed, bounded, check_ranges, choose
 from mae_core.vit import get_arch
 
 PAPER = "MAE paper, appendix A.4"
@@ -22,16 +21,6 @@ BASES = "stand-in: ViT-B's value; MAE has no such size on ADE20K"
 BY_SIZE = {"vit_large_patch16": (9e-5, 0.75, 0.2), "vit_huge_patch14": (9e-5, 0.75, 0.3)}
 BASE = (1e-4, 0.65, 0.1)
 
-# field -> (lowest, highest), what a number must lie in.
-RANGES = {
-    "image_size": (1, math.inf), "iterations": (1, math.inf), "warmup_iterations": (0, math.inf),
-    "batch": (1, math.inf), "lr": (0, math.inf), "power": (0, math.inf), "betas": (0, 0.999999),
-    "weight_decay": (0, math.inf), "layer_decay": (1e-6, 1), "drop_path": (0, 0.99), "head_channels": (1, math.inf),
-    "head_dropout": (0, 0.99), "auxiliary_channels": (1, math.inf), "auxiliary_weight": (0, math.inf),
-    "min_scale": (0.01, math.inf), "max_scale": (0.01, math.inf), "max_class_share": (0.01, 1), "flip": (0, 1),
-    "test_short_side": (1, math.inf), "test_long_side": (1, math.inf), "stride": (1, math.inf),
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class SegmentationRecipe:
@@ -44,38 +33,34 @@ class SegmentationRecipe:
     multi_scale: also test at 0.5 to 1.75 of the size, flipped and not, and average: miou_ms beside miou.
     """
 
-    image_size: int
-    iterations: int
-    warmup_iterations: int
-    batch: int
-    lr: float
-    power: float
-    betas: tuple[float, float]
-    weight_decay: float
-    layer_decay: float
-    drop_path: float
+    image_size: int = bounded(1)
+    iterations: int = bounded(1)
+    warmup_iterations: int = bounded(0)
+    batch: int = bounded(1)
+    lr: float = bounded(0)
+    power: float = bounded(0)
+    betas: tuple[float, float] = bounded(0, 0.999999)
+    weight_decay: float = bounded(0)
+    layer_decay: float = bounded(1e-6, 1)
+    drop_path: float = bounded(0, 0.99)
     taps: tuple[int, int, int, int]
-    pool_scales: tuple[int, int, int, int]
-    head_channels: int
-    head_dropout: float
-    auxiliary_channels: int
-    auxiliary_weight: float
-    min_scale: float
-    max_scale: float
-    max_class_share: float
-    flip: float
+    pool_scales: tuple[int, int, int, int] = bounded(1)
+    head_channels: int = bounded(1)
+    head_dropout: float = bounded(0, 0.99)
+    auxiliary_channels: int = bounded(1)
+    auxiliary_weight: float = bounded(0)
+    min_scale: float = bounded(0.01)
+    max_scale: float = bounded(0.01)
+    max_class_share: float = bounded(0.01, 1)
+    flip: float = bounded(0, 1)
     photometric: bool
-    test_short_side: int
-    test_long_side: int
-    stride: int
+    test_short_side: int = bounded(1)
+    test_long_side: int = bounded(1)
+    stride: int = bounded(1)
     multi_scale: bool
 
     def __post_init__(self) -> None:
-        for knob, (low, high) in RANGES.items():
-            values = getattr(self, knob)
-            for value in values if isinstance(values, tuple) else (values,):
-                if not low <= value <= high:
-                    raise UserError(f"{knob}={value}: it must be from {low} to {high}")
+        check_ranges(self)
         for low, high in (("min_scale", "max_scale"), ("test_short_side", "test_long_side"), ("stride", "image_size")):
             if getattr(self, low) > getattr(self, high):
                 raise UserError(f"{low}={getattr(self, low)} must not be above {high}={getattr(self, high)}")
@@ -84,15 +69,13 @@ class SegmentationRecipe:
                 f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}: set both"
             )
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
-            raise UserError(f"taps={','.join(map(str, self.taps))}: give four numbers of blocks, from 0, in order")
+            raise UserError(f"taps={as_typed(self.taps)}: give four numbers of blocks, from 0, in order")
         smallest = self.test_short_side * min(self.min_scale, 0.5 if self.multi_scale else 1)
         if smallest < 16:
             raise UserError(
                 f"test_short_side={self.test_short_side} and min_scale={self.min_scale} shrink images to a side of "
                 f"{smallest:g} px: leave them 16 or more"
             )
-        if min(self.pool_scales) < 1:
-            raise UserError(f"pool_scales={','.join(map(str, self.pool_scales))}: each must be at least 1")
 
     def lr_at(self, step: int) -> float:
         """The rate of one iteration as mmengine's LinearLR (from 1e-6 of it, over the warm-up) and PolyLR give it: both
@@ -160,10 +143,7 @@ def recipe(arch: str, name: str) -> SegmentationRecipe:
         stride=341,
         multi_scale=False,
     )
-    recipes = {"paper": paper, "mini": replace(paper, **MINI)}
-    if name not in recipes:
-        raise UserError(f"unknown recipe '{name}'; {did_you_mean(name, list(recipes))}")
-    return recipes[name]
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **MINI)})
 
 
 def sources(arch: str) -> dict[str, str]:

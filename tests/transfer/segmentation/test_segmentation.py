@@ -4,7 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from transfer.segmentation import tasks as segmentation
 from transfer.segmentation.evaluate import bootstrap, class_scores, metrics_of
 from transfer.segmentation.mmseg_config import LOAD_IMAGE, multi_scale_pipeline
 from transfer.segmentation.mmseg_config import test_loader as make_loader
-from transfer.segmentation.recipe import MINI, RANGES, SegmentationRecipe, recipe, sources
+from transfer.segmentation.recipe import MINI, recipe, sources
 from transfer.segmentation.tasks import Crops, make_runner, with_progress
 
 ARCHS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "vit_small_patch16", ARCH)
@@ -420,10 +420,6 @@ def test_the_plan_says_what_to_install(root, tmp_path, monkeypatch):
     assert state == "skipped"
     assert why == f"mmsegmentation is not installed here; {TASK.install}"
     assert "make install" in why
-
-
-def test_every_range_is_of_a_knob():
-    assert set(RANGES) <= {field.name for field in fields(SegmentationRecipe)}
 
 
 def test_images_are_read_as_their_labels_are_stored(tmp_path):
