@@ -24,6 +24,7 @@ try:
     from mae_core.progress import duration
     from mae_core.settings import as_typed
     from transfer.cli import add_common_flags, headline, settle, task_argument
+    from transfer.data.shipped import shipped
     from transfer.space import check_space
     from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
 except ModuleNotFoundError as e:
@@ -31,7 +32,7 @@ except ModuleNotFoundError as e:
     print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
     sys.exit(2)
 
-MAE_MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
+MAE_MINI = shipped("miniature/mae_mini.safetensors")
 if MAE_MINI.is_relative_to(Path.cwd()):
     MAE_MINI = MAE_MINI.relative_to(Path.cwd())  # records name it so
 

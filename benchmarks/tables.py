@@ -5,14 +5,14 @@ To add a table: add a `Table` to TABLES and, if numbers are published for it, re
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 
 from mae_core.errors import UserError
+from transfer.data.shipped import shipped
 from transfer.task import Record
 
-PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published"
+PUBLISHED = shipped("published")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mae_core.errors import UserError
+from transfer.data.shipped import shipped
 
 PICTURE_FILE = "partial.png"
-PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published" / "partial.csv"
+PUBLISHED = shipped("published/partial.csv")
 
 
 def published_curves() -> dict[str, dict[float, float]]:
