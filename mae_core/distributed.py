@@ -1,12 +1,16 @@
-"""The torchrun environment, and nothing else. Without torchrun everything here is the one-process case."""
+"""The processes that torchrun started: who this one is, and what they do together. Without torchrun there is one."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -53,6 +57,26 @@ def gather_to_all(value: object) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def local_batches(count: int, size: int) -> list[list[int]]:
+    """This process's batches of the indices 0..count-1. Whole batches are dealt out in turn: each holds the same
+    indices however many processes there are, and no index comes twice."""
+    batches = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+    return batches[rank() :: world_size()]
+
+
+def gather_in_turn(results: list[T]) -> list[T]:
+    """The results of every process, one for each of its `local_batches`, in the order of all batches."""
+    processes = gather_to_all(results)
+    return [processes[i % len(processes)][i // len(processes)] for i in range(sum(map(len, processes)))]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: each has kept running statistics of its own images."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:

@@ -64,16 +64,13 @@ def knn_top1(model: VisionTransformer, data: Labelled, image_size: int, machine:
 @torch.inference_mode()
 def encoder_features(model: VisionTransformer, files: list[Path], image_size: int, machine: Machine) -> Tensor:
     """The class token of every file's centre crop [N, D], in the order of the files, on every process."""
-    indices = list(range(len(files)))
-    batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-    mine = batches[distributed.rank() :: distributed.world_size()]
+    batches = distributed.local_batches(len(files), BATCH)
     dataset = Images(files, pretraining_transform(image_size, augmentation="none"))
     was_training, found = model.training, []
     model.eval()
-    for number, (images, _, _) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
+    for images, _, _ in loader(dataset, batches, machine.workers, machine.device):
         with machine.autocast():
             tokens = model.forward_features(normalised(images.to(machine.device, non_blocking=True)))
-        found.append((number * distributed.world_size() + distributed.rank(), tokens[:, 0].float().cpu()))
+        found.append(tokens[:, 0].float().cpu())
     model.train(was_training)
-    everyone = [part for process in distributed.gather_to_all(found) for part in process]
-    return torch.cat([part for _, part in sorted(everyone, key=lambda part: part[0])])
+    return torch.cat(distributed.gather_in_turn(found))

@@ -155,20 +155,18 @@ def features_of(job: Job, model: nn.Module, split: Split, path: Path) -> Tensor:
         return load_file(path)["features"]
     distributed.barrier()
     path.parent.mkdir(parents=True, exist_ok=True)
-    rank, world = distributed.rank(), distributed.world_size()
-    size = job.machine.micro_batch or 128
-    indices = list(range(len(split.files)))
-    batches = [indices[i : i + size] for i in range(0, len(indices), size)][rank::world]
+    batches = distributed.local_batches(len(split.files), job.machine.micro_batch or 128)
     transform = eval_transform(job.recipe.image_size, job.recipe.transform)
-    progress = Progress(f"{job.task.name} features {path.stem}", len(indices), enabled=distributed.is_main())
+    progress = Progress(f"{job.task.name} features {path.stem}", len(split.files), enabled=distributed.is_main())
     own, bad = own_features(job, model, Images(split.files, transform, pillow=True), batches, progress)
     if broken := [name for names in distributed.gather_to_all(bad) for name in names]:
         raise UserError(f"{broken[0]} cannot be read as an image: replace it; no number is given over part of the data")
-    mine = part_file(path, rank)
+    mine = part_file(path, distributed.rank())
     save_file({"features": own, "index": torch.tensor([i for batch in batches for i in batch])}, mine)
     distributed.barrier()
     if distributed.is_main():
-        join([part_file(path, other) for other in range(world)], len(indices), path)
+        parts = [part_file(path, rank) for rank in range(distributed.world_size())]
+        join(parts, len(split.files), path)
     distributed.barrier()
     return load_file(path)["features"]
 

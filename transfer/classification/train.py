@@ -174,10 +174,7 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
         ema,
     )
     trained = ema.module if ema is not None else model
-    if machine.processes > 1:
-        # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
-        for buffer in trained.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    distributed.broadcast_buffers(trained)
     return state, trained
 
 
@@ -209,40 +206,33 @@ def evaluate(
     """Score every image of a split exactly once, whatever the number of processes.
 
     transform: as eval_transform's. pixels: mean and std that the classifier's images are normalised with.
-
-    Whole batches are dealt out to the processes in turn, so a batch holds the same images however many there are, and
-    none is padded. kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then
-    over them.
+    kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then over them.
     """
     size = machine.micro_batch or 128
-    indices = list(range(len(split.files)))
-    batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-    mine = batches[distributed.rank() :: distributed.world_size()]
-    progress = Progress(f"evaluate {label}", len(indices), enabled=distributed.is_main())
+    batches = distributed.local_batches(len(split.files), size)
+    progress = Progress(f"evaluate {label}", len(split.files), enabled=distributed.is_main())
     place = {c: i for i, c in enumerate(kept)} if kept is not None else None
     labels = [place[c] for c in split.labels] if place is not None else split.labels
     model.eval()
-    parts: list[tuple[int, np.ndarray]] = []
+    rows: list[np.ndarray] = []
     unreadable: list[str] = []
     dataset = Images(split.files, transform, labels, pillow=True)
-    for number, (images, targets, bad) in enumerate(loader(dataset, mine, machine.workers, machine.device)):
+    for number, (images, targets, bad) in enumerate(loader(dataset, batches, machine.workers, machine.device)):
         if bad:
             unreadable = bad
             break
         logits = forward(model, images, pixels, machine)
         if kept is not None:
             logits = logits[:, list(kept)]
-        parts.append((number * distributed.world_size() + distributed.rank(), score(logits, targets.to(logits.device))))
-        progress.update(min(len(indices), (number + 1) * size * distributed.world_size()), len(images))
+        rows.append(score(logits, targets.to(logits.device)))
+        progress.update(min(len(split.files), (number + 1) * size * distributed.world_size()), len(images))
     # Every process hears of a bad file and stops with the others: one that stopped alone would fall out of step.
-    gathered = distributed.gather_to_all((parts, unreadable))
-    if bad := [name for _, names in gathered for name in names]:
+    if bad := [name for names in distributed.gather_to_all(unreadable) for name in names]:
         raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
-    everyone = [part for process, _ in gathered for part in process]
-    rows = np.concatenate([rows for _, rows in sorted(everyone, key=lambda part: part[0])])
-    if not np.isfinite(rows[:, 0]).all():
-        raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(rows[:, 0])))]} are not finite")
-    return Scores(rows[:, 0], rows[:, 1].astype(bool), rows[:, 2].astype(bool))
+    loss, top1, top5 = np.concatenate(distributed.gather_in_turn(rows)).T
+    if not np.isfinite(loss).all():
+        raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(loss)))]} are not finite")
+    return Scores(loss, top1.astype(bool), top5.astype(bool))
 
 
 def forward(model: nn.Module, images: Tensor, pixels: Pixels, machine: Machine) -> Tensor:

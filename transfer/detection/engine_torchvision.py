@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from mae_core import distributed
 from mae_core.data import MEAN, STD, Sample, seed_all
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
@@ -231,10 +232,7 @@ def train_and_predict(job: Job) -> Predictions:
             loss_of=lambda m, images, targets: sum(m(images, targets).values()),
         ),
     )
-    if machine.processes > 1:
-        # Each process has kept running statistics of its own images: the first one's are evaluated and saved.
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    distributed.broadcast_buffers(model)
     results, artifacts = leave(job, model, predict(model, job))
     facts, notes = batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)

@@ -209,14 +209,15 @@ def to_square(image: Image.Image, size: int) -> Tensor:
 
 
 def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Image.Image]]]:
-    """The validation images of this process, in batches; every image once over all processes. Shows progress."""
+    """This process's batches of the validation images (`distributed.local_batches`). Shows progress."""
     examples = read_split(Path(job.data.root), "val").examples
-    mine = range(distributed.rank(), len(examples), distributed.world_size())
-    progress = Progress(f"predict {job.task.name} {job.checkpoint.name}", len(mine), enabled=distributed.is_main())
-    for first in range(0, len(mine), size):
-        batch = [examples[i] for i in mine[first : first + size]]
-        yield [(example, open_image(example)) for example in batch]
-        progress.update(first + len(batch), len(batch))
+    batches = distributed.local_batches(len(examples), size)
+    total, done = sum(map(len, batches)), 0
+    progress = Progress(f"predict {job.task.name} {job.checkpoint.name}", total, enabled=distributed.is_main())
+    for batch in batches:
+        yield [(examples[i], open_image(examples[i])) for i in batch]
+        done += len(batch)
+        progress.update(done, len(batch))
 
 
 def open_image(example: Example) -> Image.Image:

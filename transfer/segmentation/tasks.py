@@ -85,10 +85,7 @@ def run(job: Job) -> Result:
     config = config_of(job.checkpoint, r, folder, job.work, machine, [image.name for image in shown])
     runner, state = train(job, config)
     model = runner.model
-    if machine.processes > 1:
-        # Each process has kept running statistics of its own images: the first one's are tested and saved.
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
+    distributed.broadcast_buffers(model)
     started = time.monotonic()
     metric = test(runner)
     test_seconds = time.monotonic() - started
