@@ -18,7 +18,8 @@ from transfer.data.ade20k import check_pair
 from transfer.data.coco import Example, Examples
 from transfer.data.split import IMAGENET_PIXELS, Split, eval_transform, probe_transform, train_transform
 from transfer.detection.engine_torchvision import Jittered
-from transfer.detection.recipe import DetectionRecipe, open_image
+from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.shared import open_image
 
 TRANSFORMS = {
     "pre-training": pretraining_transform(8),

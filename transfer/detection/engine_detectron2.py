@@ -33,20 +33,20 @@ from mae_core.data import MEAN, STD
 from mae_core.loop import check_batch, micro_batch_for
 from mae_core.machine import Machine, suit_attention
 from transfer.data.coco import CATEGORIES, training_examples
-from transfer.detection.recipe import (
+from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.shared import (
     ANCHOR_RATIOS,
     ANCHOR_STRIDES,
     DETECTIONS,
     NMS_THRESHOLD,
     SCORE_THRESHOLD,
-    DetectionRecipe,
     Predictions,
     RoIBatchNorm,
-    as_results,
     batchnorm_facts,
     build_pyramid,
-    fitted,
-    leave,
+    fit_long_side,
+    save_artifacts,
+    to_results,
     validation_batches,
 )
 from transfer.detection.train_detectron2 import train
@@ -209,7 +209,7 @@ def train_and_predict(job: Job) -> Predictions:
         pyramid.compile()  # the heads change their shapes with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
     iterations, seconds = train(model, examples, job, micro_batch)
-    results, artifacts = leave(job, model, predict(model, job))
+    results, artifacts = save_artifacts(job, model, predict(model, job))
     facts, notes = batchnorm_facts(r, machine, micro_batch, synchronised=norm is EmptySafeSyncBatchNorm)
     return Predictions(results, iterations, seconds, notes, {"loaded": loaded, **facts}, artifacts)
 
@@ -220,7 +220,7 @@ def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in validation_batches(job, machine.micro_batch or 8):
-        images = [pil_to_tensor(fitted(image, size)) for _, image in batch]
+        images = [pil_to_tensor(fit_long_side(image, size)) for _, image in batch]
         inputs = [{"image": image, "height": e.height, "width": e.width} for (e, _), image in zip(batch, images)]
         with machine.autocast():
             outputs = model(inputs)
@@ -228,5 +228,5 @@ def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
             instances = output["instances"].to("cpu")
             boxes, scores = instances.pred_boxes.tensor.float().numpy(), instances.scores.float().numpy()
             masks = instances.pred_masks.numpy().astype("uint8")
-            found += as_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
+            found += to_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
     return found

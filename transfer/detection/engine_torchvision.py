@@ -28,24 +28,24 @@ from mae_core.machine import Machine
 from mae_core.optim import adamw
 from mae_core.training import Training
 from transfer.data.coco import CATEGORIES, Examples, training_examples
-from transfer.detection.recipe import (
+from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.shared import (
     ANCHOR_RATIOS,
     ANCHOR_STRIDES,
     DETECTIONS,
     NMS_THRESHOLD,
     SCORE_THRESHOLD,
-    DetectionRecipe,
     Predictions,
     RoIBatchNorm,
-    as_results,
     batchnorm_facts,
     build_pyramid,
-    fitted,
-    leave,
+    fit_long_side,
     open_image,
+    pad_to_square,
     parameter_groups,
+    save_artifacts,
     schedule,
-    to_square,
+    to_results,
     validation_batches,
 )
 from transfer.pyramid import ViTPyramid
@@ -101,7 +101,7 @@ class Jittered(Dataset):
             "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
             "size": torch.tensor(image.size[::-1]),
         }
-        return to_square(image, size), target, ""
+        return pad_to_square(image, size), target, ""
 
 
 def boxes_of(masks: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def train_and_predict(job: Job) -> Predictions:
         ),
     )
     distributed.broadcast_buffers(model)
-    results, artifacts = leave(job, model, predict(model, job))
+    results, artifacts = save_artifacts(job, model, predict(model, job))
     facts, notes = batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)
     return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
@@ -245,10 +245,10 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in validation_batches(job, machine.micro_batch or 8):
-        images = [fitted(image, size) for _, image in batch]
+        images = [fit_long_side(image, size) for _, image in batch]
         sizes = [{"size": torch.tensor(image.size[::-1])} for image in images]
         with machine.autocast():
-            outputs = model(torch.stack([to_square(image, size) for image in images]).to(machine.device), sizes)
+            outputs = model(torch.stack([pad_to_square(image, size) for image in images]).to(machine.device), sizes)
         for (example, _), image, output in zip(batch, images, outputs):
             scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
             limit = torch.tensor([example.width, example.height]).repeat(2)
@@ -257,5 +257,5 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
             boxes, masks = boxes[kept], output["masks"].float().cpu()[kept]
             masks = paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5
             labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))
-            found += as_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy().astype(np.uint8))
+            found += to_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy().astype(np.uint8))
     return found

@@ -9,10 +9,11 @@ import torch
 
 from mae_core import distributed
 from transfer.data.coco import annotation_file, look_coco, read_split
-from transfer.detection import evaluate as coco_eval
+from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
-from transfer.detection.recipe import PUBLISHED, Predictions, RoIBatchNorm, recipe, sources
-from transfer.miniature import dense as miniature_dense
+from transfer.detection.recipe import PUBLISHED, recipe, sources
+from transfer.detection.shared import Predictions, RoIBatchNorm
+from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid
 from transfer.task import Job, Result, Task
 
@@ -32,7 +33,7 @@ def run(job: Job) -> Result:
     predictions = train_and_predict(job)
     evaluation = None
     if distributed.is_main():
-        evaluation = coco_eval.evaluate(annotation_file(root, "val"), predictions.results, job.seed)
+        evaluation = evaluate(annotation_file(root, "val"), predictions.results, job.seed)
         draw_predictions(read_split(root, "val").examples, predictions.results, job.work / PICTURE_FILE)
     evaluation = distributed.gather_to_all(evaluation)[0]
     iterations, seconds, notes = predictions.iterations, predictions.seconds, predictions.notes
@@ -76,7 +77,7 @@ TASKS = (
         sources=sources,
         look=look_coco,
         run=run,
-        miniature=miniature_dense.coco,
+        miniature=dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
         install="the README's section on detectron2 has the two commands; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),

@@ -25,7 +25,8 @@ from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import CHECKPOINT_FILE
 from transfer.data.coco import Example, Examples
-from transfer.detection.recipe import DetectionRecipe, open_image, parameter_groups, schedule
+from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.shared import open_image, parameter_groups, schedule
 from transfer.task import Job
 
 DIVERGED = "the last checkpoint stands; a lower lr, a longer warm-up or --precision fp32 may help"

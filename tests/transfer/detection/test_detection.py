@@ -35,20 +35,18 @@ from transfer.data.coco import annotation_file, look_coco, read_split
 from transfer.detection import engine_torchvision as detection_tv
 from transfer.detection import evaluate as coco_eval
 from transfer.detection import picture as coco_picture
-from transfer.detection import recipe as detection_recipe
+from transfer.detection import shared
 from transfer.detection import tasks as detection
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
-from transfer.detection.recipe import (
+from transfer.detection.recipe import DetectionRecipe, recipe, sources
+from transfer.detection.shared import (
     DETECTOR_FILE,
     RESULTS_FILE,
-    DetectionRecipe,
     Predictions,
     batchnorm_facts,
     build_pyramid,
-    recipe,
+    pad_to_square,
     schedule,
-    sources,
-    to_square,
     validation_batches,
 )
 from transfer.task import read_record, run_job, work_folder
@@ -92,7 +90,7 @@ def test_the_paper_recipe_is_that_of_li_et_al():
     assert vars(recipe("vit_base_patch16", "paper")) == PAPER
     assert vars(recipe("vit_large_patch16", "paper")) == {**PAPER, "drop_path": 0.3}
     assert vars(recipe("vit_huge_patch14", "paper")) == {**PAPER, "drop_path": 0.3, "window": 16}
-    assert (detection_recipe.SCORE_THRESHOLD, detection_recipe.NMS_THRESHOLD, detection_recipe.DETECTIONS) == (
+    assert (shared.SCORE_THRESHOLD, shared.NMS_THRESHOLD, shared.DETECTIONS) == (
         0.05,
         0.5,
         100,
@@ -237,7 +235,7 @@ def test_the_new_parts_of_the_pyramid_depend_on_the_seed_alone(root, tmp_path):
 
 def test_the_square_has_the_image_in_its_upper_left_corner():
     pixels = np.random.default_rng(0).integers(1, 256, (30, 50, 3), dtype=np.uint8)
-    square = to_square(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy()
+    square = pad_to_square(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy()
     assert np.array_equal(square[:30, :50], pixels)
     assert not square[30:].any()
     assert not square[:, 50:].any()
@@ -601,7 +599,7 @@ def test_two_processes_train_one_detector(root, tmp_path):
     assert weights["roi_heads.box_head.0.1.num_batches_tracked"] == 48
 
     job = job_of(data, tmp_path / "one")
-    model = detection_tv.MaskRCNN(build_pyramid(job)[0], job.recipe, detection_recipe.RoIBatchNorm)
+    model = detection_tv.MaskRCNN(build_pyramid(job)[0], job.recipe, shared.RoIBatchNorm)
     model.load_state_dict(weights)
     found, expected = json.loads((path.parent / RESULTS_FILE).read_text()), detection_tv.predict(model, job)
     for image in (FIRST_ID["val"] + i for i in range(3)):  # the second is the second process's
@@ -616,7 +614,7 @@ def test_predictions_of_an_engine_are_all_that_is_evaluated(root, tmp_path, monk
     job, entries = job_of(root, tmp_path), []
     for example in read_split(root, "val").examples:
         boxes, scores = example.boxes, np.linspace(0.9, 0.8, len(example.boxes))
-        entries += detection_recipe.as_results(example, boxes, scores, example.labels, example.masks())
+        entries += shared.to_results(example, boxes, scores, example.labels, example.masks())
     results = tmp_path / RESULTS_FILE
     results.write_text(json.dumps(entries))
     made = Predictions(results, 7, 3.5, ("a departure",), {"batchnorm": "plain"}, {"x": "y"})

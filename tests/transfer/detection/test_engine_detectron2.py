@@ -32,7 +32,8 @@ from transfer.data.coco import training_examples
 from transfer.detection import engine_detectron2 as detection_d2
 from transfer.detection import engine_torchvision as detection_tv
 from transfer.detection import train_detectron2 as detection_d2_train
-from transfer.detection.recipe import DETECTOR_FILE, RoIBatchNorm, recipe
+from transfer.detection.recipe import recipe
+from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm
 from transfer.detection.tasks import TASKS
 from transfer.miniature import dense as miniature_dense
 from transfer.pyramid import ViTPyramid, load_pyramid

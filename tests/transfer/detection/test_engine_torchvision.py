@@ -22,7 +22,7 @@ from transfer.data.coco import IDS, read_split, training_examples
 from transfer.detection import engine_torchvision as detection_tv
 from transfer.detection import tasks as detection
 from transfer.detection.engine_torchvision import Jittered, MaskRCNN, boxes_of, head_norm, large_scale_jitter, predict
-from transfer.detection.recipe import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
+from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
 from transfer.pyramid import ViTPyramid
 
 TASK = detection.TASKS[0]

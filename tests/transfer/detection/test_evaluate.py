@@ -18,7 +18,7 @@ from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, crowd, rectangle, writ
 from transfer.data.coco import annotation_file, read_split
 from transfer.detection import evaluate as coco_eval
 from transfer.detection.evaluate import Matches, bootstrap, evaluate
-from transfer.detection.recipe import as_results
+from transfer.detection.shared import to_results
 
 VAL = FIRST_ID["val"]
 
@@ -117,7 +117,7 @@ def test_ground_truth_of_the_real_subset_gives_100(tmp_path):
     """Boxes and masks as the reader gives them to the detectors, and one detection in each crowd."""
     found, annotations = [], annotation_file(SHARED, "val")
     for example in read_split(SHARED, "val").examples:
-        found += as_results(example, example.boxes, np.full(len(example.labels), 0.5), example.labels, example.masks())
+        found += to_results(example, example.boxes, np.full(len(example.labels), 0.5), example.labels, example.masks())
     truth = COCO(str(annotations))
     crowds = [a for a in truth.anns.values() if a["iscrowd"]]
     assert crowds

@@ -1,0 +1,171 @@
+"""What the detection engines share: constants, the model's start, the schedule, and the files that a job leaves."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_util
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from mae_core import distributed
+from mae_core.checkpoint.weights_file import save_weights, sha256_of
+from mae_core.data import seed_for
+from mae_core.decode import UNREADABLE, read_image
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.optim import half_cosine
+from mae_core.progress import Progress
+from mae_core.settings import write_json
+from transfer.data.coco import IDS, Example, read_split
+from transfer.detection.recipe import DetectionRecipe
+from transfer.pyramid import ViTPyramid, decays, load_pyramid
+from transfer.task import Job
+
+RESULTS_FILE = "coco_results.json"
+DETECTOR_FILE = "detector.safetensors"
+# detectron2's defaults, for both engines: anchors of 8 strides a side in three shapes; the lowest score of a detection;
+# the overlap above which the lower-scored of two is dropped; detections per image.
+ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
+SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What an engine returns for one job: the path of a COCO-results file, and how the training went.
+
+    iterations, seconds: of the training only, summed over all resumed parts. artifacts: file name in the work folder ->
+    SHA-256.
+    """
+
+    results: Path
+    iterations: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    resolved: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+
+
+def save_artifacts(job: Job, model: nn.Module, found: list[dict]) -> tuple[Path, dict[str, str]]:
+    """Gather the detections of all processes into one COCO-results file in the work folder, and save the detector's
+    weights beside it. Returns the file's path and {file name of the weights: SHA-256}."""
+    results, artifacts = job.work / RESULTS_FILE, {}
+    everyone = distributed.gather_to_all(found)
+    if distributed.is_main():
+        write_json(results, [entry for part in everyone for entry in part])
+        metadata = {"format": "mae-transfer detector", "arch": job.checkpoint.arch, "engine": job.engine}
+        save_weights(job.work / DETECTOR_FILE, model.state_dict(), metadata)
+        artifacts = {DETECTOR_FILE: sha256_of(job.work / DETECTOR_FILE)}
+    return results, artifacts
+
+
+class RoIBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that passes an empty batch through: without a single object the mask head gets no RoI, and a mean over
+    nothing would turn the running statistics into NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel():
+            return super().forward(x)
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
+    """The pyramid with the checkpoint's weights, and a one-line summary of the loading."""
+    r, machine = job.recipe, job.machine
+    torch.manual_seed(seed_for(job.seed) % 2**63)
+    pyramid = ViTPyramid(
+        job.checkpoint.arch,
+        r.image_size,
+        window=r.window,
+        drop_path=r.drop_path,
+        activation_checkpointing=machine.activation_checkpointing,
+    )
+    report = load_pyramid(pyramid, job.checkpoint)
+    return pyramid, report.summary()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: parameters with weight decay, and those without (`pyramid.decays`)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if decays(name, p)]
+    others = [p for name, p in named if not decays(name, p)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def schedule(r: DetectionRecipe, images: int) -> tuple[int, Callable[[int], float]]:
+    """The total number of iterations, and a function from an iteration to its learning rate."""
+    steps = images // r.batch
+    rate = partial(
+        half_cosine, steps_per_epoch=steps, lr=r.lr, epochs=r.epochs, warmup_epochs=r.warmup_epochs, min_lr=0.0
+    )
+    return steps * r.epochs, rate
+
+
+def batchnorm_facts(
+    r: DetectionRecipe, machine: Machine, micro_batch: int, synchronised: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How many images the heads' BatchNorms see at a time, and a note where that is not the recipe's batch."""
+    images = micro_batch * (machine.processes if synchronised else 1)
+    facts = {"batchnorm": "synchronised" if synchronised else "plain", "batchnorm_images": images}
+    return facts, () if images == r.batch else (f"BatchNorm saw {images} images at a time, not {r.batch}",)
+
+
+def fit_long_side(image: Image.Image, size: int) -> Image.Image:
+    """The image with its long side at `size` px (bilinear)."""
+    ratio = size / max(image.size)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def pad_to_square(image: Image.Image, size: int) -> Tensor:
+    """uint8 [3, size, size]: the image in the upper left corner, zeros elsewhere."""
+    square = torch.zeros(3, size, size, dtype=torch.uint8)
+    pixels = pil_to_tensor(image)
+    square[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return square
+
+
+def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Image.Image]]]:
+    """This process's batches of the validation images (`distributed.local_batches`). Shows progress."""
+    examples = read_split(Path(job.data.root), "val").examples
+    batches = distributed.local_batches(len(examples), size)
+    total, done = sum(map(len, batches)), 0
+    progress = Progress(f"predict {job.task.name} {job.checkpoint.name}", total, enabled=distributed.is_main())
+    for batch in batches:
+        yield [(examples[i], open_image(examples[i])) for i in batch]
+        done += len(batch)
+        progress.update(done, len(batch))
+
+
+def open_image(example: Example) -> Image.Image:
+    """The example's image; UserError if the file cannot be read or its size is not that of the annotations."""
+    try:
+        image = read_image(example.file)
+    except UNREADABLE as e:
+        raise UserError(f"{example.file} cannot be read as an image ({e}): replace it") from None
+    if image.size != (example.width, example.height):
+        said = f"{example.width}x{example.height}"
+        raise UserError(f"{example.file} is {image.size[0]}x{image.size[1]} px, its annotations are for {said}")
+    return image
+
+
+def to_results(example: Example, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, masks: np.ndarray) -> list:
+    """Entries of a COCO-results file. boxes [n, 4]: x0, y0, x1, y1 in px; labels 0..79; masks uint8 [n, H, W]."""
+    found = []
+    for (x0, y0, x1, y1), score, label, mask in zip(boxes.tolist(), scores.tolist(), labels.tolist(), masks):
+        rle = mask_util.encode(np.asfortranarray(mask))
+        found.append(
+            {
+                "image_id": example.id,
+                "category_id": IDS[label],
+                "bbox": [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+                "score": score,
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+        )
+    return found
