@@ -9,17 +9,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 try:
     from benchmarks import run_all
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell, Default
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write
+    from benchmarks.children import launcher, machine_flags, run_child, stop_on_signals, take_lock
     from benchmarks.flops import training_flops
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
@@ -37,8 +35,8 @@ try:
     from transfer.miniature import imagenet as miniature
     from transfer.task import Record, slug
 except ModuleNotFoundError as e:
-    python = ROOT / ".venv" / "bin" / "python"
-    print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
+    where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
+    print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
     sys.exit(2)
 
 WEIGHTS_FILE = "mae.safetensors"
@@ -100,48 +98,17 @@ def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: 
     if (work / WEIGHTS_FILE).exists():
         return work, ""
     data, tokenizer = pretraining_data(args), args.tokenizer if r.tokenizer == "dall-e" else None
-    command = [*run_all.launcher(args.gpus), "-m", "mae_core.pretrain", "--data", str(data), "--arch", arch]
-    command += ["--recipe", args.recipe, "--out", str(work), "--seed", str(args.seed), "--device", args.device]
-    command += ["--precision", args.precision, "--workers", str(args.workers), "--micro-batch", str(args.micro_batch)]
-    command += ["--save-minutes", str(args.save_minutes)]
-    command += ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
+    command = [*launcher(args.gpus), "-m", "mae_core.pretrain", "--data", str(data), "--arch", arch]
+    command += ["--recipe", args.recipe, "--out", str(work), "--seed", str(args.seed), *machine_flags(args)]
     command += ["--tokenizer", str(tokenizer)] if tokenizer else []
-    start = dataclasses.asdict(recipe(arch, args.recipe))
-    changed = {knob: value for knob, value in dataclasses.asdict(r).items() if value != start[knob]}
-    command += ["--set", *(f"{knob}={as_typed(value)}" for knob, value in changed.items())] if changed else []
+    unchanged = dataclasses.asdict(recipe(arch, args.recipe))
+    if changed := {k: v for k, v in dataclasses.asdict(r).items() if v != unchanged[k]}:
+        command += ["--set", *(f"{k}={as_typed(v)}" for k, v in changed.items())]
     log = args.out / "logs" / f"pretrain-{work.name}.log"
-    code = run_child(command, log, lock, args.gpus > 1)
+    code, last = run_child(command, log, lock)
     if code == 0:
         return work, ""
-    last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
     return work, f"pre-training ended with exit code {code}: {last} (log: {log})"
-
-
-def run_child(command: Sequence[str], log: Path, lock: int, parallel: bool) -> int:
-    """Run to the end, everything printed to the log; Ctrl-C is passed on once, waited for, and raised again."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        file.flush()
-        # A session of its own keeps the terminal's Ctrl-C from reaching it twice; the lock goes along.
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
-            start_new_session=True,
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            process.send_signal(signal.SIGTERM if parallel else signal.SIGINT)
-            print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
-            try:
-                process.wait()
-            finally:
-                process.kill()
-            raise
 
 
 def evaluation_of(work: Path, default: Default, args: argparse.Namespace) -> argparse.Namespace:
@@ -226,7 +193,7 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
 
 
 def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
-    lock = run_all.take_lock(args.out)
+    lock = take_lock(args.out)
     try:
         if args.data is None and args.recipe == "mini":
             args.data = args.out / "data"
@@ -295,8 +262,7 @@ def print_cells(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    stop_on_signals()
     try:
         machine = check(args)
         if args.plan:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 try:
     import torch
 
@@ -32,8 +31,8 @@ try:
     from mae_core.settings import write_json
     from mae_core.vit import get_arch
 except ModuleNotFoundError as e:
-    python = ROOT / ".venv" / "bin" / "python"
-    print(f"error: {sys.executable} lacks {e.name}: run `make -C {ROOT} install`, then use {python}", file=sys.stderr)
+    where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
+    print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
     sys.exit(2)
 
 KINDS = ("pretrain", "finetune", "eval", "loader")

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run_all
+from benchmarks.children import task_command
+from benchmarks.plan import make_plan, settings_by_task
+from benchmarks.suite import TASKS
+from mae_core.checkpoint import save_weights
+from mae_core.errors import UserError
+from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, write_imagenet, write_split
 
 KNN = ["--tasks", "imagenet_knn"]
@@ -118,3 +124,24 @@ def test_a_folder_that_may_not_be_read_is_skipped_as_missing_data_are(root, tmp_
     assert (code, error) == (2, "")
     assert "skipped  no data: " in lines[2]
     assert "/imagenet/train/n01498041 may not be read by this user" in lines[2]
+
+
+def test_settings_go_to_their_task():
+    found = settings_by_task(["imagenet_finetune.epochs=3", "imagenet_c.transform=resize"], TASKS)
+    assert found["imagenet_finetune"] == ["epochs=3"]
+    assert found["imagenet_c"] == ["transform=resize"]
+    with pytest.raises(UserError, match="did you mean imagenet_c"):
+        settings_by_task(["imagenet_cc.transform=resize"], TASKS)
+
+
+def test_from_scratch_the_checkpoints_of_one_size_are_one_job(root, tmp_path):
+    tuned, arch = tmp_path / "tuned.safetensors", f"random:{ARCH}"
+    save_weights(tuned, build_vit(ARCH, num_classes=1000, pool="avg").state_dict(), {})
+    common = ["--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out"), "--tasks", "imagenet_scratch"]
+    args = run_all.parse(["--ckpt", str(tuned), arch, "--seeds", "0", "1", *common])
+    jobs = [item.job for item in make_plan(args)]
+    assert [(job.checkpoint.name, job.seed) for job in jobs] == [(f"scratch:{ARCH}", seed) for seed in (0, 1)]
+    assert jobs[0].work.parent.parent.name == f"scratch-{ARCH}-{jobs[0].checkpoint.sha256[:8]}"
+    command = task_command(jobs[:1], args)
+    assert command[command.index("--ckpt") + 1] == arch
+    assert len({job.identity()["checkpoint"] for job in jobs}) == 1

@@ -1,0 +1,130 @@
+"""Child processes: one task or one pre-training each, with a log of its own, under torchrun if it is several processes.
+
+All of them hold the lock on --out.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+from mae_core.errors import UserError
+from mae_core.settings import as_typed
+from transfer.cli import task_argument
+from transfer.task import Job
+
+
+def take_lock(out: Path) -> int:
+    """Lock --out for this run; UserError if another run holds it. Returns the descriptor that holds the lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode().strip()
+        message = f"{out} is in use by another run (process {holder} or its child): wait, or use another --out"
+        raise UserError(message) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return [sys.executable]
+    # --standalone makes torchrun choose a free port.
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def machine_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of mae_core.machine.add_machine_flags, as this call was given them."""
+    flags = ["--device", args.device, "--precision", args.precision, "--workers", str(args.workers)]
+    flags += ["--micro-batch", str(args.micro_batch), "--save-minutes", str(args.save_minutes)]
+    return flags + ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
+
+
+def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
+    """The command that runs these jobs of one checkpoint, seed and task family; what the child makes of it must be
+    these very jobs."""
+    job = jobs[0]
+    command = [*launcher(args.gpus), "-m", job.task.module, "--task", *(task_argument(job.task) for job in jobs)]
+    command += ["--ckpt", job.checkpoint.path, "--recipe", args.recipe]
+    command += ["--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
+    own_recipe = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}
+    if knobs := own_recipe | job.overrides:
+        command += ["--set", *(f"{knob}={as_typed(value)}" for knob, value in knobs.items())]
+    if len(job.task.engines) > 1:
+        command += ["--engine", job.engine]
+    if job.parent is not None:
+        command += ["--classifier", job.parent.path]
+    return command + machine_flags(args)
+
+
+def run_child(command: Sequence[str], log: Path, lock: int, title: str = "") -> tuple[int, str]:
+    """Run a command to its end; its exit code and the last line it printed.
+
+    All it prints is appended to the log; its last line is shown behind the title, if there is one. Ctrl-C is passed on
+    once, waited for, and raised again.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        print("$", *command, file=file, flush=True)
+        # A session of its own keeps the terminal's Ctrl-C from reaching it twice. It inherits the lock's descriptor, so
+        # that --out stays locked for as long as any child lives.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+        assert process.stdout is not None  # since it is a pipe
+        try:
+            last = follow(process.stdout, file, title)
+            return process.wait(), last
+        except BaseException:  # Ctrl-C, or nobody reads what is printed here any more
+            # torchrun passes SIGTERM on to its processes; a plain child takes SIGINT.
+            process.send_signal(signal.SIGTERM if "torch.distributed.run" in command else signal.SIGINT)
+            with contextlib.suppress(BrokenPipeError):
+                print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
+            try:
+                file.writelines(process.stdout)
+                process.wait()
+            finally:
+                process.kill()
+            raise
+
+
+def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
+    """Copy the lines to the log as they come; the last one that is not empty."""
+    last, shown = "", 0.0
+    for line in lines:
+        log.write(line)
+        log.flush()
+        last = line.strip() or last
+        if not title:
+            continue
+        if sys.stdout.isatty():
+            width = os.get_terminal_size().columns - 1
+            print(f"\r\033[K{f'{title} | {last}'[:width]}", end="", flush=True)
+        elif time.monotonic() - shown > 15:
+            shown = time.monotonic()
+            print(f"{title} | {last}", flush=True)
+    return last
+
+
+def stop_on_signals() -> None:
+    """Make a scheduler's SIGTERM and a closed terminal stop like Ctrl-C. SIGINT too: a script's background job inherits
+    it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)

@@ -1,0 +1,65 @@
+"""What a child process is called with, what comes of it, and the lock that it shares."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run_all
+from benchmarks.children import run_child, take_lock, task_command
+from benchmarks.plan import make_plan
+from benchmarks.suite import TASKS
+from mae_core.errors import UserError
+from tests.fixtures.transfer import CLASSES, write_imagenet
+from transfer.cli import find_tasks, make_job
+from transfer.task import describe
+
+ARCH = "random:vit_mini_patch8"
+
+
+def test_a_recipe_by_name_holds_for_its_task_alone_and_reaches_the_child(tmp_path: Path) -> None:
+    data = write_imagenet(tmp_path / "data", train=4, val=3, classes=CLASSES[:2])
+    common = ["--ckpt", ARCH, "--data", str(data), "--out", str(tmp_path / "out")]
+    args = run_all.parse([*common, "--set", "inat2018.recipe=deit-360", "inat2018.batch=64"])
+    jobs = {item.job.task.name: item.job for item in make_plan(args)}
+    job = jobs["inat2018"]
+    assert {name for name in jobs if jobs[name].recipe_label != "paper"} == {"inat2018"}
+    assert job.recipe_label == "deit-360 with batch=64"
+    assert (job.recipe.epochs, job.recipe.batch, job.recipe.layer_decay) == (360, 64, 1.0)
+    command = task_command([job], args)
+    knobs = command[command.index("--set") + 1 :][:2]
+    [task] = find_tasks(["inat2018"], TASKS)
+    again = make_job(task, job.checkpoint, "paper", knobs, job.data, args.out, 0, job.machine)
+    assert again.work == job.work
+    assert "facebookresearch/deit issues 105" in describe(job, status="skipped").sources["epochs"]
+    default = {item.job.task.name: item.job for item in make_plan(run_all.parse(common))}["inat2018"]
+    assert default.recipe_label == "paper"
+    assert default.work != job.work
+
+
+def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_path: Path, capsys) -> None:
+    program = "import sys; print('one'); print('two', file=sys.stderr); print('', flush=True); sys.exit(3)"
+    log, lock = tmp_path / "logs" / "a.log", take_lock(tmp_path)
+    for title in ("", "[1/1] a"):
+        assert run_child([sys.executable, "-u", "-c", program], log, lock, title) == (3, "two")
+        assert capsys.readouterr().out == (f"{title} | one\n" if title else "")
+    os.close(lock)
+    first, second = log.read_text().split("$ ")[1:]
+    assert first == second
+    assert first.splitlines()[-3:] == ["one", "two", ""]
+
+
+def test_lock_is_held_by_children_too(tmp_path: Path) -> None:
+    lock = take_lock(tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    os.close(lock)
+    with pytest.raises(UserError, match="in use by another run"):
+        take_lock(tmp_path)
+    child.kill()
+    child.wait()
+    descriptor = take_lock(tmp_path)
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
