@@ -55,7 +55,7 @@ from transfer.task import Job
 
 
 class PyramidBackbone(Backbone):
-    """A ViTPyramid as detectron2 wants a backbone: normalised images -> {"s4": map, "s8": ..., ...} by stride."""
+    """A ViTPyramid with detectron2's backbone interface: normalised images -> {"s4": map, "s8": ..., ...} by stride."""
 
     def __init__(self, pyramid: ViTPyramid) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class PyramidBackbone(Backbone):
 
 
 class EmptySafeSyncBatchNorm(NaiveSyncBatchNorm):
-    """Synchronised, and weighted by each process's count, so that one without a single RoI does no harm. detectron2's
-    convolutions refuse torch's synchronised one on an empty batch."""
+    """Synchronised and weighted by each process's count, so that a process without a single RoI does no harm.
+    detectron2's convolutions refuse torch's SyncBatchNorm on an empty batch."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, stats_mode="N", **kwargs)
@@ -87,9 +87,9 @@ def head_norm(machine: Machine) -> type[nn.Module]:
 
 
 def fpn(pyramid: ViTPyramid, image_size: int, dim: int, norm: str | Callable[[int], nn.Module]) -> FPN:
-    """detectron2's FPN over the pyramid, its images padded to a square of that side."""
+    """detectron2's FPN over the pyramid, with images padded to a square of side image_size."""
     bottom_up, top = PyramidBackbone(pyramid), LastLevelMaxPool()
-    top.in_feature = f"p{int(math.log2(pyramid.strides[-1]))}"  # its own default is p5, of stride 32
+    top.in_feature = f"p{int(math.log2(pyramid.strides[-1]))}"  # the default is p5, of stride 32
     return FPN(bottom_up, bottom_up.names, dim, norm=norm, top_block=top, square_pad=image_size)
 
 
@@ -102,9 +102,9 @@ def build_backbone(
     norm: str | Callable[[int], nn.Module] = "SyncBN",
     activation_checkpointing: bool = False,
 ) -> FPN:
-    """For configs: the FPN over the ViT of a checkpoint, loaded here and strictly: leave `train.init_checkpoint`
+    """For configs: the FPN over the ViT of a checkpoint, which is loaded here, strictly: leave `train.init_checkpoint`
     (MODEL.WEIGHTS) empty. checkpoint: a file, or "random:ARCH". window: None for the pre-training grid. Images must be
-    RGB, normalised with the mean and std that `python -m mae_core.checkpoint` states. CheckpointError for a file that
+    RGB, normalised with the mean and std that `python -m mae_core.checkpoint` prints. CheckpointError for a file that
     is no ViT encoder."""
     source = read_checkpoint(checkpoint)
     pyramid = ViTPyramid(
@@ -132,9 +132,11 @@ def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_model(
     pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
 ) -> GeneralizedRCNN:
-    """Mask R-CNN as the recipe says: RPN with r.rpn_convs hidden convolutions, box head of four convolutions and one
-    fully connected layer, mask head of four, all in detectron2's own parts. pixels: mean and std of the channels (0..1)
-    that the checkpoint's images are normalised with."""
+    """Mask R-CNN by the recipe, from detectron2's own parts: RPN with r.rpn_convs hidden convolutions, box head of four
+    convolutions and one fully connected layer, mask head of four convolutions.
+
+    pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
+    """
     backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
     levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
     strides = [backbone.output_shape()[level].stride for level in levels]
@@ -197,7 +199,7 @@ def build_model(
 
 
 def train_and_predict(job: Job) -> Predictions:
-    """Train by job.recipe, resuming what lies in job.work; detect on the validation images; write both down."""
+    """Train by job.recipe, resuming from job.work; detect on the validation images; save detections and weights."""
     r, machine = job.recipe, job.machine
     examples = training_examples(Path(job.data.root))
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
@@ -206,7 +208,7 @@ def train_and_predict(job: Job) -> Predictions:
     model = build_model(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
     suit_attention(model, machine)
     if machine.compile:
-        pyramid.compile()  # the heads change their shapes with every image
+        pyramid.compile()  # not the heads, whose shapes change with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
     iterations, seconds = train(model, examples, job, micro_batch)
     results, artifacts = save_artifacts(job, model, predict(model, job))
@@ -216,7 +218,7 @@ def train_and_predict(job: Job) -> Predictions:
 
 @torch.inference_mode()
 def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
-    """COCO results of this process's share of the validation images."""
+    """COCO results of this process's validation images."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in validation_batches(job, machine.micro_batch or 8):

@@ -1,6 +1,6 @@
 """Engine: torchvision's Mask R-CNN on the ViT pyramid, for machines without detectron2.
 
-Where it departs from the recipe (DEPARTURES, in every record): torchvision's losses and pooling are not detectron2's.
+Its losses and pooling are torchvision's, not detectron2's: every record lists these DEPARTURES.
 """
 
 from dataclasses import replace
@@ -18,7 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mae_core import distributed
@@ -61,8 +61,9 @@ DEPARTURES = (
 def large_scale_jitter(
     image: Image.Image, masks: np.ndarray, size: int, scales: tuple[float, float]
 ) -> tuple[Image.Image, Tensor]:
-    """Flip with probability 1/2, scale so that the image fits into a square of `size` times a factor from `scales`, and
-    crop at random to at most size x size. Returns the image and the masks, uint8 [n, h, w]. Draws from torch."""
+    """Flip with probability 1/2, scale the image to fit a square of `size` times a random factor from `scales`, and
+    crop it at random to at most size x size. Returns the image and the masks, uint8 [n, h, w]. Random numbers come from
+    torch's global generator."""
     if torch.rand(()) < 0.5:
         image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
     factor = scales[0] + (scales[1] - scales[0]) * torch.rand(()).item()
@@ -71,15 +72,15 @@ def large_scale_jitter(
     left, top = (int(max(side - size, 0) * torch.rand(()).item()) for side in (width, height))
     box = (left, top, left + min(width, size), top + min(height, size))
     image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
-    # Nearest, by picking rows and columns: only the crop is ever made.
+    # Nearest neighbour by picking rows and columns: no more than the crop is computed.
     rows = ((np.arange(box[1], box[3]) + 0.5) * masks.shape[1] / height).astype(int)
     columns = ((np.arange(box[0], box[2]) + 0.5) * masks.shape[2] / width).astype(int)
     return image, torch.from_numpy(masks[:, rows][:, :, columns])
 
 
 class Jittered(Dataset):
-    """Sample -> (uint8 [3, S, S], {boxes, labels 1..80, masks}, ""): one augmented training image, its random draws
-    seeded by its position in the stream."""
+    """Sample -> (uint8 [3, S, S], {boxes, labels 1..80, masks, size}, ""): one augmented training image, its random
+    draws seeded by its position in the stream."""
 
     def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
         self.examples, self.r, self.seed = examples, r, seed
@@ -92,11 +93,13 @@ class Jittered(Dataset):
         image = open_image(example)
         seed_all(self.seed, sample.position)
         image, masks = large_scale_jitter(image, example.masks(), size, (self.r.min_scale, self.r.max_scale))
-        # Boxes anew from what the crop left of the masks; objects it left nothing of are gone (detectron2's ViTDet).
-        kept = masks.flatten(1).any(dim=1).bool() if len(masks) else torch.zeros(0, dtype=torch.bool)
+        # As in detectron2's ViTDet: objects cropped away are dropped, and boxes fit what the crop left of the masks.
+        kept = masks.flatten(1).any(dim=1).bool()
         masks = masks[kept]
+        boxes = masks_to_boxes(masks)
+        boxes[:, 2:] += 1  # from the last pixel inside to the border after it
         target = {
-            "boxes": boxes_of(masks),
+            "boxes": boxes,
             "labels": torch.from_numpy(example.labels)[kept] + 1,
             "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
             "size": torch.tensor(image.size[::-1]),
@@ -104,20 +107,11 @@ class Jittered(Dataset):
         return pad_to_square(image, size), target, ""
 
 
-def boxes_of(masks: Tensor) -> Tensor:
-    """Masks [n, h, w], none empty -> [n, 4] x0, y0, x1, y1 around their pixels."""
-    boxes = torch.zeros(len(masks), 4)
-    for box, mask in zip(boxes, masks):
-        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
-        box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).flatten()
-    return boxes
-
-
 class MaskRCNN(nn.Module):
     """torchvision's RPN and RoI heads on an FPN over the pyramid.
 
     (images uint8 [B, 3, S, S], targets) -> losses by name when training; else per image boxes [n, 4], labels 1..80,
-    scores and masks [n, 1, 28, 28]. Of the targets evaluation needs `size` alone, the (height, width) without padding.
+    scores and masks [n, 1, 28, 28]. Evaluation needs only `size` of the targets: (height, width) without padding.
     pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
     """
 
@@ -125,6 +119,8 @@ class MaskRCNN(nn.Module):
         self, body: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
     ) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         classes, levels = len(CATEGORIES) + 1, ["0", "1", "2", "3"]
         self.body = body
         self.fpn = FeaturePyramidNetwork([body.channels] * 4, r.fpn_dim, LastLevelMaxPool(), norm)
@@ -158,8 +154,8 @@ class MaskRCNN(nn.Module):
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
         )
         self.init_as_detectron2()
-        # torchvision computes anchors, boxes and their targets in the type of what its heads give. In bf16, which has
-        # eight bits, a coordinate above 512 px would be off by up to two, and small objects are not learnt at all.
+        # torchvision computes anchors, boxes and their targets in the type of its heads' outputs. With bf16's
+        # eight bits, coordinates above 512 px would be off by up to two, and small objects would not be learnt at all.
         for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
             head.register_forward_hook(lambda module, inputs, output: in_float32(output))
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
@@ -167,7 +163,7 @@ class MaskRCNN(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def init_as_detectron2(self) -> None:
-        """Last layers of the heads: torchvision leaves them at larger defaults."""
+        """Re-initialise the heads' last layers, whose torchvision defaults are larger."""
         box, mask = self.roi_heads.box_predictor, self.roi_heads.mask_predictor.mask_fcn_logits
         for layer, std in ((box.cls_score, 0.01), (box.bbox_pred, 0.001), (mask, 0.001)):
             nn.init.normal_(layer.weight, std=std)
@@ -175,16 +171,16 @@ class MaskRCNN(nn.Module):
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         features = self.features(images, [target["size"] for target in targets])
-        # The whole square as the image's size: from it torchvision infers the strides of the maps.
-        size = tuple(images.shape[-2:])
-        sizes, targets = [size] * len(images), targets if self.training else None
-        proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
-        found, roi_losses = self.roi_heads(features, proposals, sizes, targets)
+        # The whole square counts as the image: torchvision infers the strides of the maps from its size.
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        known = targets if self.training else None
+        proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, known)
+        found, roi_losses = self.roi_heads(features, proposals, sizes, known)
         return rpn_losses | roi_losses if self.training else found
 
     def features(self, images: Tensor, sizes: list[Tensor]) -> dict[str, Tensor]:
         normalised = (images - self.mean) / self.std
-        for image, (height, width) in zip(normalised, sizes):  # padding is zero after normalisation
+        for image, (height, width) in zip(normalised, sizes):  # padding is zero after the normalisation
             image[:, int(height) :] = 0
             image[:, :, int(width) :] = 0
         maps = self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
@@ -198,12 +194,12 @@ def in_float32(output: Tensor | list | tuple) -> Tensor | list | tuple:
 
 
 def head_norm(machine: Machine) -> type[nn.Module]:
-    """Synchronised over GPUs, where torch's takes empty batches. It has none for the CPU."""
+    """Synchronised over GPUs, where torch's takes empty batches; torch has none for the CPU."""
     return nn.SyncBatchNorm if machine.processes > 1 and machine.device.startswith("cuda") else RoIBatchNorm
 
 
 def train_and_predict(job: Job) -> Predictions:
-    """Train by job.recipe, resuming what lies in job.work; detect on the validation images; write both down."""
+    """Train by job.recipe, resuming from job.work; detect on the validation images; save detections and weights."""
     r, machine = job.recipe, job.machine
     examples = training_examples(Path(job.data.root))
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
@@ -211,7 +207,7 @@ def train_and_predict(job: Job) -> Predictions:
     norm = head_norm(machine)
     model = MaskRCNN(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
     if machine.compile:
-        model.body.compile()  # the heads change their shapes with every image
+        model.body.compile()  # not the heads, whose shapes change with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
     _, rate = schedule(r, len(examples))
     state = fit(
@@ -241,7 +237,7 @@ def train_and_predict(job: Job) -> Predictions:
 
 @torch.inference_mode()
 def predict(model: MaskRCNN, job: Job) -> list[dict]:
-    """COCO results of this process's share of the validation images."""
+    """COCO results of this process's validation images."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in validation_batches(job, machine.micro_batch or 8):
@@ -253,7 +249,7 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
             scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
             limit = torch.tensor([example.width, example.height]).repeat(2)
             boxes = (output["boxes"].float().cpu() * scale).clamp(min=torch.zeros(4), max=limit)
-            kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie in the padding alone
+            kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie wholly in the padding
             boxes, masks = boxes[kept], output["masks"].float().cpu()[kept]
             masks = paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5
             labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))

@@ -1,4 +1,4 @@
-"""COCO's metrics of one results file: the only place where they are computed, whatever engine made the file."""
+"""COCO's metrics of one results file: the only place that computes them, whichever engine made the file."""
 
 import contextlib
 import io
@@ -20,7 +20,8 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Evaluation:
-    """box_ap, mask_ap and their relatives in percent; the standard error of both; AP by category name."""
+    """metrics: box_ap, mask_ap and their variants in percent. stderr: of box_ap and mask_ap. per_class: AP by category
+    name."""
 
     metrics: dict[str, float]
     stderr: dict[str, float]
@@ -28,12 +29,13 @@ class Evaluation:
 
 
 def evaluate(annotations: Path, results: Path, seed: int = 0) -> Evaluation:
-    """Box and mask AP (percent) of a COCO-results file. What has no ground truth (such as large objects in a small set)
-    has no metric. Standard errors: bootstrap over the images."""
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints all it does
+    """Box and mask AP (percent) of a COCO-results file. A metric without ground truth (such as large objects in a small
+    set) is left out. Standard errors: bootstrap over the images."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO(str(annotations))
         found = json.loads(results.read_text(encoding="utf-8"))
-        metrics, stderr, per_class = {}, {}, {}
+        metrics: dict[str, float] = {}
+        stderr, per_class = {}, {}
         for name, kind in KINDS.items():
             evaluator = COCOeval(truth, load(truth, found, name), kind)
             evaluator.evaluate()
@@ -52,9 +54,9 @@ def evaluate(annotations: Path, results: Path, seed: int = 0) -> Evaluation:
 
 
 def load(truth: COCO, found: list[dict], name: str) -> COCO:
-    """The detections for boxes or masks. pycocotools takes the size of an object from its box where it has one: masks
-    are told apart by the area of the mask."""
-    if not found:  # which loadRes cannot read
+    """The detections for boxes or for masks. pycocotools takes an object's size from its box if it has one; without
+    the boxes, masks are sorted into sizes by their own area."""
+    if not found:  # loadRes cannot read an empty list
         nothing = COCO()
         nothing.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
         nothing.dataset["annotations"] = []
@@ -65,8 +67,8 @@ def load(truth: COCO, found: list[dict], name: str) -> COCO:
 
 
 def bootstrap(evaluator: COCOeval, seed: int, resamples: int = RESAMPLES) -> float:
-    """Standard deviation (percent) of AP over resamples of the images, drawn with replacement. Detections were matched
-    within each image by evaluate(); only the accumulation is done again."""
+    """Standard deviation (percent) of AP over resamples of the images, drawn with replacement. evaluate() has matched
+    detections within each image; only the accumulation is repeated."""
     matches = Matches(evaluator)
     rng = np.random.default_rng(seed)
     images = len(evaluator.params.imgIds)
@@ -76,8 +78,8 @@ def bootstrap(evaluator: COCOeval, seed: int, resamples: int = RESAMPLES) -> flo
 
 
 class Matches:
-    """What evaluate() matched (all sizes, most detections), per category in falling order of score, so that AP can be
-    taken over any multiset of the images."""
+    """evaluate()'s matches (all sizes, most detections) per category, highest score first: AP of any multiset of the
+    images follows from them."""
 
     def __init__(self, evaluator: COCOeval) -> None:
         p = evaluator.params
@@ -102,7 +104,7 @@ class Matches:
                 self.categories.append((hit & ~ignore, ~hit & ~ignore, np.concatenate(owner)[order], objects))
 
     def ap(self, counts: np.ndarray) -> float:
-        """AP (0..1) where image i stands counts[i] times; NaN if no object is left."""
+        """AP (0..1) over a set that holds image i counts[i] times; NaN if no object is left."""
         values = []
         for true, false, owner, objects in self.categories:
             positives = int(objects @ counts)

@@ -1,4 +1,4 @@
-"""A picture of what a detector found: a grid of validation images with boxes, masks, classes and scores."""
+"""A picture of detections: a grid of validation images with boxes, masks, classes and scores."""
 
 import json
 from collections import defaultdict
@@ -19,7 +19,7 @@ from transfer.data.coco import CATEGORIES, LABELS, Example
 PICTURE_FILE = "predictions.png"
 IMAGES, SIDE, SHOWN_SCORE, SHOWN = 16, 320, 0.3, 12
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-# One colour a class: the golden angle keeps neighbouring labels apart.
+# One colour per class; steps of the golden angle keep neighbouring labels apart.
 COLOURS = tuple(f"hsl({int(label * 137.508) % 360}, 90%, 45%)" for label in range(len(CATEGORIES)))
 
 
@@ -48,7 +48,7 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         boxes = torch.tensor([entry["bbox"] for entry in entries]) * ratio
         boxes[:, 2:] += boxes[:, :2]
         texts = [f"{CATEGORIES[entry['category_id']]} {entry['score']:.2f}" for entry in entries]
-        for mask, colour in zip(masks, colours):  # one by one: together, torchvision leaves out where they overlap
+        for mask, colour in zip(masks, colours):  # one by one: drawn together, torchvision skips their overlaps
             tile = draw_segmentation_masks(tile, mask[None], alpha=0.45, colors=[colour])
         tile = draw_bounding_boxes(
             tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True

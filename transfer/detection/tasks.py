@@ -19,16 +19,18 @@ from transfer.task import Job, Result, Task
 
 
 def train_and_predict(job: Job) -> Predictions:
-    """By the job's engine, which is imported here: neither needs the other to be installed."""
+    """Run the job's engine. Engines are imported here, so that neither needs the other to be installed."""
     if job.engine == "detectron2":
-        from transfer.detection import engine_detectron2 as engine
-    else:
-        from transfer.detection import engine_torchvision as engine
-    return engine.train_and_predict(job)
+        from transfer.detection import engine_detectron2
+
+        return engine_detectron2.train_and_predict(job)
+    from transfer.detection import engine_torchvision
+
+    return engine_torchvision.train_and_predict(job)
 
 
 def run(job: Job) -> Result:
-    """Train, detect on the validation images, evaluate the results file, and draw some of it."""
+    """Train, detect on the validation images, evaluate the results file, and draw the first images."""
     root = Path(job.data.root)
     predictions = train_and_predict(job)
     evaluation = None
@@ -54,7 +56,7 @@ def run(job: Job) -> Result:
 
 
 def weights(job: Job) -> int:
-    """Numbers in the detector: torchvision's, of which detectron2's differs by its norms alone."""
+    """How many numbers the detector holds: torchvision's, from which detectron2's differs only in its norms."""
     from transfer.detection.engine_torchvision import MaskRCNN
 
     r = job.recipe

@@ -1,9 +1,9 @@
-"""detectron2's trainer, hooks, loader and checkpointer, for a training that is resumed at its exact iteration."""
+"""Training on detectron2's trainer, hooks, loader and checkpointer, resumable at the exact iteration."""
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -13,14 +13,14 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.structures import BoxMode
 from detectron2.utils.events import JSONWriter
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from mae_core import distributed
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
-from mae_core.loop import stop_requested
+from mae_core.loop import Stop, stop_requested
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import CHECKPOINT_FILE
@@ -34,11 +34,11 @@ METRICS_EVERY = 20  # iterations between two lines of metrics.json
 
 
 class MappedExamples(Dataset):
-    """Sample -> what detectron2's DatasetMapper makes of the example: large-scale jitter as in its ViTDet configs, the
-    random draws seeded by the position in the stream.
+    """Sample -> the example through detectron2's DatasetMapper: large-scale jitter as in its ViTDet configs, its random
+    draws seeded by the position in the stream.
 
-    The mapper turns an image as its EXIF says, where our other readers take it as it is stored; it refuses one whose
-    size is then not the annotations', by name."""
+    The mapper applies an image's EXIF orientation, which our other readers ignore; if the size then differs from the
+    annotations', it refuses the image by name."""
 
     def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
         size = r.image_size
@@ -61,7 +61,7 @@ class MappedExamples(Dataset):
 
     def __getitem__(self, sample: Sample) -> dict[str, Any]:
         example = self.examples[sample.index]
-        open_image(example).close()  # says in a sentence what is wrong with the file
+        open_image(example).close()  # raises a clear UserError for a bad file
         seed_all(self.seed, sample.position)
         return self.mapper(as_dict(example))
 
@@ -81,8 +81,8 @@ def as_dict(example: Example) -> dict[str, Any]:
     }
 
 
-class Stream(Sampler):
-    """This process's Samples from a given iteration on, one by one. detectron2's own sampler starts anew at 0."""
+class ResumedSampler(Sampler):
+    """This process's Samples one by one, from the stream's first iteration; detectron2's own sampler restarts at 0."""
 
     def __init__(self, stream: TrainingStream) -> None:
         self.stream = stream
@@ -96,7 +96,7 @@ class Stream(Sampler):
 
 
 class Checkpointer(DetectionCheckpointer):
-    """One file, replaced at once when the new one is whole; read without running code, and strictly."""
+    """Keeps one file, replaced atomically once the new one is complete; loads it strictly and without running code."""
 
     def save(self, name: str, **facts: Any) -> None:
         if not self.save_to_disk:
@@ -121,7 +121,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return torch.load(filename, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged pickle fails in any way
+        except Exception:  # a damaged pickle can fail with any type
             raise UserError(f"{filename} is damaged: delete it to start this training again") from None
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
@@ -135,14 +135,15 @@ class Checkpointer(DetectionCheckpointer):
 
 class Trainer(SimpleTrainer):
     """Accumulates micro-batches to the effective batch, in the job's precision (detectron2's AMPTrainer needs a GPU).
-    Every draw in the heads is seeded by the iteration, so that a resumed run repeats it."""
+    Random draws in the heads are seeded by the iteration, so that a resumed run repeats them."""
 
     def __init__(self, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, job: Job, chunks: int) -> None:
         super().__init__(model, loader, optimizer, gather_metric_period=METRICS_EVERY)
         self.job, self.chunks = job, chunks
 
     def run_step(self) -> None:
-        machine, total, waited = self.job.machine, {}, 0.0
+        machine, waited = self.job.machine, 0.0
+        total: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for chunk in range(self.chunks):
             before = time.perf_counter()
@@ -164,20 +165,22 @@ class Trainer(SimpleTrainer):
         self.optimizer.step()
 
 
-class Rate(HookBase):
-    """The learning rate of each iteration, by the recipe's schedule."""
+class LearningRate(HookBase):
+    """Sets the learning rate of each iteration by the recipe's schedule."""
 
-    def __init__(self, rate: Any) -> None:
+    def __init__(self, rate: Callable[[int], float]) -> None:
         self.rate = rate
 
     def before_step(self) -> None:
         set_learning_rate(self.trainer.optimizer, self.rate(self.trainer.iter))
 
 
-class Keeper(HookBase):
-    """Saves every few minutes, at the end, and when asked to stop; shows progress and counts the seconds."""
+class Saver(HookBase):
+    """Saves every few minutes, at the end and on a request to stop; shows progress and counts the seconds."""
 
-    def __init__(self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop) -> None:
+    def __init__(
+        self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop: Stop
+    ) -> None:
         self.checkpointer, self.job, self.iterations = checkpointer, job, iterations
         self.before, self.stop = seconds, stop
         self.started = self.saved = time.monotonic()
@@ -202,8 +205,8 @@ class Keeper(HookBase):
 
 
 def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> tuple[int, float]:
-    """Train in place, from the work folder's checkpoint on if there is one. Returns the iterations and the seconds that
-    all parts took together. Ctrl-C and SIGTERM save, then raise KeyboardInterrupt."""
+    """Train in place, resuming from the work folder's checkpoint if there is one. Returns the iterations, and the
+    seconds summed over all resumed parts. Ctrl-C and SIGTERM save, then raise KeyboardInterrupt."""
     r, machine = job.recipe, job.machine
     optimizer = adamw(parameter_groups(model, r.weight_decay), r.betas)
     iterations, rate = schedule(r, len(examples))
@@ -218,7 +221,7 @@ def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> t
     loader = build_detection_train_loader(
         MappedExamples(examples, r, job.seed),
         mapper=None,
-        sampler=Stream(stream),
+        sampler=ResumedSampler(stream),
         total_batch_size=micro_batch * machine.processes,
         aspect_ratio_grouping=False,
         num_workers=machine.workers,
@@ -227,9 +230,9 @@ def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> t
     model.train()
     trainer = Trainer(parallel, loader, optimizer, job, r.batch // machine.processes // micro_batch)
     with stop_requested() as stop:
-        keeper = Keeper(checkpointer, job, iterations, first, seconds, stop)
+        saver = Saver(checkpointer, job, iterations, first, seconds, stop)
         writer = hooks.PeriodicWriter([JSONWriter(str(job.work / "metrics.json"))], period=METRICS_EVERY)
-        trainer.register_hooks([Rate(rate), keeper, writer if distributed.is_main() else None])
+        trainer.register_hooks([LearningRate(rate), saver, writer if distributed.is_main() else None])
         try:
             trainer.train(first, iterations)
         except torch.OutOfMemoryError:
@@ -237,4 +240,4 @@ def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> t
                 f"out of GPU memory at iteration {trainer.iter} with a micro-batch of {micro_batch}: start again with "
                 "a smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
             ) from None
-    return iterations, keeper.seconds
+    return iterations, saver.seconds

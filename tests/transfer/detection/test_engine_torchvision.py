@@ -21,7 +21,7 @@ from tests.fixtures.transfer import make_job
 from transfer.data.coco import IDS, read_split, training_examples
 from transfer.detection import engine_torchvision as detection_tv
 from transfer.detection import tasks as detection
-from transfer.detection.engine_torchvision import Jittered, MaskRCNN, boxes_of, head_norm, large_scale_jitter, predict
+from transfer.detection.engine_torchvision import Jittered, MaskRCNN, head_norm, large_scale_jitter, predict
 from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
 from transfer.pyramid import ViTPyramid
 
@@ -167,6 +167,7 @@ def test_boxes_are_made_anew_and_objects_that_are_cut_away_are_gone(root):
         masks = target["masks"].numpy()
         height, width = target["size"].tolist()
         assert masks.shape == (len(target["labels"]), 64, 64)
+        assert target["boxes"].shape == (len(masks), 4)
         assert masks.any(axis=(1, 2)).all()
         assert not masks[:, height:].any()
         assert not masks[:, :, width:].any()
@@ -182,10 +183,6 @@ def test_boxes_are_made_anew_and_objects_that_are_cut_away_are_gone(root):
     assert counts == {0, 1, 2}
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].dtype == torch.int64
-
-
-def test_boxes_of_no_mask():
-    assert boxes_of(torch.zeros(0, 5, 5, dtype=torch.uint8)).shape == (0, 4)
 
 
 def test_a_damaged_or_exchanged_image_ends_the_training_by_name(tmp_path):
