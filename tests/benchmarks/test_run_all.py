@@ -12,7 +12,7 @@ import pytest
 from benchmarks import run_all
 from benchmarks.plan import Item
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
-from transfer.data.split import wnids
+from transfer.data.imagenet import wnids
 from transfer.task import Record, read_record, write_record
 
 RUN_ALL = Path(run_all.__file__).resolve()

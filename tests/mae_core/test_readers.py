@@ -13,10 +13,11 @@ from mae_core.machine import Machine
 from mae_core.reconstruct import load_images
 from tests.fixtures.image import broken_files, odd_files, photograph
 from tests.fixtures.transfer import TableModel, one_hot_logits
-from transfer.classification.train import evaluate
+from transfer.classification.evaluate import evaluate
+from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform, probe_transform, train_transform
 from transfer.data.ade20k import check_pair
 from transfer.data.coco import Example, Examples
-from transfer.data.split import IMAGENET_PIXELS, Split, eval_transform, probe_transform, train_transform
+from transfer.data.split import Split
 from transfer.detection.engine_torchvision import Jittered
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import open_image

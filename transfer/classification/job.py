@@ -13,9 +13,11 @@ from mae_core.checkpoint.export import travelling
 from mae_core.checkpoint.weights_file import sha256_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.training import State
-from transfer.classification.train import evaluate
+from transfer.classification.evaluate import evaluate
+from transfer.classification.transforms import eval_transform
+from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
-from transfer.data.split import Split, eval_transform, read_split, wnids
+from transfer.data.split import Split
 from transfer.task import Job, Result
 
 Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors

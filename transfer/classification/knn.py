@@ -18,9 +18,11 @@ from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.progress import Progress
 from mae_core.settings import bounded, check_ranges, choose
+from transfer.classification.evaluate import forward
 from transfer.classification.recipes import miniature_size
-from transfer.classification.train import forward
-from transfer.data.split import Split, eval_transform, read_split, wnids
+from transfer.classification.transforms import eval_transform
+from transfer.data.imagenet import read_split, wnids
+from transfer.data.split import Split
 from transfer.task import Job, Result
 
 OTHER_KS = (10, 20, 100, 200)  # what DINO evaluates
@@ -30,7 +32,7 @@ VERSION = 1  # raised whenever the same inputs give other features
 
 @dataclass(frozen=True)
 class KnnRecipe:
-    """k and temperature of the vote; size (px) and transform (transfer/data/split.py, eval_transform) of the images;
+    """k and temperature of the vote; size (px) and transform (transforms.py, eval_transform) of the images;
     train_fraction: the share of the training images that vote (Split.share)."""
 
     image_size: int = bounded(1)

@@ -20,9 +20,9 @@ from mae_core.vit import get_arch
 from transfer.classification.job import images_of, start_model, trained_result, validate
 from transfer.classification.picture import PICTURE_FILE, draw_curve
 from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
+from transfer.classification.transforms import train_transform
 from transfer.cli import finished, make_job
 from transfer.data.labelled import Reading
-from transfer.data.split import train_transform
 from transfer.task import Job, Record, Result, Task, claim, run_job, work_folder
 
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned

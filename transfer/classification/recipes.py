@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from mae_core.settings import choose, unknown
 from mae_core.vit import get_arch
+from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
-from transfer.classification.train import ClassifierRecipe, EvalRecipe, RepeatedRecipe
+from transfer.classification.train import ClassifierRecipe, RepeatedRecipe
 
 PAPER_9 = "MAE paper, Table 9"
 OFFICIAL = "facebookresearch/mae FINETUNE.md and main_finetune.py"

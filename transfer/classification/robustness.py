@@ -15,9 +15,11 @@ from mae_core.data import PILLOW_PIXELS
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import choose
-from transfer.classification.train import EvalRecipe, Scores, evaluate, trained_classifier
+from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
+from transfer.classification.transforms import Pixels, eval_transform
+from transfer.data.imagenet import columns, read_split, wnids
 from transfer.data.imagenet_shifts import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
-from transfer.data.split import Pixels, Split, columns, eval_transform, read_split, wnids
+from transfer.data.split import Split
 from transfer.miniature import imagenet as miniature
 from transfer.task import Job, Result, Task
 

@@ -14,6 +14,7 @@ from torch import nn
 from mae_core.data import PILLOW_PIXELS
 from mae_core.errors import UserError
 from transfer.classification import robustness
+from transfer.classification.evaluate import evaluate, trained_classifier
 from transfer.classification.job import images_of, leave, start_model, trained_result, validate
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
@@ -31,23 +32,11 @@ from transfer.classification.recipes import (
     stand_in_recipe,
     stand_in_sources,
 )
-from transfer.classification.train import (
-    backbone_tensors,
-    evaluate,
-    parameters_sha256,
-    train_classifier,
-    trained_classifier,
-)
+from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
+from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.findings import Data
-from transfer.data.imagenet import look_imagenet, look_imagenet_val
+from transfer.data.imagenet import look_imagenet, look_imagenet_val, read_split, wnids
 from transfer.data.labelled import SETS, LabelledSet, look, read_folder
-from transfer.data.split import (
-    eval_transform,
-    probe_transform,
-    read_split,
-    train_transform,
-    wnids,
-)
 from transfer.miniature import imagenet as miniature
 from transfer.miniature import labelled as miniature_sets
 from transfer.space import classifier_weights

@@ -1,16 +1,97 @@
-"""ImageNet-1k on disk: whether it is there, whole and the official one."""
+"""ImageNet-1k: its classes by WNID, the reader of its folders, and whether it is there, whole and the official one."""
 
+import os
+import pkgutil
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from transfer.data.findings import Data, against_official, label_of, some, unusable
-from transfer.data.split import VAL_NAME, Split, fingerprint, read_split, wnids
+from transfer.data.split import Split, fingerprint, is_image
 
+VAL_NAME = "ILSVRC2012_val_"  # begins the names of the official validation images
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").
 IMAGENET_COUNTS = {"classes": 1000, "train": 1281167, "val": 50000}
 TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.")  # of the official training images
+
+
+@cache
+def wnids(which: str = "imagenet") -> tuple[str, ...]:
+    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each); timm's lists."""
+    return tuple(pkgutil.get_data("timm.data", f"_info/{which}_synsets.txt").decode().split())
+
+
+@cache
+def columns(which: str) -> tuple[int, ...]:
+    """Which of the 1000 logits the 200 classes of "imagenet_a" or "imagenet_r" are, in WNID order."""
+    place = {wnid: i for i, wnid in enumerate(wnids())}
+    return tuple(place[wnid] for wnid in sorted(wnids(which)))
+
+
+def read_split(folder: Path) -> tuple[Split, list[str]]:
+    """The images of folder/WNID/*, and what is wrong with the folder (empty: nothing). One listing a folder.
+
+    The label comes from the folder's name, never from its rank: a folder of ten classes still means 1000 logits. All
+    usual extensions in any case and names with spaces are found.
+    """
+    place = {wnid: i for i, wnid in enumerate(wnids())}
+    files: list[Path] = []
+    labels: list[int] = []
+    strange, broken, empty, loose, forks = [], [], [], [], 0
+    with os.scandir(folder) as entries:
+        entries = sorted(entries, key=lambda entry: entry.name)
+    for entry in entries:
+        if not entry.is_dir():  # which asks the disk for links alone
+            (broken if entry.is_symlink() and entry.name in place else loose).append(entry.name)
+        elif entry.name not in place:
+            strange.append(entry.name)
+        else:
+            # Names, not paths: of a million files they are sorted in a tenth of the time.
+            names = sorted(name for name in os.listdir(entry.path) if is_image(name))
+            forks += sum(name.startswith("._") for name in names)
+            files += map((folder / entry.name).joinpath, names)
+            labels += [place[entry.name]] * len(names)
+            if not names:
+                empty.append(entry.name)
+    problems = misplaced(folder, loose)
+    if strange:
+        problems.append(
+            f"{folder} has folders that are no ImageNet class: {some(strange)}; rename each to the WNID of its class "
+            "(n01440764 is the tench; LOC_synset_mapping.txt of the Kaggle release lists all), or move it away"
+        )
+    if broken:
+        problems.append(f"{folder} has broken links for class folders: {some(broken)}; link them to where they lie")
+    if empty:
+        problems.append(f"{folder} has class folders without an image: {some(empty)}; fill or remove them")
+    if forks:
+        problems.append(
+            f"{folder} has {forks} files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete"
+        )
+    if not files and not problems:
+        problems.append(f"{folder} has no class folder with images in it: unpack the archive there")
+    return Split(tuple(files), tuple(labels)), problems
+
+
+def misplaced(folder: Path, names: list[str]) -> list[str]:
+    """What is wrong with files beside the class folders: as the official archives unpack, there are some."""
+    images = [name for name in names if is_image(name)]
+    archives = [name for name in names if re.fullmatch(r"n\d{8}\.tar", name)]
+    problems = []
+    if images:
+        how = "move each into the folder of its class"
+        if images[0].startswith(VAL_NAME):
+            how = (
+                "the official archive is flat; valprep.sh of soumith/imagenetloader.torch, run in there, moves each "
+                "image into its class and holds the mapping; or torchvision.datasets.ImageNet unpacks it again, with "
+                "the mapping from ILSVRC2012_devkit_t12.tar.gz"
+            )
+        problems.append(f"{len(images)} images lie in {folder} itself, not in class folders named by WNID: {how}")
+    if archives:
+        how = "for f in n*.tar; do mkdir -p ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; done"
+        problems.append(f"{folder} has {len(archives)} archives of classes, packed still; in there: {how}")
+    return problems
 
 
 def look_imagenet(root: Path) -> Data:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from transfer.data.findings import Data, against_official, label_of, some, unusable
-from transfer.data.imagenet import without
-from transfer.data.split import Split, columns, fingerprint, read_split, wnids
+from transfer.data.imagenet import columns, read_split, without, wnids
+from transfer.data.split import Split, fingerprint
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),

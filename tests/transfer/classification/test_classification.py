@@ -19,9 +19,10 @@ from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, CLASSES, make_job, small_checkpoint, write_imagenet, write_split
 from transfer import task
 from transfer.classification import tasks as classification
-from transfer.classification.train import evaluate, trained_classifier
+from transfer.classification.evaluate import evaluate, trained_classifier
+from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform
 from transfer.cli import main
-from transfer.data.split import IMAGENET_PIXELS, eval_transform, read_split, wnids
+from transfer.data.imagenet import read_split, wnids
 from transfer.task import CLASSIFIER_FILE, run_job
 
 FINETUNE, LINPROBE, EVAL, KNN = classification.TASKS[:4]

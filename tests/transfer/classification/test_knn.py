@@ -14,11 +14,12 @@ from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
 from transfer import cli
+from transfer.classification import evaluate, robustness, train
 from transfer.classification import knn as features
-from transfer.classification import robustness, train
 from transfer.classification import tasks as classification
 from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
-from transfer.data.split import eval_transform, read_split
+from transfer.classification.transforms import eval_transform
+from transfer.data.imagenet import read_split
 from transfer.task import run_job
 
 KNN = next(task for task in classification.TASKS if task.name == "imagenet_knn")
@@ -188,7 +189,8 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
         asked.add(pixels)
         return normalised(images, *pixels)
 
-    monkeypatch.setattr(train, "normalised", note)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "normalised", note)
     checkpoint = beit_file(tmp_path)
     for task in classification.TASKS[:2]:
         job = make_job(task, root, tmp_path / task.name, epochs=1, warmup_epochs=0)

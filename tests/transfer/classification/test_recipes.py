@@ -12,7 +12,8 @@ from mae_core.settings import override
 from tests.fixtures.transfer import ARCH, make_job, small_checkpoint, write_imagenet
 from transfer.classification import robustness
 from transfer.classification import tasks as classification
-from transfer.classification.train import UNUSED, ClassifierRecipe, EvalRecipe, RepeatedRecipe
+from transfer.classification.evaluate import EvalRecipe
+from transfer.classification.train import UNUSED, ClassifierRecipe, RepeatedRecipe
 from transfer.task import run_job
 
 TASKS = (*classification.TASKS, *robustness.TASKS)

@@ -31,8 +31,11 @@ from tests.fixtures.transfer import (
     write_imagenet,
 )
 from transfer.classification import tasks as classification
-from transfer.classification.train import Scores, erased, evaluate, score, train_classifier
-from transfer.data.split import IMAGENET_PIXELS, Split, eval_transform, read_split
+from transfer.classification.evaluate import Scores, evaluate, score
+from transfer.classification.train import erased, train_classifier
+from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform
+from transfer.data.imagenet import read_split
+from transfer.data.split import Split
 from transfer.task import CLASSIFIER_FILE, read_record, run_job
 
 FINETUNE, LINPROBE, *_ = classification.TASKS

@@ -1,5 +1,6 @@
 """ImageNet on disk: what is found, and that what is wrong with it is said in a sentence."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,69 @@ import pytest
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_noise_image, write_split
 from transfer.data import imagenet
-from transfer.data.imagenet import look_imagenet, look_imagenet_val
-from transfer.data.split import wnids
+from transfer.data.imagenet import columns, look_imagenet, look_imagenet_val, read_split, wnids
 
 TENCH, GOLDFISH = wnids()[CLASSES[0]], wnids()[CLASSES[1]]
+
+
+def test_there_are_1000_sorted_classes():
+    assert len(set(wnids())) == 1000
+    assert list(wnids()) == sorted(wnids())
+    assert (wnids()[0], wnids()[999]) == ("n01440764", "n15075141")  # tench, toilet tissue
+
+
+@pytest.mark.parametrize(
+    ("which", "total", "sha256"),
+    [
+        ("imagenet_a", 102178, "973e8c3e530bf5dbd49999d046e74084ba5184ab98036b42b111d8dcdecf1015"),
+        ("imagenet_r", 86135, "a1d9a9ace3098120f5db861d97049116efe80683f4e48c65a62f9bd30fc3366a"),
+    ],
+)
+def test_the_200_classes_are_those_of_the_published_evaluation_scripts(which, total, sha256):
+    """Sum and hash of the index lists in hendrycks/natural-adv-examples and hendrycks/imagenet-r, eval.py."""
+    assert len(columns(which)) == 200
+    assert sum(columns(which)) == total
+    assert hashlib.sha256(",".join(map(str, columns(which))).encode()).hexdigest() == sha256
+
+
+def test_a_and_r_share_86_classes():
+    assert len(set(columns("imagenet_a")) & set(columns("imagenet_r"))) == 86
+
+
+def test_labels_come_from_the_wnid_and_not_from_the_rank_of_the_folder(tmp_path):
+    write_split(tmp_path, 2, classes=(980, 6, 301))
+    split, problems = read_split(tmp_path)
+    assert split.labels == (6, 6, 301, 301, 980, 980)
+    assert [f.parent.name for f in split.files[::2]] == [wnids()[6], wnids()[301], wnids()[980]]
+    assert problems == []
+
+
+def test_every_usual_extension_and_names_with_spaces_are_found(tmp_path):
+    folder = tmp_path / wnids()[13]
+    names = ["a.JPEG", "b.jpg", "c.png", "d e f.JPG", "g.jpeg", "h.PNG", "ü.webp"]
+    for i, name in enumerate(names):
+        write_noise_image(folder / name, (9, 9, 9), i, (8, 8))
+    (folder / "notes.txt").write_text("no image")
+    split, problems = read_split(tmp_path)
+    assert sorted(f.name for f in split.files) == sorted(names)
+    assert problems == []
+
+
+def test_what_is_wrong_with_a_folder_is_named(tmp_path):
+    write_split(tmp_path, 1, classes=(6,))
+    write_noise_image(tmp_path / "loose.png", (0, 0, 0), 0)
+    write_noise_image(tmp_path / "goldfish" / "x.png", (0, 0, 0), 0)
+    (tmp_path / wnids()[7]).mkdir()
+    split, problems = read_split(tmp_path)
+    assert len(split.files) == 1
+    text = " | ".join(problems)
+    assert "1 images lie in" in text
+    assert "goldfish" in text
+    assert wnids()[7] in text
+
+
+def test_a_folder_without_images_is_a_problem(tmp_path):
+    assert read_split(tmp_path)[1] == [f"{tmp_path} has no class folder with images in it: unpack the archive there"]
 
 
 def test_absent_data_says_where_it_must_lie(tmp_path):

@@ -10,8 +10,8 @@ from tests.fixtures.transfer import CLASSES, make_job, write_c, write_imagenet, 
 from transfer.classification.robustness import ALEXNET_ERROR, TASKS
 from transfer.cli import obstacle
 from transfer.data import imagenet_shifts as shifted_sets
+from transfer.data.imagenet import columns, wnids
 from transfer.data.imagenet_shifts import CORRUPTIONS, folder_of, look, look_c
-from transfer.data.split import columns, wnids
 
 C = TASKS[3]
 

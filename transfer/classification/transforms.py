@@ -1,0 +1,92 @@
+"""What a classifier's images go through: augmentation in training, one view in evaluation."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torchvision.transforms import InterpolationMode, v2
+
+from mae_core.data import MEAN, STD
+from mae_core.settings import choose
+
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels, as Checkpoint.pixels has them
+IMAGENET_PIXELS = (MEAN, STD)
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep that many bits of each channel; none leaves black.
+
+    RandAugment asks for 0 bits where its random magnitude reaches 10. Pillow made that black when MAE was fine-tuned
+    and refuses it since version 13.
+    """
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+def train_transform(
+    image_size: int, min_scale: float, rand_augment: str, pixels: Pixels = IMAGENET_PIXELS
+) -> v2.Compose:
+    """What fine-tuning augments with, on uint8 tensors: random resized crop (bicubic), flip, and timm's RandAugment,
+    whose operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
+    string, or "" for none. pixels: the mean fills what RandAugment shifts in."""
+    crop = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    steps: list[Callable] = [crop, v2.RandomHorizontalFlip()]
+    if rand_augment:
+        _, augment, _ = create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=rand_augment,
+            interpolation="bicubic",
+            mean=pixels[0],
+            separate=True,
+        )
+        for operation in getattr(augment.transforms[0], "ops", ()):  # none in AutoAugment, which has no such operation
+            if operation.name == "PosterizeIncreasing":
+                operation.aug_fn = posterize
+        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
+    return v2.Compose(steps)
+
+
+class LoopFreeCrop(v2.RandomResizedCrop):
+    """Random resized crop that takes its first draw, cut to the image where it is too large, instead of drawing again:
+    what MAE's probe trains with, to match its TensorFlow original (official code, util/crop.py)."""
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        area = height * width * torch.empty(()).uniform_(*self.scale).item()
+        low, high = (math.log(r) for r in self.ratio)
+        aspect = math.exp(torch.empty(()).uniform_(low, high).item())
+        w = min(round(math.sqrt(area * aspect)), width)
+        h = min(round(math.sqrt(area / aspect)), height)
+        top = int(torch.randint(0, height - h + 1, ()))
+        left = int(torch.randint(0, width - w + 1, ()))
+        return {"top": top, "left": left, "height": h, "width": w}
+
+
+def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
+    """What the linear probe augments with, on uint8 tensors: loop-free random resized crop (bicubic) and flip."""
+    crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
+    """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. By Pillow, as the
+    published numbers were made: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
+
+    "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
+    the official evaluation does. "center_crop": centre crop alone. "resize": short side to the size, bicubic, then
+    centre crop; nothing at all for an image of that size. UserError for another name.
+    """
+    # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
+    resized = {
+        "resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size,
+        "center_crop": None,
+        "resize": image_size,
+    }
+    short_side = choose("transform", how, resized)
+    steps: list = [v2.CenterCrop(image_size), v2.PILToTensor()]
+    if short_side is not None:
+        steps.insert(0, v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC))
+    return v2.Compose(steps)
