@@ -1,7 +1,7 @@
 """An ablation's cells -> CSV, Markdown and a plot.
 
-Published numbers stand in rows and a panel of their own: they are of other data, another size and another length than a
-miniature's.
+Published numbers have rows and a panel of their own: they come from other data, a larger encoder and a longer
+pre-training than a miniature's.
 """
 
 import csv
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.ablation_grid import Ablation
-from benchmarks.tables import PUBLISHED
-from mae_core.errors import UserError
+from benchmarks.markdown import markdown_table
+from benchmarks.tables import read_published
 from mae_core.progress import duration
 
 TASKS = {"imagenet_finetune": "fine-tuning ↑", "imagenet_linprobe": "linear probing ↑"}
@@ -19,7 +19,7 @@ TASKS = {"imagenet_finetune": "fine-tuning ↑", "imagenet_linprobe": "linear pr
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of ours. numbers: column -> value; texts: task -> how its cell reads, a number with its standard error
+    """One cell of ours. numbers: column -> value; texts: task -> what its cell says, a number with its standard error
     or a status word."""
 
     label: str
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one kind of table: key -> heading, for ours and for the published rows."""
+    """The columns of one kind of table, for our rows and for the published ones: key -> heading."""
 
     ours: dict[str, str]
     published: dict[str, str]
@@ -47,21 +47,16 @@ WALL_CLOCK = Columns(
 
 def published_rows(title: str) -> list[dict[str, str]]:
     """{"label", "arch", column: number as printed} for every published cell of a table, in file order."""
-    path = PUBLISHED / "ablations.csv"
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = [line for line in csv.DictReader(file) if line["table"] == title]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: restore it from the repository (git checkout results/published)") from None
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for line in lines:
-        row = rows.setdefault((line["method"], line["arch"]), {"label": line["method"], "arch": line["arch"]})
-        row[line["task"] if line["metric"] == "top1" else line["metric"]] = line["value"]
+    for n in read_published("ablations"):
+        if n.table == title:
+            row = rows.setdefault((n.method, n.arch), {"label": n.method, "arch": n.arch})
+            row[n.task if n.metric == "top1" else n.metric] = n.value
     return list(rows.values())
 
 
-def write(out: Path, name: str, table: Ablation, columns: Columns, rows: Sequence[Row], about: str) -> list[Path]:
-    """tables/NAME.csv, .md and .png below `out`; their paths."""
+def write_table(out: Path, name: str, table: Ablation, columns: Columns, rows: Sequence[Row], about: str) -> list[Path]:
+    """Write tables/NAME.csv, .md and .png below `out`; their paths."""
     folder = out / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     published = published_rows(table.title)
@@ -78,9 +73,9 @@ def write_csv(path: Path, columns: Columns, rows: Sequence[Row], published: Sequ
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["row", "cell", "arch", "knobs", *keys, *errors, "status"], lineterminator="\n")
         writer.writeheader()
-        for row in published:
-            values = {key: row[key] for key in ("arch", *keys) if key in row}
-            writer.writerow({"row": "published", "cell": row["label"], **values})
+        for printed in published:
+            values = {key: printed[key] for key in ("arch", *keys) if key in printed}
+            writer.writerow({"row": "published", "cell": printed["label"], **values})
         for row in rows:
             numbers = {key: f"{value:.6g}" for key, value in row.numbers.items() if key in (*keys, *errors)}
             words = [f"{task}: {text}" for task, text in row.texts.items() if task not in row.numbers]
@@ -109,20 +104,15 @@ def markdown(
     about: str,
     picture: str,
 ) -> str:
-    def lines(headings: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-        rule = ["---"] + ["---:"] * (len(headings) - 1)
-        return ["| " + " | ".join(cells) + " |" for cells in (headings, rule, *body)]
-
+    parts = [f"# {table.title}: {table.about}", f"![{table.about}]({picture})", f"## Ours: {about}"]
     ours = [[row.label, *(cell_text(row, key) for key in columns.ours)] for row in rows]
-    text = [f"# {table.title}: {table.about}", "", f"![{table.about}]({picture})", "", f"## Ours: {about}", ""]
-    text += lines([table.about, *columns.ours.values()], ours)
+    parts.append(markdown_table([[table.about, *columns.ours.values()], *ours]))
     for arch in dict.fromkeys(row["arch"] for row in published):
-        body = [
-            [row["label"], *(row.get(key, "") for key in columns.published)] for row in published if row["arch"] == arch
-        ]
-        text += ["", f"## Published: {arch}, ImageNet-1k (MAE paper, {table.title})", ""]
-        text += lines([table.about, *columns.published.values()], body)
-    return "\n".join(text) + "\n"
+        theirs = [row for row in published if row["arch"] == arch]
+        grid = [[row["label"], *(row.get(key, "") for key in columns.published)] for row in theirs]
+        parts.append(f"## Published: {arch}, ImageNet-1k (MAE paper, {table.title})")
+        parts.append(markdown_table([[table.about, *columns.published.values()], *grid]))
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(
@@ -133,15 +123,18 @@ def plot(
     published: Sequence[dict[str, str]],
     about: str,
 ) -> None:
-    """Two panels with scales of their own: ours with standard errors, and the published curve."""
+    """Two panels, each with its own scale: ours with standard errors, and the published curve."""
     from matplotlib.figure import Figure  # imported late: it takes a second
 
     keys = [key for key in columns.ours if key in columns.published and key != "relative_flops"]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = figure.subplots(len(keys), 2, squeeze=False)
-    places = {row.label: row.x for row in rows}
+    numeric = all(row.x is not None for row in rows)
     ours = [(row.label, row.x, row.numbers) for row in rows]
-    theirs = [(r["label"], place_of(r["label"], places), {k: float(v) for k, v in numbers_of(r)}) for r in published]
+    theirs = []
+    for row in published:
+        numbers = {k: float(v) for k, v in row.items() if k not in ("label", "arch")}
+        theirs.append((row["label"], number_in(row["label"]) if numeric else None, numbers))
     for line, key in enumerate(keys):
         for panel, (name, points) in zip(panels[line], (("ours: " + about, ours), ("published", theirs))):
             shown = [(label, x, n[key], n.get(f"{key}_stderr", 0.0)) for label, x, n in points if key in n]
@@ -154,20 +147,14 @@ def plot(
     figure.savefig(path, dpi=130)
 
 
-def numbers_of(row: dict[str, str]) -> list[tuple[str, str]]:
-    return [(key, value) for key, value in row.items() if key not in ("label", "arch")]
-
-
-def place_of(label: str, places: dict[str, float | None]) -> float | None:
-    """A published cell's place on the axis: the number in its label, where the axis has numbers."""
-    if any(x is None for x in places.values()):
-        return None
+def number_in(label: str) -> float:
+    """A published cell's place on the axis."""
     number = float("".join(c for c in label if c.isdigit() or c == "."))
     return number / 100 if "%" in label else number
 
 
 def draw(panel, points: Sequence[tuple[str, float | None, float, float]], heading: str) -> None:
-    """points: label, place, value, standard error (0: none is known)."""
+    """points: (label, place or None, value, standard error or 0 where none is known)."""
     places = [number if x is None else x for number, (_, x, _, _) in enumerate(points)]
     line = "o" if any(x is None for _, x, _, _ in points) else "o-"
     values, errors = ([point[i] for point in points] for i in (2, 3))

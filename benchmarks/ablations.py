@@ -16,7 +16,7 @@ from pathlib import Path
 try:
     from benchmarks import run_all
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell, Default
-    from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write
+    from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write_table
     from benchmarks.children import launcher, machine_flags, run_child, stop_on_signals, take_lock
     from benchmarks.flops import training_flops
     from benchmarks.plan import make_plan
@@ -156,7 +156,7 @@ def accuracy_table(name: str, args: argparse.Namespace, lock: int) -> bool:
         shown = ", ".join(f"{task} {text}" for task, text in row.texts.items())
         print(f"[{number}/{len(cells)}] {table.title}, {cell.label}: {shown} (pre-training {took})", flush=True)
         columns = ACCURACY_FLOPS if name == "1c" else ACCURACY
-        paths = write(args.out, f"table_{name}" if name[0] == "1" else name, table, columns, rows, about(args))
+        paths = write_table(args.out, f"table_{name}" if name[0] == "1" else name, table, columns, rows, about(args))
     print("tables: " + ", ".join(map(str, paths)), flush=True)
     return all(task in row.numbers for row in rows for task in TASKS)
 
@@ -187,7 +187,7 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
             rows.append(Row(label, "", numbers, {}))
             print(f"{label}: {count / step.rate:.1f} s an epoch, {step.rate / first.rate:.2f}x", flush=True)
     what = f"{hardware(machine.device)}, {machine.precision}, forward and backward of {images} images, {count} an epoch"
-    paths = write(args.out, "table_2", table, WALL_CLOCK, rows, what)
+    paths = write_table(args.out, "table_2", table, WALL_CLOCK, rows, what)
     print("tables: " + ", ".join(map(str, paths)), flush=True)
     return True
 

@@ -1,11 +1,11 @@
-"""The tables as Markdown, with what a reader of the numbers must know below each."""
+"""The tables as Markdown; below each, what a reader of its numbers must know."""
 
 import re
-import unicodedata
 from collections import defaultdict
 
-from benchmarks.rows import Cell, Line, Section, fill, into_rows, of_table, pretraining, references, row_of, that_count
-from benchmarks.tables import TABLES, Column, Table, published_numbers, with_fractions
+from benchmarks.markdown import markdown_table
+from benchmarks.rows import Cell, Line, Section, counted_runs, fill, group_by_row, pretraining, records_for, row_key
+from benchmarks.tables import TABLES, Column, Table, published_numbers, reference_numbers, with_fractions
 from transfer.task import Record
 
 LEGEND = """\
@@ -19,8 +19,8 @@ def fixed(number: float | None, decimals: int) -> str:
     return "" if number is None else f"{number:.{decimals}f}"
 
 
-def shareable(text: str) -> str:
-    """One line without this machine's absolute paths: of them stays what follows "runs/", or the last name."""
+def without_paths(text: str) -> str:
+    """The text on one line. Of this machine's absolute paths only what follows "runs/" is kept, or the last name."""
 
     def shorten(match: re.Match) -> str:
         path = match[0]
@@ -30,12 +30,12 @@ def shareable(text: str) -> str:
 
 
 def summary_markdown(sections: dict[Section, list[Record]], records: list[Record]) -> str:
-    """All sections with their tables, then the checkpoints."""
+    """Every section with its tables, then the checkpoints."""
     parts = ["# Transfer results", LEGEND.strip()]
     for section, members in sections.items():
         parts += [f"## {section.title}", circumstances(members)]
         for table in (*TABLES, other_tasks(members)):
-            if found := of_table(members, table):
+            if found := records_for(members, table):
                 parts += [f"### {table.title}", section_table(with_fractions(table, found), section, found)]
     parts += ["## Checkpoints", checkpoints(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -50,7 +50,7 @@ def table_markdown(table: Table, sections: dict[Section, list[Record]]) -> str:
 
 
 def other_tasks(records: list[Record]) -> Table:
-    """The headlines of tasks that stand in no table, so that no number and no failure is left out of the summary."""
+    """The headlines of tasks that no table shows, so that the summary leaves out no number and no failure."""
     known = {column.task for table in TABLES for column in table.columns}
     headlines = sorted({(r.task, r.metric) for r in records if r.task not in known})
     columns = tuple(Column(task, metric, f"{task} {metric}", better="", reference="") for task, metric in headlines)
@@ -68,9 +68,9 @@ def circumstances(records: list[Record]) -> str:
 
 
 def section_table(table: Table, section: Section, records: list[Record]) -> str:
-    """The table of one section, its caption above, and what its numbers assume and lack below."""
+    """The table in one section: its caption, its rows, and what its numbers assume and lack."""
     lines = fill(table, section, records)
-    columns = [c for c in table.columns if not c.optional or any(has(r, c) for r in records)]
+    columns = [c for c in table.columns if not c.optional or any(shows_number(r, c) for r in records)]
     header = {"name": "checkpoint", "arch": "arch", "image_size": "input px"}
     header |= {
         key: key for key in ("engine", "precision") if len({getattr(x, key) for x in lines if not x.published}) > 1
@@ -83,20 +83,20 @@ def section_table(table: Table, section: Section, records: list[Record]) -> str:
         grid.append([label, *(getattr(x, key) or "-" for key in list(header)[1:])])
         for c in columns:
             entry = x.cells.get(c.key, Cell())
-            grid[-1].append(in_words(entry, c))
+            grid[-1].append(cell_text(entry, c))
             if c.key in with_delta:
                 delta = None if entry.delta is None else round(entry.delta, c.decimals) + 0.0  # + 0.0: no "-0.00"
                 grid[-1].append("" if delta is None else f"{delta:+.{c.decimals}f}")
     below = footnotes(table, records, lines, columns, with_delta)
     rows = [[*header.values(), *titles], *grid]
-    return "\n\n".join(part for part in (table.caption, aligned(rows, left=len(header)), below) if part)
+    return "\n\n".join(part for part in (table.caption, markdown_table(rows, len(header), padded=True), below) if part)
 
 
-def has(r: Record, column: Column) -> bool:
+def shows_number(r: Record, column: Column) -> bool:
     return column.shows(r) and column.metric in (r.metric, *r.metrics)
 
 
-def in_words(cell: Cell, column: Column) -> str:
+def cell_text(cell: Cell, column: Column) -> str:
     if cell.status != "ok":
         return cell.text or cell.status or "-"
     number = fixed(cell.value, column.decimals)
@@ -108,7 +108,7 @@ def in_words(cell: Cell, column: Column) -> str:
 
 
 def footnotes(table: Table, records: list[Record], lines: list[Line], columns: list[Column], deltas: set[str]) -> str:
-    """As a list: test images and chance, what the differences assume, reasons, notes, records that are not shown.
+    """A list: test images and chance, what the differences assume, reasons, notes, records that the table leaves out.
 
     deltas: keys of the columns that have differences.
     """
@@ -117,7 +117,7 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
         mine = [r for r in records if c.shows(r) and r.status == "ok" and r.metric == c.metric]
         facts = [f"{n} test images" for n in sorted({r.n_eval for r in mine if r.n_eval})]
         if c.better != "lower":  # a chance level is an accuracy: it says nothing about an error
-            facts += [f"chance {fixed(level, 2)}" for level in sorted({r.chance for r in mine} - {None})]
+            facts += [f"chance {fixed(level, 2)}" for level in sorted({r.chance for r in mine if r.chance is not None})]
         if facts:
             tested[", ".join(facts)].append(c.title)
     notes += [f"- {', '.join(titles)}: {facts}" for facts, titles in tested.items()]
@@ -125,20 +125,21 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
         published = published_numbers(table)
         for c in columns:
             if c.key in deltas:
-                found = references(c, published)
-                sources[f"{', '.join(found.source.unique())} ({'; '.join(found.pretrain.unique())})"].append(c.title)
+                found = reference_numbers(c, published)
+                source, pretrain = dict.fromkeys(n.source for n in found), dict.fromkeys(n.pretrain for n in found)
+                sources[f"{', '.join(source)} ({'; '.join(pretrain)})"].append(c.title)
         assumed = "; ".join(f"{', '.join(titles)}: {source}" for source, titles in sources.items())
         ours = [f"{x.name} {x.sha256[:8]}: {x.pretraining}" for x in lines if not x.published]
         notes.append(
             "- Δ MAE: ours minus MAE's published number for the same encoder and input side, which assumes the "
             f"pre-training in brackets. {assumed}. Pre-training of ours: {'; '.join(dict.fromkeys(ours))}."
         )
-    rows = into_rows(records)
+    rows = group_by_row(records)
     by_record = {(c.task, c.train_fraction): c for c in columns}.values()  # several columns may show one record
-    counting = [r for members in rows.values() for column in by_record for r in that_count(members, column)]
+    counting = [r for members in rows.values() for column in by_record for r in counted_runs(members, column)]
     notes += data_notes(counting, columns)
-    remarks = [(f"{r.status}: {r.task}, {name(r)}", r.reason, r.seed) for r in counting if r.status != "ok"]
-    remarks += [(f"note: {r.task}, {name(r)}", note, r.seed) for r in counting for note in r.notes]
+    remarks = [(f"{r.status}: {r.task}, {checkpoint_label(r)}", r.reason, r.seed) for r in counting if r.status != "ok"]
+    remarks += [(f"note: {r.task}, {checkpoint_label(r)}", note, r.seed) for r in counting for note in r.notes]
     if remarks:
         notes.append(bullets(remarks))
     if others := sum(len(members) for members in rows.values()) - len(counting):
@@ -150,17 +151,17 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
 
 
 def data_notes(counting: list[Record], columns: list[Column]) -> list[str]:
-    """What the data of the numbers lack, each sentence once with the columns it is true of."""
+    """What the data of the numbers lack; each sentence once, with the columns that it is about."""
     found = defaultdict(list)
     for c in columns:
         shown = [r for r in counting if c.shows(r) and r.status == "ok"]
-        for finding in dict.fromkeys(shareable(f) for r in shown for f in r.data.get("findings") or ()):
+        for finding in dict.fromkeys(without_paths(f) for r in shown for f in r.data.get("findings") or ()):
             found[finding].append(c.title)
     return [f"- data of {', '.join(titles)}: {finding}" for finding, titles in found.items()]
 
 
-def name(r: Record) -> str:
-    row = row_of(r)
+def checkpoint_label(r: Record) -> str:
+    row = row_key(r)
     return f"{row.name} {row.sha256[:8]}"
 
 
@@ -168,7 +169,7 @@ def bullets(entries: list[tuple[str, str, int]]) -> str:
     """(what, text, seed) as a list, one line for all seeds with the same what and text."""
     seeds = defaultdict(set)
     for what, text, seed in entries:
-        seeds[what, shareable(text)].add(seed)
+        seeds[what, without_paths(text)].add(seed)
     return "\n".join(
         f"- {what}, seed{'s' * (len(found) > 1)} {', '.join(map(str, sorted(found)))}: {text}"
         for (what, text), found in sorted(seeds.items())
@@ -181,21 +182,5 @@ def checkpoints(records: list[Record]) -> str:
         + (pretraining(r.checkpoint), str(r.checkpoint.get("sha256") or "-"))
         for r in records
     }
-    return aligned([["checkpoint", "arch", "format", "pre-training", "sha256"], *map(list, sorted(rows))], left=5)
-
-
-def aligned(rows: list[list[str]], left: int) -> str:
-    """A Markdown table, the first row its header, padded so that it reads as plain text; `left` columns flush left."""
-
-    def width(text: str) -> int:
-        return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
-    widths = [max(3, *(width(row[i]) for row in rows)) for i in range(len(rows[0]))]
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-
-    def pad(i: int, text: str) -> str:
-        space = " " * (widths[i] - width(text))
-        return text + space if i < left else space + text
-
-    return "\n".join(f"| {' | '.join(pad(i, t) for i, t in enumerate(row))} |" for row in (rows[0], rule, *rows[1:]))
+    header = ("checkpoint", "arch", "format", "pre-training", "sha256")
+    return markdown_table([header, *sorted(rows)], left=5, padded=True)

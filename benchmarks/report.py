@@ -2,7 +2,7 @@
 
     python -m benchmarks.report --out results
 
-The same records in any order give the same bytes. What shares a row and a cell: benchmarks/tables.py.
+The same records in any order give the same bytes. benchmarks/rows.py decides what shares a row and a cell.
 """
 
 import argparse
@@ -17,32 +17,33 @@ from typing import Any, get_origin
 
 import pandas as pd
 
-from benchmarks.render import fixed, shareable, summary_markdown, table_markdown
-from benchmarks.rows import STATUS, Cell, Section, as_text, fill, of_table, row_of
+from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
+from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.errors import UserError
 from transfer.task import RECORD_FILE, Record, read_record, recipe_label
 
 
 def report(out: Path) -> list[Path]:
-    """Write the tables of all records under out/runs; the files written.
+    """Write the tables of all records under out/runs and return their paths.
 
-    UserError if there is no record; and, after all others are tabled, with one line for each that cannot be read.
+    UserError if there is no record; or, once all others are in the tables, with one line for each unreadable one.
     """
     records, unreadable = read_records(out)
     if not records:
         raise UserError("\n".join(unreadable) or f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
-    sections = into_sections(records)
-    files = {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
+    sections = group_by_section(records)
+    files: dict[str, str | None] = {}
+    files |= {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
     for table in TABLES:
-        mine = {section: found for section, members in sections.items() if (found := of_table(members, table))}
+        mine = {section: found for section, members in sections.items() if (found := records_for(members, table))}
         table = with_fractions(table, records)
         files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
         files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
     for name, text in files.items():
         path = out / name
         if text is None:
-            path.unlink(missing_ok=True)  # a table whose records are no longer there
+            path.unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8", newline="\n")
@@ -52,20 +53,20 @@ def report(out: Path) -> list[Path]:
 
 
 def read_records(out: Path) -> tuple[list[Record], list[str]]:
-    """The records under out/runs, in an order that their content alone decides; a sentence for each unreadable one."""
+    """The records under out/runs, sorted by their content, wherever they lie; a sentence for each unreadable one."""
     records, unreadable = [], []
     for path in sorted((out / "runs").rglob(RECORD_FILE)):
         try:
             record = read_record(path)
-            check(path, record)
+            check_types(path, record)
             records.append(record)
         except UserError as e:
             unreadable.append(" ".join(str(e).split()))
-    return sorted(records, key=as_text), unreadable
+    return sorted(records, key=canonical_json), unreadable
 
 
-def check(path: Path, record: Record) -> None:
-    """UserError unless every field has its type: a record may come from another version or an editor."""
+def check_types(path: Path, record: Record) -> None:
+    """UserError unless every field has its type: another version or an editor may have written the record."""
 
     def fits(value: Any, kind: Any) -> bool:
         kind = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
@@ -81,8 +82,8 @@ def check(path: Path, record: Record) -> None:
 
 
 def data_titles(records: list[Record]) -> Callable[[Record], str]:
-    """The title of a record's data: "official data", "miniature data", "subset FOLDER" or "own FOLDER". No more of the
-    path, which is the machine's, but for a hash of it where several folders of these records have one name."""
+    """A function that titles a record's data: "official data", "miniature data", "subset FOLDER" or "own FOLDER". The
+    rest of the path is the machine's business; a hash of it tells apart folders of the same name."""
     roots = {r.data.get("root") or "" for r in records}
     names = Counter(Path(root).name for root in roots)
 
@@ -97,12 +98,12 @@ def data_titles(records: list[Record]) -> Callable[[Record], str]:
     return title
 
 
-def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
+def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
     """The records of each section, the official one first.
 
-    A share of the training images opens a column, no section. A robustness number whose classifier was fine-tuned
-    under another recipe or on other data says so in its label. A record without a data label (nothing was found)
-    stands in the sections of its recipe with the same data root.
+    A share of the training images makes a column, not a section. A robustness number whose classifier was fine-tuned
+    with another recipe or on other data says so in its label. A record without a data label (nothing was found) goes
+    to the sections of its recipe with the same data root.
     """
     title = data_titles(records)
     by_engine = {column.task for table in TABLES if table.by_engine for column in table.columns}
@@ -121,7 +122,7 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
         if r.data.get("label"):
             section = section_of(r)
             homes[section.recipe, r.data.get("root"), section.engine].add(section)
-            parent = origin.get(r.identity.get("parent"), section)
+            parent = origin.get(r.identity.get("parent", ""), section)
             if parent != section:
                 section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
             sections[section].append(r)
@@ -134,10 +135,10 @@ def into_sections(records: list[Record]) -> dict[Section, list[Record]]:
 
 
 def summary_csv(records: list[Record]) -> str:
-    """One line per record and metric, the headline first; failed and skipped ones have it without a value."""
+    """One line per record and metric, the headline first, which is empty for failed and skipped records."""
     lines, title = [], data_titles(records)
     for r in records:
-        row = row_of(r)
+        row = row_key(r)
         for metric in sorted(r.metrics, key=lambda m: (m != r.metric, m)) or [r.metric]:
             line = {
                 "checkpoint": row.name,
@@ -152,15 +153,15 @@ def summary_csv(records: list[Record]) -> str:
                 "seed": r.seed,
                 "recipe": r.recipe_label,
                 "data": title(r),
-                "data_detail": shareable(r.data.get("detail") or ""),
-                "data_findings": shareable("; ".join(r.data.get("findings") or ())),
+                "data_detail": without_paths(r.data.get("detail") or ""),
+                "data_findings": without_paths("; ".join(r.data.get("findings") or ())),
                 "data_fingerprint": (r.data.get("fingerprint") or "")[:8],
                 "image_size": row.image_size,
                 "engine": row.engine,
                 "precision": row.precision,
                 "status": r.status,
-                "reason": shareable(r.reason),
-                "notes": shareable("; ".join(r.notes)),
+                "reason": without_paths(r.reason),
+                "notes": without_paths("; ".join(r.notes)),
                 "seconds": fixed(r.seconds, 1),
                 "images_per_second": fixed(r.images_per_second, 2),
                 "peak_memory_gib": fixed(r.peak_memory_gib, 2),
@@ -175,14 +176,14 @@ def summary_csv(records: list[Record]) -> str:
 
 
 def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
-    """One line per row, ours and published, with every column of the table. Numbers stand apart from status words."""
+    """One line per row, ours and published, with every column of the table; status words have columns of their own."""
     lines = []
     for section, records in sections.items():
         for x in fill(table, section, records):
             recipe, data = ("", "") if x.published else section[:2]
-            line = {"row": "published" if x.published else "ours", "recipe": recipe, "data": data, "name": x.name}
-            line |= {"sha256": x.sha256[:8], "arch": x.arch, "image_size": x.image_size, "engine": x.engine}
-            line |= {"precision": x.precision, "pretraining": x.pretraining}
+            line: dict[str, Any] = {"row": "published" if x.published else "ours", "recipe": recipe, "data": data}
+            line |= {"name": x.name, "sha256": x.sha256[:8], "arch": x.arch, "image_size": x.image_size}
+            line |= {"engine": x.engine, "precision": x.precision, "pretraining": x.pretraining}
             for column in table.columns:
                 c = x.cells.get(column.key, Cell())
                 line[column.key] = c.text or fixed(c.value, 4)

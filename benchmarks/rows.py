@@ -1,9 +1,9 @@
-"""What stands in a table: sections, rows, cells.
+"""Records -> the sections, rows and cells of a table.
 
 A section is one recipe on one kind of data, and one engine where a task has several. A row of it is one checkpoint
 under one engine, precision and input side: numbers of different meaning never share a row or a column. A cell averages
-the seeds of one experiment. Its standard error is that of one run from the sampling of the test images; the spread over
-seeds stands apart from it.
+the seeds of one experiment. Its standard error is one run's, from the sampling of the test images; the spread over
+seeds is a number of its own.
 """
 
 import dataclasses
@@ -13,16 +13,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import pandas as pd
-
-from benchmarks.tables import Column, Table, published_numbers
+from benchmarks.tables import Column, Published, Table, published_numbers, reference_numbers
 from mae_core.vit import ARCHS
 from transfer.task import Record
 
 
 class Section(NamedTuple):
-    """What all numbers of one section share: the recipe's label, the kind of data and, where a task has several, the
-    engine."""
+    """What all numbers of one section share. recipe: its label. engine: "" where the task has only one."""
 
     recipe: str
     data: str
@@ -30,7 +27,7 @@ class Section(NamedTuple):
 
     @property
     def official(self) -> bool:
-        """Whether published numbers may stand beside these."""
+        """Whether these numbers may be compared with published ones."""
         return (self.recipe, self.data) == ("paper", "official data")
 
     @property
@@ -53,8 +50,9 @@ class Row(NamedTuple):
 class Cell:
     """One number, or the word in its place.
 
-    status: "ok", "failed", "skipped", "published", or "" for a hole. delta: the difference to the column's reference.
-    without: seeds without a number, e.g. "1 failed". text: a published number as it was printed.
+    status: "ok", "failed", "skipped", "published", or "" for a hole. stderr: of one run, from the sampling of the test
+    images. sd: over seeds. delta: ours minus the column's reference. without: seeds without a number, e.g. "1 failed".
+    text: a published number as it was printed.
     """
 
     status: str = ""
@@ -69,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table with its cells by column key. For published rows `name` is the method."""
+    """One row of a table; cells by column key. The name of a published row is its method."""
 
     name: str
     sha256: str
@@ -83,37 +81,38 @@ class Line:
 
 
 def fill(table: Table, section: Section, records: list[Record]) -> list[Line]:
-    """The table of the section's records: by arch, published rows (beside official ones alone) before ours."""
+    """The table's rows in one section, by arch; in an official section the published rows come before ours."""
     published = published_numbers(table) if section.official and table.published else None
     lines = [] if published is None else published_lines(published)
-    for row, members in into_rows(of_table(records, table)).items():
+    for row, members in group_by_row(records_for(records, table)).items():
         cells = {column.key: make_cell(members, row, column, published) for column in table.columns}
         lines.append(Line(*row, pretraining(members[0].checkpoint), cells=cells))
-    return sorted(lines, key=lambda line: arch_rank(line.arch))
+    return sorted(lines, key=lambda line: arch_order(line.arch))
 
 
-def published_lines(published: pd.DataFrame) -> list[Line]:
+def published_lines(published: list[Published]) -> list[Line]:
+    groups = defaultdict(list)
+    for n in published:
+        groups[n.method, n.arch, n.resolution].append(n)
     lines = []
-    for (method, arch, side), group in published.groupby(["method", "arch", "resolution"], sort=False):
-        cells = {
-            f"{n.task}.{n.metric}": Cell("published", float(n.value), text=n.value)
-            for n in group.itertuples(index=False)
-        }
-        known = "; ".join(dict.fromkeys(filter(None, group.pretrain)))
+    for (method, arch, side), group in groups.items():
+        cells = {f"{n.task}.{n.metric}": Cell("published", float(n.value), text=n.value) for n in group}
+        known = "; ".join(dict.fromkeys(n.pretrain for n in group if n.pretrain))
         lines.append(Line(method, "", arch, side, pretraining=known, published=True, cells=cells))
     return lines
 
 
-STATUS = ("skipped", "failed", "ok")  # of two records for one cell and seed, the later status stands
+STATUS = ("skipped", "failed", "ok")  # from the weakest: see `rank`
 
 
-def as_text(record: Record) -> str:
+def canonical_json(record: Record) -> str:
     return json.dumps(dataclasses.asdict(record), sort_keys=True)
 
 
 def rank(record: Record) -> tuple:
-    """Of two records for one cell and seed the higher one stands: by status, then the latest, then by identity."""
-    return STATUS.index(record.status), record.finished, json.dumps(record.identity, sort_keys=True), as_text(record)
+    """Of two records for one cell and seed the higher one counts: by status, then the latest, then by identity."""
+    identity = json.dumps(record.identity, sort_keys=True)
+    return STATUS.index(record.status), record.finished, identity, canonical_json(record)
 
 
 def experiment(record: Record) -> str:
@@ -121,50 +120,47 @@ def experiment(record: Record) -> str:
     return json.dumps({k: v for k, v in record.identity.items() if k not in ("seed", "parent")}, sort_keys=True)
 
 
-def of_table(records: list[Record], table: Table) -> list[Record]:
+def records_for(records: list[Record], table: Table) -> list[Record]:
     return [r for r in records if r.task in {column.task for column in table.columns}]
 
 
-def row_of(r: Record) -> Row:
+def row_key(r: Record) -> Row:
     side = r.resolved.get("image_size") or r.recipe.get("image_size") or ""
-    checkpoint = (str(r.checkpoint.get(key) or "") for key in ("name", "sha256", "arch"))
-    return Row(*checkpoint, str(side), r.engine, str(r.machine.get("precision", "")))
+    name, sha256, arch = (str(r.checkpoint.get(key) or "") for key in ("name", "sha256", "arch"))
+    return Row(name, sha256, arch, str(side), r.engine, str(r.machine.get("precision", "")))
 
 
-def into_rows(records: list[Record]) -> dict[Row, list[Record]]:
+def group_by_row(records: list[Record]) -> dict[Row, list[Record]]:
     """The records of each row.
 
-    A skipped record used no engine and no precision, and a failed one may not have got as far as its input side:
-    they stand in the row of numbers that fits, if exactly one does.
+    A skipped record used no engine and no precision, and a failed one may not have reached its input side: each joins
+    the one row of numbers that it fits, or, where none or several do, has a row of its own.
     """
 
     def fits(row: Row, r: Record) -> bool:
-        own = row_of(r)
+        own = row_key(r)
         same_run = own.image_size in ("", row.image_size) and own[4:] == row[4:]
         return own[:3] == row[:3] and (r.status == "skipped" or same_run)
 
     rows = defaultdict(list)
     for r in records:
         if r.status == "ok":
-            rows[row_of(r)].append(r)
+            rows[row_key(r)].append(r)
     with_numbers = tuple(rows)
     for r in records:
         if r.status != "ok":
-            fitting = [row_of(r)] if row_of(r) in with_numbers else [row for row in with_numbers if fits(row, r)]
-            rows[fitting[0] if len(fitting) == 1 else row_of(r)].append(r)
+            fitting = [row_key(r)] if row_key(r) in with_numbers else [row for row in with_numbers if fits(row, r)]
+            rows[fitting[0] if len(fitting) == 1 else row_key(r)].append(r)
     return {key: rows[key] for key in sorted(rows)}
 
 
-def arch_rank(arch: str) -> int:
+def arch_order(arch: str) -> int:
     return list(ARCHS).index(arch) if arch in ARCHS else len(ARCHS)
 
 
-def that_count(records: list[Record], column: Column) -> list[Record]:
-    """Of one row's records for a column, one per seed.
-
-    Only seeds of one experiment are averaged: that of the latest successful record. A seed that succeeded in another
-    one alone is left out.
-    """
+def counted_runs(records: list[Record], column: Column) -> list[Record]:
+    """The records of one row that count in a column: one per seed, all of one experiment, that of the latest successful
+    record. A seed that succeeded only in another experiment is left out."""
     mine = [r for r in records if column.shows(r)]
     if ok := [r for r in mine if r.status == "ok"]:
         chosen = experiment(max(ok, key=rank))
@@ -176,8 +172,8 @@ def that_count(records: list[Record], column: Column) -> list[Record]:
     return [best[seed] for seed in sorted(best)]
 
 
-def make_cell(records: list[Record], row: Row, column: Column, published: pd.DataFrame | None) -> Cell:
-    counting = that_count(records, column)
+def make_cell(records: list[Record], row: Row, column: Column, published: list[Published] | None) -> Cell:
+    counting = counted_runs(records, column)
     numbers = [r for r in counting if r.status == "ok" and column.metric in r.metrics]
     without = {status: sum(r.status == status for r in counting) for status in ("failed", "skipped")}
     if not numbers:
@@ -197,24 +193,17 @@ def make_cell(records: list[Record], row: Row, column: Column, published: pd.Dat
     )
 
 
-def references(column: Column, published: pd.DataFrame) -> pd.DataFrame:
-    """The published numbers that differences in this column are taken to."""
-    return published[
-        (published.method == column.reference) & (published.task == column.task) & (published.metric == column.metric)
-    ]
-
-
-def difference(value: float, row: Row, column: Column, published: pd.DataFrame | None) -> float | None:
-    """Ours minus the reference for the same arch and input side, None if there is none."""
+def difference(value: float, row: Row, column: Column, published: list[Published] | None) -> float | None:
+    """Ours minus the reference at the same arch and input side; None if there is no such reference."""
     if published is None or column.train_fraction < 1:
         return None
-    found = references(column, published)
-    found = found[(found.arch == row.arch) & ((found.resolution == row.image_size) | (row.image_size == ""))]
-    return value - float(found.value.iloc[0]) if len(found) == 1 else None
+    same_arch = [n for n in reference_numbers(column, published) if n.arch == row.arch]
+    found = [n for n in same_arch if row.image_size in ("", n.resolution)]
+    return value - float(found[0].value) if len(found) == 1 else None
 
 
 def pretraining(checkpoint: dict[str, Any]) -> str:
-    """Epochs and target of the pre-training as far as the checkpoint file says them, else "unknown"."""
+    """Epochs and target of the pre-training as the checkpoint file states them, else "unknown"."""
     if checkpoint.get("format") == "random":
         return "none (random weights)"
     meta = checkpoint.get("meta") or {}
@@ -222,6 +211,6 @@ def pretraining(checkpoint: dict[str, Any]) -> str:
         return "unknown"
     done = meta.get("epochs_done", meta["epochs"])
     epochs = f"{meta['epochs']} ep" if done == meta["epochs"] else f"{done} of {meta['epochs']} ep"
-    # Metadata of a safetensors file is text.
+    # The metadata of a safetensors file are text.
     target = {"true": "normalised pixels", "false": "pixels"}.get(str(meta.get("norm_pix")).lower(), "unknown target")
     return f"{epochs}, {target}"

@@ -17,6 +17,7 @@ try:
     import torch
 
     from benchmarks import speed_workloads as speed_works
+    from benchmarks.markdown import markdown_table
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.errors import UserError
     from mae_core.machine import (
@@ -143,8 +144,7 @@ def table(results: Sequence[Result]) -> str:
         for r in results
     ]
     shown = [column for column in rows[0] if any(row[column] for row in rows)]
-    lines = [shown, ["---", *["---:"] * (len(shown) - 1)], *([row[column] for column in shown] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([shown, *([row[column] for column in shown] for row in rows)])
 
 
 def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:

@@ -3,10 +3,10 @@
 To add a table: add a `Table` to TABLES and, if numbers are published for it, results/published/<published>.csv.
 """
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-
-import pandas as pd
+from typing import NamedTuple
 
 from mae_core.errors import UserError
 from transfer.data.shipped import shipped
@@ -20,9 +20,9 @@ class Column:
     """One metric of one task, in the metric's own unit.
 
     better: "higher", "lower", or "" if unknown.
-    optional: shown only in sections that have the metric, or a record whose headline it is.
-    reference: the published method that the difference column is taken to, for the same arch and input side.
-    train_fraction: the share of the training images that was trained on; published numbers are of all.
+    optional: shown only in sections with a record that has the metric or was meant to (its headline).
+    reference: the published method that ours is compared with in the difference column, at the same arch and input
+    side. train_fraction: the share of the training images that was used; published numbers are for all of them.
     """
 
     task: str
@@ -49,14 +49,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table: its columns, and the file in results/published whose rows for these columns stand in it."""
+    """One table: its columns, and the file in results/published whose rows for these columns it shows."""
 
     name: str
     title: str
     caption: str
     columns: tuple[Column, ...]
     published: str = ""
-    by_engine: bool = False  # its tasks have several engines, whose numbers stand in sections of their own
+    by_engine: bool = False  # its tasks have several engines: each has sections of its own
 
 
 def train_fraction(record: Record) -> float:
@@ -64,21 +64,17 @@ def train_fraction(record: Record) -> float:
 
 
 def with_fractions(table: Table, records: Iterable[Record]) -> Table:
-    """The table, each of its columns followed by one for every share of the training images that a record of its task
-    was trained on."""
+    """The table, each column followed by one for every smaller share of the training images that its task's records
+    were trained on."""
     shares: dict[str, set[float]] = {}
     for r in records:
         shares.setdefault(r.task, set()).add(train_fraction(r))
     columns = []
     for c in table.columns:
-        parts = sorted(shares.get(c.task, set()) - {1.0}, reverse=True)
-        columns += [
-            c,
-            *(
-                replace(c, title=f"{c.title}, {100 * p:g} % of training", optional=True, train_fraction=p)
-                for p in parts
-            ),
-        ]
+        columns.append(c)
+        for share in sorted(shares.get(c.task, set()) - {1.0}, reverse=True):
+            title = f"{c.title}, {100 * share:g} % of training"
+            columns.append(replace(c, title=title, optional=True, train_fraction=share))
     return replace(table, columns=tuple(columns))
 
 
@@ -183,15 +179,38 @@ TABLES = (
 )
 
 
-def published_numbers(table: Table) -> pd.DataFrame:
-    """The published rows for the table's columns, as text, in file order; UserError if the file is not there.
+class Published(NamedTuple):
+    """One published number as it was printed, and where. resolution: input side in px."""
 
-    Columns: table, method, arch, pretrain, resolution (px), task, metric, value, source, confidence.
-    """
-    path = PUBLISHED / f"{table.published}.csv"
+    table: str
+    method: str
+    arch: str
+    pretrain: str
+    resolution: str
+    task: str
+    metric: str
+    value: str
+    source: str
+    confidence: str
+
+
+def read_published(name: str) -> list[Published]:
+    """The rows of results/published/NAME.csv in file order; UserError if the file is not there."""
+    path = PUBLISHED / f"{name}.csv"
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        with open(path, encoding="utf-8", newline="") as file:
+            return [Published(**row) for row in csv.DictReader(file)]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore it from the repository (git checkout results/published)") from None
+
+
+def published_numbers(table: Table) -> list[Published]:
+    """What is published for the table's columns."""
     wanted = {(c.task, c.metric) for c in table.columns}
-    return rows[[pair in wanted for pair in zip(rows.task, rows.metric)]]
+    return [n for n in read_published(table.published) if (n.task, n.metric) in wanted]
+
+
+def reference_numbers(column: Column, published: Sequence[Published]) -> list[Published]:
+    """The published numbers that this column's are compared with."""
+    wanted = (column.reference, column.task, column.metric)
+    return [n for n in published if (n.method, n.task, n.metric) == wanted]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import ablations
 from benchmarks.ablation_grid import DEFAULTS, TABLES, Cell, Default
-from benchmarks.ablation_tables import ACCURACY, WALL_CLOCK, Row, published_rows, write
+from benchmarks.ablation_tables import ACCURACY, WALL_CLOCK, Row, published_rows, write_table
 from mae_core.errors import UserError
 from mae_core.recipe import recipe
 from transfer.miniature import imagenet as miniature
@@ -94,7 +94,7 @@ def rows_by_hand():
 
 
 def test_tables_keep_ours_and_the_published_apart_and_a_failed_cell_a_word(tmp_path):
-    paths = write(tmp_path, "table_1a", TABLES["1a"], ACCURACY, rows_by_hand(), "vit_mini_patch8, miniature")
+    paths = write_table(tmp_path, "table_1a", TABLES["1a"], ACCURACY, rows_by_hand(), "vit_mini_patch8, miniature")
     assert [p.name for p in paths] == ["table_1a.csv", "table_1a.md", "table_1a.png"]
     with open(paths[0], newline="") as file:
         lines = list(csv.DictReader(file))
@@ -121,7 +121,7 @@ def test_tables_keep_ours_and_the_published_apart_and_a_failed_cell_a_word(tmp_p
 def test_wall_clock_table(tmp_path):
     numbers = {"epoch_seconds": 12.34, "spread": 1.5, "speed_up": 2.5, "relative_flops": 1.0}
     rows = [Row("a", "", numbers, {}), Row("b", "", numbers | {"epoch_seconds": 7200.0}, {})]
-    text = write(tmp_path, "table_2", TABLES["2"], WALL_CLOCK, rows, "CPU")[1].read_text()
+    text = write_table(tmp_path, "table_2", TABLES["2"], WALL_CLOCK, rows, "CPU")[1].read_text()
     assert "| a | 12.3 s | ± 1.5 % | 2.50x | 1.00x |" in text
     assert "| b | 2.00 h |" in text
     assert "| encoder without mask tokens, decoder depth 8 | 15.4 | 2.8 | 84.9 |" in text
