@@ -24,7 +24,7 @@ try:
     from mae_core.checkpoint.weights_file import sha256_of
     from mae_core.data import images_or_shards
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, hardware, machine_from, natural
+    from mae_core.machine import Machine, hardware, machine_from, non_negative_int
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__.splitlines()[0])
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--table", **several, required=True, metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per cell, by torchrun (default: 1)")
     parser.add_argument(
         "--set", **several, default=[], metavar="KNOB=VALUE", help="override the default pre-training of every cell"

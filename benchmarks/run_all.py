@@ -17,7 +17,7 @@ try:
     from benchmarks.report import report
     from benchmarks.suite import TASKS
     from mae_core.errors import UserError
-    from mae_core.machine import natural
+    from mae_core.machine import non_negative_int
     from mae_core.progress import duration
     from transfer.cli import add_common_flags, headline, settle
     from transfer.data.shipped import shipped
@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")
-    parser.add_argument("--seeds", **several, type=natural, help="one run of every task for each (default: 0)")
+    parser.add_argument("--seeds", **several, type=non_negative_int, help="one run of every task for each (default: 0)")
     parser.add_argument("--set", **several, default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")

@@ -25,7 +25,7 @@ try:
         add_machine_flags,
         hardware,
         machine_from,
-        natural,
+        non_negative_int,
         peak_memory_gib,
         versions,
     )
@@ -64,12 +64,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=KINDS, metavar="WHAT", help=", ".join(KINDS))
     parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
     parser.add_argument(
-        "--batch", type=natural, default=0, help="images a step (default: 16 on CPU, 128 on GPU, mini or `loader`)"
+        "--batch",
+        type=non_negative_int,
+        default=0,
+        help="images a step (default: 16 on CPU, 128 on GPU, mini or `loader`)",
     )
     parser.add_argument("--data", type=Path, help="images for `loader`, in class folders; or tar files, ours alone")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae: in alternation")
-    parser.add_argument("--warmup", type=natural, default=3, help="steps before the clock runs (default: 3)")
-    parser.add_argument("--repeats", type=natural, default=10, help="timed steps of each arm (default: 10)")
+    parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
+    parser.add_argument("--repeats", type=non_negative_int, default=10, help="timed steps of each arm (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
     parser.add_argument(
         "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="of pretrain (default: on)"

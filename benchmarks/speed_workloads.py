@@ -20,7 +20,7 @@ from mae_core.data import (
     TrainingStream,
     images_or_shards,
     loader,
-    normalised,
+    normalize,
     pretraining_transform,
 )
 from mae_core.errors import UserError
@@ -181,7 +181,7 @@ def loader_works(size: int, batch: int, machine: Machine, data: Path) -> dict[st
     def ours() -> Iterator[Tensor]:
         stream = TrainingStream(len(files), batch, batch, 0, 0, 10**6)
         for images, _, _ in loader(dataset, stream, machine.workers, machine.device):
-            yield normalised(images.to(machine.device, non_blocking=True))
+            yield normalize(images.to(machine.device, non_blocking=True))
 
     def theirs() -> Iterator[Tensor]:
         pinned = machine.device == "cuda"

@@ -21,6 +21,8 @@ from mae_core.shards import list_members, list_shards
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of the channels, in 0..1
+IMAGENET_NORMALIZATION: Normalization = (MEAN, STD)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 MAX_UNREADABLE = 10
 AUGMENTATIONS = ("none", "crop, fixed size", "crop, random size", "crop + colour jitter")
@@ -136,21 +138,21 @@ class TrainingStream(Sampler):
     """Micro-batches of Samples from a given step on, in the order that (seed, epoch) decides.
 
     Epoch e is a permutation of the data without its last incomplete batch. Step s takes `batch` of it; each process
-    takes its own consecutive share, in micro-batches of `chunk`.
+    takes its own `local_batch` of these, in micro-batches of `micro_batch`.
 
     With repeated augmentation (Hoffer et al., arXiv 1901.09335) a batch holds `repeats` samples of each of its images,
     and a permutation serves for that many epochs: an epoch has as many steps and samples as without it.
     """
 
     def __init__(
-        self, size: int, batch: int, chunk: int, seed: int, first_step: int, last_step: int, repeats: int = 1
+        self, size: int, batch: int, micro_batch: int, seed: int, first_step: int, last_step: int, repeats: int = 1
     ) -> None:
-        self.size, self.batch, self.chunk, self.seed, self.repeats = size, batch, chunk, seed, repeats
+        self.size, self.batch, self.micro_batch, self.seed, self.repeats = size, batch, micro_batch, seed, repeats
         self.first_step, self.last_step = first_step, last_step
-        self.share = batch // distributed.world_size()
+        self.local_batch = batch // distributed.world_size()
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * (self.share // self.chunk)
+        return (self.last_step - self.first_step) * (self.local_batch // self.micro_batch)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         steps_per_pass = self.size // self.batch * self.repeats
@@ -159,10 +161,10 @@ class TrainingStream(Sampler):
             if step // steps_per_pass != number:
                 number = step // steps_per_pass
                 order = np.random.default_rng((self.seed, number)).permutation(self.size)
-            start = (step % steps_per_pass) * self.batch + distributed.rank() * self.share
+            start = (step % steps_per_pass) * self.batch + distributed.rank() * self.local_batch
             before = number * steps_per_pass * self.batch  # positions of the earlier passes
-            for first in range(start, start + self.share, self.chunk):
-                views = range(first, first + self.chunk)
+            for first in range(start, start + self.local_batch, self.micro_batch):
+                views = range(first, first + self.micro_batch)
                 yield [Sample(int(order[view // self.repeats]), before + view) for view in views]
 
 
@@ -186,12 +188,13 @@ def collate(samples: list[tuple[Tensor, Any, str]]) -> tuple[Tensor, Any, list[s
     return torch.stack(images), targets, [name for name in bad if name]
 
 
-def normalised(images: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZATION) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 (x / 255 - mean) / std, on the device where the images are."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype}: they are normalised once, from uint8")
     scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, list(mean), list(std), inplace=True)
+    mean, std = map(list, normalization)
+    return v2.functional.normalize(scaled, mean, std, inplace=True)
 
 
 class Targets(list):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mae_core import distributed
 from mae_core.checkpoint.weights_file import save_weights, sha256_of
 from mae_core.dalle import read_dalle
-from mae_core.data import Images, Sample, normalised, pretraining_transform, seed_for
+from mae_core.data import Images, Sample, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.patches import patchify
 from mae_core.recipe import PretrainRecipe
@@ -66,7 +66,7 @@ def sample_patches(images: Images, patch: int, count: int, seed: int) -> Tensor:
     found = []
     for index in torch.randperm(len(images), generator=generator)[:count].tolist():
         image, _, bad = images[Sample(index, index)]
-        patches = patchify(normalised(image[None]), patch)[0]
+        patches = patchify(normalize(image[None]), patch)[0]
         picked = torch.randperm(len(patches), generator=generator)[:PATCHES_PER_IMAGE]
         if not bad:
             found.append(patches[picked])

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.data import Images, list_images, loader, normalised, pretraining_transform
+from mae_core.data import Images, list_images, loader, normalize, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.machine import Machine
@@ -70,7 +70,7 @@ def encoder_features(model: VisionTransformer, files: list[Path], image_size: in
     model.eval()
     for images, _, _ in loader(dataset, batches, machine.workers, machine.device):
         with machine.autocast():
-            tokens = model.forward_features(normalised(images.to(machine.device, non_blocking=True)))
+            tokens = model.forward_features(normalize(images.to(machine.device, non_blocking=True)))
         found.append(tokens[:, 0].float().cpu())
     model.train(was_training)
     return torch.cat(distributed.gather_in_turn(found))

@@ -29,9 +29,9 @@ from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, re
 FLUSH_STEPS = 10  # losses wait on the device this long before they are looked at, so that a GPU is never held up
 
 
-def micro_batch_for(share: int, wanted: int) -> int:
-    """The largest divisor of a process's share of the batch that is at most `wanted`."""
-    return max(n for n in range(1, min(share, wanted) + 1) if share % n == 0)
+def micro_batch_for(local_batch: int, wanted: int) -> int:
+    """The largest divisor of local_batch, a process's part of the batch, that is at most `wanted`."""
+    return max(n for n in range(1, min(local_batch, wanted) + 1) if local_batch % n == 0)
 
 
 def check_batch(images: int, batch: int, where: str) -> None:
@@ -110,13 +110,13 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
 
 def steps_of(t: Training, first_step: int, unreadable: UnreadableFiles) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The (images, labels) micro-batches of each step from first_step on, for this process."""
-    share = t.batch // distributed.world_size()
+    local_batch = t.batch // distributed.world_size()
     stream = TrainingStream(len(t.dataset), t.batch, t.micro_batch, t.seed, first_step, t.steps, t.repeats)
     chunks = []
     for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device):
         unreadable.add(bad)
         chunks.append((images, labels))
-        if len(chunks) == share // t.micro_batch:
+        if len(chunks) == local_batch // t.micro_batch:
             yield chunks
             chunks = []
 
@@ -163,9 +163,9 @@ def train_step(
 
 def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_batch: int, sync: bool) -> Tensor:
     """Forward and backward over all micro-batches; gradients of the mean. sync: let DDP average them on the last."""
-    share = t.batch // distributed.world_size()
+    local_batch = t.batch // distributed.world_size()
     total = torch.zeros((), device=t.machine.device)
-    first = distributed.rank() * share
+    first = distributed.rank() * local_batch
     for number, (images, labels) in enumerate(chunks):
         seed_all(t.seed, step, first, device=t.machine.device)
         images = images.to(t.machine.device, non_blocking=True)
@@ -178,7 +178,7 @@ def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_bat
             quiet = isinstance(model, DistributedDataParallel) and not (sync and last)
             with model.no_sync() if quiet else contextlib.nullcontext():
                 with t.machine.autocast():
-                    loss = t.loss_of(model, *part) * (len(part[0]) / share)
+                    loss = t.loss_of(model, *part) * (len(part[0]) / local_batch)
                 loss.backward()
             total += loss.detach()
     return total

@@ -23,8 +23,8 @@ from mae_core.errors import UserError
 class Machine:
     """How this machine does the work. Accumulation keeps the effective batch whatever the micro-batch.
 
-    precision: "fp32", or "bf16" for autocast. micro_batch: images per process and forward pass (0: the whole share
-    of the batch, at most 128).
+    precision: "fp32", or "bf16" for autocast. micro_batch: images per process and forward pass (0: all of
+    the process's part of the batch, at most 128).
     """
 
     device: str = "cpu"
@@ -43,10 +43,10 @@ class Machine:
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def natural(text: str) -> int:
-    """A command line's whole number from 0 on."""
+def non_negative_int(text: str) -> int:
+    """A whole number, 0 or more, on a command line."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
     return int(text)
 
 

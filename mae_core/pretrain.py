@@ -17,12 +17,12 @@ import torch
 from mae_core import distributed
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
-from mae_core.data import Images, images_or_shards, normalised, pretraining_transform, seed_for
+from mae_core.data import Images, images_or_shards, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
-from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, natural, peak_memory_gib
+from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, non_negative_int, peak_memory_gib
 from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
@@ -72,7 +72,7 @@ def pretrain(
     wants it. Returns the final state and the images per epoch."""
     files = training_images(data)
     check_batch(len(files), r.batch, str(data))
-    share = r.batch // machine.processes
+    local_batch = r.batch // machine.processes
     images = Images(files, pretraining_transform(r.image_size, r.min_scale, r.augmentation), seed=seed)
     target = make_target(r, get_arch(arch).patch, images, seed, out, tokenizer)
     torch.manual_seed(seed_for(seed) % 2**63)
@@ -99,7 +99,7 @@ def pretrain(
 
     def prepare(images: torch.Tensor, labels: torch.Tensor, step: int, first: int) -> tuple[torch.Tensor, ...]:
         noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
-        return normalised(images), noise.to(images.device)
+        return normalize(images), noise.to(images.device)
 
     def write(name: str, epochs: int) -> None:
         if distributed.is_main():
@@ -124,7 +124,7 @@ def pretrain(
             dataset=images,
             epochs=r.epochs,
             batch=r.batch,
-            micro_batch=micro_batch_for(share, machine.micro_batch or 256),
+            micro_batch=micro_batch_for(local_batch, machine.micro_batch or 256),
             seed=seed,
             machine=machine,
             fixed=fixed,
@@ -168,17 +168,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", required=True)
     parser.add_argument("--recipe", default="paper", help="paper or mini")
     parser.add_argument("--out", type=Path, required=True, help="work folder; the same command resumes in it")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
     parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder, for tokenizer=dall-e")
     parser.add_argument(
-        "--eval-every", type=natural, default=0, metavar="N", help="k-NN accuracy every N epochs (default: never)"
+        "--eval-every",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="k-NN accuracy every N epochs (default: never)",
     )
     parser.add_argument("--eval-data", type=Path, help="labelled train/ and val/ for it (default: --data)")
     parser.add_argument(
-        "--keep-every", type=natural, default=0, metavar="N", help="keep the weights of every Nth epoch"
+        "--keep-every", type=non_negative_int, default=0, metavar="N", help="keep the weights of every Nth epoch"
     )
     add_machine_flags(parser)
     parser.add_argument("--no-compile", action="store_true", help="on GPU, where pre-training compiles by default")

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from mae_core.data import MEAN, STD, list_images, normalised
+from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.patches import patchify, unpatchify
@@ -122,7 +122,7 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
             images.append(transform(read_image(file)))
         except UNREADABLE as error:
             raise UserError(f"{file} cannot be read as an image ({error}): mend it or take it out") from None
-    return normalised(torch.stack(images))
+    return normalize(torch.stack(images))
 
 
 def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path) -> None:

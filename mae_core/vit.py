@@ -77,7 +77,7 @@ class Variant:
 PLAIN = Variant()
 
 
-def beyond(variant: Variant) -> str:
+def variant_in_words(variant: Variant) -> str:
     """What an encoder has beyond a plain ViT, in words; "" for nothing."""
     if variant.beit:
         return "BEiT's relative positions and layer scale"

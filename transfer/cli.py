@@ -14,9 +14,9 @@ from typing import Any
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import Machine, add_machine_flags, machine_from, natural
+from mae_core.machine import Machine, add_machine_flags, machine_from, non_negative_int
 from mae_core.settings import differences, override, unknown
-from mae_core.vit import beyond, vit_arguments
+from mae_core.vit import variant_in_words, vit_arguments
 from transfer.checks import objections
 from transfer.data.findings import Data, guarded
 from transfer.pyramid import patch_side
@@ -178,7 +178,7 @@ def obstacle(job: Job) -> tuple[str, str]:
     if task.needs == "encoder" and kind == "classifier":
         return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
     if task.plain_vit and not job.checkpoint.plain:
-        return "skipped", f"not a plain ViT: {job.checkpoint.name} has {beyond(job.checkpoint.variant)}"
+        return "skipped", f"not a plain ViT: {job.checkpoint.name} has {variant_in_words(job.checkpoint.variant)}"
     if not installed(task.engines[job.engine]):
         return "skipped", f"{job.engine} is not installed here; {task.install}"
     if job.data.status == "missing":
@@ -229,7 +229,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         "--task", nargs="+", action="extend", required=True, metavar="TASK", help=", ".join(t.name for t in tasks)
     )
     parser.add_argument("--ckpt", required=True, help="checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )

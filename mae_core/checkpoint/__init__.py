@@ -17,11 +17,11 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_core.checkpoint.convert import made, read_weights, stated
+from mae_core.checkpoint.convert import is_converted, model_settings, read_weights
 from mae_core.checkpoint.identify import compare, identify, image_size_of, registered, resize_position_embedding
 from mae_core.checkpoint.locate import locate
 from mae_core.checkpoint.weights_file import CheckpointError, as_float32, save_weights, sha256_of
-from mae_core.data import MEAN, STD
+from mae_core.data import MEAN, STD, Normalization
 from mae_core.errors import UserError
 from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_distilled, build_vit, get_arch
 
@@ -101,7 +101,7 @@ class Checkpoint:
         return self.variant == PLAIN
 
     @property
-    def pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def normalization(self) -> Normalization:
         """mean and std."""
         return self.mean, self.std
 
@@ -146,7 +146,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
     source = locate(str(spec))
     path = source.path
     weights = read_weights(path, key)
-    tensors, known = weights.tensors, stated(path, weights, source.said)
+    tensors, known = weights.tensors, model_settings(path, weights, source.said)
     parts = {part: {n: t for n, t in tensors.items() if p.match(n)} for part, p in PARTS.items()}
     if "decoder_embed.weight" not in tensors:
         parts["decoder"].pop("mask_token", None)  # masked-image training has one, an MAE decoder or not
@@ -173,7 +173,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
         dropped=(*weights.dropped, *left),
         meta={**weights.facts, "image_size": image_size_of(encoder, arch, variant)},
         variant=variant,
-        sources={name: old for name, old in weights.sources.items() if name in kept and made(name, old)},
+        sources={name: old for name, old in weights.sources.items() if name in kept and is_converted(name, old)},
         config=source.config,
         **known,
     )

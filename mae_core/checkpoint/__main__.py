@@ -15,7 +15,7 @@ from mae_core.checkpoint.convert import OURS, PREFIXED
 from mae_core.checkpoint.export import TARGETS, export, left_out, save_canonical
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.errors import UserError
-from mae_core.vit import ARCHS, beyond, get_arch
+from mae_core.vit import ARCHS, get_arch, variant_in_words
 
 # Released files by the first digits of their hash: MD5 in facebookresearch/mae (README.md, FINETUNE.md); SHA-256 in the
 # file names of facebookresearch/deit and open-mmlab/mmpretrain (configs/mae/metafile.yml).
@@ -117,7 +117,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     lines = [("file", c.path)] + [("", remark) for remark in remarks(c)]
     lines += [("format", c.format), ("kind", c.kind), ("use", "; ".join(uses(c)))]
     lines += [("arch", f"{c.arch}: width {a.dim}, {a.depth} blocks, {a.heads} heads, patches of {a.patch} px")]
-    lines += [("", beyond(c.variant) or "plain ViT"), ("sha256", c.sha256)]
+    lines += [("", variant_in_words(c.variant) or "plain ViT"), ("sha256", c.sha256)]
     said = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
     said = " (said by the config beside it)" if c.config else said
     lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{said}")]

@@ -120,7 +120,7 @@ def _convert(
     return Weights(format, tensors, sources, tuple(dropped), facts)
 
 
-def made(name: str, sources: tuple[str, ...]) -> bool:
+def is_converted(name: str, sources: tuple[str, ...]) -> bool:
     """Whether a tensor is more than one of the file's without a prefix."""
     return not (len(sources) == 1 and f".{sources[0]}".endswith(f".{name}"))
 
@@ -214,7 +214,7 @@ def _training_facts(format: str, content: dict) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def stated(path: Path, weights: Weights, said: dict[str, object]) -> dict[str, object]:
+def model_settings(path: Path, weights: Weights, said: dict[str, object]) -> dict[str, object]:
     """mean, std, eps, pool and heads: the format's, unless the file's metadata or a config beside it says other."""
     f, tensors, facts = weights.format, weights.tensors, weights.facts
     found: dict[str, object] = {"mean": f.mean, "std": f.std, "eps": f.eps, "pool": f.pool, "heads": None}

@@ -17,7 +17,7 @@ from mae_core.settings import unknown
 from mae_core.vit import ARCHS, EPS
 
 
-def travelling(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
+def metadata_of(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
     """Safetensors metadata of what a model's numbers depend on beside its tensors; {} where all is as in MAE. pool: of
     the model that is saved; tensors: its names, which show the usual pooling."""
     c, usual = checkpoint, "avg" if "fc_norm.weight" in tensors else "token"
@@ -34,7 +34,7 @@ def save_canonical(checkpoint: Checkpoint, path: Path) -> None:
     told |= {"arch": checkpoint.arch, "kind": checkpoint.kind, "source_format": checkpoint.format}
     told |= {"source_sha256": checkpoint.sha256}
     tensors = _everything(checkpoint)
-    save_weights(path, tensors, told | travelling(checkpoint, checkpoint.pool, tensors))
+    save_weights(path, tensors, told | metadata_of(checkpoint, checkpoint.pool, tensors))
 
 
 def export(checkpoint: Checkpoint, form: str, path: Path) -> None:

@@ -15,7 +15,7 @@ from mae_core.data import (
     UnreadableFiles,
     list_images,
     loader,
-    normalised,
+    normalize,
     pretraining_transform,
     seed_all,
     seed_for,
@@ -115,7 +115,7 @@ def test_pretraining_crops_a_fifth_to_all_of_the_area_and_flips_half(coordinate_
 
 def test_normalised_with_imagenet_s_mean_and_deviation(tmp_path):
     Image.new("RGB", (40, 40), (255, 0, 128)).save(tmp_path / "flat.png")
-    image = normalised(Images([tmp_path / "flat.png"], pretraining_transform(8, 0.2))[0][0][None])[0]
+    image = normalize(Images([tmp_path / "flat.png"], pretraining_transform(8, 0.2))[0][0][None])[0]
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
     torch.testing.assert_close(image, torch.tensor(expected)[:, None, None].expand(3, 8, 8))
 
@@ -254,13 +254,13 @@ def test_images_are_normalised_as_torchvision_s_first_transforms_did(noise_image
     steps = v1.Compose([v1.ToTensor(), v1.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))])
     expected = torch.stack([steps(Image.open(file)) for file in list_images(noise_images)[:8]])
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        found = normalised(images.to(device), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)).cpu()
+        found = normalize(images.to(device), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))).cpu()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-        assert torch.equal(found, normalised(images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
-        assert torch.equal(found[3:5], normalised(images[3:5], (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
+        assert torch.equal(found, normalize(images, ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))))
+        assert torch.equal(found[3:5], normalize(images[3:5], ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))))
     assert images.dtype == torch.uint8
 
 
 def test_nothing_is_normalised_twice():
     with pytest.raises(TypeError, match="normalised once"):
-        normalised(normalised(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))
+        normalize(normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_core.data import Images, Sample, list_images, normalised, pretraining_transform
+from mae_core.data import Images, Sample, list_images, normalize, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.fitted_target import PATCHES_PER_IMAGE, sample_patches
 from mae_core.patches import patchify
@@ -19,7 +19,7 @@ def test_patches_are_of_augmented_images_and_seeded(noise_images):
     assert patches.shape == (10 * PATCHES_PER_IMAGE, 192)
     assert torch.equal(patches, sample_patches(images, 8, 10, seed=3))
     assert not torch.equal(patches, sample_patches(images, 8, 10, seed=4))
-    everything = as_rows(torch.cat([patchify(normalised(images[Sample(i, i)][0][None]), 8)[0] for i in range(64)]))
+    everything = as_rows(torch.cat([patchify(normalize(images[Sample(i, i)][0][None]), 8)[0] for i in range(64)]))
     assert as_rows(patches) <= everything
     assert len(as_rows(patches)) == len(patches)  # none twice
     assert len(sample_patches(images, 24, 99, seed=0)) == 64 * 4  # all there are

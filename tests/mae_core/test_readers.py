@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mae_core.data import Images, Sample, loader, pretraining_transform
+from mae_core.data import IMAGENET_NORMALIZATION, Images, Sample, loader, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.reconstruct import load_images
 from tests.fixtures.image import broken_files, odd_files, photograph
 from tests.fixtures.transfer import TableModel, one_hot_logits
 from transfer.classification.evaluate import evaluate
-from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform, probe_transform, train_transform
+from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.ade20k import check_pair
 from transfer.data.coco import Example, Examples
 from transfer.data.split import Split
@@ -73,7 +73,7 @@ def test_broken_files_end_an_evaluation_by_their_name(broken):
     for file in broken:
         split = Split((file,), (0,))
         with pytest.raises(UserError, match=f"{file} cannot be read as an image: replace it; no number"):
-            evaluate(TableModel(one_hot_logits([0])), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+            evaluate(TableModel(one_hot_logits([0])), split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
 
 
 def test_broken_files_end_a_picture_by_their_name(broken):

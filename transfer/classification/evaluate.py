@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, classifier_of
-from mae_core.data import Images, loader, normalised
+from mae_core.data import Images, Normalization, loader, normalize
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.progress import Progress
-from transfer.classification.transforms import Pixels, eval_transform
+from transfer.classification.transforms import eval_transform
 from transfer.data.split import Split
 
 
@@ -56,14 +56,14 @@ def evaluate(
     model: nn.Module,
     split: Split,
     transform: nn.Module,
-    pixels: Pixels,
+    normalization: Normalization,
     machine: Machine,
     label: str,
     kept: Sequence[int] | None = None,
 ) -> Scores:
     """Score every image of a split exactly once, whatever the number of processes.
 
-    transform: as eval_transform's. pixels: mean and std that the classifier's images are normalised with.
+    transform: as eval_transform's. normalization: of the classifier's images.
     kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then over them.
     """
     size = machine.micro_batch or 128
@@ -79,7 +79,7 @@ def evaluate(
         if bad:
             unreadable = bad
             break
-        logits = forward(model, images, pixels, machine)
+        logits = forward(model, images, normalization, machine)
         if kept is not None:
             logits = logits[:, list(kept)]
         rows.append(score(logits, targets.to(logits.device)))
@@ -93,17 +93,17 @@ def evaluate(
     return Scores(loss, top1.astype(bool), top5.astype(bool))
 
 
-def forward(model: nn.Module, images: Tensor, pixels: Pixels, machine: Machine) -> Tensor:
-    """Logits in float32 of uint8 images, normalised by pixels; out of GPU memory tries again in halves."""
+def forward(model: nn.Module, images: Tensor, normalization: Normalization, machine: Machine) -> Tensor:
+    """Logits in float32 of uint8 images, normalised; out of GPU memory tries again in halves."""
     try:
         images = images.to(machine.device, non_blocking=True)
         with machine.autocast():
-            return model(normalised(images, *pixels)).float()
+            return model(normalize(images, normalization)).float()
     except torch.OutOfMemoryError:
         if len(images) == 1:
             raise
     torch.cuda.empty_cache()
-    return torch.cat([forward(model, half, pixels, machine) for half in images.chunk(2)])
+    return torch.cat([forward(model, half, normalization, machine) for half in images.chunk(2)])
 
 
 def score(logits: Tensor, targets: Tensor) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of, save_weights
-from mae_core.checkpoint.export import travelling
+from mae_core.checkpoint.export import metadata_of
 from mae_core.checkpoint.weights_file import sha256_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.training import State
@@ -51,7 +51,7 @@ def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
 def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
     """Metrics and their standard errors."""
     transform = eval_transform(job.recipe.image_size)
-    return evaluate(model, val, transform, job.checkpoint.pixels, job.machine, job.task.name).metrics()
+    return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
 
 
 def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
@@ -65,7 +65,7 @@ def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) 
         "task": job.task.name,
     }
     metadata |= {"encoder_sha256": job.checkpoint.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
-    save_weights(job.work / name, state, metadata | travelling(job.checkpoint, job.recipe.pool, state))
+    save_weights(job.work / name, state, metadata | metadata_of(job.checkpoint, job.recipe.pool, state))
     return {name: sha256_of(job.work / name)}
 
 

@@ -181,7 +181,7 @@ def own_features(
     for images, _, bad in loader(dataset, batches, job.machine.workers, job.machine.device):
         if bad:
             return torch.empty(0), bad
-        found.append(forward(model, images, job.checkpoint.pixels, job.machine).cpu())
+        found.append(forward(model, images, job.checkpoint.normalization, job.machine).cpu())
         seen += len(images)
         progress.update(min(len(dataset), seen * distributed.world_size()), len(images))
         if not found[-1].isfinite().all():

@@ -130,7 +130,7 @@ def tune(job: Job, k: float, images: Reading) -> Result:
     tuned = freeze_all_but(model, k)
     model = model.to(job.machine.device)
     before = checksum_of_others(model, tuned)
-    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.pixels)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
     state, trained = train_classifier(job, model, images.train, transform)
     if checksum_of_others(trained, tuned) != before:
         raise RuntimeError(f"the frozen part changed while {k:g} blocks were tuned")

@@ -11,12 +11,12 @@ import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.checkpoint import Checkpoint
-from mae_core.data import PILLOW_PIXELS
+from mae_core.data import PILLOW_PIXELS, Normalization
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import choose
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
-from transfer.classification.transforms import Pixels, eval_transform
+from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import columns, read_split, wnids
 from transfer.data.imagenet_shifts import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
 from transfer.data.split import Split
@@ -77,8 +77,8 @@ def classifier(job: Job) -> tuple[VisionTransformer, int]:
     return load_once(job.parent or job.checkpoint, job.recipe.image_size, job.machine.device)
 
 
-def pixels_of(job: Job) -> Pixels:
-    return (job.parent or job.checkpoint).pixels
+def normalization_of(job: Job) -> Normalization:
+    return (job.parent or job.checkpoint).normalization
 
 
 def run_200(job: Job) -> Result:
@@ -87,14 +87,13 @@ def run_200(job: Job) -> Result:
     root, kept = Path(job.data.root), columns(job.task.name)
     split, _ = read_split(folder_of(root, job.task.name))
     transform = eval_transform(size, job.recipe.transform)
-    result = scored(
-        evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name, kept), len(split.files), size
-    )
+    scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name, kept)
+    result = scored(scores, len(split.files), size)
     clean = clean_split(root).of_classes(kept)
     if not clean.files:
         return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
     metrics, stderr = evaluate(
-        model, clean, transform, pixels_of(job), job.machine, f"{job.task.name} clean", kept
+        model, clean, transform, normalization_of(job), job.machine, f"{job.task.name} clean", kept
     ).metrics()
     return replace(
         result,
@@ -108,7 +107,7 @@ def run_sketch(job: Job) -> Result:
     model, size = classifier(job)
     split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
     transform = eval_transform(size, job.recipe.transform)
-    scores = evaluate(model, split, transform, pixels_of(job), job.machine, job.task.name)
+    scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name)
     return scored(scores, len(split.files), size)
 
 
@@ -129,7 +128,7 @@ def run_c(job: Job) -> Result:
             check_crop(splits[0].files[0], size)
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
         label = f"{job.task.name} {number + 1}/15 {corruption}"
-        scores = evaluate(model, whole, transform, pixels_of(job), job.machine, label)
+        scores = evaluate(model, whole, transform, normalization_of(job), job.machine, label)
         wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
     errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
     metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}

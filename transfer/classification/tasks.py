@@ -47,7 +47,7 @@ def finetune(job: Job) -> Result:
     """Train everything; leave the classifier as classifier.safetensors in the work folder."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes).to(job.machine.device)
-    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.pixels)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
     state, trained = train_classifier(job, model, images.train, transform)
     metrics, stderr = validate(job, trained, images.val)
     if r.ema:
@@ -88,8 +88,8 @@ def evaluate_released(job: Job) -> Result:
     if model.num_classes != len(wnids()):
         raise UserError(f"{job.checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
     val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
-    transform, pixels = eval_transform(size, job.recipe.transform), job.checkpoint.pixels
-    metrics, stderr = evaluate(model, val, transform, pixels, job.machine, job.task.name).metrics()
+    transform, normalization = eval_transform(size, job.recipe.transform), job.checkpoint.normalization
+    metrics, stderr = evaluate(model, val, transform, normalization, job.machine, job.task.name).metrics()
     resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
     return Result(metrics, stderr, len(val.files), len(val.files), resolved=resolved)
 

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.data import Images, normalised
+from mae_core.data import Images, normalize
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
@@ -89,19 +89,19 @@ class RepeatedRecipe(ClassifierRecipe):
 def train_classifier(job: Job, model: VisionTransformer, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
     """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
     evaluate: the moving average of the weights where the recipe has one."""
-    r, machine, pixels = job.recipe, job.machine, job.checkpoint.pixels
+    r, machine, normalization = job.recipe, job.machine, job.checkpoint.normalization
     check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
-    share = r.batch // machine.processes
+    local_batch = r.batch // machine.processes
     mixes = r.mixup > 0 or r.cutmix > 0
     # 512: what one GPU of the official probe takes, so that its BatchNorm sees the same batch.
     wanted = machine.micro_batch or (512 if r.optimizer == "lars" else 128)
-    micro_batch = micro_batch_for(share, wanted)
+    micro_batch = micro_batch_for(local_batch, wanted)
     if mixes:
-        if share % 2 or wanted < 2:
+        if local_batch % 2 or wanted < 2:
             raise UserError(
-                f"mixup pairs images: {share} a process in micro-batches of {wanted} need to be even numbers"
+                f"mixup pairs images: {local_batch} a process in micro-batches of {wanted} need to be even numbers"
             )
-        micro_batch = 2 * micro_batch_for(share // 2, wanted // 2)
+        micro_batch = 2 * micro_batch_for(local_batch // 2, wanted // 2)
     mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model_classes(model))
     loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
     if r.optimizer == "lars":
@@ -113,7 +113,7 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
     steps_per_epoch, lr = len(split.files) // r.batch, learning_rate(r.base_lr, r.batch)
 
     def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
-        images = erased(normalised(images, *pixels), r.random_erasing)
+        images = erased(normalize(images, normalization), r.random_erasing)
         return mixup(images, labels) if mixes else (images, labels)
 
     state = fit(

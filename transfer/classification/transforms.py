@@ -8,11 +8,8 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core.data import MEAN, STD
+from mae_core.data import IMAGENET_NORMALIZATION, Normalization
 from mae_core.settings import choose
-
-Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels, as Checkpoint.pixels has them
-IMAGENET_PIXELS = (MEAN, STD)
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
@@ -25,11 +22,11 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 
 
 def train_transform(
-    image_size: int, min_scale: float, rand_augment: str, pixels: Pixels = IMAGENET_PIXELS
+    image_size: int, min_scale: float, rand_augment: str, normalization: Normalization = IMAGENET_NORMALIZATION
 ) -> v2.Compose:
     """What fine-tuning augments with, on uint8 tensors: random resized crop (bicubic), flip, and timm's RandAugment,
     whose operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
-    string, or "" for none. pixels: the mean fills what RandAugment shifts in."""
+    string, or "" for none. normalization: its mean fills what RandAugment shifts in."""
     crop = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     steps: list[Callable] = [crop, v2.RandomHorizontalFlip()]
     if rand_augment:
@@ -39,7 +36,7 @@ def train_transform(
             color_jitter=None,
             auto_augment=rand_augment,
             interpolation="bicubic",
-            mean=pixels[0],
+            mean=normalization[0],
             separate=True,
         )
         for operation in getattr(augment.transforms[0], "ops", ()):  # none in AutoAugment, which has no such operation

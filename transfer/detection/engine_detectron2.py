@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core.checkpoint import read_checkpoint
-from mae_core.data import MEAN, STD
+from mae_core.data import IMAGENET_NORMALIZATION, Normalization
 from mae_core.loop import check_batch, micro_batch_for
 from mae_core.machine import Machine, suit_attention
 from transfer.data.coco import CATEGORIES, training_examples
@@ -130,12 +130,15 @@ def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def build_model(
-    pyramid: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+    pyramid: ViTPyramid,
+    r: DetectionRecipe,
+    norm: type[nn.Module],
+    normalization: Normalization = IMAGENET_NORMALIZATION,
 ) -> GeneralizedRCNN:
     """Mask R-CNN by the recipe, from detectron2's own parts: RPN with r.rpn_convs hidden convolutions, box head of four
     convolutions and one fully connected layer, mask head of four convolutions.
 
-    pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
+    normalization: of the checkpoint's images.
     """
     backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
     levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
@@ -192,8 +195,8 @@ def build_model(
                 conv_norm=norm,
             ),
         ),
-        pixel_mean=[255 * v for v in pixels[0]],
-        pixel_std=[255 * v for v in pixels[1]],
+        pixel_mean=[255 * v for v in normalization[0]],
+        pixel_std=[255 * v for v in normalization[1]],
         input_format="RGB",
     )
 
@@ -205,7 +208,7 @@ def train_and_predict(job: Job) -> Predictions:
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = build_pyramid(job)
     norm = head_norm(machine)
-    model = build_model(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
+    model = build_model(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     suit_attention(model, machine)
     if machine.compile:
         pyramid.compile()  # not the heads, whose shapes change with every image

@@ -22,7 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mae_core import distributed
-from mae_core.data import MEAN, STD, Sample, seed_all
+from mae_core.data import IMAGENET_NORMALIZATION, Normalization, Sample, seed_all
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw
@@ -112,11 +112,15 @@ class MaskRCNN(nn.Module):
 
     (images uint8 [B, 3, S, S], targets) -> losses by name when training; else per image boxes [n, 4], labels 1..80,
     scores and masks [n, 1, 28, 28]. Evaluation needs only `size` of the targets: (height, width) without padding.
-    pixels: mean and std of the channels (0..1) that the checkpoint's images are normalised with.
+    normalization: of the checkpoint's images.
     """
 
     def __init__(
-        self, body: ViTPyramid, r: DetectionRecipe, norm: type[nn.Module], pixels: tuple = (MEAN, STD)
+        self,
+        body: ViTPyramid,
+        r: DetectionRecipe,
+        norm: type[nn.Module],
+        normalization: Normalization = IMAGENET_NORMALIZATION,
     ) -> None:
         super().__init__()
         self.mean: Tensor
@@ -158,7 +162,7 @@ class MaskRCNN(nn.Module):
         # eight bits, coordinates above 512 px would be off by up to two, and small objects would not be learnt at all.
         for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
             head.register_forward_hook(lambda module, inputs, output: in_float32(output))
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in pixels)
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in normalization)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -205,7 +209,7 @@ def train_and_predict(job: Job) -> Predictions:
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = build_pyramid(job)
     norm = head_norm(machine)
-    model = MaskRCNN(pyramid, r, norm, job.checkpoint.pixels).to(machine.device)
+    model = MaskRCNN(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     if machine.compile:
         model.body.compile()  # not the heads, whose shapes change with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)

@@ -136,14 +136,14 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
     states: list[State] = []
 
     def loop(runner: Any, dataset: Any) -> None:
-        share = r.batch // machine.processes
+        local_batch = r.batch // machine.processes
         training = IterationTraining(
             label=f"{job.task.name} {job.checkpoint.name}",
             work=job.work,
             dataset=Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), job.seed),
             epochs=-(-r.iterations // max(len(dataset) // r.batch, 1)),
             batch=r.batch,
-            micro_batch=micro_batch_for(share, machine.micro_batch or share),
+            micro_batch=micro_batch_for(local_batch, machine.micro_batch or local_batch),
             seed=job.seed,
             machine=machine,
             fixed=job.identity(),

@@ -350,7 +350,7 @@ def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
     pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
     whole, inside, alone = read_checkpoint(path), read_checkpoint(path / name), read_checkpoint(path.joinpath(name))
-    assert whole.pixels == inside.pixels == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert whole.normalization == inside.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (whole.eps, whole.name, inside.name, whole.path) == (1e-3, "my-vit", "my-vit", str(path))
     assert_same_output(loaded(whole)[0].forward_features, vit(1e-3).forward_features)
     with pytest.raises(AssertionError):  # the eps shows
@@ -364,12 +364,12 @@ def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
 
 def test_timms_config_says_the_pixels(tmp_path):
     config = {"architecture": "vit_mini", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
-    assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).pixels == (HALF, HALF)
+    assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).normalization == (HALF, HALF)
 
 
 def test_vit_mae_without_its_decoder_is_known_by_its_config(tmp_path):
     checkpoint = read_checkpoint(folder(tmp_path / "m", hf(PLAIN_VIT), {"model_type": "vit_mae"}))
-    assert (checkpoint.format, checkpoint.pixels) == ("hf-vit", (MEAN, STD))
+    assert (checkpoint.format, checkpoint.normalization) == ("hf-vit", (MEAN, STD))
 
 
 def small(heads):
@@ -399,7 +399,7 @@ def test_the_number_of_heads_comes_from_the_format_or_the_config(put, tmp_path):
 
 def test_google_s_imagenet_21k_head_says_its_pixels(put):
     state = {**PLAIN_VIT, "head.weight": torch.zeros(21843, 128), "head.bias": torch.zeros(21843)}
-    assert read_checkpoint(put(state, "f.safetensors")).pixels == (HALF, HALF)
+    assert read_checkpoint(put(state, "f.safetensors")).normalization == (HALF, HALF)
 
 
 # Other input sizes

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mae_core.checkpoint import read_checkpoint, save_weights
-from mae_core.data import PILLOW_PIXELS, normalised
+from mae_core.data import IMAGENET_NORMALIZATION, PILLOW_PIXELS, normalize
 from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
@@ -20,7 +20,7 @@ from tests.fixtures.transfer import ARCH, CLASSES, make_job, small_checkpoint, w
 from transfer import task
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import evaluate, trained_classifier
-from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform
+from transfer.classification.transforms import eval_transform
 from transfer.cli import main
 from transfer.data.imagenet import read_split, wnids
 from transfer.task import CLASSIFIER_FILE, run_job
@@ -237,7 +237,7 @@ def test_a_part_of_imagenet_is_scored_among_all_thousand_classes(root, tmp_path)
         torch.nn.init.zeros_(model.head.bias)
         model.head.bias.data[answer] = 1.0
         job = make_job(FINETUNE, root, tmp_path)
-        assert evaluate(model, val, eval_transform(48), IMAGENET_PIXELS, job.machine, "x").top1.mean() == right
+        assert evaluate(model, val, eval_transform(48), IMAGENET_NORMALIZATION, job.machine, "x").top1.mean() == right
 
 
 def test_data_smaller_than_a_batch_is_refused_in_numbers(root, tmp_path):
@@ -320,7 +320,7 @@ def test_the_probe_is_batchnorm_without_affine_over_the_class_token(root, tmp_pa
     encoder = build_vit(ARCH)
     encoder.load_state_dict(small_checkpoint().encoder)
     val, _ = read_split(root / "imagenet" / "val")
-    images = normalised(torch.stack([eval_transform(48)(Image.open(f)) for f in val.files]))
+    images = normalize(torch.stack([eval_transform(48)(Image.open(f)) for f in val.files]))
     with torch.inference_mode():
         tokens = encoder.eval().forward_features(images)[:, 0]
     normal = (tokens - left["head.0.running_mean"]) / (left["head.0.running_var"] + 1e-6).sqrt()

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
-from mae_core.data import normalised
+from mae_core.data import normalize
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
@@ -36,9 +36,9 @@ def images_shown(monkeypatch):
     shown = []
     forward = features.forward
 
-    def look(model, images, pixels, machine):
-        shown.extend(normalised(images, *pixels))
-        return forward(model, images, pixels, machine)
+    def look(model, images, normalization, machine):
+        shown.extend(normalize(images, normalization))
+        return forward(model, images, normalization, machine)
 
     monkeypatch.setattr(features, "forward", look)
     return shown
@@ -54,7 +54,7 @@ def independent(job, pool="token"):
         split, _ = read_split(Path(job.data.root) / "imagenet" / name)
         with torch.inference_mode():
             images = [transform(Image.open(f).convert("RGB"))[None] for f in split.files]
-            tokens = torch.cat([model.forward_features(normalised(i, *job.checkpoint.pixels)) for i in images])
+            tokens = torch.cat([model.forward_features(normalize(i, job.checkpoint.normalization)) for i in images])
         prefix = model.num_prefix_tokens
         found += [tokens[:, 0] if pool == "token" else tokens[:, prefix:].mean(1), np.array(split.labels)]
     return found
@@ -185,26 +185,26 @@ def test_the_recipe_is_dinos():
 def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root, tmp_path, monkeypatch):
     asked = set()
 
-    def note(images, *pixels):
-        asked.add(pixels)
-        return normalised(images, *pixels)
+    def note(images, normalization):
+        asked.add(normalization)
+        return normalize(images, normalization)
 
     for module in (train, evaluate):
-        monkeypatch.setattr(module, "normalised", note)
+        monkeypatch.setattr(module, "normalize", note)
     checkpoint = beit_file(tmp_path)
     for task in classification.TASKS[:2]:
         job = make_job(task, root, tmp_path / task.name, epochs=1, warmup_epochs=0)
         record = run_job(replace(job, checkpoint=checkpoint))
         assert record.status == "ok", record.reason
         assert record.checkpoint["input"]["mean"] == [0.5, 0.5, 0.5]
-    assert asked == {checkpoint.pixels}
+    assert asked == {checkpoint.normalization}
     # What fine-tuning leaves says so too, and is evaluated with them.
     left = read_checkpoint(tmp_path / "imagenet_finetune" / "classifier.safetensors")
-    assert (left.kind, left.pixels, left.variant) == ("classifier", checkpoint.pixels, Variant(beit=True))
+    assert (left.kind, left.normalization, left.variant) == ("classifier", checkpoint.normalization, Variant(beit=True))
     asked.clear()
     job = make_job(classification.TASKS[2], root, tmp_path / "eval")
     again = run_job(replace(job, checkpoint=left))
-    assert asked == {checkpoint.pixels}
+    assert asked == {checkpoint.normalization}
     assert again.metrics["top1"] == pytest.approx(
         run_job(replace(job, checkpoint=left, work=tmp_path / "eval2")).metrics["top1"]
     )
@@ -212,9 +212,9 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
 
 def test_the_shifted_sets_are_shown_as_the_classifier_was_trained(root, tmp_path):
     job = make_job(classification.TASKS[0], root, tmp_path / "w")
-    assert robustness.pixels_of(job) == job.checkpoint.pixels
+    assert robustness.normalization_of(job) == job.checkpoint.normalization
     parent = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))
-    assert robustness.pixels_of(replace(job, parent=parent)) == parent.pixels
+    assert robustness.normalization_of(replace(job, parent=parent)) == parent.normalization
 
 
 def test_a_task_that_holds_plain_vits_alone_skips_the_others(root, tmp_path):

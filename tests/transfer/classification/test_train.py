@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
-from mae_core.data import pretraining_transform, seed_all
+from mae_core.data import IMAGENET_NORMALIZATION, pretraining_transform, seed_all
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
@@ -33,7 +33,7 @@ from tests.fixtures.transfer import (
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import Scores, evaluate, score
 from transfer.classification.train import erased, train_classifier
-from transfer.classification.transforms import IMAGENET_PIXELS, eval_transform
+from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
 from transfer.data.split import Split
 from transfer.task import CLASSIFIER_FILE, read_record, run_job
@@ -108,9 +108,8 @@ def test_every_image_is_counted_once_whatever_the_batch(tmp_path):
     model = TableModel(one_hot_logits([4, 14, 16, 92, 65, 36, 89]))
     for micro_batch, batches in ((3, [3, 3, 1]), (7, [7]), (0, [7])):
         model.batches = []
-        scores = evaluate(
-            model, split, eval_transform(16, "center_crop"), IMAGENET_PIXELS, Machine(micro_batch=micro_batch), "x"
-        )
+        machine = Machine(micro_batch=micro_batch)
+        scores = evaluate(model, split, eval_transform(16, "center_crop"), IMAGENET_NORMALIZATION, machine, "x")
         assert scores.top1.tolist() == [False, True, False, True, True, False, True]
         assert model.batches == batches
 
@@ -124,7 +123,7 @@ def test_kept_columns_alone_compete(tmp_path):
     table[1, 250], table[1, 101] = 5.0, 4.0
     table[2, 299] = 5.0
     split = coded_split(tmp_path, [120, 101, 299])
-    at = (TableModel(table), split, eval_transform(16, "center_crop"), IMAGENET_PIXELS, Machine(), "x")
+    at = (TableModel(table), split, eval_transform(16, "center_crop"), IMAGENET_NORMALIZATION, Machine(), "x")
     assert evaluate(*at, kept).top1.tolist() == [True, False, True]
     assert evaluate(*at).top1.tolist() == [False, False, True]
     # 199 other logits of 0 in image 2.
@@ -134,8 +133,9 @@ def test_kept_columns_alone_compete(tmp_path):
 def test_an_unreadable_image_ends_the_evaluation_by_name(tmp_path):
     split = coded_split(tmp_path, [1, 2, 3])
     split.files[1].write_bytes(b"no image")
+    model = TableModel(one_hot_logits([1, 2, 3]))
     with pytest.raises(UserError, match=r"1\.png"):
-        evaluate(TableModel(one_hot_logits([1, 2, 3])), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+        evaluate(model, split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
 
 
 def test_logits_that_are_no_numbers_give_no_accuracy(tmp_path):
@@ -143,7 +143,7 @@ def test_logits_that_are_no_numbers_give_no_accuracy(tmp_path):
     table[1] = float("nan")
     split = coded_split(tmp_path, [0, 1, 2])
     with pytest.raises(UserError, match="not finite"):
-        evaluate(TableModel(table), split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+        evaluate(TableModel(table), split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
 
 
 class Small(TableModel):
@@ -160,12 +160,12 @@ class Small(TableModel):
 def test_lack_of_memory_halves_what_is_evaluated_at_once(tmp_path):
     labels = [3, 14, 15, 92, 65, 35, 89]
     split, model = coded_split(tmp_path, labels), Small(one_hot_logits([3, 0, 15, 0, 65, 35, 89]))
-    scores = evaluate(model, split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+    scores = evaluate(model, split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
     assert scores.top1.tolist() == [True, False, True, False, True, True, True]
     assert sum(model.batches) == 7
     model.room = 0
     with pytest.raises(torch.OutOfMemoryError):
-        evaluate(model, split, eval_transform(16), IMAGENET_PIXELS, Machine(), "x")
+        evaluate(model, split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
 
 
 # What follows the augmentation
@@ -215,7 +215,7 @@ def scores_of_eleven(split: Split) -> dict[str, torch.Tensor]:
     """Eleven images in batches of two: six batches, the last of one image."""
     torch.manual_seed(0)
     model = build_vit(ARCH, num_classes=1000)
-    scores = evaluate(model, split, eval_transform(48), IMAGENET_PIXELS, Machine(micro_batch=2), "x")
+    scores = evaluate(model, split, eval_transform(48), IMAGENET_NORMALIZATION, Machine(micro_batch=2), "x")
     return {name: torch.from_numpy(values) for name, values in vars(scores).items()}
 
 

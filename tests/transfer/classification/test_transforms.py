@@ -8,7 +8,7 @@ from timm.data import auto_augment
 from torchvision import transforms as v1
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from mae_core.data import MEAN, STD, normalised, seed_all
+from mae_core.data import MEAN, STD, normalize, seed_all
 from mae_core.errors import UserError
 from transfer.classification import transforms
 from transfer.classification.transforms import LoopFreeCrop, eval_transform, posterize, probe_transform, train_transform
@@ -38,7 +38,7 @@ def test_evaluation_equals_the_official_resize_and_crop(size, side, resized):
     reference = v1.Compose(
         [v1.Resize(resized, v1.InterpolationMode.BICUBIC), v1.CenterCrop(side), v1.ToTensor(), v1.Normalize(MEAN, STD)]
     )
-    ours = normalised(eval_transform(side)(image)[None])[0]
+    ours = normalize(eval_transform(side)(image)[None])[0]
     assert ours.shape == (3, side, side)
     torch.testing.assert_close(ours, reference(image), rtol=0, atol=1e-6)
 

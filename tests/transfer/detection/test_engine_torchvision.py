@@ -43,8 +43,8 @@ def job_of(root: Path, work: Path, machine: Machine | None = None, **changes):
     return replace(make_job(TASK, root, work, machine, **{**TINY, **changes}), engine="torchvision")
 
 
-def model_of(job, pixels=(MEAN, STD)) -> MaskRCNN:
-    return MaskRCNN(build_pyramid(job)[0], job.recipe, RoIBatchNorm, pixels)
+def model_of(job, normalization=(MEAN, STD)) -> MaskRCNN:
+    return MaskRCNN(build_pyramid(job)[0], job.recipe, RoIBatchNorm, normalization)
 
 
 def batch_of(job, count: int = 4):
