@@ -1,11 +1,11 @@
-"""ADE20K (SceneParse150) on disk: what is there, whether it is whole, and the classes' colours in pictures."""
+"""ADE20K (SceneParse150) on disk: what is there, and whether it is complete."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mae_core.data import EXTENSIONS
 from mae_core.decode import UNREADABLE
@@ -19,17 +19,17 @@ SPLITS = {"train": "training", "val": "validation"}
 
 
 def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, label file) of every image of a split, by name; the label file need not be there."""
+    """(image, label file) of every image of a split, sorted by name; the label file need not exist."""
     images, labels = folder / "images" / SPLITS[split], folder / "annotations" / SPLITS[split]
     return [(image, labels / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
 
 
 def check_pair(image: Path, label: Path) -> bool:
-    """Whether any pixel is labelled. UserError unless the image can be decoded to its end, and the label file is one
-    channel of ids 0..150, as large as its image."""
+    """Whether any pixel is labelled. UserError unless the whole image can be decoded and the label file has one channel
+    of ids 0..150 and the image's size."""
     try:
         with Image.open(image) as picture:
-            picture.load()  # OpenCV, which mmsegmentation reads with, fills up a file that is cut short, in silence
+            picture.load()  # OpenCV, mmsegmentation's reader, silently fills up a truncated file
             size = picture.size
     except UNREADABLE:
         raise UserError(f"{image} cannot be read as an image: replace it") from None
@@ -52,7 +52,7 @@ def check_pair(image: Path, label: Path) -> bool:
     return bool(ids.any())
 
 
-def look(root: Path) -> Data:
+def inspect_ade20k(root: Path) -> Data:
     """ADE20K below root: ADEChallengeData2016/{images,annotations}/{training,validation}/*.{jpg,png}."""
     folder = root / FOLDER
     where = f"{folder}/{{images,annotations}}/{{training,validation}}/*.{{jpg,png}}"
@@ -77,8 +77,8 @@ def look(root: Path) -> Data:
 
 
 def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) -> list[str]:
-    """What is wrong with a split: no image, images of another kind, images without a label, or wrong labels among
-    some pairs spread over it; the others are checked when their turn comes."""
+    """What is wrong with a split: no images, images of another kind, images without a label, or wrong labels in some
+    pairs spread over it; the other pairs are checked as they are read."""
     images = folder / "images" / SPLITS[split]
     strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
     if strange:
@@ -89,10 +89,10 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     bare = [image.name for image, label in found if label.name not in labels]
     if bare:
         where = f"annotations/{SPLITS[split]}"
-        return [f"{images} has {len(bare)} images without a label file in {where}: {some(bare)}; unpack both anew"]
+        return [f"{images} has {len(bare)} images without a label file in {where}: {some(bare)}; unpack both again"]
     if lone := sorted(labels - {label.name for _, label in found}):
         where = f"annotations/{SPLITS[split]} of {folder}"
-        return [f"{where} has {len(lone)} labels without an image: {some(lone)}; unpack both anew"]
+        return [f"{where} has {len(lone)} labels without an image: {some(lone)}; unpack both again"]
     looked, labelled, wrong = spread(len(found)), False, []
     for number in looked:
         try:
@@ -102,32 +102,3 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     if wrong:
         return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {some(wrong, 2)}"]
     return [] if labelled else [f"{images}: no pixel of the label files has a label above 0; are they SceneParse150's?"]
-
-
-def draw_predictions(
-    rows: Sequence[tuple[Path, np.ndarray]], folder: Path, palette: Sequence[Sequence[int]], target: Path
-) -> None:
-    """Write a picture with one row per image: image | prediction | ground truth, classes in the palette's colours.
-
-    rows: image file and predicted classes 0..149 [H, W]. Unlabelled pixels are black in the ground truth.
-    """
-    colours = np.vstack([np.zeros((1, 3)), np.asarray(palette)]).astype(np.uint8)
-    height, gap, top = 200, 6, 18
-    panels = []
-    for image, prediction in rows:
-        label = folder / "annotations" / SPLITS["val"] / f"{image.stem}.png"
-        drawn = (
-            Image.open(image).convert("RGB"),
-            colours[prediction.astype(int) + 1],
-            colours[np.asarray(Image.open(label))],
-        )
-        pictures = [part if isinstance(part, Image.Image) else Image.fromarray(part) for part in drawn]
-        width = round(pictures[0].width * height / pictures[0].height)
-        panels.append([picture.resize((width, height), Image.Resampling.NEAREST) for picture in pictures])
-    widest = max(row[0].width for row in panels)
-    sheet = Image.new("RGB", (3 * (widest + gap), top + len(panels) * (height + gap)), "white")
-    for column, title in enumerate(("image", "prediction", "ground truth")):
-        ImageDraw.Draw(sheet).text((column * (widest + gap) + 2, 3), title, fill="black")
-        for number, row in enumerate(panels):
-            sheet.paste(row[column], (column * (widest + gap), top + number * (height + gap)))
-    sheet.save(target)

@@ -246,7 +246,7 @@ def outline(segmentation: Any, height: int, width: int) -> dict | None:
         return None
 
 
-def look_coco(root: Path) -> Data:
+def inspect_coco(root: Path) -> Data:
     """COCO below root: coco/{train,val}2017/*.jpg and coco/annotations/instances_{train,val}2017.json."""
     base = root / "coco"
     where = f"{base}/{{train,val}}2017/*.jpg and {base}/annotations/instances_{{train,val}}2017.json"

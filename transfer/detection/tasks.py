@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mae_core import distributed
-from transfer.data.coco import annotation_file, look_coco, read_split
+from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, recipe, sources
@@ -77,7 +77,7 @@ TASKS = (
         cost=40,
         recipe=recipe,
         sources=sources,
-        look=look_coco,
+        look=inspect_coco,
         run=run,
         miniature=dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},

@@ -18,8 +18,8 @@ def class_scores(areas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def metrics_of(areas: np.ndarray) -> dict[str, np.ndarray]:
     """miou and macc (means over the classes that have pixels) and aacc (over all labelled pixels), in percent.
 
-    areas [..., 3, C], summed over the images, as mmsegmentation's IoUMetric does. A class that occurs in no label but
-    in a prediction counts with an IoU of 0.
+    areas [..., 3, C], summed over the images, as in mmsegmentation's IoUMetric. A class that is predicted but occurs in
+    no label counts with an IoU of 0.
     """
     iou, accuracy = class_scores(areas)
     return {
@@ -30,7 +30,7 @@ def metrics_of(areas: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def bootstrap(areas: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """The standard deviation of each metric over RESAMPLES draws of as many images with replacement.
+    """The standard deviation of each metric over RESAMPLES draws of N images with replacement.
 
     areas [N, 3, C], one entry per image.
     """
@@ -38,3 +38,21 @@ def bootstrap(areas: np.ndarray, seed: int = 0) -> dict[str, float]:
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     resampled = (drawn @ areas.reshape(n, -1).astype(np.float64)).reshape(RESAMPLES, *areas.shape[1:])
     return {name: float(values.std(ddof=1)) for name, values in metrics_of(resampled).items()}
+
+
+def scores(areas: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics and their standard errors from counts per image [N, 3, C]."""
+    return {name: float(value) for name, value in metrics_of(areas.sum(axis=0)).items()}, bootstrap(areas)
+
+
+def by_class(areas: np.ndarray, names: tuple[str, ...]) -> dict[str, dict[str, float | int | None]]:
+    """IoU and accuracy (percent, None without pixels) and labelled pixels of each class, from counts [3, C]."""
+    iou, accuracy = (np.round(values, 2).astype(object) for values in class_scores(areas))
+    return {
+        name: {
+            "iou": None if np.isnan(iou[i]) else iou[i],
+            "acc": None if np.isnan(accuracy[i]) else accuracy[i],
+            "pixels": int(areas[2, i]),
+        }
+        for i, name in enumerate(names)
+    }

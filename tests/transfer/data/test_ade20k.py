@@ -11,7 +11,7 @@ from PIL import Image
 from tests.fixtures import SHARED
 from tests.fixtures.segmentation import write_ade20k
 from transfer.data import ade20k
-from transfer.data.ade20k import FOLDER, draw_predictions, look, pairs
+from transfer.data.ade20k import FOLDER, inspect_ade20k
 from transfer.miniature import imagenet as miniature
 
 REAL = SHARED
@@ -31,44 +31,44 @@ def root(whole, tmp_path) -> Path:
 
 
 def test_found_with_its_counts_and_label(whole, root):
-    data = look(whole)
+    data = inspect_ade20k(whole)
     assert (data.status, data.label, data.counts) == ("found", "miniature", {"train": 6, "val": 3})
     assert data.detail == "6 train, 3 val"
-    assert look(root).label == "subset"
-    assert look(root).fingerprint == data.fingerprint
+    assert inspect_ade20k(root).label == "subset"
+    assert inspect_ade20k(root).fingerprint == data.fingerprint
 
 
 def test_the_official_counts_make_it_official(root, monkeypatch):
     assert ade20k.OFFICIAL_COUNTS == {"train": 20210, "val": 2000}  # SceneParse150
     monkeypatch.setattr(ade20k, "OFFICIAL_COUNTS", {"train": 6, "val": 3})
-    assert look(root).label == "official"
+    assert inspect_ade20k(root).label == "official"
 
 
 def test_fingerprint_tells_one_listing_from_another(root):
-    before = look(root).fingerprint
+    before = inspect_ade20k(root).fingerprint
     for kind, suffix in (("images", "jpg"), ("annotations", "png")):
         (root / FOLDER / kind / f"training/ADE_train_00000006.{suffix}").unlink()
-    after = look(root)
+    after = inspect_ade20k(root)
     assert after.status == "found"
     assert after.fingerprint != before
 
 
 def test_fingerprint_tells_other_labels_from_these(root):
-    before = look(root).fingerprint
+    before = inspect_ade20k(root).fingerprint
     label = root / FOLDER / "annotations/training/ADE_train_00000006.png"
     Image.fromarray(np.full(np.asarray(Image.open(label)).shape, 7, np.uint8)).save(label)
-    assert look(root).fingerprint != before
+    assert inspect_ade20k(root).fingerprint != before
 
 
 def test_a_split_without_a_labelled_pixel_or_with_a_lone_label_is_refused(root):
     lone = root / FOLDER / "images/training/ADE_train_00000003.jpg"
     kept = lone.read_bytes()
     lone.unlink()
-    assert "labels without an image: ADE_train_00000003.png" in look(root).detail
+    assert "labels without an image: ADE_train_00000003.png" in inspect_ade20k(root).detail
     lone.write_bytes(kept)
     for label in (root / FOLDER / "annotations/validation").iterdir():
         Image.fromarray(np.zeros_like(np.asarray(Image.open(label)))).save(label)
-    assert "no pixel of the label files has a label above 0" in look(root).detail
+    assert "no pixel of the label files has a label above 0" in inspect_ade20k(root).detail
 
 
 def test_wrong_labels_are_counted_among_those_looked_at(root, monkeypatch):
@@ -76,21 +76,21 @@ def test_wrong_labels_are_counted_among_those_looked_at(root, monkeypatch):
     for number in (2, 5):
         label = root / FOLDER / f"annotations/training/ADE_train_0000000{number}.png"
         Image.open(label).convert("RGB").save(label)
-    assert "2 of 6 pairs looked at (of 6) cannot be used: " in look(root).detail
+    assert "2 of 6 pairs looked at (of 6) cannot be used: " in inspect_ade20k(root).detail
     monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
-    assert look(root).status == "found"  # the wrong ones are not among these; their turn comes while training
+    assert inspect_ade20k(root).status == "found"  # the wrong ones are not among these; their turn comes while training
 
 
 def test_a_part_has_findings(whole, root, monkeypatch):
-    (said,) = look(root).findings
+    (said,) = inspect_ade20k(root).findings
     assert said.startswith("ADEChallengeData2016: 6 train images, 20204 fewer than the official 20210; 3 val images")
-    assert look(whole).findings == ()
+    assert inspect_ade20k(whole).findings == ()
     monkeypatch.setattr(ade20k, "OFFICIAL_COUNTS", {"train": 6, "val": 3})
-    assert look(root).findings == ()
+    assert inspect_ade20k(root).findings == ()
 
 
 def test_missing_data_are_told_where_they_must_lie(tmp_path):
-    data = look(tmp_path)
+    data = inspect_ade20k(tmp_path)
     assert data.status == "missing"
     assert "ADEChallengeData2016/{images,annotations}/{training,validation}" in data.detail
 
@@ -151,32 +151,12 @@ def empty_split(folder: Path) -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_sentence(root, damage, says):
     damage(root / FOLDER)
-    data = look(root)
+    data = inspect_ade20k(root)
     assert data.status == "incomplete"
     assert re.search(says, data.detail), data.detail
 
 
-def test_pictures_show_the_image_the_prediction_and_the_truth(whole, tmp_path):
-    """A right prediction looks like the truth; each class has its own colour, and unlabelled pixels are black."""
-    folder = whole / FOLDER
-    image, label = pairs(folder, "val")[0]
-    truth = ids(label)
-    palette = np.random.default_rng(0).integers(30, 256, (150, 3)).tolist()
-    right, wrong = np.where(truth == 0, 0, truth - 1).astype(np.uint8), np.full(truth.shape, 7, np.uint8)
-    draw_predictions([(image, right), (image, wrong)], folder, palette, tmp_path / "picture.png")
-    sheet = np.asarray(Image.open(tmp_path / "picture.png"))
-    width = round(truth.shape[1] * 200 / truth.shape[0])
-    first = [sheet[18:218, column * (width + 6) : column * (width + 6) + width].astype(int) for column in range(3)]
-    labelled = np.asarray(Image.fromarray(truth).resize((width, 200), Image.Resampling.NEAREST)) > 0
-    assert (first[1] == first[2])[labelled].all()
-    assert (first[2][~labelled] == 0).all()
-    photograph = np.asarray(Image.open(image).resize((width, 200), Image.Resampling.NEAREST))
-    assert (first[0] == photograph).all()
-    second = sheet[18 + 206 : 18 + 406, width + 6 : 2 * width + 6]
-    assert (second == palette[7]).all()
-
-
 @pytest.mark.skipif(not (REAL / FOLDER).is_dir(), reason="the real images are not here")
 def test_real_images_are_accepted():
-    data = look(REAL)
+    data = inspect_ade20k(REAL)
     assert (data.status, data.label, data.counts) == ("found", "subset", {"train": 4, "val": 5})

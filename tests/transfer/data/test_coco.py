@@ -23,7 +23,7 @@ from transfer.data.coco import (
     LABELS,
     Examples,
     annotation_file,
-    look_coco,
+    inspect_coco,
     read_split,
     training_examples,
 )
@@ -44,7 +44,7 @@ def train_of(root: Path, annotations: list[dict], sizes=((64, 48),), **content) 
 
 def problem_of(root: Path) -> str:
     """Why the tree cannot be used."""
-    found = look_coco(root)
+    found = inspect_coco(root)
     assert found.status == "incomplete"
     return found.detail
 
@@ -71,13 +71,13 @@ def test_labels_do_not_depend_on_what_a_file_lists(tmp_path):
 
 
 def test_a_whole_tree_is_found_counted_and_labelled(root, monkeypatch):
-    found = look_coco(root)
+    found = inspect_coco(root)
     assert (found.status, found.counts, found.label) == ("found", {"train": 8, "val": 3}, "subset")
     assert found.detail == "8 train, 3 val images"
     monkeypatch.setattr(coco, "COUNTS", {"train": 8, "val": 3})
-    assert look_coco(root).label == "official"
+    assert inspect_coco(root).label == "official"
     (root / "coco" / "miniature.json").write_text("{}")
-    assert look_coco(root).label == "miniature"
+    assert inspect_coco(root).label == "miniature"
 
 
 def test_official_counts_are_coco_s():
@@ -85,34 +85,34 @@ def test_official_counts_are_coco_s():
 
 
 def test_what_is_not_as_in_the_official_files_is_a_finding(root, monkeypatch):
-    counts, *others = look_coco(root).findings
+    counts, *others = inspect_coco(root).findings
     assert counts.startswith("coco: 8 train images, 118279 fewer than the official 118287; 3 val images, 4997 fewer")
     assert not others
     monkeypatch.setattr(coco, "COUNTS", {"train": 8, "val": 3})
-    assert look_coco(root).findings == ()
+    assert inspect_coco(root).findings == ()
     shutil.copy(next((root / "coco" / "val2017").iterdir()), root / "coco" / "val2017" / "more.jpg")
     change(annotation_file(root, "val"))  # the file is read again once it is another
     path = annotation_file(root, "train")
     change(path, categories=[c for c in json.loads(path.read_text())["categories"] if c["id"] != 90])
-    assert look_coco(root).findings == (
+    assert inspect_coco(root).findings == (
         "coco: instances_train2017.json lacks 1 of the 80 categories: toothbrush",
         "coco: val2017 has 1 images that instances_val2017.json does not list: more.jpg",
     )
 
 
 def test_the_fingerprint_is_that_of_both_annotation_files(root):
-    before = look_coco(root).fingerprint
-    assert look_coco(root).fingerprint == before
+    before = inspect_coco(root).fingerprint
+    assert inspect_coco(root).fingerprint == before
     seen = {before}
     for split in ("train", "val"):
         time.sleep(0.01)
         change(annotation_file(root, split), info={"year": 2017})
-        seen.add(look_coco(root).fingerprint)
+        seen.add(inspect_coco(root).fingerprint)
     assert len(seen) == 3
 
 
 def test_no_data_says_where_it_must_lie(tmp_path):
-    found = look_coco(tmp_path)
+    found = inspect_coco(tmp_path)
     assert found.status == "missing"
     assert "coco/annotations/instances_{train,val}2017.json" in found.detail
 
@@ -314,10 +314,10 @@ def test_objects_without_area_or_outline_are_dropped_and_counted(tmp_path, bad):
 def test_an_outline_that_pycocotools_cannot_read_is_refused_where_it_would_be_scored(tmp_path, outline):
     path = annotation_file(write_coco(tmp_path), "val")
     values = json.loads(path.read_text())
-    assert look_coco(tmp_path).status == "found"
+    assert inspect_coco(tmp_path).status == "found"
     values["annotations"][0]["segmentation"] = outline
     path.write_text(json.dumps(values))
-    data = look_coco(tmp_path)
+    data = inspect_coco(tmp_path)
     which = f"1 of the {len(values['annotations'])} objects of {path} have no valid outline"
     assert (data.status, which in data.detail) == ("incomplete", True)
 

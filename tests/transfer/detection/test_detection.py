@@ -31,7 +31,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, crowd, rectangle, write_coco, write_split
 from tests.fixtures.transfer import ARCH, kill_when, make_job
 from transfer import cli
-from transfer.data.coco import annotation_file, look_coco, read_split
+from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection import engine_torchvision as detection_tv
 from transfer.detection import evaluate as coco_eval
 from transfer.detection import picture as coco_picture
@@ -380,7 +380,7 @@ def test_a_size_that_the_patches_do_not_divide_is_refused(root, tmp_path, capsys
 def test_vit_h_is_cut_into_patches_of_16_px(root, tmp_path):
     """1024 px are no multiple of its own 14."""
     checkpoint = SimpleNamespace(arch="vit_huge_patch14", sha256="", name="h", identity="")
-    data = look_coco(root)
+    data = inspect_coco(root)
     job = cli.make_job(TASK, checkpoint, "paper", [], data, tmp_path, 0, Machine(), "torchvision")
     assert (job.recipe.image_size, job.recipe.window) == (1024, 16)
 

@@ -1,78 +1,68 @@
-"""ADE20K end to end on a few generated images: what a run leaves, exact resume, several processes, every knob."""
+"""Crops, and trainings on a few generated images: where they start, and that every knob moves something."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from mae_core.checkpoint import read_checkpoint
-from mae_core.errors import UserError
+from mae_core.data import Sample, seed_all
 from mae_core.machine import Machine
-from mae_core.training import CHECKPOINT_FILE
-from tests.fixtures import ROOT
-from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
-from tests.fixtures.transfer import ARCH
-from transfer.data import ade20k
+from tests.fixtures.segmentation import make_config, make_job
 from transfer.data.ade20k import FOLDER
-from transfer.segmentation import tasks as segmentation
-from transfer.segmentation.evaluate import metrics_of
-from transfer.segmentation.tasks import PICTURE_FILE, SEGMENTER_FILE, train, with_progress
-from transfer.segmentation.tasks import test as run_test
-from transfer.task import run_job
-
-pytestmark = pytest.mark.slow
-REAL = ROOT.parent / "shared" / "data"
+from transfer.segmentation.train import Crops, make_runner, run_test, train, with_progress
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_ade20k(tmp_path_factory.mktemp("ade20k"))
+def crops_of(job, seed: int = 0) -> Crops:
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import DATASETS, MODELS
+
+    init_default_scope("mmseg")
+    config = make_config(job)
+    dataset = DATASETS.build(config["train_dataloader"]["dataset"])
+    return Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), seed)
 
 
-def weights(work: Path) -> dict[str, torch.Tensor]:
-    return load_file(work / SEGMENTER_FILE)
+def test_crops_are_normalised_padded_and_labelled(root, tmp_path, mmseg):
+    """An image smaller than the crop: on the right and below nothing but 0 and 255; classes are ids minus 1."""
+    job = make_job(root, tmp_path, image_size=128, flip=0.0, photometric=False, min_scale=1.0, max_scale=1.0,
+                   test_short_side=56, test_long_side=224)  # fmt: skip
+    crops = crops_of(job)
+    image, target, bad = crops[Sample(0, 0)]
+    label = target["label"]
+    assert (image.shape, image.dtype, label.shape, bad) == ((3, 128, 128), torch.float32, (128, 128), "")
+    first = sorted((root / FOLDER / "images/training").iterdir())[0]
+    width, height = Image.open(first).size  # 96 x 96, resized to 56 x 56
+    assert (width, height) == (96, 96)
+    assert (image[:, 56:] == 0).all()
+    assert (image[:, :, 56:] == 0).all()
+    assert (label[56:] == 255).all()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    small = np.asarray(Image.open(first).resize((56, 56), Image.Resampling.BILINEAR)) / 255
+    inside = image[:, :56, :56].permute(1, 2, 0) * std + mean
+    assert np.abs(inside.numpy() - small).mean() < 0.02  # of one colour order, one scale
+    truth = np.asarray(Image.open(root / FOLDER / "annotations/training" / f"{first.stem}.png"))
+    seen = {int(c) for c in label[:56, :56].unique()}
+    assert seen <= {int(c) - 1 if c else 255 for c in np.unique(truth)}
+    assert len(seen) > 2
 
 
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def test_a_crop_depends_on_seed_and_position_only(root, tmp_path, mmseg):
+    crops = [crops_of(make_job(root, tmp_path), seed) for seed in (0, 1)]
+
+    def crop(seed: int, position: int, noise: int) -> torch.Tensor:
+        seed_all(noise)
+        return crops[seed][Sample(3, position)][0]
+
+    assert torch.equal(crop(0, 7, noise=1), crop(0, 7, noise=2))
+    assert not torch.equal(crop(0, 7, noise=1), crop(0, 8, noise=1))
+    assert not torch.equal(crop(0, 7, noise=1), crop(1, 7, noise=1))
 
 
-def test_a_run_leaves_a_record_the_weights_and_a_picture(root, tmp_path):
-    job = make_job(root, tmp_path, multi_scale=True)
-    record = run_job(job)
-    assert record.status == "ok", record.reason
-    names = {"miou", "macc", "aacc", "miou_ms", "macc_ms", "aacc_ms"}
-    assert record.metrics.keys() == record.stderr.keys() == names
-    assert all(0 <= value <= 100 for value in record.metrics.values())
-    assert record.metrics["miou"] != record.metrics["miou_ms"]
-    assert (record.n_eval, record.images_seen, record.engine) == (5, 16, "mmsegmentation")
-    assert record.resolved["seconds_per_iteration"] > 0
-    assert record.images_per_second > 0
-    assert record.peak_memory_gib > 0
-    assert (record.resolved["norm"], record.resolved["batchnorm_batch"], record.notes) == ("BN", 4, ())
-    classes = record.tables["per_class"]
-    assert len(classes) == 150
-    scored = [c["iou"] for c in classes.values() if c["iou"] is not None]
-    assert np.mean(scored) == pytest.approx(record.metrics["miou"], abs=0.01)
-    labels = [np.asarray(Image.open(p)) for p in (root / FOLDER / "annotations/validation").iterdir()]
-    assert sum(c["pixels"] for c in classes.values()) == sum((label > 0).sum() for label in labels)
-    assert set(record.artifacts) == {SEGMENTER_FILE, PICTURE_FILE}
-    assert Image.open(tmp_path / PICTURE_FILE).height > 5 * 200
-    assert not (tmp_path / CHECKPOINT_FILE).exists()
-    json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the record"))
-
-
+@pytest.mark.slow
 def test_training_starts_from_the_encoder_and_changes_it(root, tmp_path):
     """At a rate of nothing the encoder is the checkpoint's to the bit: nothing initialises it again."""
     still = make_job(root, tmp_path / "still", lr=0.0, iterations=2)
@@ -91,27 +81,7 @@ def test_training_starts_from_the_encoder_and_changes_it(root, tmp_path):
     assert all(not torch.equal(moved[name], encoder[name]) for name in shared)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_precision_is_on_in_training_and_test(root, tmp_path, monkeypatch, precision, dtype):
-    seen = {"train": set(), "test": set()}
-    job = make_job(root, tmp_path, Machine(precision=precision), iterations=2)
-    build = segmentation.make_runner
-
-    def watched(config, job):
-        runner = build(config, job)
-        for part in (runner.model.backbone.blocks[0].mlp.fc1, runner.model.decode_head.fpn_bottleneck.conv):
-            part.register_forward_hook(
-                lambda module, _, out: seen["train" if module.training else "test"].add(out.dtype)
-            )
-        return runner
-
-    monkeypatch.setattr(segmentation, "make_runner", watched)
-    record = run_job(job)
-    assert record.status == "ok", record.reason
-    assert seen == {"train": {dtype}, "test": {dtype}}
-    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(tmp_path).values())
-
-
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_batch(root, tmp_path):
     """Without drop path and dropout, and with BatchNorm's statistics frozen. AdamW keeps a tenth of the gradient."""
 
@@ -126,118 +96,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(root, tmp_path):
     for whole, halves in zip(gradient(4), gradient(2)):
         assert torch.allclose(whole, halves, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
-
-def test_smaller_micro_batches_are_noted_for_batch_norm(root, tmp_path):
-    record = run_job(make_job(root, tmp_path, Machine(micro_batch=2)))
-    assert record.notes == ("BatchNorm saw batches of 2, not of 4",)
-    assert record.resolved["batchnorm_batch"] == 2
-    alone = run_job(make_job(root, tmp_path / "alone", Machine(micro_batch=1)))
-    assert alone.status == "failed"
-    assert alone.reason == "BatchNorm cannot learn from one image at a time: give --micro-batch 2 or more"
-
-
-def test_a_stopped_run_goes_on_at_its_iteration_without_the_earlier_images(root, tmp_path, monkeypatch):
-    """SIGTERM in the third of six iterations; the weights end bit for bit as those of an undisturbed run."""
-    positions = []
-    read = segmentation.Crops.__getitem__
-    monkeypatch.setattr(
-        segmentation.Crops,
-        "__getitem__",
-        lambda self, sample: (positions.append(sample.position), read(self, sample))[1],
-    )
-    undisturbed = run_job(make_job(root, tmp_path / "a", iterations=6))
-    assert positions == list(range(24))
-
-    positions.clear()
-    job = make_job(root, tmp_path / "b", iterations=6)
-    loss = segmentation.loss_of
-
-    def stops(model, images, targets):
-        if len(positions) == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(model, images, targets)
-
-    monkeypatch.setattr(segmentation, "loss_of", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job)
-    assert positions == list(range(12))
-    assert not (tmp_path / "b" / "record.json").exists()
-    monkeypatch.setattr(segmentation, "loss_of", loss)
-    positions.clear()
-    resumed = run_job(job)
-    assert positions == list(range(12, 24))
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert resumed.metrics == undisturbed.metrics
-
-
-def command(root: Path, out: Path, *more: str) -> list[str]:
-    knobs = [f"{name}={value}" for name, value in (LITTLE | {"iterations": 8}).items()]
-    own = ["--task", "ade20k", "--ckpt", f"random:{ARCH}", "--data", str(root), "--out", str(out), "--recipe", "mini"]
-    return ["-m", "transfer.segmentation", *own, "--set", *knobs, "--device", "cpu", *more]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(root, tmp_path):
-    whole = subprocess.run(
-        [sys.executable, *command(root, tmp_path / "a")], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    often = command(root, tmp_path / "b", "--save-minutes", "0")
-    process = subprocess.Popen([sys.executable, *often], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "b").rglob(CHECKPOINT_FILE)):
-            assert process.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
-    assert not list((tmp_path / "b").rglob("record.json"))
-    resumed = subprocess.run([sys.executable, *often], env=ENVIRONMENT, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resuming ade20k" in resumed.stdout
-    (one,), (other,) = ([p.parent for p in (tmp_path / name).rglob(SEGMENTER_FILE)] for name in "ab")
-    assert (one / SEGMENTER_FILE).read_bytes() == (other / SEGMENTER_FILE).read_bytes()
-
-
-def test_two_processes_share_training_and_test(root, tmp_path):
-    """The five validation images do not divide by two, yet each counts once: as one process counts them with the same
-    weights."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
-    done = subprocess.run([*launcher, *command(root, tmp_path)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (work,) = (p.parent for p in tmp_path.rglob("record.json"))
-    record = json.loads((work / "record.json").read_text())
-    assert (record["machine"]["processes"], record["n_eval"], record["images_seen"]) == (2, 5, 32)
-    assert record["notes"] == ["BatchNorm saw batches of 2, not of 4"]
-    job = make_job(root, tmp_path / "alone")
-    segmentation.register()
-    runner = segmentation.make_runner(with_progress(make_config(job), job), job)
-    runner.model.load_state_dict(weights(work), strict=True)
-    alone = metrics_of(run_test(runner).areas.sum(axis=0))
-    assert {name: float(value) for name, value in alone.items()} == pytest.approx(record["metrics"])
-
-
-def test_a_training_split_smaller_than_a_batch_is_refused(root, tmp_path):
-    record = run_job(make_job(root, tmp_path, batch=16))
-    assert record.status == "failed"
-    assert "has 12 images, less than one batch of 16" in record.reason
-
-
-def test_a_wrong_label_beyond_the_checked_ones_stops_the_training(tmp_path, monkeypatch):
-    """With a process that decodes, too."""
-    monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
-    label = write_ade20k(tmp_path) / FOLDER / "annotations/training/ADE_train_00000005.png"
-    Image.new("L", Image.open(label).size, 151).save(label)
-    record = run_job(make_job(tmp_path, tmp_path / "work", Machine(workers=1)))
-    assert record.status == "failed"
-    assert record.reason == f"{label} has the label 151: labels must be 0 (none) to 150; replace it"
-
-
-# Every knob moves something: the weights that a short training ends with, or what the test makes of them.
 
 TRAINING = {
     "image_size": 56, "iterations": 3, "warmup_iterations": 0, "batch": 3, "lr": 3e-3, "power": 0.5,
@@ -262,6 +120,7 @@ def trained(root, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knob", TRAINING)
 def test_every_knob_of_training_moves_the_weights(trained, knob):
     before, after = trained(), trained(**{knob: TRAINING[knob]})
@@ -269,13 +128,14 @@ def test_every_knob_of_training_moves_the_weights(trained, knob):
     assert moved
 
 
+@pytest.mark.slow
 def test_the_knobs_of_the_test_move_its_numbers(root, tmp_path):
     job = make_job(root, tmp_path)
     runner, _ = train(job, make_config(job))
 
     def counts(**changes) -> np.ndarray:
         other = replace(job, recipe=replace(job.recipe, **changes))
-        again = segmentation.make_runner(with_progress(make_config(other), other), other)
+        again = make_runner(with_progress(make_config(other), other), other)
         again.model.load_state_dict(runner.model.state_dict(), strict=True)
         return run_test(again).areas
 
@@ -283,31 +143,3 @@ def test_the_knobs_of_the_test_move_its_numbers(root, tmp_path):
     assert np.array_equal(before, counts())
     for knob, value in {"stride": 20, "test_short_side": 70, "test_long_side": 60}.items():
         assert not np.array_equal(before, counts(**{knob: value})), knob
-
-
-@pytest.mark.skipif(not (REAL / FOLDER).is_dir(), reason="the real images are not here")
-def test_real_images_of_odd_sizes_are_scored_at_their_own_size(tmp_path):
-    job = make_job(REAL, tmp_path, batch=2, iterations=2, test_short_side=64, test_long_side=256)
-    record = run_job(job)
-    assert record.status == "ok", record.reason
-    labels = [np.asarray(Image.open(p)) for p in sorted((REAL / FOLDER / "annotations/validation").iterdir())]
-    assert len({label.shape for label in labels}) > 1
-    pixels = sum(c["pixels"] for c in record.tables["per_class"].values())
-    assert pixels == sum((label > 0).sum() for label in labels)
-    assert (record.n_eval, record.data["label"]) == (5, "subset")
-
-
-def test_a_random_encoder_of_every_size_fits(root, tmp_path):
-    """The 14 px patches of ViT-H too."""
-    from transfer.pyramid import load_pyramid
-    from transfer.segmentation.tasks import register
-
-    register()
-    for arch in ("vit_small_patch16", ARCH):
-        checkpoint = read_checkpoint(f"random:{arch}")
-        job = replace(make_job(root, tmp_path), checkpoint=checkpoint, recipe=TASK.recipe(arch, "mini"))
-        runner = segmentation.make_runner(with_progress(make_config(job), job), job)
-        report = load_pyramid(runner.model.backbone, checkpoint)
-        assert {"cls_token", "norm.weight", "norm.bias"} >= set(report.dropped)
-    with pytest.raises(UserError, match="less than one batch"):
-        segmentation.run(replace(job, recipe=replace(job.recipe, batch=99)))

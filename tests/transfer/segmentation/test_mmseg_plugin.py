@@ -1,0 +1,99 @@
+"""What mmsegmentation is told of this project, and the stand-in for mmcv's operators."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch import nn
+
+from mae_core.errors import UserError
+from tests.fixtures import ROOT
+from tests.fixtures.segmentation import make_config, make_job
+from transfer.data.ade20k import FOLDER
+from transfer.segmentation import mmseg_plugin
+
+
+def test_layer_decay_takes_effect_on_every_block(runner):
+    """depth + 2 distinct scales, through the runner's own way to build an optimizer."""
+    runner.train()
+    groups = runner.optim_wrapper.optimizer.param_groups
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    parameters = dict(runner.model.named_parameters())
+    assert scale.keys() == parameters.keys()
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+    assert all(p is parameters[n] for g in groups for p, n in zip(g["params"], g["names"]))
+    assert len(set(scale.values())) == 6 + 2
+    for name, value in scale.items():
+        part = name.split(".")
+        if part[0] != "backbone" or part[1] in ("upsample_4x", "upsample_2x"):
+            assert value == 1
+        elif part[1] == "blocks":
+            assert value == 0.5 ** (6 - int(part[2]))
+        else:
+            assert part[1] in ("patch_embed", "pos_embed")
+            assert value == 0.5**7
+
+
+def test_weight_decay_spares_vectors_positions_and_bias_tables(runner):
+    runner.train()
+    decay = {n: g["weight_decay"] for g in runner.optim_wrapper.optimizer.param_groups for n in g["names"]}
+    for name, parameter in runner.model.named_parameters():
+        spared = parameter.ndim <= 1 or name == "backbone.pos_embed" or name.endswith("].bias")
+        table = name.startswith("backbone.blocks.") and name.count(".") == 3 and name.endswith(".bias")
+        assert decay[name] == (0.0 if spared or table else 0.07), name
+    assert {0.0, 0.07} == set(decay.values())
+
+
+def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
+    """Only some pairs are opened before the training."""
+    step = mmseg_plugin.CheckPair()
+    image = next((root / FOLDER / "images/training").iterdir())
+    label = tmp_path / "label.png"
+    Image.new("L", Image.open(image).size, 200).save(label)
+    with pytest.raises(UserError, match="has the label 200"):
+        step({"img_path": str(image), "seg_map_path": str(label)})
+    config = make_config(make_job(root, tmp_path))
+    pipelines = (config["train_dataloader"]["dataset"]["pipeline"], config["test_dataloader"]["dataset"]["pipeline"])
+    assert [pipeline[0]["type"] for pipeline in pipelines] == ["CheckPair", "CheckPair"]
+
+
+@pytest.mark.slow
+def test_nothing_leaks_into_a_process_that_does_not_segment():
+    program = (
+        "import sys, transfer.segmentation, benchmarks.suite; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('mmcv', 'mmseg', 'mmengine')])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_stand_in_has_what_mmseg_imports_and_says_what_is_missing(mmseg):
+    import mmcv.ops
+
+    if not getattr(mmcv.ops, "stand_in", False):
+        pytest.skip("full mmcv is installed")
+    imported = set()
+    for path in Path(mmseg.__file__).parent.rglob("*.py"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip().startswith("from mmcv.ops import"):
+                imported |= {name.split(" as ")[0].strip() for name in line.split("import")[1].split(",")}
+    assert imported == set(mmseg_plugin.FUNCTIONS) | set(mmseg_plugin.CLASSES)
+    for name in imported:
+        with pytest.raises(NotImplementedError, match=rf"mmcv\.ops\.{name} is a compiled operator: install full mmcv"):
+            getattr(mmcv.ops, name)(1)
+    assert not isinstance(nn.Conv2d(1, 1, 1), mmcv.ops.DeformConv2d)
+
+
+def test_full_mmcv_is_left_alone(mmseg, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "mmcv._ext" else find(name))
+    real = object()
+    monkeypatch.setitem(sys.modules, "mmcv.ops", real)
+    assert mmseg_plugin.provide_operators() is False
+    assert sys.modules["mmcv.ops"] is real

@@ -1,0 +1,135 @@
+"""ADE20K's training and test: mmengine's Runner builds the parts, `fit` trains them, mmengine's loop tests them."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mae_core import distributed
+from mae_core.data import Sample, Targets, seed_all
+from mae_core.errors import UserError
+from mae_core.loop import fit, micro_batch_for
+from mae_core.progress import Progress
+from mae_core.training import State, Training
+from transfer.data import ade20k
+from transfer.pyramid import load_pyramid
+from transfer.segmentation.mmseg_config import multi_scale_pipeline, test_loader
+from transfer.segmentation.mmseg_plugin import register
+from transfer.task import Job
+
+
+@dataclass(frozen=True)
+class IterationTraining(Training):
+    """A training whose length is counted in iterations."""
+
+    iterations: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.iterations
+
+
+class Crops:
+    """Training images of an mmseg dataset for `fit`: Sample -> (crop [3, S, S], normalised, padded with 0; {"label":
+    classes [S, S], 255 where unlabelled}; ""). The augmentation is seeded by the position in the stream."""
+
+    def __init__(self, dataset: Any, preprocessor: nn.Module, seed: int) -> None:
+        self.dataset, self.preprocessor, self.seed = dataset, preprocessor, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
+        seed_all(self.seed, sample.position)
+        packed = self.dataset[sample.index]
+        batch = {"inputs": [packed["inputs"]], "data_samples": [packed["data_samples"]]}
+        ready = self.preprocessor(batch, training=True)
+        return ready["inputs"][0], {"label": ready["data_samples"][0].gt_sem_seg.data[0]}, ""
+
+
+def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
+    """mmengine's Runner with the trained model, and the training's final state. Resumes from job.work."""
+    register()
+    from mmseg.registry import MODELS
+
+    r, machine = job.recipe, job.machine
+    states: list[State] = []
+
+    def loop(runner: Any, dataset: Any) -> None:
+        local_batch = r.batch // machine.processes
+        training = IterationTraining(
+            label=f"{job.task.name} {job.checkpoint.name}",
+            work=job.work,
+            dataset=Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), job.seed),
+            epochs=-(-r.iterations // max(len(dataset) // r.batch, 1)),
+            batch=r.batch,
+            micro_batch=micro_batch_for(local_batch, machine.micro_batch or local_batch),
+            seed=job.seed,
+            machine=machine,
+            fixed=job.identity(),
+            lr_at=r.lr_at,
+            prepare=lambda images, targets, step, first: (images, targets),
+            loss_of=loss_of,
+            iterations=r.iterations,
+        )
+        states.append(fit(runner.model, runner.optim_wrapper.optimizer, training))
+
+    config = with_progress(config, job)
+    config["train_cfg"] = {**config["train_cfg"], "run": loop}
+    runner = make_runner(config, job)
+    runner.model.to(machine.device)
+    load_pyramid(runner.model.backbone, job.checkpoint)
+    runner.train()
+    return runner, states[0]
+
+
+def make_runner(config: dict[str, Any], job: Job) -> Any:
+    from mmengine.config import ConfigDict
+    from mmengine.runner import Runner
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about mmseg's own defaults
+        return Runner(**ConfigDict(config), randomness={"seed": job.seed})
+
+
+def with_progress(config: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The configuration with a test that reports its progress."""
+    images, world = job.data.counts["val"], distributed.world_size()
+    progress: list[Progress] = []  # made at the first image: the test starts long after this call
+
+    def each(done: int) -> None:
+        if not progress:
+            progress.append(Progress(f"evaluate {job.task.name}", images, enabled=distributed.is_main()))
+        progress[0].update(min(images, done * world), world)
+
+    return {**config, "test_cfg": {**config["test_cfg"], "each": each}}
+
+
+def loss_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+    """Cross-entropy of the head plus the weighted one of the auxiliary head, over a micro-batch."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    if len(images) == 1 and any(type(m) is nn.BatchNorm2d for m in model.modules()):
+        raise UserError("BatchNorm cannot learn from one image at a time: give --micro-batch 2 or more")
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=target["label"][None])) for target in targets]
+    losses = model(images, samples, mode="loss")
+    return sum(value for name, value in losses.items() if "loss" in name)
+
+
+def run_test(runner: Any) -> Any:
+    """Run the configured test and return its metric, which holds the counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about shapes that mmseg's multi-scale test converts
+        runner.test()
+    return runner.test_loop.evaluator.metrics[0]
+
+
+def run_multi_scale_test(job: Job, config: dict[str, Any], model: nn.Module) -> Any:
+    """As `run_test`, over twelve views of each image."""
+    loader = test_loader(Path(job.data.root) / ade20k.FOLDER, multi_scale_pipeline(job.recipe), job.machine)
+    config = config | {"model": {"type": "SegTTAModel", "module": model}, "test_dataloader": loader}
+    for_training = ("train_dataloader", "train_cfg", "optim_wrapper")
+    return run_test(make_runner(with_progress({k: v for k, v in config.items() if k not in for_training}, job), job))
