@@ -98,7 +98,7 @@ def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
     state = content if isinstance(content, dict) else {}
     for name in ("blocks.input.w", "blocks.output.conv.w"):
         if not isinstance(state.get(name), Tensor):
-            raise UserError(f"{path} has no {name}: give the state dict of DALL-E's encoder (README, Pre-training)")
+            raise UserError(f"{path} has no {name}: give the state dict of DALL-E's encoder (docs/pretraining.md)")
     vocabulary = len(state["blocks.output.conv.w"])
     tokenizer = DalleTokenizer(grid, len(state["blocks.input.w"]), vocabulary)
     wanted = {name: buffer for name, buffer in tokenizer.named_buffers() if name.startswith("blocks.")}

@@ -19,7 +19,6 @@ from mae_core.targets import KMeansTokenizer, PCATarget, PixelTarget, TokenTarge
 
 TARGET_FILE = "target.safetensors"
 PATCHES_PER_IMAGE = 20
-README = "README.md, Pre-training, says how to make it"
 
 
 def make_target(
@@ -30,7 +29,7 @@ def make_target(
     not asked for."""
     if (r.target == "tokens" and r.tokenizer == "dall-e") != (tokenizer is not None):
         wanted = "--tokenizer FILE is needed by tokenizer=dall-e, and by nothing else"
-        raise UserError(f"{wanted}: the state dict of DALL-E's encoder ({README})")
+        raise UserError(f"{wanted}: the state dict of DALL-E's encoder (docs/pretraining.md says how to make it)")
     if r.target == "pixels":
         return PixelTarget(patch, r.norm_pix)
     if tokenizer is not None:

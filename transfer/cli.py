@@ -76,7 +76,7 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
             named = "$MAE_TRANSFER_DATA" if "MAE_TRANSFER_DATA" in os.environ else "--data"
             raise UserError(
                 f"no data: there is no folder {root}; let {named} name the folder that holds imagenet/, coco/ and the "
-                "others (README, Data), or take --recipe mini, which generates its own"
+                "others (docs/data.md), or take --recipe mini, which generates its own"
             )
         return readable(root)
     root = args.out / "data"

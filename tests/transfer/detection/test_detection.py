@@ -172,7 +172,7 @@ def test_detectron2_is_refused_where_it_is_not_installed(root, tmp_path, monkeyp
     assert cli.main(detection.TASKS, call(root, tmp_path, "--engine", "detectron2")) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --engine detectron2: it is not installed here; ")
-    assert "README" in said
+    assert "docs/coco.md" in said
     assert "--engine torchvision" in said
     assert not list(tmp_path.rglob("record.json"))
 

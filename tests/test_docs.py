@@ -1,0 +1,346 @@
+"""README, docs/ and CONTRIBUTING.md against the code: what they tell a reader to type works, what they name exists."""
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.suite import TASKS
+from mae_core.checkpoint import read_checkpoint
+from mae_core.errors import UserError
+from mae_core.recipe import PretrainRecipe
+from mae_core.recipe import recipe as pretraining_recipe
+from mae_core.settings import override
+from tests.fixtures import ROOT
+from tests.fixtures.coco import write_coco
+from tests.fixtures.segmentation import write_ade20k
+from tests.fixtures.transfer import write_imagenet
+from transfer.task import read_record
+
+MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in [*PATHS, ROOT / "results/miniature/README.md"]}
+README = PAGES[Path("README.md")]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Commands that tests run, with the words of `small` in place of the reader's, and what is added to make them small.
+LITTLE = "--recipe mini --workers 0 --device cpu"
+ONE_EPOCH = f"{LITTLE} --set epochs=1 warmup_epochs=0 batch=8"
+QUICK = {
+    "python -m mae_core.checkpoint FILE": "",
+    "python -m mae_core.checkpoint --formats": "",
+    "python -m mae_core.checkpoint dino.pth --key teacher --convert OUT.safetensors": "",
+    "python -m mae_core.checkpoint FILE --to timm OUT.safetensors": "",
+    "python -m mae_core.pretrain --data /datasets/imagenet --arch vit_base_patch16 --recipe paper --out runs/mae_b": (
+        ONE_EPOCH
+    ),
+    "python -m mae_core.reconstruct --ckpt runs/mae_b/mae.safetensors --images DIR --mask-ratio .75 .85 .95 "
+    "--out picture.png": "--limit 1",
+    "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
+    # Trained in tests/transfer/test_jobs.py and tests/benchmarks/test_ablations.py; here only planned.
+    "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": f"{LITTLE} --plan --out out",
+    "python benchmarks/ablations.py --table 1a --recipe mini --out ablations": "--plan",
+    "python -m benchmarks.report --out results": "",
+    "python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16": (
+        "--precision fp32 --device cpu --batch 2 --warmup 0 --repeats 1"
+    ),
+    "python benchmarks/speed.py loader --data /datasets/imagenet/train": "--batch 8 --warmup 0 --repeats 1",
+}
+SLOW = {
+    "python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DIR --seed 1 --set batch=512": (
+        ONE_EPOCH
+    ),
+    "python -m transfer.detection --task coco --ckpt mae_vit_b.pth --data /datasets --out results": (
+        f"{LITTLE} --engine torchvision --set epochs=1 warmup_epochs=0 batch=4"
+    ),
+    "python -m transfer.segmentation --task ade20k --ckpt mae_vit_b.pth --data /datasets --out results": (
+        f"{LITTLE} --set iterations=2 warmup_iterations=1"
+    ),
+}
+# Commands that no test here runs, and why. Their arguments are parsed all the same.
+EIGHT_GPUS, HOURS, NETWORK = "needs eight GPUs", "the real data, or minutes to hours", "needs the network"
+NOT_RUN = {
+    "make demo": HOURS,
+    "make install": NETWORK,
+    "make check": "runs this test",
+    "make test": "runs this test",
+    "python -m pytest tests/test_architecture.py": "part of these tests",
+    "python -m pytest -m detectron2": "part of these tests, where detectron2 is installed",
+    "pip install .": NETWORK,
+    "pip install '.[segmentation]'": NETWORK,
+    "pip install -e '.[detectron2]'": NETWORK,
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@"
+    "02b5c4e295e990042a714712c21dc79b731e8833'": NETWORK,
+    "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --gpus 8": EIGHT_GPUS,
+    "torchrun --nproc-per-node 8 -m mae_core.pretrain --data /datasets/imagenet --arch vit_base_patch16 --recipe paper "
+    "--out runs/mae_b": EIGHT_GPUS,
+    "torchrun --nproc-per-node 8 -m transfer.detection --task coco --ckpt mae_vit_b.pth --data /datasets "
+    "--out results": EIGHT_GPUS,
+    "python benchmarks/ablations.py --table 1a 1c fig5 --data /datasets --gpus 8 --out ablations": EIGHT_GPUS,
+    "python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16 "
+    "--compare /path/to/facebookresearch/mae": "needs the official code",
+    "python -m mae_core.pretrain --data /datasets/imagenet --arch vit_base_patch16 --out runs/tokens --set "
+    "target=tokens tokenizer=dall-e norm_pix=false --tokenizer dalle_encoder.pth": "needs DALL-E's encoder",
+    "python -c \"import torch; torch.save(torch.load('encoder.pkl', map_location='cpu', weights_only=False)."
+    "state_dict(), 'dalle_encoder.pth')\"": "needs DALL-E's encoder",
+    "python -m transfer.miniature --out DIR --unlabelled 20000": "tests/transfer/miniature runs it; half a minute",
+    "python -m mae_core.reconstruct --ckpt results/miniature/mae_mini.safetensors --images demo/data/imagenet/val "
+    "--limit 4 --out docs/images/reconstruction.png": "part of make demo",
+    "python -m transfer.segmentation --task ade20k --ckpt results/miniature/mae_mini.safetensors --recipe mini "
+    "--set iterations=900 --data demo/data --out demo": HOURS,
+    "python -c \"from PIL import Image; Image.open('predictions.png').crop((0, 0, 918, 842))."
+    "quantize(256, 2).save('docs/images/segmentation.png', optimize=True)\"": "writes into the checkout",
+    "python benchmarks/run_all.py --recipe mini --out demo": HOURS,
+    "python benchmarks/run_all.py --recipe mini --out demo --seeds 1 2 --tasks imagenet_finetune imagenet_linprobe "
+    "imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c": HOURS,
+    "python -m mae_core.pretrain --data DIR/unlabelled --arch vit_mini_patch8 --recipe mini --out OUT --precision bf16 "
+    "--workers 1": HOURS,
+}
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines of indented and fenced blocks, continued ones joined."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    indented = re.findall(r"^    .*", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return re.sub(r"\\\n\s*", "", "\n".join([*fenced, *indented])).splitlines()
+
+
+def commands_of(text: str) -> list[str]:
+    """What is typed, without .venv/bin/ and comments."""
+    lines = [re.sub(r"\s+# .*", "", line).strip().removeprefix(".venv/bin/") for line in code_lines(text)]
+    return [line for line in lines if re.match(r"(python3?|torchrun|pip|make|uv|mae-transfer) ", line)]
+
+
+COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands_of(text)))
+
+
+def test_every_command_is_run_or_has_a_reason_not_to_be():
+    assert sorted(COMMANDS) == sorted([*QUICK, *SLOW, *NOT_RUN])
+
+
+# Running them
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_imagenet(tmp_path_factory.mktemp("datasets"), train=12)
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):
+    """Run a command with small files in place of the reader's, in a folder with a copy of the committed results."""
+    torch.save({name: read_checkpoint(str(MINI)).encoder for name in ("student", "teacher")}, tmp_path / "dino.pth")
+    shutil.copytree(MINI.parent, tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # run_all's, which are for a process of its own
+    instead = dict.fromkeys(("FILE", "mae_vit_l.pth", "mae_vit_b.pth", "runs/mae_b/mae.safetensors"), str(MINI))
+    instead |= {"/datasets": str(data), "DIR": str(data), "/path/to/images": str(data / "imagenet")}
+    instead |= {"vit_base_patch16": "vit_mini_patch8"}
+
+    def small(command: str, more: str) -> None:
+        for word, other in instead.items():
+            command = re.sub(rf"(?<![\w/]){word}(?![\w.])", other, command)
+        with pytest.raises(SystemExit) as ended:
+            execute(shlex.split(f"{command} {more}"))
+        assert not ended.value.code
+
+    return small
+
+
+def execute(words: list[str]) -> None:
+    """python FILE ... or python -m MODULE ..., in this process."""
+    module = words[1] == "-m"
+    which, *arguments = words[1 + module :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [which, *arguments])
+        if module:
+            runpy.run_module(which, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / which), run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of runpy, that the module is imported already
+@pytest.mark.parametrize("command", QUICK)
+def test_a_command_does_what_it_says(command, run):
+    run(command, QUICK[command])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # mmengine's
+@pytest.mark.parametrize("command", SLOW)
+def test_a_command_that_trains_leaves_a_record(command, run, data, tmp_path):
+    write_coco(data, train=8)
+    write_ade20k(data)
+    run(f"{command} --out new", SLOW[command])
+    (record,) = tmp_path.glob("new/runs/**/record.json")
+    assert read_record(record).status == "ok"
+
+
+# Parsing all of them
+
+
+class Stopped(BaseException):
+    """Raised with a parser in place of going on."""
+
+
+def parser_of(words: list[str]) -> argparse.ArgumentParser:
+    """The parser to which a command gives its arguments, which it must accept."""
+    parse, parsers = argparse.ArgumentParser.parse_args, []
+
+    def stop(parser, *arguments):
+        parse(parser, *arguments)
+        parsers.append(parser)
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with contextlib.suppress(Stopped):
+            execute(words)
+    return parsers[0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_arguments_of_every_command_are_right(command):
+    program, *words = shlex.split(command)
+    if program == "make":
+        subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        extras = re.findall(r"\[(\w+)\]", command)
+        assert set(extras) <= PYPROJECT["project"]["optional-dependencies"].keys()
+    elif words[0] == "-c":
+        compile(words[1], "-c", "exec")
+    elif words[:2] == ["-m", "pytest"]:
+        markers = [m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+        assert words[3] in markers if words[2] == "-m" else (ROOT / words[2]).exists()
+    else:
+        parser_of(["python", *(words[2:] if program == "torchrun" else words)])
+
+
+PROGRAMS = (
+    "-m mae_core.pretrain --data d --arch a --out o",
+    "-m mae_core.reconstruct --ckpt c --images i --out o",
+    "-m mae_core.checkpoint --formats",
+    "-m transfer.classification --task t --ckpt c",
+    "-m transfer.detection --task t --ckpt c",
+    "-m transfer.segmentation --task t --ckpt c",
+    "-m transfer.miniature --out o",
+    "-m benchmarks.report",
+    "benchmarks/run_all.py",
+    "benchmarks/ablations.py --table 1a",
+    "benchmarks/speed.py eval",
+)
+OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation"}  # torchrun's, pip's
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_flag_exists():
+    known = set(OTHERS_FLAGS)
+    for program in PROGRAMS:
+        known |= parser_of(["python", *program.split()])._option_string_actions.keys()
+    for page, text in PAGES.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+        assert named <= known, page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_setting_is_a_knob(page):
+    recipes = [pretraining_recipe("vit_base_patch16", "paper")]
+    recipes += [task.recipe("vit_base_patch16", name) for task in TASKS for name in ("paper", "mini")]
+    known = {task.name: task.recipe for task in TASKS}
+    for typed in re.findall(r"--set ((?:[a-z][\w.:-]*=[^\s`]+ ?)+)", PAGES[page]):
+        settings = typed.split()
+        name, _, knob = settings[0].partition("=")[0].rpartition(".")
+        if knob == "recipe":
+            known[name]("vit_base_patch16", settings[0].partition("=")[2])
+        elif name:
+            override(known[name.partition(":")[0]]("vit_base_patch16", "paper"), [settings[0].removeprefix(f"{name}.")])
+        else:
+            assert any(accepts(r, settings) for r in recipes), typed
+
+
+def accepts(recipe, settings: list[str]) -> bool:
+    try:
+        override(recipe, settings)
+    except UserError:
+        return False
+    return True
+
+
+def test_the_table_of_pre_training_knobs_names_fields_of_the_recipe():
+    table = section(PAGES[Path("docs/pretraining.md")], "What the paper ablates")
+    named = [knob for row in re.findall(r"^\| (`.*?) \|", table, re.M) for knob in re.findall(r"`(\w+)`", row)]
+    assert len(named) > 8
+    assert set(named) <= {field.name for field in dataclasses.fields(PretrainRecipe)}
+
+
+# What is named
+
+
+def section(text: str, heading: str) -> str:
+    """What stands below a heading, up to the next of its level or above."""
+    level, after = re.search(rf"^(#+) {re.escape(heading)}\n(.*)", text, re.M | re.S).groups()
+    return re.split(rf"^#{{1,{len(level)}}} ", after, maxsplit=1, flags=re.M)[0]
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_and_paths_lead_somewhere(page):
+    text, folder = PAGES[page], (ROOT / page).parent
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[\w-]+)?\)", text):
+        if not target.startswith("http"):
+            assert (folder / target).exists(), target
+            assert not anchor or anchor in anchors((folder / target).read_text(encoding="utf-8")), anchor
+    for target in re.findall(r'<img src="([^"]+)"', text):
+        assert (folder / target).exists(), target
+    places = "mae_core|transfer|benchmarks|tests|docs|results/published|results/miniature"
+    for named in re.findall(rf"(?<![\w/])((?:{places})/[a-z_0-9./]*)(?![A-Z\w])", text):
+        assert (ROOT / named.rstrip(".")).exists(), named
+
+
+def test_the_map_names_every_package_and_only_what_exists():
+    packages = {p.parent for top in ("mae_core", "transfer", "benchmarks") for p in (ROOT / top).rglob("__init__.py")}
+    top = within = ROOT
+    named = set()
+    for line in code_lines(section(README, "Map")):
+        places = re.findall(r"[\w/]+(?:\.py|/)(?=[\s:,;)]|$)", line)
+        if not line.startswith(" " * 6):
+            top = within = ROOT / places.pop(0)
+            named.add(top)
+        elif places and line.strip().startswith(places[0]) and places[0].endswith("/"):
+            within = top / places.pop(0)
+            named.add(within)
+        else:
+            within = top
+        found = [path for place in places for path in (within / place,)]
+        assert all(path.exists() for path in (top, within, *found)), line
+    assert packages <= named
+
+
+def test_every_task_is_in_the_table_of_tasks_and_no_other():
+    rows = re.findall(r"^\| (`.*?) \|", section(README, "Tasks"), re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+)", row)]
+    assert sorted(named) == sorted(task.name for task in TASKS)
+
+
+def test_the_front_page_is_short_and_its_numbers_are_the_committed_ones():
+    assert len(README.splitlines()) <= 130
+    committed = (MINI.parent / "tables" / "imagenet.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \*\*.*", README, re.M)
+    assert len(rows) == 2
+    assert all(row in committed for row in rows)
