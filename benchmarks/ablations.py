@@ -43,7 +43,7 @@ WEIGHTS_FILE = "mae.safetensors"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ablations.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument("--table", **several, required=True, metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seed", type=non_negative_int, default=0)

@@ -21,6 +21,7 @@ from benchmarks.render import fixed, summary_markdown, table_markdown, without_p
 from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.errors import UserError
+from mae_core.machine import program
 from transfer.task import RECORD_FILE, Record, read_record, recipe_label
 
 
@@ -194,7 +195,7 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Make the tables of all records.")
+    parser = argparse.ArgumentParser(prog=program("benchmarks.report"), description="Make the tables of all records.")
     parser.add_argument("--out", type=Path, default=Path("results"), help="the folder that holds runs/")
     try:
         for path in report(parser.parse_args(argv).out):

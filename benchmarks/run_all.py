@@ -34,7 +34,7 @@ if MAE_MINI.is_relative_to(Path.cwd()):
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run_all.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--ckpt",
         nargs="+",

@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -48,6 +49,11 @@ def non_negative_int(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
     return int(text)
+
+
+def program(module: str) -> str:
+    """What usage lines call a command: `mae-transfer NAME` where that started it, else `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("mae-transfer ") else f"python -m {module}"
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,15 +134,16 @@ def versions(further: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "-dirty" where tracked files differ from it; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of the checkout that tracks this file, with "-dirty" where tracked files differ from it; empty without
+    one, also where a wheel is installed inside another project's checkout."""
+    path = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(path.parent), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        head = git("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD") if git("ls-files", path.name) else ""
         return head + ("-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else "")
     except FileNotFoundError:  # no git on this machine
         return ""

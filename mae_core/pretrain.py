@@ -22,7 +22,15 @@ from mae_core.errors import UserError
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
-from mae_core.machine import Machine, add_machine_flags, hardware, machine_from, non_negative_int, peak_memory_gib
+from mae_core.machine import (
+    Machine,
+    add_machine_flags,
+    hardware,
+    machine_from,
+    non_negative_int,
+    peak_memory_gib,
+    program,
+)
 from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
@@ -161,7 +169,7 @@ def metadata_of(arch: str, r: PretrainRecipe, epochs: int, images: int, seed: in
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mae_core.pretrain", description="Pre-train a masked autoencoder.")
+    parser = argparse.ArgumentParser(prog=program("mae_core.pretrain"), description="Pre-train a masked autoencoder.")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of images or of tar files at any depth (its train/ if any)"
     )

@@ -20,6 +20,7 @@ from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
+from mae_core.machine import program
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import KMeansTokenizer, PCATarget, TokenTarget
 from mae_core.vit import ARCHS
@@ -179,7 +180,7 @@ def picture(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m mae_core.reconstruct", description="Draw images masked, reconstructed and as they are."
+        prog=program("mae_core.reconstruct"), description="Draw images masked, reconstructed and as they are."
     )
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="checkpoints with their decoders")
     parser.add_argument("--images", type=Path, required=True, help="folder of images at any depth")

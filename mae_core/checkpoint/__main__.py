@@ -15,6 +15,7 @@ from mae_core.checkpoint.convert import OURS, PREFIXED
 from mae_core.checkpoint.export import TARGETS, export, left_out, save_canonical
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.errors import UserError
+from mae_core.machine import program
 from mae_core.vit import ARCHS, get_arch, variant_in_words
 
 # Released files by the first digits of their hash: MD5 in facebookresearch/mae (README.md, FINETUNE.md); SHA-256 in the
@@ -158,7 +159,7 @@ def formats() -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m mae_core.checkpoint", description="Say what a checkpoint holds; write it in another form."
+        prog=program("mae_core.checkpoint"), description="Say what a checkpoint holds; write it in another form."
     )
     parser.add_argument(
         "file", nargs="?", help="a checkpoint, a folder with a config, hf:NAME, timm:NAME or random:ARCH"

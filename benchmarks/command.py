@@ -1,0 +1,31 @@
+"""mae-transfer COMMAND: each command is the main of one module, imported only when it is chosen."""
+
+import importlib
+import sys
+
+from mae_core.settings import unknown
+
+COMMANDS = {
+    "run": ("benchmarks.run_all", "one checkpoint through every task, to the paper's tables"),
+    "plan": ("benchmarks.run_all", "say what `run` would do, with which data, and stop"),
+    "report": ("benchmarks.report", "make the tables again from all records"),
+    "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
+    "pretrain": ("mae_core.pretrain", "pre-train a masked autoencoder"),
+    "reconstruct": ("mae_core.reconstruct", "draw images masked, reconstructed and as they are"),
+    "ablations": ("benchmarks.ablations", "the paper's ablations: pre-train and evaluate every cell of a table"),
+    "speed": ("benchmarks.speed", "measure images/s and memory of pre-training, fine-tuning, evaluation, loading"),
+}
+
+
+def main() -> int:
+    name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print("usage: mae-transfer COMMAND ...\n\nmae-transfer COMMAND --help lists the flags of one command:\n")
+        for command, (_, does) in COMMANDS.items():
+            print(f"  {command:<12} {does}")
+        return 0
+    if name not in COMMANDS:
+        print(f"mae-transfer: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    sys.argv = [f"mae-transfer {name}", *["--plan"][: name == "plan"], *arguments]
+    return importlib.import_module(COMMANDS[name][0]).main()

@@ -1,0 +1,91 @@
+"""mae-transfer: one command in front of the programs, and the wheel that brings it."""
+
+import email
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from benchmarks import command, run_all
+from tests.fixtures import ROOT
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/mae-transfer", *arguments])
+    return command.main()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(monkeypatch, capsys, arguments):
+    assert call(monkeypatch, *arguments) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == ["run", "plan", "report", "checkpoint", "pretrain", "reconstruct", "ablations", "speed"]
+
+
+def test_help_and_a_misspelt_command_import_nothing_heavy():
+    program = "import sys; from benchmarks import command; print(command.main(), 'torch' in sys.modules)"
+    for argument, code in (("--help", 0), ("chekpoint", 2)):
+        done = subprocess.run([sys.executable, "-c", program, argument], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{code} False"
+    assert done.stderr == "mae-transfer: unknown command 'chekpoint'; did you mean checkpoint?\n"
+
+
+@pytest.mark.parametrize("name", list(command.COMMANDS))
+def test_every_command_shows_its_own_flags_under_its_own_name(monkeypatch, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, name, "--help")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mae-transfer {name} [-h]")
+
+
+def test_plan_is_run_with_plan(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--ckpt", "random:vit_mini_patch8", "--recipe", "mini", "--tasks", "imagenet_knn", "--out", "out"]
+    assert run_all.main(["--plan", *flags]) == 0
+    planned = capsys.readouterr().out
+    assert "imagenet_knn" in planned
+    assert call(monkeypatch, "plan", *flags) == 0
+    assert capsys.readouterr().out == planned
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_and_what_they_read(tmp_path):
+    pytest.importorskip("hatchling")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+
+    # As in the checkout, under transfer/results; no tests, no package called results, no committed record.
+    (info,) = site.glob("*.dist-info")
+    assert {path.name for path in site.iterdir()} == {"mae_core", "transfer", "benchmarks", info.name}
+    published = {path.name: path.read_bytes() for path in (ROOT / "results" / "published").glob("*.csv")}
+    assert len(published) == 8
+    inside = site / "transfer" / "results"
+    assert {path.name: path.read_bytes() for path in (inside / "published").iterdir()} == published
+    shipped = {path.name for path in (inside / "miniature").iterdir()}
+    assert shipped == {"mae_mini.safetensors"}
+    for package in ("mae_core", "transfer", "benchmarks"):
+        for path in (ROOT / package).glob("**/*.py"):
+            assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+
+    metadata = email.message_from_string((info / "METADATA").read_text(encoding="utf-8"))
+    assert len(metadata.get_all("Requires-Dist")) > 10
+    assert not [line for line in metadata.get_all("Requires-Dist") if "@" in line], "an index refuses direct URLs"
+    assert "mae-transfer = benchmarks.command:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
+
+    # From there, in a folder of its own: its own copy of mae_mini through one task, to a table with published rows.
+    work = tmp_path / "work"
+    work.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    program = "from benchmarks.command import main; import sys; sys.exit(main())"
+    flags = ["run", "--recipe", "mini", "--tasks", "imagenet_knn", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=work, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(site / "transfer" / "results" / "miniature") in done.stdout + (work / "results/summary.csv").read_text()
+    assert "mae_mini" in (work / "results" / "summary.md").read_text(encoding="utf-8")
