@@ -21,7 +21,7 @@ try:
     from benchmarks.flops import training_flops
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
-    from mae_core.checkpoint.weights_file import sha256_of
+    from mae_core.checkpoint import sha256_of
     from mae_core.data import images_or_shards
     from mae_core.errors import UserError
     from mae_core.machine import Machine, hardware, machine_from, non_negative_int

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.checkpoint.weights_file import read_file
+from mae_core.checkpoint import read_file
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.checkpoint.weights_file import save_weights, sha256_of
+from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.dalle import read_dalle
 from mae_core.data import Images, Sample, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from mae_core.checkpoint import Checkpoint, LoadReport, load_classifier, load_encoder, model_of, read_checkpoint
 from mae_core.checkpoint.convert import OURS, PREFIXED
 from mae_core.checkpoint.export import TARGETS, export, left_out, save_canonical
 from mae_core.checkpoint.formats import FORMATS
+from mae_core.checkpoint.load import LoadReport, load_classifier, load_encoder, model_of
+from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import program
 from mae_core.vit import ARCHS, get_arch, variant_in_words

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae_core.checkpoint import Checkpoint
+from mae_core.checkpoint.read import Checkpoint
 from mae_core.checkpoint.weights_file import CheckpointError, save_weights
 from mae_core.data import MEAN, STD
 from mae_core.settings import unknown

@@ -8,9 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core import distributed
-from mae_core.checkpoint import load_encoder, model_of, save_weights
-from mae_core.checkpoint.export import metadata_of
-from mae_core.checkpoint.weights_file import sha256_of
+from mae_core.checkpoint import load_encoder, metadata_of, model_of, save_weights, sha256_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.training import State
 from transfer.classification.evaluate import evaluate

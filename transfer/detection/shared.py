@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core import distributed
-from mae_core.checkpoint.weights_file import save_weights, sha256_of
+from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.data import seed_for
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError

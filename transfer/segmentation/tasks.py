@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.checkpoint.weights_file import save_weights, sha256_of
+from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.errors import UserError
 from mae_core.loop import check_batch
 from mae_core.training import State

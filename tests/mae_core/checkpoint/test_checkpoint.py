@@ -25,11 +25,11 @@ from mae_core.checkpoint import (
     load_classifier,
     load_encoder,
     read_checkpoint,
-    resize_position_embedding,
     save_weights,
     weights_file,
 )
 from mae_core.checkpoint.__main__ import main
+from mae_core.checkpoint.identify import resize_position_embedding
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
 from tests.fixtures.checkpoint import hf

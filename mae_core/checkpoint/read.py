@@ -1,0 +1,147 @@
+"""A checkpoint file -> Checkpoint: checked, and its tensors in timm's names."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mae_core.checkpoint.convert import is_converted, model_settings, read_weights
+from mae_core.checkpoint.identify import identify, image_size_of
+from mae_core.checkpoint.locate import locate
+from mae_core.checkpoint.weights_file import CheckpointError, as_float32, sha256_of
+from mae_core.data import MEAN, STD, Normalization
+from mae_core.errors import UserError
+from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_vit, get_arch
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checked weight file. Tensors are float32 on the CPU (counters of a BatchNorm stay integers).
+
+    encoder: timm's names (mae_core/vit.py); without ``norm.*`` in a classifier fine-tuned with average pooling.
+    decoder: names of the official code (``mask_token``, ``decoder_*``); {} if the file has none.
+    classifier: ``fc_norm.*`` and ``head.*`` (``head_dist.*`` of DeiT), or a linear probe's ``head.0.*`` (BatchNorm) and
+    ``head.1.*``; else {}. dropped: names of entries that belong to none of these.
+    sources: a tensor's name -> the names in the file that it was made of, where they are others.
+    meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
+    mean, std: of the channels (0..1) that its images are normalised with. eps: of its LayerNorms. pool: "token" or
+    "avg", what its representation of an image is. variant: what it has beyond a plain ViT.
+    config: SHA-256 of the configs beside the weights that decided about these, "" without.
+    """
+
+    path: str
+    name: str
+    format: str
+    arch: str
+    sha256: str
+    encoder: dict[str, Tensor] = field(repr=False)
+    decoder: dict[str, Tensor] = field(repr=False)
+    classifier: dict[str, Tensor] = field(repr=False)
+    dropped: tuple[str, ...] = field(repr=False)
+    meta: dict
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    eps: float = EPS
+    pool: str = "token"
+    variant: Variant = PLAIN
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    config: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a ViT of class token, positions and blocks alone, as MAE's is."""
+        return self.variant == PLAIN
+
+    @property
+    def normalization(self) -> Normalization:
+        """mean and std."""
+        return self.mean, self.std
+
+    @property
+    def identity(self) -> str:
+        """What its numbers depend on: the file's SHA-256, and that of the configs beside it."""
+        return f"{self.sha256}+{self.config}" if self.config else self.sha256
+
+    @property
+    def kind(self) -> str:
+        """One of encoder (pre-trained), classifier (fine-tuned end to end), linear-probe (frozen encoder and probe).
+
+        A file with ``norm.*`` and ``head.*`` is an encoder: supervised pre-training looks like this (timm, DeiT,
+        Google). MAE's fine-tuning with the class token and our own leave such files too.
+        """
+        if any(name.startswith("head.0.") for name in self.classifier):
+            return "linear-probe"
+        tuned = self.format in ("mae-finetuned", "mae-full", "mae-training", "ours") and self.classifier
+        if "kind" in self.meta:
+            return str(self.meta["kind"])
+        pooled = {"fc_norm.weight", "head.weight"} <= self.classifier.keys()
+        return "classifier" if pooled or tuned else "encoder"
+
+
+PARTS = {
+    "encoder": re.compile(r"(cls|reg|dist)_token$|pos_embed$|patch_embed\.|blocks\.|norm\."),
+    "decoder": re.compile(r"mask_token$|decoder_"),
+    "classifier": re.compile(r"fc_norm\.|head\.|head_dist\."),
+}
+
+
+def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> Checkpoint:
+    """Read and check a file, a folder with a config, "hf:NAME" or "timm:NAME"; or make random weights: "random:ARCH" is
+    `build_vit` under that seed. key: which of several models in one file.
+
+    CheckpointError unless every encoder tensor is there, has the shape that its size asks for, and is finite. Memory:
+    about the bytes of the tensors read, since they stay mapped from the file; half-precision ones, and queries, keys
+    and values that are joined, take theirs besides.
+    """
+    if str(spec).startswith("random:"):
+        return _random(str(spec), seed)
+    source = locate(str(spec))
+    path = source.path
+    weights = read_weights(path, key)
+    tensors, known = weights.tensors, model_settings(path, weights, source.said)
+    parts = {part: {n: t for n, t in tensors.items() if p.match(n)} for part, p in PARTS.items()}
+    if "decoder_embed.weight" not in tensors:
+        parts["decoder"].pop("mask_token", None)  # masked-image training has one, an MAE decoder or not
+    arch, variant = identify(path, tensors, parts["encoder"], known.pop("heads"))
+    head = parts["classifier"].get("head.weight")
+    if head is not None and head.shape[1:] != (ARCHS[arch].dim,):  # DINOv2's head over class token and average
+        parts["classifier"] = {}
+    encoder, decoder, classifier = (
+        {name: as_float32(path, name, tensor) for name, tensor in part.items()} for part in parts.values()
+    )
+    kept = encoder.keys() | decoder.keys() | classifier.keys()
+    left = [old for name in tensors if name not in kept for old in weights.sources[name]]
+    if classifier:
+        known["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
+    return Checkpoint(
+        path=source.spec,
+        name=source.name,
+        format=weights.format.name,
+        arch=arch,
+        sha256=sha256_of(path),
+        encoder=encoder,
+        decoder=decoder,
+        classifier=classifier,
+        dropped=(*weights.dropped, *left),
+        meta={**weights.facts, "image_size": image_size_of(encoder, arch, variant)},
+        variant=variant,
+        sources={name: old for name, old in weights.sources.items() if name in kept and is_converted(name, old)},
+        config=source.config,
+        **known,
+    )
+
+
+def _random(spec: str, seed: int) -> Checkpoint:
+    try:
+        arch = get_arch(spec.removeprefix("random:")).name
+    except UserError as error:
+        raise CheckpointError(f"{spec}: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_vit(arch).state_dict()
+    digest = hashlib.sha256(spec.encode()).hexdigest()
+    meta = {"image_size": image_size_of(encoder, arch, PLAIN)}
+    return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), meta)
