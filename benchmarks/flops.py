@@ -1,4 +1,4 @@
-"""What a pre-training step costs, counted without running it: FLOPs and memory."""
+"""The FLOPs and the memory of a pre-training step, counted without running it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from mae_core.vit import get_arch
 GIB = 2**30
 
 
-class Width(PixelTarget):
-    """A target of a given width that costs nothing."""
+class WidthOnly(PixelTarget):
+    """A target of a given width whose computation costs nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__(1)
@@ -29,12 +29,11 @@ class Width(PixelTarget):
         return prediction.square().mean(dim=-1)
 
 
-def model_of(arch: str, r: PretrainRecipe, device: str, checkpointing: bool = False) -> MaskedAutoencoder:
-    """The recipe's autoencoder; a fitted target or a tokenizer is replaced by one of its width, for it is frozen and
-    its cost left out."""
-    target = {"pca": lambda: Width(r.pca_components), "tokens": lambda: Width(r.vocabulary)}.get(
-        r.target, lambda: None
-    )()
+def build_autoencoder(arch: str, r: PretrainRecipe, device: str, checkpointing: bool = False) -> MaskedAutoencoder:
+    """The recipe's autoencoder. A target of the same width stands in for a fitted target or a tokenizer: those are
+    frozen, and their cost is not counted."""
+    width = {"pca": r.pca_components, "tokens": r.vocabulary}.get(r.target)
+    target = WidthOnly(width) if width else None
     with torch.device(device):
         return MaskedAutoencoder(
             arch,
@@ -50,7 +49,7 @@ def model_of(arch: str, r: PretrainRecipe, device: str, checkpointing: bool = Fa
         )
 
 
-def inputs_of(
+def random_inputs(
     arch: str, r: PretrainRecipe, images: int, device: str, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random images [B, 3, H, W] and the noise of their masks [B, N]."""
@@ -62,17 +61,19 @@ def inputs_of(
 
 @cache
 def training_flops(arch: str, r: PretrainRecipe) -> int:
-    """FLOPs of one image's forward and backward pass, two per multiply-add, as torch's FlopCounterMode counts the
-    matrix products. Nothing is computed: the model is on the meta device."""
-    model = model_of(arch, r, "meta").train()
-    images, noise = inputs_of(arch, r, 1, "meta")
-    return counted(lambda: model(images, noise, r.mask_ratio).loss.backward(), model)
+    """FLOPs of one image's forward and backward pass, two per multiply-add: the matrix products, as torch's
+    FlopCounterMode counts them. Nothing is computed: the model is on the meta device."""
+    model = build_autoencoder(arch, r, "meta").train()
+    images, noise = random_inputs(arch, r, 1, "meta")
+    return count_flops(lambda: model(images, noise, r.mask_ratio).loss.backward(), model)
 
 
-def counted(work, model: nn.Module) -> int:
+def count_flops(work: Callable[[], object], model: nn.Module) -> int:
+    """FLOPs of the matrix products that `work` computes with the model."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # the counter sees the products of the explicit form on every device
+            # The counter sees the products of the explicit form on every device.
+            module.fused_attn = False  # type: ignore[assignment]
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -80,9 +81,9 @@ def counted(work, model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB on one device. weights: parameters, gradients, two moments of AdamW and DDP's buckets, all float32: 20 bytes
-    a parameter. activations: what autograd keeps for the backward pass; with checkpointing that is every block's
-    input, and all that one block keeps while it is computed again."""
+    """GiB on one device. weights: parameters, gradients, AdamW's two moments and DDP's buckets, all float32: 20 bytes
+    per parameter. activations: what autograd keeps for the backward pass; with checkpointing every block's input, and
+    all that one block keeps while it is recomputed."""
 
     parameters: int
     weights: float
@@ -94,9 +95,9 @@ class Memory:
 
 
 def training_memory(arch: str, r: PretrainRecipe, micro_batch: int, checkpointing: bool, bf16: bool = True) -> Memory:
-    """Counted on fake tensors, each saved storage once, with fused attention, which keeps no attention matrix. What a
-    kernel needs for itself, and what the allocator leaves unused, is not in it."""
-    model = model_of(arch, r, "meta", checkpointing).train()
+    """Counted on fake tensors, each saved storage once, with fused attention, which keeps no attention matrix. Excludes
+    the kernels' own workspace and what the allocator leaves unused."""
+    model = build_autoencoder(arch, r, "meta", checkpointing).train()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model = model.to_empty(device="cpu")
         images = torch.empty(micro_batch, 3, r.image_size, r.image_size)
@@ -113,13 +114,13 @@ def training_memory(arch: str, r: PretrainRecipe, micro_batch: int, checkpointin
 
 
 def saved_bytes(work: Callable[[], torch.Tensor], model: nn.Module) -> int:
-    """Bytes of the tensors that autograd saves while `work` runs, the model's own left out."""
+    """Bytes of the tensors that autograd saves while `work` runs, without the model's parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: dict[int, object] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage  # kept, lest its number be given again
+        saved[storage._cdata] = storage  # held, so that no later storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,7 +1,7 @@
-"""The official MAE code (facebookresearch/mae), imported from a folder of the user's, to be timed beside ours.
+"""The official MAE code (facebookresearch/mae), imported from the user's checkout of it, to be timed beside ours.
 
-It was written for timm 0.3.2, and its files are read as they are: what they miss in today's timm is put there for the
-time of the import, and numpy's old name float for as long as this process lives. Nothing of it is part of this project.
+It was written for timm 0.3.2, and its files are not touched: what they miss in today's timm is patched in during the
+import, and numpy's old name `float` until this process ends. None of that code is part of this project.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import timm.models.vision_transformer as timm_vit
@@ -24,27 +25,29 @@ from mae_core.vit import get_arch
 FILES = ("models_mae.py", "models_vit.py", "util/pos_embed.py", "util/lr_decay.py")
 
 
-class Block(timm_vit.Block):
-    """Today's block, taking the old one's argument qk_scale, which the official code leaves at None."""
+class OldBlock(timm_vit.Block):
+    """Today's block, which also takes the old argument qk_scale; the official code leaves it at None."""
 
-    def __init__(self, *args, qk_scale=None, **kwargs) -> None:
+    def __init__(self, *args: Any, qk_scale: None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 
 
 @contextmanager
 def old_names(folder: Path) -> Iterator[None]:
+    """The names that the official code expects, and its folder on the import path."""
     block = timm_vit.Block
-    timm_vit.Block, np.float = Block, np.float64
+    timm_vit.Block = OldBlock  # type: ignore[misc]
+    np.float = np.float64  # type: ignore[attr-defined]
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
         sys.path.remove(str(folder))
-        timm_vit.Block = block
+        timm_vit.Block = block  # type: ignore[misc]
 
 
 def load(folder: Path, name: str) -> ModuleType:
-    """One module of the official code; UserError if the folder is not that code."""
+    """One module of the official code; UserError if the folder does not hold that code."""
     for file in FILES:
         if not (folder / file).is_file():
             raise UserError(f"--compare {folder}: {file} is not there; give a checkout of facebookresearch/mae")
@@ -53,7 +56,7 @@ def load(folder: Path, name: str) -> ModuleType:
 
 
 def autoencoder(folder: Path, arch: str, r: PretrainRecipe) -> nn.Module:
-    """Its MaskedAutoencoderViT of the same sizes."""
+    """Its MaskedAutoencoderViT with the sizes of our recipe."""
     a, module = get_arch(arch), load(folder, "models_mae")
     return module.MaskedAutoencoderViT(
         img_size=r.image_size,
@@ -71,7 +74,7 @@ def autoencoder(folder: Path, arch: str, r: PretrainRecipe) -> nn.Module:
 
 
 def classifier(folder: Path, arch: str, image_size: int, classes: int, drop_path: float) -> nn.Module:
-    """Its VisionTransformer with average pooling. Its forward pass is the old timm's: features, then the head."""
+    """Its VisionTransformer with average pooling, and the forward pass that timm 0.3.2 gave it: features, then head."""
     a, module = get_arch(arch), load(folder, "models_vit")
     model = module.VisionTransformer(
         img_size=image_size,
@@ -94,7 +97,7 @@ def classifier(folder: Path, arch: str, image_size: int, classes: int, drop_path
     return model
 
 
-def finetuning_groups(folder: Path, model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Its parameter groups with layer-wise decay of the learning rate."""
+def finetuning_groups(folder: Path, model: Any, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Its parameter groups with layer-wise learning rate decay. model: from `classifier`."""
     groups = load(folder, "util.lr_decay").param_groups_lrd
     return groups(model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay)

@@ -1,4 +1,4 @@
-"""How fast pre-training, fine-tuning, evaluation and reading images are, and what of the device that uses.
+"""How fast pre-training, fine-tuning, evaluation and image loading run, and how well they use the device.
 
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --compare /path/to/mae    # beside the official code
@@ -15,9 +15,10 @@ from pathlib import Path
 
 try:
     import torch
+    from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks import speed_workloads as speed_works
     from benchmarks.markdown import markdown_table
+    from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.errors import UserError
     from mae_core.machine import (
@@ -41,7 +42,7 @@ KINDS = ("pretrain", "finetune", "eval", "loader")
 
 @dataclass(frozen=True)
 class Result:
-    """One arm. utilisation: its FLOP/s in percent of the measured rate of the device's matrix products."""
+    """One arm. utilisation: its FLOP/s in percent of the device's measured rate of matrix products."""
 
     name: str
     timing: Timing
@@ -67,15 +68,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch",
         type=non_negative_int,
         default=0,
-        help="images a step (default: 16 on CPU, 128 on GPU, mini or `loader`)",
+        help="per step (default: 128 on a GPU, of mini or `loader`; else 16)",
     )
-    parser.add_argument("--data", type=Path, help="images for `loader`, in class folders; or tar files, ours alone")
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae: in alternation")
+    parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files (ours only)")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")
     parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
     parser.add_argument("--repeats", type=non_negative_int, default=10, help="timed steps of each arm (default: 10)")
     parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
     parser.add_argument(
-        "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="of pretrain (default: on)"
+        "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="for pretrain (default: on)"
     )
     parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
     add_machine_flags(parser)
@@ -85,8 +86,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def on_one_core(args: argparse.Namespace, machine: Machine) -> Machine:
-    """Both arms in this process, one thread: with workers each would prefetch while the other is timed."""
+def use_one_core(args: argparse.Namespace, machine: Machine) -> Machine:
+    """Both arms in this process on one thread: worker processes would prefetch for one while the other is timed."""
     if args.workers > 0 or args.compare is not None:
         raise UserError("loader is measured per core, in this process, beside torchvision: no --workers, no --compare")
     torch.set_num_threads(1)
@@ -96,36 +97,33 @@ def on_one_core(args: argparse.Namespace, machine: Machine) -> Machine:
 def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
     large = machine.device == "cuda" or args.arch == "vit_mini_patch8" or args.what == "loader"
     batch = args.batch or (128 if large else 16)
-    works, flops = speed_works.works(args.what, args.arch, batch, machine, args.compare, args.data)
+    workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare, args.data)
     if args.profile:
-        profile(works["ours"], machine)
-    timings = alternate(works, args.warmup, args.repeats, machine.device)
+        print_profile(workloads["ours"], machine)
+    timings = alternate(workloads, args.warmup, args.repeats, machine.device)
     rate_of = cache(partial(matmul_rate, machine.device))
     results = []
-    for name, work in works.items():
-        # As it ships the official code is in fp32 on a CPU, and in fp16, as fast as bf16, on a GPU.
-        shipped = name == speed_works.SHIPPED
-        precision = ("fp32" if machine.device == "cpu" else "bf16") if shipped else machine.precision
+    for name, work in workloads.items():
+        precision = machine.precision
+        if name == SHIPPED:  # in fp32 on a CPU, and on a GPU in fp16, which is as fast as bf16
+            precision = "fp32" if machine.device == "cpu" else "bf16"
         rate = rate_of(precision) if flops else 0.0
-        results.append(Result(name, timings[name], batch, flops, peak_of(work, machine), rate))
+        results.append(Result(name, timings[name], batch, flops, peak_memory(work, machine), rate))
     return results
 
 
-def peak_of(work: Callable[[], object], machine: Machine) -> float:
-    """GiB of a GPU that the work needs, all arms' weights included; on a CPU the process's peak so far."""
+def peak_memory(work: Callable[[], object], machine: Machine) -> float:
+    """GiB: on a GPU the peak of this work, with all arms' weights in memory; on a CPU the process's peak so far."""
     if machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         work()
     return peak_memory_gib(machine.device)
 
 
-def profile(work: Callable[[], object], machine: Machine) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
-
+def print_profile(work: Callable[[], object], machine: Machine) -> None:
     gpu = machine.device == "cuda"
     work()
-    with profiled(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
         for _ in range(3):
             work()
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
@@ -133,7 +131,7 @@ def profile(work: Callable[[], object], machine: Machine) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown, without the columns that would be empty."""
+    """A Markdown table without empty columns."""
     rows = [
         {
             "arm": r.name,
@@ -150,8 +148,8 @@ def table(results: Sequence[Result]) -> str:
     return markdown_table([shown, *([row[column] for column in shown] for row in rows)])
 
 
-def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:
-    """WHAT-ARCH-PRECISION.json and .md below --out; of the loader, which has no arch, loader-SIZEpx.*."""
+def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:
+    """Write WHAT-ARCH-PRECISION.json and .md below --out (a loader has no arch: loader-SIZEpx.*); the JSON's path."""
     arms = [
         {
             "name": r.name,
@@ -168,11 +166,11 @@ def leave(args: argparse.Namespace, machine: Machine, results: Sequence[Result])
     ]
     if args.what == "loader":
         size = get_arch(args.arch).image_size
-        made, name, title = {"image_size": size}, f"loader-{size}px", f"{size} px, one core"
+        subject, name, title = {"image_size": size}, f"loader-{size}px", f"{size} px, one core"
     else:
-        made, title = {"arch": args.arch}, f"{args.arch}, {machine.precision}"
+        subject, title = {"arch": args.arch}, f"{args.arch}, {machine.precision}"
         name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
-    value = {"what": args.what, **made, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
+    value = {"what": args.what, **subject, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
     value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine.device), "versions": versions()}
     value["matmul_flops_per_second"] = results[0].matmul_rate
     path = args.out / f"{name}.json"
@@ -192,9 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("--data DIR is needed by loader, and by nothing else")
         machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
         if args.what == "loader":
-            machine = on_one_core(args, machine)
+            machine = use_one_core(args, machine)
         results = measure(args, machine)
-        path = leave(args, machine, results)
+        path = write_results(args, machine, results)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1

@@ -1,9 +1,10 @@
-"""The pieces of work that speed.py times: ours, and the same with the official code."""
+"""The workloads that speed.py times: ours, and the same with the official code."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks import official_mae as official
-from benchmarks.flops import counted, inputs_of, model_of, training_flops
+from benchmarks.flops import build_autoencoder, count_flops, random_inputs, training_flops
 from mae_core.data import (
     MEAN,
     STD,
@@ -31,49 +32,56 @@ from mae_core.shards import list_shards
 from mae_core.vit import build_vit, get_arch
 from transfer.classification.recipes import finetune_recipe
 
-Work = Callable[[], object]
+Workload = Callable[[], object]
+Scaler = torch.amp.GradScaler | None
 SAME, SHIPPED = "official, same precision", "official, as shipped"
 IMAGE_FOLDER = "torchvision's ImageFolder, Pillow"
 CLASSES = 1000
 
 
-def works(
+def make_workloads(
     what: str, arch: str, batch: int, machine: Machine, folder: Path | None, data: Path | None
-) -> tuple[dict[str, Work], int]:
-    """{arm: work} with "ours" first, and the FLOPs of one image (0: none are counted). With a folder of the official
-    code also that, at our precision and, where it differs, as it ships: fp32 on a CPU, fp16 with a loss scaler on a
-    GPU."""
-    if what == "loader":
-        return loader_works(get_arch(arch).image_size, batch, machine, data), 0
+) -> tuple[dict[str, Workload], int]:
+    """{arm: workload} with "ours" first, and the FLOPs of one image (0: none are counted).
+
+    folder: the official code, if it is to be timed too: at our precision and, where that differs, as it ships, in fp32
+    on a CPU and in fp16 with a loss scaler on a GPU. data: the images, where `what` is "loader".
+    """
+    if data is not None:
+        return loader_workloads(get_arch(arch).image_size, batch, machine, data), 0
     name = "mini" if arch == "vit_mini_patch8" else "paper"
-    ours, theirs, flops = {"pretrain": pretraining, "finetune": finetuning, "eval": evaluation}[what](
-        arch, name, batch, machine, folder
+    ours, official_at, flops = {"pretrain": pretraining, "finetune": finetuning, "eval": evaluation}[what](
+        arch, name, batch, machine
     )
-    found = {"ours": ours}
+    workloads = {"ours": ours}
     if folder is not None:
-        found[SAME] = theirs(machine.autocast, None)
+        workloads[SAME] = official_at(folder, machine.autocast, None)
         if machine.device == "cuda":
             half = partial(torch.autocast, "cuda", torch.float16)
-            found[SHIPPED] = theirs(half, torch.amp.GradScaler("cuda"))
+            workloads[SHIPPED] = official_at(folder, half, torch.amp.GradScaler("cuda"))
         elif machine.precision == "bf16":
-            found[SHIPPED] = theirs(contextlib.nullcontext, None)
-    return found, flops
+            workloads[SHIPPED] = official_at(folder, contextlib.nullcontext, None)
+    return workloads, flops
 
 
-def training(
+# Ours; the official code from a folder, at an autocast and with or without a loss scaler; FLOPs of one image.
+Arms = tuple[Workload, Callable[[Path, Callable, Scaler], Workload], int]
+
+
+def training_step(
     loss_of: Callable[[], Tensor],
     optimizer: torch.optim.Optimizer,
     autocast: Callable,
-    scaler: torch.amp.GradScaler | None = None,
-    look: bool = False,
-) -> Work:
-    """One optimizer step. look: read the loss at every step, as the official loop does."""
+    scaler: Scaler = None,
+    read_loss: bool = False,
+) -> Workload:
+    """One optimizer step. read_loss: copy the loss to the host at every step, as the official loop does."""
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with autocast():
             loss = loss_of()
-        if look:
+        if read_loss:
             loss.item()
         if scaler is None:
             loss.backward()
@@ -86,56 +94,59 @@ def training(
     return step
 
 
-def prepared(model: nn.Module, machine: Machine) -> tuple[nn.Module, nn.Module]:
-    """Our model on the device as the training loop would run it: (the module, what is called)."""
-    model = model.to(machine.device).train()
+def prepare(model: nn.Module, machine: Machine) -> Callable[..., Any]:
+    """Put our model on the device as the training loop would; returns the forward pass, compiled if asked for."""
+    model.to(machine.device).train()
     suit_attention(model, machine)
-    return model, torch.compile(model) if machine.compile else model
+    return torch.compile(model) if machine.compile else model
 
 
-def pretraining(arch: str, name: str, batch: int, machine: Machine, folder: Path | None):
+def pretraining(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     r: PretrainRecipe = recipe(arch, name)
     torch.manual_seed(0)
-    model, forward = prepared(model_of(arch, r, "cpu", machine.activation_checkpointing), machine)
-    images, noise = inputs_of(arch, r, batch, machine.device)
+    model = build_autoencoder(arch, r, "cpu", machine.activation_checkpointing)
+    forward = prepare(model, machine)
+    images, noise = random_inputs(arch, r, batch, machine.device)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
-    ours = training(lambda: forward(images, noise, r.mask_ratio).loss, optimizer, machine.autocast)
+    ours = training_step(lambda: forward(images, noise, r.mask_ratio).loss, optimizer, machine.autocast)
 
-    def theirs(autocast: Callable, scaler: torch.amp.GradScaler | None) -> Work:
+    def theirs(folder: Path, autocast: Callable, scaler: Scaler) -> Workload:
         other = official.autoencoder(folder, arch, r).to(machine.device).train()
-        # Its script takes these groups from timm, as ours does.
+        # The official script takes these groups from timm, as ours does.
         own = torch.optim.AdamW(pretraining_groups(other, r.weight_decay), lr=0.0, betas=r.betas)
-        return training(lambda: other(images, mask_ratio=r.mask_ratio)[0], own, autocast, scaler, look=True)
+        return training_step(lambda: other(images, mask_ratio=r.mask_ratio)[0], own, autocast, scaler, read_loss=True)
 
     return ours, theirs, training_flops(arch, r)
 
 
-def finetuning(arch: str, name: str, batch: int, machine: Machine, folder: Path | None):
+def finetuning(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     r = finetune_recipe(arch, name)
     torch.manual_seed(0)
-    model, forward = prepared(build_vit(arch, r.image_size, CLASSES, r.pool, r.drop_path), machine)
+    model = build_vit(arch, r.image_size, CLASSES, r.pool, r.drop_path)
+    forward = prepare(model, machine)
     model.set_grad_checkpointing(machine.activation_checkpointing)
     images = torch.randn(batch, 3, r.image_size, r.image_size, device=machine.device)
     targets = torch.rand(batch, CLASSES, device=machine.device).softmax(dim=1)
     loss = SoftTargetCrossEntropy()
     optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
-    ours = training(lambda: loss(forward(images).float(), targets), optimizer, machine.autocast)
+    ours = training_step(lambda: loss(forward(images).float(), targets), optimizer, machine.autocast)
 
-    def theirs(autocast: Callable, scaler: torch.amp.GradScaler | None) -> Work:
+    def theirs(folder: Path, autocast: Callable, scaler: Scaler) -> Workload:
         other = official.classifier(folder, arch, r.image_size, CLASSES, r.drop_path).to(machine.device).train()
         own = torch.optim.AdamW(official.finetuning_groups(folder, other, r.weight_decay, r.layer_decay), lr=0.0)
-        return training(lambda: loss(other(images), targets), own, autocast, scaler, look=True)
+        return training_step(lambda: loss(other(images), targets), own, autocast, scaler, read_loss=True)
 
     return ours, theirs, classifier_flops(arch, r.image_size, train=True)
 
 
-def evaluation(arch: str, name: str, batch: int, machine: Machine, folder: Path | None):
+def evaluation(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     size = finetune_recipe(arch, name).image_size
     torch.manual_seed(0)
-    model, forward = prepared(build_vit(arch, size, CLASSES, "avg"), machine)
+    model = build_vit(arch, size, CLASSES, "avg")
+    forward = prepare(model, machine)
     images = torch.randn(batch, 3, size, size, device=machine.device)
 
-    def inference(network: nn.Module, call: nn.Module, autocast: Callable) -> Work:
+    def inference(network: nn.Module, call: Callable, autocast: Callable) -> Workload:
         network.eval()
 
         @torch.inference_mode()
@@ -145,7 +156,7 @@ def evaluation(arch: str, name: str, batch: int, machine: Machine, folder: Path 
 
         return work
 
-    def theirs(autocast: Callable, scaler: torch.amp.GradScaler | None) -> Work:
+    def theirs(folder: Path, autocast: Callable, scaler: Scaler) -> Workload:
         other = official.classifier(folder, arch, size, CLASSES, 0.0).to(machine.device)
         return inference(other, other, autocast)
 
@@ -153,16 +164,17 @@ def evaluation(arch: str, name: str, batch: int, machine: Machine, folder: Path 
 
 
 def classifier_flops(arch: str, image_size: int, train: bool) -> int:
-    """FLOPs of one image through the classifier, forward alone or with the backward pass."""
+    """FLOPs of one image through the classifier: the forward pass and, in training, the backward pass."""
     with torch.device("meta"):
         model = build_vit(arch, image_size, CLASSES, "avg")
         image = torch.empty(1, 3, image_size, image_size)
-    return counted(lambda: model(image).sum().backward() if train else model(image), model)
+    return count_flops(lambda: model(image).sum().backward() if train else model(image), model)
 
 
-def loader_works(size: int, batch: int, machine: Machine, data: Path) -> dict[str, Work]:
-    """The next batch of pre-training images, decoded, cropped, flipped and normalised on the device; beside it the same
-    of the same files by torchvision's ImageFolder and the transforms of the official script, all of them Pillow's."""
+def loader_workloads(size: int, batch: int, machine: Machine, data: Path) -> dict[str, Workload]:
+    """Ours: the next batch of pre-training images, decoded, cropped, flipped and normalised on the device. Beside it,
+    unless the images are in tar files, torchvision's ImageFolder on the same files, with the official script's
+    transforms, all by Pillow."""
     files, folder = images_or_shards(data), None
     if not list_shards(data):
         crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3)
@@ -175,7 +187,7 @@ def loader_works(size: int, batch: int, machine: Machine, data: Path) -> dict[st
             ) from None
         files = [file for file, _ in folder.samples]
     if len(files) < batch:
-        raise UserError(f"{data} has {len(files)} images, less than one batch of {batch}: give a smaller --batch")
+        raise UserError(f"{data} has {len(files)} images, fewer than one batch of {batch}: give a smaller --batch")
     dataset = Images(files, pretraining_transform(size))
 
     def ours() -> Iterator[Tensor]:
@@ -183,11 +195,13 @@ def loader_works(size: int, batch: int, machine: Machine, data: Path) -> dict[st
         for images, _, _ in loader(dataset, stream, machine.workers, machine.device):
             yield normalize(images.to(machine.device, non_blocking=True))
 
-    def theirs() -> Iterator[Tensor]:
+    def theirs(folder: datasets.ImageFolder) -> Iterator[Tensor]:
         pinned = machine.device == "cuda"
         while True:
             for images, _ in DataLoader(folder, batch, shuffle=True, pin_memory=pinned, drop_last=True):
                 yield images.to(machine.device, non_blocking=True)
 
-    found = {"ours": partial(next, ours())}
-    return found | {IMAGE_FOLDER: partial(next, theirs())} if folder is not None else found
+    workloads: dict[str, Workload] = {"ours": partial(next, ours())}
+    if folder is not None:
+        workloads[IMAGE_FOLDER] = partial(next, theirs(folder))
+    return workloads

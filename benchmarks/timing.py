@@ -1,16 +1,17 @@
-"""Timing pieces of work against each other: warm-up, repeats in alternation, median and spread."""
+"""Timing several workloads against each other: warm-up, repeats in alternation, median and spread."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat of one piece of work."""
+    """Seconds of each repeat of one workload."""
 
     seconds: tuple[float, ...]
 
@@ -27,32 +28,34 @@ class Timing:
         return 50 * (high - low) / self.median
 
 
-def alternate(works: dict[str, Callable[[], object]], warmup: int, repeats: int, device: str) -> dict[str, Timing]:
-    """Every piece of work in turn, `warmup` times untimed and `repeats` times timed: what else the machine does in the
-    meantime then falls on all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def alternate(
+    workloads: Mapping[str, Callable[[], object]], warmup: int, repeats: int, device: str
+) -> dict[str, Timing]:
+    """Run the workloads in turn, `warmup` times untimed and `repeats` times timed, so that whatever else the machine
+    does slows all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in workloads}
     for turn in range(warmup + repeats):
-        for name, work in works.items():
-            wait(device)
+        for name, work in workloads.items():
+            synchronize(device)
             started = time.perf_counter()
             work()
-            wait(device)
+            synchronize(device)
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def wait(device: str) -> None:
+def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def matmul_rate(device: str, precision: str) -> float:
-    """FLOP/s of the best of a few square matrix products in that precision: what a step's FLOP/s are measured by."""
+    """FLOP/s of the fastest of a few square matrix products in that precision: the yardstick for a step's FLOP/s."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for side in (1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-        timing = alternate({"product": lambda a=a, b=b: a @ b}, warmup=2, repeats=5, device=device)["product"]
+        timing = alternate({"product": partial(torch.matmul, a, b)}, warmup=2, repeats=5, device=device)["product"]
         best = max(best, 2 * side**3 / min(timing.seconds))
     return best

@@ -1,19 +1,20 @@
-"""Table 2: the time of a pre-training step of several recipes, in alternation in one process."""
+"""Table 2: the time of several recipes' pre-training steps, measured in alternation in one process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.flops import inputs_of, model_of, training_flops
+from benchmarks.flops import build_autoencoder, random_inputs, training_flops
+from benchmarks.speed_workloads import prepare
 from benchmarks.timing import Timing, alternate
-from mae_core.machine import Machine, suit_attention
+from mae_core.machine import Machine
 from mae_core.recipe import PretrainRecipe
 
 
 @dataclass(frozen=True)
 class Step:
-    """One recipe's forward and backward pass over `images` images, and its FLOPs per image."""
+    """The forward and backward pass of one recipe over `images` images. flops: per image."""
 
     images: int
     timing: Timing
@@ -25,13 +26,12 @@ class Step:
 
 
 def training_step(arch: str, r: PretrainRecipe, images: int, machine: Machine) -> Callable[[], None]:
-    """A function that runs forward and backward on random images: all of a step but the optimizer, whose share of a
-    batch of 4096 is small, and of a small batch is not."""
+    """A function that runs the forward and backward pass on random images. It leaves out the optimizer, whose share of
+    the time is small at the recipe's batch of 4096 but not at a batch that is small enough to be timed."""
     torch.manual_seed(0)
-    model = model_of(arch, r, "cpu", machine.activation_checkpointing).to(machine.device).train()
-    suit_attention(model, machine)
-    forward = torch.compile(model) if machine.compile else model
-    pixels, noise = inputs_of(arch, r, images, machine.device)
+    model = build_autoencoder(arch, r, "cpu", machine.activation_checkpointing)
+    forward = prepare(model, machine)
+    pixels, noise = random_inputs(arch, r, images, machine.device)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -45,7 +45,7 @@ def training_step(arch: str, r: PretrainRecipe, images: int, machine: Machine) -
 def measure(
     recipes: dict[str, tuple[str, PretrainRecipe]], images: int, machine: Machine, warmup: int = 2, repeats: int = 7
 ) -> dict[str, Step]:
-    """Steps of (arch, recipe) by name, each of `images` images."""
-    works = {name: training_step(arch, r, images, machine) for name, (arch, r) in recipes.items()}
-    timings = alternate(works, warmup, repeats, machine.device)
+    """{name: (arch, recipe)} -> {name: its step of that many images}."""
+    steps = {name: training_step(arch, r, images, machine) for name, (arch, r) in recipes.items()}
+    timings = alternate(steps, warmup, repeats, machine.device)
     return {name: Step(images, timings[name], training_flops(*recipes[name])) for name in recipes}

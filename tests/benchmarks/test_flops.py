@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from benchmarks.flops import counted, inputs_of, model_of, saved_bytes, training_flops, training_memory
+from benchmarks.flops import build_autoencoder, count_flops, random_inputs, saved_bytes, training_flops, training_memory
 from mae_core.recipe import recipe
 
 
@@ -67,7 +67,7 @@ def test_checkpointing_keeps_the_inputs_of_blocks_and_one_block():
         training_memory("vit_base_patch16", r, images, switch, bf16=False)
         for images, switch in ((8, False), (8, True), (16, True))
     )
-    assert plain.parameters == sum(p.numel() for p in model_of("vit_base_patch16", r, "meta").parameters())
+    assert plain.parameters == sum(p.numel() for p in build_autoencoder("vit_base_patch16", r, "meta").parameters())
     assert plain.weights == pytest.approx(20 * plain.parameters / 2**30)
     assert checkpointed.activations < plain.activations / 4
     assert twice.activations == pytest.approx(2 * checkpointed.activations, rel=0.05)
@@ -86,9 +86,9 @@ def test_vit_h_trains_on_80_gb():
 
 def test_counting_computes_nothing_and_inputs_are_seeded():
     r = recipe("vit_mini_patch8", "mini")
-    assert all(p.is_meta for p in model_of("vit_mini_patch8", r, "meta").parameters())
-    (images, noise), (again, _) = (inputs_of("vit_mini_patch8", r, 3, "cpu") for _ in range(2))
+    assert all(p.is_meta for p in build_autoencoder("vit_mini_patch8", r, "meta").parameters())
+    (images, noise), (again, _) = (random_inputs("vit_mini_patch8", r, 3, "cpu") for _ in range(2))
     assert torch.equal(images, again)
     assert (images.shape, noise.shape) == ((3, 3, 48, 48), (3, 36))
     layer = torch.nn.Linear(5, 7, device="meta")
-    assert counted(lambda: layer(torch.empty(3, 5, device="meta")), layer) == 2 * 3 * 5 * 7
+    assert count_flops(lambda: layer(torch.empty(3, 5, device="meta")), layer) == 2 * 3 * 5 * 7

@@ -12,9 +12,9 @@ from PIL import Image
 
 from benchmarks import official_mae as official
 from benchmarks import speed
-from benchmarks import speed_workloads as speed_works
 from benchmarks.flops import training_flops
 from benchmarks.speed import Result
+from benchmarks.speed_workloads import classifier_flops, loader_workloads, make_workloads
 from benchmarks.timing import Timing
 from mae_core.machine import Machine
 from mae_core.recipe import recipe
@@ -52,19 +52,19 @@ def test_flops_of_the_classifier_agree_with_a_count_by_hand():
     # 37 tokens of 128: twelve of a block's matrix products are 128 x 128, and two 37 x 37 x 128 for attention.
     block = 37 * 12 * 128**2 + 2 * 37**2 * 128
     forward = 36 * 192 * 128 + 6 * block + 128 * 1000
-    assert speed_works.classifier_flops("vit_mini_patch8", 48, train=False) == 2 * forward
+    assert classifier_flops("vit_mini_patch8", 48, train=False) == 2 * forward
     # The images need no gradient: their backward pass is one product, not two.
-    assert speed_works.classifier_flops("vit_mini_patch8", 48, train=True) == 6 * forward - 2 * 36 * 192 * 128
+    assert classifier_flops("vit_mini_patch8", 48, train=True) == 6 * forward - 2 * 36 * 192 * 128
 
 
 def test_every_timed_step_trains(monkeypatch):
-    works, flops = speed_works.works("pretrain", "vit_mini_patch8", 4, Machine(), None, None)
-    assert list(works) == ["ours"]
+    workloads, flops = make_workloads("pretrain", "vit_mini_patch8", 4, Machine(), None, None)
+    assert list(workloads) == ["ours"]
     assert flops == training_flops("vit_mini_patch8", recipe("vit_mini_patch8", "mini"))
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(self))
-    works["ours"]()
-    works["ours"]()
+    workloads["ours"]()
+    workloads["ours"]()
     assert len(steps) == 2
     parameters = [p for group in steps[0].param_groups for p in group["params"]]
     assert all(p.grad is not None for p in parameters)
@@ -89,7 +89,7 @@ def test_both_loaders_give_normalised_batches_of_the_same_files(tmp_path):
         file.parent.mkdir(exist_ok=True)
         Image.new("RGB", (30, 20), (8 * number, 0, 255 - number)).save(file)
     colours = []
-    for work in speed_works.loader_works(16, 4, Machine(), tmp_path).values():
+    for work in loader_workloads(16, 4, Machine(), tmp_path).values():
         batches = [work() for _ in range(8)]
         assert all((batch.shape, batch.dtype) == ((4, 3, 16, 16), torch.float32) for batch in batches)
         seen = torch.cat(batches)[:, :, 3, 5]
@@ -97,10 +97,10 @@ def test_both_loaders_give_normalised_batches_of_the_same_files(tmp_path):
     torch.testing.assert_close(*colours)
 
 
-def test_images_in_tar_files_are_timed_alone(noise_images, tmp_path):
+def test_images_in_tar_files_have_no_second_arm(noise_images, tmp_path):
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(noise_images, "images")
-    assert list(speed_works.loader_works(48, 4, Machine(), tmp_path)) == ["ours"]
+    assert list(loader_workloads(48, 4, Machine(), tmp_path)) == ["ours"]
 
 
 def test_the_table_gives_ratios():
