@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import command as mae_transfer
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
@@ -48,6 +49,7 @@ QUICK = {
     "python -m mae_core.reconstruct --ckpt runs/mae_b/mae.safetensors --images DIR --mask-ratio .75 .85 .95 "
     "--out picture.png": "--limit 1",
     "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
+    "mae-transfer plan --ckpt FILE --data DIR": LITTLE,
     # Trained in tests/transfer/test_jobs.py and tests/benchmarks/test_ablations.py; here only planned.
     "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": f"{LITTLE} --plan --out out",
     "python benchmarks/ablations.py --table 1a --recipe mini --out ablations": "--plan",
@@ -58,6 +60,7 @@ QUICK = {
     "python benchmarks/speed.py loader --data /datasets/imagenet/train": "--batch 8 --warmup 0 --repeats 1",
 }
 SLOW = {
+    "mae-transfer run --ckpt FILE --data DIR": f"{LITTLE} --tasks imagenet_knn",
     "python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DIR --seed 1 --set batch=512": (
         ONE_EPOCH
     ),
@@ -132,12 +135,14 @@ def run(data, tmp_path, monkeypatch):
 
 
 def execute(words: list[str]) -> None:
-    """python FILE ... or python -m MODULE ..., in this process."""
+    """python FILE ..., python -m MODULE ... or mae-transfer ..., in this process."""
     module = words[1] == "-m"
-    which, *arguments = words[1 + module :]
+    which, *arguments = words[1 + module :] if words[0] == "python" else words
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [which, *arguments])
-        if module:
+        if which == "mae-transfer":
+            sys.exit(mae_transfer.main())
+        elif module:
             runpy.run_module(which, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / which), run_name="__main__")
@@ -198,7 +203,7 @@ def test_the_arguments_of_every_command_are_right(command):
         markers = [m.partition(":")[0] for m in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]]
         assert words[3] in markers if words[2] == "-m" else (ROOT / words[2]).exists()
     else:
-        parser_of(["python", *(words[2:] if program == "torchrun" else words)])
+        parser_of(["python", *words[2:]] if program == "torchrun" else [program, *words])
 
 
 PROGRAMS = (
@@ -225,6 +230,10 @@ def test_every_flag_exists():
     for page, text in PAGES.items():
         named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
         assert named <= known, page
+
+
+def test_the_commands_of_mae_transfer_are_those_of_its_table():
+    assert set(re.findall(r"mae-transfer ([a-z]+)", PAGES[Path("docs/install.md")])) == mae_transfer.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
