@@ -1,9 +1,9 @@
-"""The pre-trained ViT as a feature pyramid: what object detection and semantic segmentation put their heads on.
+"""The pre-trained ViT as a feature pyramid, under the heads of object detection and semantic segmentation.
 
-The plan is that of Li et al. 2021 (arXiv 2111.11429), which the MAE paper's Table 4 follows: the blocks in four equal
-subsets, a map after each, brought to strides 4, 8, 16 and 32. Windowed attention in all blocks but the last of each
-subset, a relative position bias that starts at zero, absolute positions kept. UperNet (Table 5) has global attention
-everywhere and one bias table per block instead.
+Following Li et al. 2021 (arXiv 2111.11429), as the MAE paper's Table 4 does: the blocks form four equal subsets, and
+the map after each is brought to stride 4, 8, 16 or 32. All blocks but the last of each subset have windowed attention;
+a relative position bias starts at zero; absolute positions are kept. UperNet (Table 5) has global attention everywhere
+and one bias table per block instead.
 """
 
 import re
@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from timm.layers import PatchEmbed, resample_patch_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,7 @@ BIASES = ("shared", "per_block")
 
 def quarters(depth: int) -> tuple[int, int, int, int]:
     """The last block of each of four equal subsets, from 0: 2, 5, 8, 11 of 12 blocks. Six blocks: 0, 2, 3, 5."""
-    return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+    return depth // 4 - 1, depth // 2 - 1, 3 * depth // 4 - 1, depth - 1
 
 
 def patch_side(arch: str) -> int:
@@ -37,7 +38,7 @@ def patch_side(arch: str) -> int:
 
 
 def pretraining_grid(arch: str) -> int:
-    """Patches along one side in pre-training: the window of Li et al."""
+    """Patches along one side in pre-training: Li et al.'s window."""
     return get_arch(arch).image_size // get_arch(arch).patch
 
 
@@ -47,10 +48,10 @@ class ViTPyramid(nn.Module):
     Parameters keep timm's names (patch_embed.proj.*, pos_embed [1, N, D] without a class token, blocks.i.*); new are
     upsample_4x.*, upsample_2x.* and the bias tables: bias_windowed and bias_global, or blocks.i.bias.
 
-    image_size: (height, width) in px for which positions and global bias tables are kept; at other sizes both are
-    interpolated. taps: the blocks whose output becomes a map. window: side in patches of the windows in the blocks that
-    are no tap, 0 for global attention everywhere. bias: "shared", one table for the windowed blocks and one for the
-    global ones, or "per_block". norm: makes the normalisation in the stride-4 branch from its width.
+    image_size: side or (height, width) in px for which positions and global bias tables are stored; both are
+    interpolated for other sizes. taps: the blocks whose output becomes a map. window: side in patches of the windows in
+    all other blocks, 0 for global attention everywhere. bias: "shared", one table for the windowed blocks and one for
+    the global ones, or "per_block". norm: makes the stride-4 branch's normalisation layer for a number of channels.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class ViTPyramid(nn.Module):
         self.taps, self.window = taps or quarters(a.depth), window
         self.activation_checkpointing = activation_checkpointing
 
-        # timm sees its own patch size here: only the projection differs, and it is made anew below.
-        vit = build_vit(arch, tuple(side * a.patch for side in self.grid), drop_path=drop_path)
+        # timm gets its own patch size: only the projection depends on it, and that is replaced below.
+        vit = build_vit(arch, (self.grid[0] * a.patch, self.grid[1] * a.patch), drop_path=drop_path)
+        assert vit.pos_embed is not None  # only BEiT has none
         self.patch_embed = PatchEmbed(None, patch, 3, a.dim, flatten=False, strict_img_size=False)
-        # In one piece, or DistributedDataParallel would warn of gradients with other strides.
+        # Contiguous, or DistributedDataParallel would warn of gradients with other strides.
         positions = vit.pos_embed.detach()[:, 1:].clone(memory_format=torch.contiguous_format)
         self.pos_embed = nn.Parameter(positions)
         self.blocks = vit.blocks
@@ -107,16 +109,18 @@ class ViTPyramid(nn.Module):
         # Zeros up to a multiple of the coarsest stride, so that the four maps cover the same area.
         images = F.pad(images, (0, -width % self.strides[3], 0, -height % self.strides[3]))
         x = self.patch_embed(images).permute(0, 2, 3, 1)  # [B, H, W, D]
-        grid = tuple(x.shape[1:3])
+        grid = (x.shape[1], x.shape[2])
         positions = self.pos_embed.reshape(1, *self.grid, -1)
         x = x + resize(positions.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-        maps, shared = [], {}
+        maps: list[Tensor] = []
+        shared: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             window = self.window if self.windowed(number) else 0
-            if hasattr(block, "bias"):
-                bias = self.attention_bias(block.bias, window, grid, x.device)
+            if (own := getattr(block, "bias", None)) is not None:
+                bias = self.attention_bias(own, window, grid, x.device)
             else:
-                if window not in shared:  # a large tensor: made once a pass, used by all blocks of its kind
+                if window not in shared:  # a large tensor, made once per pass for all blocks of its kind
                     table = self.bias_windowed if window else self.bias_global
                     shared[window] = self.attention_bias(table, window, grid, x.device)
                 bias = shared[window]
@@ -141,8 +145,7 @@ def deconvolution(dim: int) -> nn.ConvTranspose2d:
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """[1, C, H, W] at another size, bicubic without antialiasing (as the official code does); the same size comes back
-    as it was."""
+    """[1, C, H, W] resized, bicubic without antialiasing as in the official code; returned as it is at its own size."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps.float(), size=tuple(size), mode="bicubic", align_corners=False)
@@ -150,16 +153,16 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """[heads, 2H-1, 2W-1] -> [heads, H*W, H*W]: what query (y, x) adds to its logit of key (y', x') is the entry
-    [y - y' + H - 1, x - x' + W - 1]. By views of the table, which need no index of N*N entries."""
+    [y - y' + H - 1, x - x' + W - 1]. Built from views of the table, which need no index of N*N entries."""
     height, width = grid
     views = table.unfold(1, height, 1).unfold(2, width, 1)  # [heads, H, W, H, W]: entry [a, b, c, d] is [a + c, b + d]
     return views.flip(3, 4).reshape(len(table), height * width, height * width)
 
 
-def run_block(block: nn.Module, x: Tensor, window: int, bias: Tensor) -> Tensor:
-    """One of timm's blocks on a map [B, H, W, D], its attention within windows of that side (0: one over the map).
+def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
+    """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map).
 
-    The windows are padded with zeros after the norm and attend to the padding, as in ViTDet.
+    Windows are padded with zeros after the norm and attend to the padding, as in ViTDet.
     """
     batch, height, width, dim = x.shape
     y = block.norm1(x)
@@ -180,11 +183,11 @@ NEW = re.compile(r"upsample_|bias_(windowed|global)$|blocks\.\d+\.bias$")
 
 
 def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
-    """Load the encoder of a checkpoint, every tensor of it but the class token and the last norm, which no map passes
-    through. Positions are resized to the pyramid's grid, ViT-H's patch projection to 16 px (by pseudo-inverse, as in
-    FlexiViT). The eps of the LayerNorms is the checkpoint's. CheckpointError if a tensor is missing or has another
-    shape."""
-    vit = build_vit(pyramid.arch, tuple(side * get_arch(pyramid.arch).patch for side in pyramid.grid))
+    """Load a checkpoint's encoder: all its tensors but the class token and the last norm, which no map passes through.
+    Positions are resized to the pyramid's grid, ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT).
+    The LayerNorms get the checkpoint's eps. CheckpointError if a tensor is missing or has another shape."""
+    patch = get_arch(pyramid.arch).patch
+    vit = build_vit(pyramid.arch, (pyramid.grid[0] * patch, pyramid.grid[1] * patch))
     report = load_encoder(vit, source)
     state = vit.state_dict()
     state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -205,8 +208,8 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer whose learning rate a pyramid's parameter has under layer-wise decay: 0 for the embeddings, i + 1 for
-    block i and its bias table, depth + 1 for all that is new."""
+    """The layer that sets a pyramid parameter's learning rate under layer-wise decay: 0 for the embeddings, i + 1 for
+    block i and its bias table, depth + 1 for new parameters."""
     if name.startswith(("patch_embed.", "pos_embed")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
@@ -214,5 +217,5 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to vectors, positions and bias tables (MIMDet, BEiT)."""
+    """Whether weight decay applies to a parameter: not to vectors, positions and bias tables (MIMDet, BEiT)."""
     return parameter.ndim > 1 and not re.search(r"pos_embed$|bias_(windowed|global)$|blocks\.\d+\.bias$", name)

@@ -88,7 +88,7 @@ class ResumedSampler(Sampler):
         self.stream = stream
 
     def __len__(self) -> int:
-        return len(self.stream) * self.stream.chunk
+        return len(self.stream) * self.stream.micro_batch
 
     def __iter__(self) -> Iterator[Sample]:
         for chunk in self.stream:

@@ -1,4 +1,4 @@
-"""A recipe as one mmengine configuration: the model, the data, the optimizer, the tests. Plain values alone."""
+"""A recipe as one mmengine configuration of plain values: the model, the data, the optimizer, the tests."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from transfer.pyramid import ViTPyramid
 from transfer.segmentation.recipe import SegmentationRecipe
 from transfer.task import Job
 
-# As the labels are stored, whatever the EXIF orientation says.
+# Without the EXIF orientation: labels are stored unturned.
 LOAD_IMAGE = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 
@@ -25,9 +25,9 @@ RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 def config_of(
     checkpoint: Checkpoint, r: SegmentationRecipe, folder: Path, work: Path, machine: Machine, kept: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The arguments of mmengine's Runner, which ignores in silence what it does not know.
+    """The arguments of mmengine's Runner, which silently ignores those that it does not know.
 
-    folder: ADEChallengeData2016. kept: names of the validation images whose predictions are wanted.
+    folder: ADEChallengeData2016. kept: names of the validation images whose predictions the metric keeps.
     """
     return {
         "model": model_of(checkpoint, r, machine),
@@ -42,7 +42,7 @@ def config_of(
         "test_dataloader": test_loader(folder, test_pipeline(r), machine),
         "test_cfg": {"type": "PrecisionTestLoop", "machine": asdict(machine)},
         "test_evaluator": {"type": "ImageAreas", "kept": list(kept)},
-        # The loop steps the rate, saves and reports itself.
+        # OurLoop sets the learning rate, saves and reports by itself.
         "default_hooks": dict.fromkeys(
             ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
         ),
@@ -54,7 +54,7 @@ def config_of(
 
 
 def norm_of(machine: Machine) -> str:
-    """torch's SyncBatchNorm runs on GPUs alone and needs several processes; with one it is BatchNorm."""
+    """torch's SyncBatchNorm runs only on GPUs and needs several processes; elsewhere BatchNorm."""
     return "SyncBN" if machine.device.startswith("cuda") and machine.processes > 1 else "BN"
 
 
@@ -119,7 +119,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
 
 
 def weights_of(job: Job) -> int:
-    """Numbers in the model that `model_of` describes, counted without mmsegmentation, which takes seconds to import."""
+    """How many numbers `model_of`'s model holds, counted without mmsegmentation, which takes seconds to import."""
     r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
     wide, narrow = r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
@@ -143,7 +143,7 @@ def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]
 
 
 def train_pipeline(r: SegmentationRecipe) -> list[dict]:
-    steps = [
+    steps: list[dict[str, Any]] = [
         {"type": "CheckPair"},
         LOAD_IMAGE,
         {"type": "LoadAnnotations"},
@@ -166,13 +166,13 @@ def resized(r: SegmentationRecipe, ratio: float = 1.0) -> dict[str, Any]:
 
 
 def test_pipeline(r: SegmentationRecipe) -> list[dict]:
-    """The label stays at its own size: that is where predictions are compared with it."""
+    """The label keeps its own size, at which predictions are compared with it."""
     steps = [{"type": "CheckPair"}, LOAD_IMAGE, resized(r)]
     return [*steps, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
 
 
 def multi_scale_pipeline(r: SegmentationRecipe) -> list[dict]:
-    """Twelve views of an image: RATIOS of the test's size, each as it is and flipped."""
+    """Twelve views of an image: RATIOS of the test's size, each unflipped and flipped."""
     views = [
         [resized(r, ratio) for ratio in RATIOS],
         [{"type": "RandomFlip", "prob": 0.0}, {"type": "RandomFlip", "prob": 1.0}],

@@ -1,7 +1,7 @@
-"""What mmsegmentation must know of this project, and what it needs to be importable; all of it only once asked for.
+"""This project's parts for mmsegmentation's registries, and a stand-in for the operators that mmseg imports.
 
 mmseg imports a few of mmcv's compiled operators, of which UperNet uses none. Full mmcv does not build against current
-torch, so where it is absent a stand-in takes the operators' place; where it is there, it is used.
+torch: where it is absent, the stand-in takes the operators' place. Nothing here imports mmseg before `register`.
 """
 
 import importlib.machinery
@@ -31,7 +31,7 @@ CLASSES = ("CrissCrossAttention", "PSAMask", "DeformConv2d", "ModulatedDeformCon
 
 
 def provide_operators() -> bool:
-    """Put a stand-in for mmcv.ops into this process if compiled mmcv is absent; whether it is there now."""
+    """Put a stand-in for mmcv.ops into this process if compiled mmcv is absent. Returns whether it stands there now."""
     import mmcv
 
     if importlib.util.find_spec("mmcv._ext") is not None:
@@ -40,18 +40,16 @@ def provide_operators() -> bool:
         return True
     module = types.ModuleType("mmcv.ops", "Stand-in for mmcv's compiled operators.")
     module.__spec__ = importlib.machinery.ModuleSpec("mmcv.ops", loader=None)
-    module.stand_in = True
-    for name in FUNCTIONS:
-        setattr(module, name, absent_operator(name))
-    for name in CLASSES:
-        setattr(module, name, type(name, (), {"__init__": absent_operator(name), "__module__": "mmcv.ops"}))
+    functions = {name: absent_operator(name) for name in FUNCTIONS}
+    classes = {n: type(n, (), {"__init__": absent_operator(n), "__module__": "mmcv.ops"}) for n in CLASSES}
+    vars(module).update(stand_in=True, **functions, **classes)
     sys.modules["mmcv.ops"] = mmcv.ops = module
     return True
 
 
 def absent_operator(name: str) -> Callable[..., None]:
-    """What stands for an operator: mmseg imports all of them, UperNet calls none, and another model that does must stop
-    here rather than compute something else."""
+    """A placeholder for an operator. mmseg imports all of them and UperNet calls none; a model that does call one must
+    stop here rather than compute something else."""
 
     def call(*arguments: Any, **options: Any) -> None:
         raise NotImplementedError(f"mmcv.ops.{name} is a compiled operator: install full mmcv in place of mmcv-lite")
@@ -63,7 +61,7 @@ class LayerDecay:
     """Optimizer constructor: AdamW with layer-wise decay of the learning rate. mmseg's own constructors leave every
     block of an encoder with timm's names at scale 1.
 
-    A group's lr_scale is layer_decay ** (depth + 1 - layer), the layer being vit_fpn.layer_of's; the heads are layer
+    A group's lr_scale is layer_decay ** (depth + 1 - layer), where layer is `pyramid.layer_of`'s; the heads are layer
     depth + 1. No weight decay on vectors, positions and bias tables.
     """
 
@@ -98,7 +96,7 @@ def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay:
 
 
 class CheckPair:
-    """First step of the pipelines: refuses a pair that cannot be right (ade20k.check_pair) when its turn comes."""
+    """First step of the pipelines: refuses a bad pair of image and labels (`ade20k.check_pair`) as it is read."""
 
     def __call__(self, results: dict) -> dict:
         check_pair(Path(results["img_path"]), Path(results["seg_map_path"]))
@@ -112,9 +110,9 @@ def make_pyramid(norm: str, **options: Any) -> ViTPyramid:
 
 @cache
 def register() -> None:
-    """Import mmsegmentation and tell its registries what the configuration of segmentation.py names."""
+    """Import mmsegmentation and register the parts that `mmseg_config` names."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that mmcv-lite has no operators, and deprecations
+        warnings.simplefilter("ignore")  # about mmcv-lite's missing operators, and deprecations
         provide_operators()
         import mmseg.datasets
         import mmseg.models  # noqa: F401
@@ -123,19 +121,19 @@ def register() -> None:
         from mmseg.registry import DATASETS, LOOPS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 
     class OurLoop(BaseLoop):
-        """Hands the training to `run(runner, dataset)`: mmengine's own loops cannot resume without decoding all that
-        came before, and lose their checkpoint if killed while they save."""
+        """Hands the training to `run(runner, dataset)`. mmengine's own loops resume by decoding all earlier images and
+        lose their checkpoint if killed while saving."""
 
         def __init__(self, runner: Any, dataloader: dict, run: Callable) -> None:
             self._runner, self._run = runner, run
             self.dataset = DATASETS.build(dataloader["dataset"])
-            self.iter, self.max_iters = 0, 0  # asked for by the runner
+            self.iter, self.max_iters = 0, 0  # which the runner reads
 
         def run(self) -> None:
             self._run(self._runner, self.dataset)
 
     class PrecisionTestLoop(TestLoop):
-        """mmengine's, in the precision of a Machine; `each` hears of every image."""
+        """mmengine's, in a Machine's precision; calls `each` with the number of images done."""
 
         def __init__(self, runner: Any, dataloader: dict, evaluator: Any, machine: dict, each: Callable) -> None:
             super().__init__(runner, dataloader, evaluator)
@@ -149,8 +147,8 @@ def register() -> None:
             self.each(idx + 1)
 
     class ImageAreas(IoUMetric):
-        """mmseg's metric that keeps its counts per image, `areas` [N, 3, C]: intersection, union, label; and the
-        predictions of the images named in `kept`, uint8 [H, W] by file name."""
+        """mmseg's metric with its counts per image, `areas` [N, 3, C]: intersection, union, label; and in `kept` the
+        predictions of the images named there, uint8 [H, W] by file name."""
 
         def __init__(self, kept: Sequence[str] = ()) -> None:
             super().__init__()
@@ -166,8 +164,8 @@ def register() -> None:
                     self.kept[name] = classes.byte().cpu().numpy()
 
         def evaluate(self, size: int) -> dict[str, float]:
-            """Gathered here, because mmengine's way leaves a folder in the current one. The sampler deals images out
-            in turn and repeats the first ones to make the shares even."""
+            """Gathers by itself, because mmengine leaves a folder behind in the current one. The sampler deals images
+            out in turn and repeats the first ones so that every process has as many."""
             mine = [np.stack([r[0], r[1], r[3]]).astype(np.int64) for r in self.results]
             everyone = distributed.gather_to_all((mine, self.kept))
             dealt = zip_longest(*(areas for areas, _ in everyone))
