@@ -1,7 +1,7 @@
-"""The pre-training ablations as data: every cell states only in what it differs from the default pre-training.
+"""The pre-training ablations as data: a cell states only what differs from the default pre-training.
 
-To add one: an entry in TABLES, and, where numbers are published for it, rows of that table's title in
-results/published/ablations.csv whose method is the cell's label.
+To add one: an entry in TABLES and, if numbers are published for it, rows of results/published/ablations.csv with the
+table's title as `table` and the cell's label as `method`.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ class Cell:
 
     label: str
     knobs: dict[str, Any] = field(default_factory=dict)
-    x: float | None = None  # its place on the plot's axis; None: one place after the other
+    x: float | None = None  # position on the plot's axis; None: in order, evenly spaced
     arch: str = ""  # "": the default's
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One table or figure of the paper: its cells for each recipe."""
+    """One table or figure of the paper. cells: by recipe."""
 
     title: str
     about: str
@@ -30,7 +30,7 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Default:
-    """What the cells of a recipe differ from. transfer: what the tasks after it change of their own recipe."""
+    """What the cells of a recipe differ from. transfer: the knobs of the tasks that evaluate it, by task."""
 
     arch: str
     knobs: dict[str, Any]
@@ -40,8 +40,8 @@ class Default:
 DEFAULTS = {
     # MAE paper, section 4: ViT-L, 800 epochs, pixels without normalisation.
     "paper": Default("vit_large_patch16", {"epochs": 800, "norm_pix": False}, {}),
-    # Minutes instead of days: 8 epochs of 2000 images of 48 px, shorter tasks. It shows that all of it runs and what it
-    # costs; no order of such numbers says anything about the paper's.
+    # Minutes instead of days: 8 epochs of 2000 images of 48 px, shorter tasks. It shows that everything runs, and at
+    # what cost; how cells rank at this size says nothing about the paper's results.
     "mini": Default(
         "vit_mini_patch8",
         {"epochs": 8, "warmup_epochs": 1, "batch": 128},
@@ -54,12 +54,12 @@ DEFAULTS = {
 MINI_IMAGES = 2000
 
 
-def each(knob: str, values: tuple, label: str) -> tuple[Cell, ...]:
-    """A cell for every value, labelled with it; the default's own value is no difference."""
+def sweep(knob: str, values: tuple, label: str) -> tuple[Cell, ...]:
+    """One cell per value of a knob. label: formatted with the value and its percentage."""
     return tuple(Cell(label.format(value, 100 * value), {knob: value}, x=value) for value in values)
 
 
-RATIOS = each("mask_ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9), "{1:.0f} %")
+RATIOS = sweep("mask_ratio", (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9), "{1:.0f} %")
 DEPTHS = tuple(Cell(f"{n} block{'s' * (n > 1)}", {"decoder_depth": n}, x=n) for n in (1, 2, 4, 8, 12))
 AUGMENTATIONS = (
     Cell("none (centre crop, no flip)", {"augmentation": "none"}),
@@ -79,7 +79,7 @@ MASKINGS = (
 )
 
 
-def targets(tokens: Cell) -> tuple[Cell, ...]:
+def target_cells(tokens: Cell) -> tuple[Cell, ...]:
     return (
         Cell("pixel, no per-patch norm"),
         Cell("pixel, per-patch norm", {"norm_pix": True}),
@@ -88,7 +88,7 @@ def targets(tokens: Cell) -> tuple[Cell, ...]:
     )
 
 
-def wall_clock(arch: str, depths: tuple[int, ...], label: str = "") -> tuple[Cell, ...]:
+def wall_clock_cells(arch: str, depths: tuple[int, ...], label: str = "") -> tuple[Cell, ...]:
     first = Cell(
         f"{label}encoder with mask tokens, decoder depth {depths[0]}",
         {"encoder_mask_tokens": True, "decoder_depth": depths[0]},
@@ -107,9 +107,9 @@ TABLES = {
         "decoder width",
         "decoder width",
         {
-            "paper": each("decoder_dim", (128, 256, 512, 768, 1024), "width {0}"),
+            "paper": sweep("decoder_dim", (128, 256, 512, 768, 1024), "width {0}"),
             # The same fractions of the encoder's width, 1/8 to 1.
-            "mini": each("decoder_dim", (16, 32, 64, 96, 128), "width {0}"),
+            "mini": sweep("decoder_dim", (16, 32, 64, 96, 128), "width {0}"),
         },
     ),
     "1c": Ablation("Table 1c", "mask tokens in the encoder", "", {"paper": MASK_TOKENS, "mini": MASK_TOKENS}),
@@ -118,8 +118,8 @@ TABLES = {
         "reconstruction target",
         "",
         {
-            "paper": targets(Cell("k-means token", {"target": "tokens"})),
-            "mini": targets(Cell("k-means token", {"target": "tokens", "vocabulary": 256})),
+            "paper": target_cells(Cell("k-means token", {"target": "tokens"})),
+            "mini": target_cells(Cell("k-means token", {"target": "tokens", "vocabulary": 256})),
         },
     ),
     "1e": Ablation("Table 1e", "data augmentation", "", {"paper": AUGMENTATIONS, "mini": AUGMENTATIONS}),
@@ -130,8 +130,8 @@ TABLES = {
         "length of pre-training",
         "epochs",
         {
-            "paper": each("epochs", (100, 200, 400, 800, 1600), "{0} epochs"),
-            "mini": each("epochs", (1, 2, 4, 8, 16), "{0} epochs"),
+            "paper": sweep("epochs", (100, 200, 400, 800, 1600), "{0} epochs"),
+            "mini": sweep("epochs", (1, 2, 4, 8, 16), "{0} epochs"),
         },
     ),
     "2": Ablation(
@@ -139,11 +139,11 @@ TABLES = {
         "wall-clock time",
         "",
         {
-            "paper": wall_clock("vit_large_patch16", (8, 1), "ViT-L, ")
-            + wall_clock("vit_huge_patch14", (8, 1), "ViT-H, "),
-            "mini": wall_clock("vit_mini_patch8", (2, 1)),
+            "paper": wall_clock_cells("vit_large_patch16", (8, 1), "ViT-L, ")
+            + wall_clock_cells("vit_huge_patch14", (8, 1), "ViT-H, "),
+            "mini": wall_clock_cells("vit_mini_patch8", (2, 1)),
         },
     ),
 }
-# With DALL-E's encoder at hand Table 1d has its row.
+# One more cell of Table 1d, if DALL-E's encoder is given.
 DVAE = Cell("dVAE token", {"target": "tokens", "tokenizer": "dall-e"})

@@ -12,10 +12,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from benchmarks import run_all
-    from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell, Default
+    from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write_table
     from benchmarks.children import launcher, machine_flags, run_child, stop_on_signals, take_lock
     from benchmarks.flops import training_flops
@@ -44,14 +45,14 @@ WEIGHTS_FILE = "mae.safetensors"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    several = {"nargs": "+", "action": "extend"}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     parser.add_argument("--table", **several, required=True, metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per cell, by torchrun (default: 1)")
     parser.add_argument(
         "--set", **several, default=[], metavar="KNOB=VALUE", help="override the default pre-training of every cell"
     )
-    parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder: Table 1d gets its row")
+    parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder: adds its row to Table 1d")
     parser.add_argument("--plan", action="store_true", help="list the cells, and stop")
     add_common_flags(parser, classification.TASKS)
     args = parser.parse_args(arguments)
@@ -59,29 +60,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def cells_of(name: str, args: argparse.Namespace) -> tuple[Cell, ...]:
+def table_cells(name: str, args: argparse.Namespace) -> tuple[Cell, ...]:
     cells = TABLES[name].cells[args.recipe]
     return (*cells, DVAE) if name == "1d" and args.tokenizer else cells
 
 
-def resolve(cell: Cell, default: Default, args: argparse.Namespace) -> tuple[str, PretrainRecipe]:
-    """The arch and the whole recipe of a cell; --set first, the cell's own knobs over it."""
+def resolve_cell(cell: Cell, args: argparse.Namespace) -> tuple[str, PretrainRecipe]:
+    """The arch and the whole recipe of a cell: the default's, changed by --set, then by the cell's own knobs."""
+    default = DEFAULTS[args.recipe]
     arch = cell.arch or default.arch
     base = dataclasses.replace(recipe(arch, args.recipe), **default.knobs)
     return arch, dataclasses.replace(override(base, args.set)[0], **cell.knobs)
 
 
 def pretraining_data(args: argparse.Namespace) -> Path:
-    """mini: generated unlabelled images, or DATA/unlabelled; else DATA/imagenet, of which train is taken."""
+    """mini: the generated unlabelled images, or DATA/unlabelled; else DATA/imagenet, whose train split is used."""
     if args.data is None and args.recipe == "paper":
         raise UserError("--data DIR is needed: the folder with imagenet/train and imagenet/val")
     own = (args.data or args.out / "data") / "unlabelled"
     return own if args.recipe == "mini" and (own.is_dir() or args.data is None) else args.data / "imagenet"
 
 
-def place_of(cell: Cell, default: Default, args: argparse.Namespace) -> Path:
-    """The folder of a cell's pre-training, named by a hash of all that the weights depend on: equal cells share it."""
-    arch, r = resolve(cell, default, args)
+def cell_folder(cell: Cell, args: argparse.Namespace) -> Path:
+    """The folder of a cell's pre-training, named by a hash of all that decides the weights: equal cells share it."""
+    arch, r = resolve_cell(cell, args)
     tokenizer = args.tokenizer if r.tokenizer == "dall-e" else None
     identity = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": args.seed}
     identity |= {"data": str(pretraining_data(args).resolve()), "precision": args.precision}
@@ -91,18 +93,18 @@ def place_of(cell: Cell, default: Default, args: argparse.Namespace) -> Path:
     return found[0].parent if found else args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
 
 
-def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: int) -> tuple[Path, str]:
-    """Pre-train a cell as a child process, unless that is done; its folder, and why it failed ("" if it did not)."""
-    arch, r = resolve(cell, default, args)
-    work = place_of(cell, default, args)
+def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: int) -> tuple[Path, str]:
+    """Pre-train a cell in a child process, if that is not done; its folder, and why it failed ("" if it did not)."""
+    arch, r = resolve_cell(cell, args)
+    work = cell_folder(cell, args)
     if (work / WEIGHTS_FILE).exists():
         return work, ""
     data, tokenizer = pretraining_data(args), args.tokenizer if r.tokenizer == "dall-e" else None
     command = [*launcher(args.gpus), "-m", "mae_core.pretrain", "--data", str(data), "--arch", arch]
     command += ["--recipe", args.recipe, "--out", str(work), "--seed", str(args.seed), *machine_flags(args)]
     command += ["--tokenizer", str(tokenizer)] if tokenizer else []
-    unchanged = dataclasses.asdict(recipe(arch, args.recipe))
-    if changed := {k: v for k, v in dataclasses.asdict(r).items() if v != unchanged[k]}:
+    named = dataclasses.asdict(recipe(arch, args.recipe))
+    if changed := {k: v for k, v in dataclasses.asdict(r).items() if v != named[k]}:
         command += ["--set", *(f"{k}={as_typed(v)}" for k, v in changed.items())]
     log = args.out / "logs" / f"pretrain-{work.name}.log"
     code, last = run_child(command, log, lock)
@@ -111,31 +113,32 @@ def pretrain_cell(cell: Cell, default: Default, args: argparse.Namespace, lock: 
     return work, f"pre-training ended with exit code {code}: {last} (log: {log})"
 
 
-def evaluation_of(work: Path, default: Default, args: argparse.Namespace) -> argparse.Namespace:
-    """The call of run_all that probes and fine-tunes a pre-trained cell."""
+def evaluation_args(work: Path, args: argparse.Namespace) -> argparse.Namespace:
+    """What run_all is called with to probe and fine-tune a pre-trained cell."""
     values = vars(args) | {"ckpt": [str(work / WEIGHTS_FILE)], "tasks": list(TASKS), "seeds": [args.seed]}
-    values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in default.transfer.items() for k, v in knobs.items()]
+    transfer = DEFAULTS[args.recipe].transfer
+    values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in transfer.items() for k, v in knobs.items()]
     return argparse.Namespace(**values)
 
 
-def evaluate_cell(work: Path, default: Default, args: argparse.Namespace, lock: int) -> dict[str, Record]:
-    """Linear probing and fine-tuning of a pre-trained cell, through run_all's plan and children: done ones are read."""
-    call = evaluation_of(work, default, args)
+def evaluate_cell(work: Path, args: argparse.Namespace, lock: int) -> dict[str, Record]:
+    """Linear probing and fine-tuning of a pre-trained cell, as run_all does them: what is done already is only read."""
+    call = evaluation_args(work, args)
     return {record.task: record for record in run_all.run(make_plan(call), call, lock)}
 
 
-def row_of(cell: Cell, default: Default, args: argparse.Namespace, lock: int, unit: int) -> Row:
+def run_cell(cell: Cell, args: argparse.Namespace, lock: int, unit: int) -> Row:
     """Train and evaluate a cell. unit: the default's FLOPs per image."""
-    arch, r = resolve(cell, default, args)
+    arch, r = resolve_cell(cell, args)
     knobs = ", ".join(f"{knob}={value}" for knob, value in cell.knobs.items())
     numbers: dict[str, float] = {"relative_flops": training_flops(arch, r) / unit}
-    work, failure = pretrain_cell(cell, default, args, lock)
+    work, failure = pretrain_cell(cell, args, lock)
     if failure:
         return Row(cell.label, knobs, numbers, dict.fromkeys(TASKS, f"failed: {failure}"), cell.x)
     log = (work / "log.jsonl").read_text(encoding="utf-8").splitlines()
     numbers["seconds"] = json.loads(log[-1])["seconds"]
     texts = {}
-    for task, record in evaluate_cell(work, default, args, lock).items():
+    for task, record in evaluate_cell(work, args, lock).items():
         if record.status != "ok":
             texts[task] = f"{record.status}: {record.reason}"
             continue
@@ -145,49 +148,49 @@ def row_of(cell: Cell, default: Default, args: argparse.Namespace, lock: int, un
 
 
 def accuracy_table(name: str, args: argparse.Namespace, lock: int) -> bool:
-    """Every cell of a table, tabled again after each; whether all of it is numbers."""
-    table, default, cells = TABLES[name], DEFAULTS[args.recipe], cells_of(name, args)
-    unit = training_flops(*resolve(Cell("default"), default, args))
+    """Run every cell of a table and write the table after each; True if every cell gave its numbers."""
+    table, cells = TABLES[name], table_cells(name, args)
+    file_name = f"table_{name}" if name[0] == "1" else name
+    unit = training_flops(*resolve_cell(Cell("default"), args))
     rows: list[Row] = []
     for number, cell in enumerate(cells, 1):
-        row = row_of(cell, default, args, lock, unit)
+        row = run_cell(cell, args, lock, unit)
         rows.append(row)
         took = duration(row.numbers["seconds"]) if "seconds" in row.numbers else "-"
         shown = ", ".join(f"{task} {text}" for task, text in row.texts.items())
         print(f"[{number}/{len(cells)}] {table.title}, {cell.label}: {shown} (pre-training {took})", flush=True)
         columns = ACCURACY_FLOPS if name == "1c" else ACCURACY
-        paths = write_table(args.out, f"table_{name}" if name[0] == "1" else name, table, columns, rows, about(args))
+        paths = write_table(args.out, file_name, table, columns, rows, shared_settings(args))
     print("tables: " + ", ".join(map(str, paths)), flush=True)
     return all(task in row.numbers for row in rows for task in TASKS)
 
 
-def about(args: argparse.Namespace) -> str:
+def shared_settings(args: argparse.Namespace) -> str:
     """What all of our cells have in common."""
-    default = DEFAULTS[args.recipe]
-    _, r = resolve(Cell("default"), default, args)
+    arch, r = resolve_cell(Cell("default"), args)
     label = "miniature" if args.recipe == "mini" else "ImageNet-1k"
-    length = f"{r.epochs} epochs unless the cell says another number"
-    return f"{default.arch}, {length}, {label}, {machine_from(args).precision}, seed {args.seed}"
+    length = f"{r.epochs} epochs unless the cell says otherwise"
+    return f"{arch}, {length}, {label}, {machine_from(args).precision}, seed {args.seed}"
 
 
 def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
-    """Table 2. Steps of all cells of a size in alternation; the epoch's time follows from the number of images."""
-    table, default = TABLES["2"], DEFAULTS[args.recipe]
+    """Table 2. Steps of all cells of one arch in alternation; an epoch's time follows from the number of images."""
     count = len(images_or_shards(pretraining_data(args)))
-    cells, rows = cells_of("2", args), []
+    cells = table_cells("2", args)
+    rows: list[Row] = []
     images = args.micro_batch or (128 if args.recipe == "mini" else 64 if machine.device == "cuda" else 8)
     for arch in dict.fromkeys(cell.arch for cell in cells):
-        recipes = {cell.label: resolve(cell, default, args) for cell in cells if cell.arch == arch}
+        recipes = {cell.label: resolve_cell(cell, args) for cell in cells if cell.arch == arch}
         steps = measure(recipes, images, machine)
         first = next(iter(steps.values()))
         fewest = min(step.flops for step in steps.values())
         for label, step in steps.items():
-            numbers = {"epoch_seconds": count / step.rate, "spread": step.timing.spread}
+            numbers = {"epoch_seconds": count / step.rate, "spread": step.timing.spread or 0.0}
             numbers |= {"speed_up": step.rate / first.rate, "relative_flops": step.flops / fewest}
             rows.append(Row(label, "", numbers, {}))
-            print(f"{label}: {count / step.rate:.1f} s an epoch, {step.rate / first.rate:.2f}x", flush=True)
+            print(f"{label}: {count / step.rate:.1f} s per epoch, {step.rate / first.rate:.2f}x", flush=True)
     what = f"{hardware(machine.device)}, {machine.precision}, forward and backward of {images} images, {count} an epoch"
-    paths = write_table(args.out, "table_2", table, WALL_CLOCK, rows, what)
+    paths = write_table(args.out, "table_2", TABLES["2"], WALL_CLOCK, rows, what)
     print("tables: " + ", ".join(map(str, paths)), flush=True)
     return True
 
@@ -204,13 +207,13 @@ def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
         os.close(lock)
 
 
-def check(args: argparse.Namespace) -> Machine:
-    """UserError for a wrong call; every recipe of every cell is resolved before anything runs."""
+def check_call(args: argparse.Namespace) -> Machine:
+    """UserError for a wrong call, found before anything runs: every cell's recipe is resolved."""
     for name in args.table:
         if name not in TABLES:
             raise unknown("table", name, TABLES)
-        for cell in cells_of(name, args):
-            resolve(cell, DEFAULTS[args.recipe], args)
+        for cell in table_cells(name, args):
+            resolve_cell(cell, args)
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
     if args.tokenizer is not None and not args.tokenizer.is_file():
@@ -222,40 +225,39 @@ def check(args: argparse.Namespace) -> Machine:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """UserError unless what the cells learn from is there. Mini generates its own; Table 2 classifies nothing."""
+    """UserError unless the cells' data are there. Mini without --data generates them; Table 2 classifies nothing."""
     if args.data is not None and args.table != ["2"]:
         data = guarded(look_imagenet, args.data)
         if data.status != "found":
             raise UserError(data.detail)
-        _, r = resolve(Cell("default"), DEFAULTS[args.recipe], args)
+        _, r = resolve_cell(Cell("default"), args)
         if data.counts["train"] < r.batch and pretraining_data(args).name == "imagenet":
             raise UserError(f"{data.detail} in {pretraining_data(args)}: train has less than one batch={r.batch}")
 
 
-def state_of(cell: Cell, default: Default, args: argparse.Namespace) -> str:
+def cell_state(cell: Cell, args: argparse.Namespace) -> str:
     """What is left to do for a cell."""
     if args.data is None and args.recipe == "paper":
         return "to do"
-    work = place_of(cell, default, args)
+    work = cell_folder(cell, args)
     if not (work / WEIGHTS_FILE).exists():
         return "begun" if work.exists() else "to do"
-    call = evaluation_of(work, default, argparse.Namespace(**vars(args) | {"data": args.data or args.out / "data"}))
+    call = evaluation_args(work, argparse.Namespace(**vars(args) | {"data": args.data or args.out / "data"}))
     left = [item.job.task.name for item in make_plan(call) if item.state != "done"]
     return f"pre-trained; to do: {', '.join(left)}" if left else "done"
 
 
 def print_cells(args: argparse.Namespace) -> None:
-    """Each cell with what its pre-training costs beside the default's, in FLOPs, and what is left to do."""
-    print("cost: FLOPs of the whole pre-training beside the default's")
-    default = DEFAULTS[args.recipe]
-    arch, plain = resolve(Cell("default"), default, args)
+    """Each cell with its pre-training's cost in FLOPs, relative to the default's, and what is left to do."""
+    print("cost: FLOPs of the whole pre-training, relative to the default's")
+    arch, plain = resolve_cell(Cell("default"), args)
     unit = training_flops(arch, plain) * plain.epochs
     for name in args.table:
-        print(f"{TABLES[name].title}: {TABLES[name].about}; {about(args)}")
-        for cell in cells_of(name, args):
-            own_arch, r = resolve(cell, default, args)
+        print(f"{TABLES[name].title}: {TABLES[name].about}; {shared_settings(args)}")
+        for cell in table_cells(name, args):
+            own_arch, r = resolve_cell(cell, args)
             cost = training_flops(own_arch, r) * r.epochs / unit
-            state = "timed anew" if name == "2" else state_of(cell, default, args)
+            state = "timed anew" if name == "2" else cell_state(cell, args)
             knobs = ", ".join(f"{k}={v}" for k, v in cell.knobs.items()) or "the default"
             print(f"  {cell.label:<50} {cost:5.2f}x  {state:<8} {knobs}")
 
@@ -264,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     stop_on_signals()
     try:
-        machine = check(args)
+        machine = check_call(args)
         if args.plan:
             print_cells(args)
             return 0

@@ -1,4 +1,4 @@
-"""The plan of a call: which job on which checkpoint, with what data, done already or to do."""
+"""The plan of a call: every job, its checkpoint and data, and whether it is done, to do, or cannot run."""
 
 import argparse
 import sys
@@ -25,8 +25,8 @@ FINETUNE = "imagenet_finetune"
 class Item:
     """One line of the plan.
 
-    state: "done", "to do", "skipped" or "failed" (the last two: it cannot run). finetune: the job whose classifier
-    this one evaluates, where that is still to come.
+    state: "done", "to do", or why it cannot run: "skipped" or "failed". finetune: the job whose classifier this one
+    evaluates, if that has yet to run.
     """
 
     job: Job
@@ -36,20 +36,20 @@ class Item:
 
 
 def make_plan(args: argparse.Namespace) -> list[Item]:
-    """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and looks at the data."""
+    """Every job of this call, cheapest tasks first. Reads the checkpoints strictly and inspects the data."""
     named = find_tasks(args.tasks, TASKS) if args.tasks else None
-    # "folder" alone is no task: its knobs are those of the folder that is named.
+    # "folder" without a path is no task: its knobs are those of the folder that is named.
     settings = settings_by_task(args.set, [*(task for task in TASKS if not task.of), *(named or ())])
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
     machine = replace(machine_from(args), processes=args.gpus)
     read = cache(read_checkpoint)
-    # Random weights are drawn anew for each seed; a file is read once.
+    # Random weights are drawn for each seed; a file is read once.
     checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
     for task in TASKS:
-        resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also of those that are not run
+        resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also for tasks that are not run
     root = data_root(args, named or TASKS)
-    look = cache(lambda look_below: guarded(look_below, root))  # some tasks share their data: it is listed once
+    look = cache(lambda look_below: guarded(look_below, root))  # tasks may share their data: list it once
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
         data, knobs = look(task.look), settings[task.name]
@@ -57,17 +57,17 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
 
     items = []
     for checkpoint, seed in checkpoints:
-        chosen = named or [task for task in TASKS if fits(task, checkpoint)]
+        chosen = named or [task for task in TASKS if runs_by_default(task, checkpoint)]
         finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
         coming = finetune.task in chosen and not obstacle(finetune)[0]
         for task in chosen:
             items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming, args.out))
-    own = {item.job.work: item for item in items}  # from scratch, two checkpoints of one size are one job
+    own = {item.job.work: item for item in items}  # from scratch, checkpoints of one size are one job
     return sorted(own.values(), key=lambda item: item.job.task.cost)
 
 
 def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:
-    """What is known of a job now; `coming`: this call will run the fine-tuning that it may wait for."""
+    """What is known of a job now. coming: this call will run the fine-tuning that the job may wait for."""
     waits = job.task.needs == "classifier" and job.checkpoint.kind != "classifier"
     job = with_classifier(job, finetune, out) if waits else job
     record = finished(job)
@@ -82,8 +82,8 @@ def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:
 
 
 def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
-    """The job with what imagenet_finetune left for the same checkpoint, recipe and seed, known by its hash; the job as
-    it is if that is not there."""
+    """The job with the classifier that imagenet_finetune left for the same checkpoint, recipe and seed, identified by
+    its hash; the job as it is if there is none."""
     record = finished(finetune)
     file = finetune.work / CLASSIFIER_FILE
     if record is None or not file.exists():
@@ -93,7 +93,7 @@ def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
 
 
 def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """["a.knob=1"] -> {"a": ["knob=1"]}; UserError for a task that is not run."""
+    """["a.knob=1"] -> {"a": ["knob=1"]}; UserError for a task that is not among these."""
     names = [task.name for task in tasks]
     found: dict[str, list[str]] = {name: [] for name in names}
     for setting in settings:
@@ -107,8 +107,8 @@ def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str
     return found
 
 
-def fits(task: Task, checkpoint: Checkpoint) -> bool:
-    """Whether a task is run on this kind of checkpoint without being named."""
+def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:
+    """Whether a task runs on this kind of checkpoint when no tasks are named."""
     if task.opt_in:
         return False
     if checkpoint.kind == "classifier":
@@ -122,14 +122,14 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
     for item in items:
         c = item.job.checkpoint
         by_checkpoint.setdefault((c.name, c.arch, c.kind, c.sha256[:8], item.job.seed), []).append(item)
-    findings, told = findings_by_task(items), {}
+    findings = findings_by_task(items)
+    told: dict[str, str] = {}
     for (name, arch, kind, sha, seed), group in by_checkpoint.items():
         print(f"  {name}: {arch}, {kind}, sha256 {sha}, seed {seed}")
         for item in group:
             job = item.job
-            print(
-                f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {why_of(item, told)}"
-            )
+            reason = reason_or_task(item, told)
+            print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {reason}")
             for line in findings.pop(job.task.name, ()):
                 print(f"      data: {line}")
     states = [item.state for item in items]
@@ -139,15 +139,16 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
     sys.stdout.flush()
 
 
-def why_of(item: Item, told: dict[str, str]) -> str:
-    """Why an item stands as it does; of a reason that stands above already, below which task."""
+def reason_or_task(item: Item, told: dict[str, str]) -> str:
+    """Why an item is in its state; "as TASK" for a reason that was printed for that task already. told: reason -> the
+    first task that it was printed for."""
     task = told.setdefault(item.why, item.job.task.name)
     again = item.state in ("skipped", "failed") and task != item.job.task.name
     return f"as {task}" if again else item.why
 
 
 def findings_by_task(items: Sequence[Item]) -> dict[str, list[str]]:
-    """What each task's data lack; of what stands below an earlier task already, below which."""
+    """What each task's data lack; "as for TASK" in place of what is printed for an earlier task."""
     told: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     for task, findings in {item.job.task.name: item.job.data.findings for item in items}.items():

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from benchmarks.children import run_child, stop_on_signals, take_lock, task_command
@@ -43,12 +44,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="checkpoint files or folders, hf:NAME, timm:NAME or random:ARCH (default: the shipped mae_mini, and "
         "random weights of its size)",
     )
-    several = {"nargs": "+", "action": "extend"}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")
-    parser.add_argument("--seeds", **several, type=non_negative_int, help="one run of every task for each (default: 0)")
+    parser.add_argument("--seeds", **several, type=non_negative_int, help="run every task once per seed (default: 0)")
     parser.add_argument("--set", **several, default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
@@ -69,14 +70,14 @@ def group_by_process(items: Sequence[Item]) -> list[list[Item]]:
 
 
 def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Record]:
-    """Run what the plan says; one Record for every item."""
+    """Run the plan; one Record for every item."""
     records = []
     groups = group_by_process(items)
     for number, group in enumerate(groups, 1):
         position = f"[{number}/{len(groups)}]"
         todo = []
         for item in group:
-            # The fine-tuning it waited for has run since the plan was made.
+            # The fine-tuning that it waited for may have run by now.
             job = with_classifier(item.job, item.finetune, args.out) if item.finetune else item.job
             record = settle(job)
             if record is None:
@@ -117,7 +118,8 @@ def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
 
 
 def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> int:
-    """0: all ran, were done, or skipped unasked; 1: something failed or a named task was skipped; 2: nothing ran."""
+    """0: all gave a number, or were skipped without being named; 1: one failed, or a named one was skipped; 2: nothing
+    could run."""
     if all(item.state in ("skipped", "failed") for item in items):
         return 2
     bad = {"failed", "skipped"} if named else {"failed"}
@@ -153,18 +155,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, BrokenPipeError):
         with contextlib.suppress(BrokenPipeError):
             if any(args.out.glob(f"runs/**/{RECORD_FILE}")):
-                table(args.out)
+                write_report(args.out)
             print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (UserError, OSError) as e:
         print(f"error: {e}; the same command goes on from here", file=sys.stderr)
         return 1
-    tabled = table(args.out)
-    return exit_code(records, items, args.tasks is not None) or (0 if tabled else 1)
+    written = write_report(args.out)
+    return exit_code(records, items, args.tasks is not None) or (0 if written else 1)
 
 
-def table(out: Path) -> bool:
-    """Write the tables of all records in `out` and say where; False, and why, if a record could not be read."""
+def write_report(out: Path) -> bool:
+    """Write the tables of all records in `out` and print their paths; False, after printing why, if a record could not
+    be read."""
     try:
         written = report(out)
     except UserError as e:

@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch",
         type=non_negative_int,
         default=0,
-        help="per step (default: 128 on a GPU, of mini or `loader`; else 16)",
+        help="images per step (default: 128 on a GPU, of mini and of `loader`; else 16)",
     )
     parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files (ours only)")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")

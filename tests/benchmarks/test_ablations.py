@@ -28,8 +28,8 @@ def test_cells_state_only_what_differs_from_the_default():
     for name, kind, cell in all_cells():
         args = arguments("--table", name, "--recipe", kind)
         default = DEFAULTS[kind]
-        arch, r = ablations.resolve(cell, default, args)
-        plain = ablations.resolve(Cell("", arch=cell.arch), default, args)[1]
+        arch, r = ablations.resolve_cell(cell, args)
+        plain = ablations.resolve_cell(Cell("", arch=cell.arch), args)[1]
         assert replace(plain, **cell.knobs) == r
         assert arch == (cell.arch or default.arch)
 
@@ -38,14 +38,14 @@ def test_every_table_holds_the_default_once_and_no_cell_twice():
     for name, table in TABLES.items():
         for kind, cells in table.cells.items():
             args = arguments("--table", name, "--recipe", kind)
-            found = [ablations.resolve(cell, DEFAULTS[kind], args) for cell in cells]
+            found = [ablations.resolve_cell(cell, args) for cell in cells]
             assert len(set(found)) == len(found)
-            default = ablations.resolve(Cell(""), DEFAULTS[kind], args)
+            default = ablations.resolve_cell(Cell(""), args)
             assert found.count(default) == 1, (name, kind)
 
 
 def test_the_paper_s_default_is_section_4_s():
-    arch, r = ablations.resolve(Cell(""), DEFAULTS["paper"], arguments("--table", "1a"))
+    arch, r = ablations.resolve_cell(Cell(""), arguments("--table", "1a"))
     assert arch == "vit_large_patch16"
     assert r == replace(recipe(arch, "paper"), epochs=800, norm_pix=False)
 
