@@ -1,33 +1,42 @@
 # demo, test and check set up what they need first, in .venv of this checkout. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
+EXPORT := $(BIN)/uv export --quiet --frozen --extra segmentation --no-emit-project --no-hashes --no-annotate --no-header
 # A process per core; a file's tests stay together, since they share what they set up.
 PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint clean
+.PHONY: help install demo test check lint lock clean
 
 help:
 	@echo "make demo     install, pre-train for a minute, run the main tasks on the miniature, write the tables to $(DEMO)/"
 	@echo "make test     install, run all tests"
 	@echo "make check    install, lint, run the quick tests"
-	@echo "make install  set up .venv with the versions in requirements.lock"
+	@echo "make install  set up .venv with the versions in uv.lock"
+	@echo "make lint     install, ruff, codespell, the lock files"
+	@echo "make lock     write uv.lock and requirements.lock after a change to pyproject.toml"
+	@echo "make clean    remove what demo and the tools left"
 
 install: .venv/.installed
 
-# The stamp is written last: an interrupted installation is taken up again.
-.venv/.installed: requirements.lock pyproject.toml Makefile
+# The stamp is written last: an interrupted installation is taken up again. --inexact leaves what was added by hand.
+.venv/.installed: uv.lock pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.version_info >= (3, 14))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; give another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "error: $(PYTHON) lacks the venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 	@echo "== setting up .venv (about 6 GB, some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
+	$(BIN)/uv sync --quiet --frozen --inexact --extra segmentation
 	@touch $@
 	@echo "== .venv is ready"
+
+# After a change to the dependencies in pyproject.toml.
+lock: .venv/.installed
+	$(BIN)/uv lock
+	$(EXPORT) --output-file requirements.lock
 
 demo: install
 	@echo "== 1/4 unlabelled images, generated"
@@ -50,6 +59,9 @@ check: install lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/uv lock --quiet --check --offline
+	@$(EXPORT) | diff requirements.lock - || { echo "error: requirements.lock is not uv.lock's: make lock" >&2; exit 1; }
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache dist

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,10 @@ def test_weights_are_read_strictly_and_no_pickle_is_run():
     assert ("strict", True) in set().union(*map(keywords_of, files))
     wrong = {path.name: keywords_of(path) & {("strict", False), ("weights_only", False)} for path in files}
     assert {name: found for name, found in wrong.items() if found} == {}
+
+
+def test_pre_commit_has_the_versions_of_the_lock():
+    locked = dict(line.split(" ")[0].split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    revisions = dict(re.findall(r"repo: \S+/(\w+)\S*\n *rev: v(\S+)", hooks))
+    assert revisions == {name: locked[name] for name in ("ruff", "codespell")}

@@ -74,7 +74,7 @@ SLOW = {
 # What marks a command that no test here runs, and why. Its arguments are parsed all the same.
 NOT_RUN = {
     "^make ": "sets up an environment, or runs these tests",
-    "^pip ": "needs the network",
+    "^pip |^uv |-m venv": "needs the network",
     "-m pytest": "these tests",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
     "--compare": "needs the official code",

@@ -26,10 +26,10 @@ def test_help_lists_every_command(monkeypatch, capsys, arguments):
 
 def test_help_and_a_misspelt_command_import_nothing_heavy():
     program = "import sys; from benchmarks import command; print(command.main(), 'torch' in sys.modules)"
-    for argument, code in (("--help", 0), ("chekpoint", 2)):
+    for argument, code in (("--help", 0), ("checkpoints", 2)):
         done = subprocess.run([sys.executable, "-c", program, argument], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{code} False"
-    assert done.stderr == "mae-transfer: unknown command 'chekpoint'; did you mean checkpoint?\n"
+    assert done.stderr == "mae-transfer: unknown command 'checkpoints'; did you mean checkpoint?\n"
 
 
 @pytest.mark.parametrize("name", list(command.COMMANDS))
