@@ -1,10 +1,11 @@
-"""Images from disk, in an order and with augmentations that depend on the seed and the position alone."""
+"""Images from disk, in an order and with augmentations that depend only on the seed and the position."""
 
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ IMAGENET_NORMALIZATION: Normalization = (MEAN, STD)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 MAX_UNREADABLE = 10
 AUGMENTATIONS = ("none", "crop, fixed size", "crop, random size", "crop + colour jitter")
-# What makes an image the pixels of a batch, for the records.
+# How a file becomes pixels, as the records say it.
 TORCHVISION_PIXELS = "JPEG decoded and resized by torchvision (uint8, bicubic)"
 PILLOW_PIXELS = "decoded and resized by Pillow (bicubic)"
 
@@ -35,7 +36,7 @@ def list_images(root: Path) -> list[Path]:
     """Every image below a folder, at any depth and through links, sorted; UserError if there is none."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images")
-    # Class folders are often links into a larger set; Path.rglob would pass over them without a word.
+    # Class folders are often links into a larger set, which Path.rglob silently skips.
     found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
     files = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
     if not files:
@@ -63,17 +64,18 @@ def seed_for(*parts: int) -> int:
 
 
 def seed_all(*parts: int, device: str = "cpu") -> None:
-    """Seed every generator that an augmentation or a layer may draw from, the GPU's where that is the device."""
+    """Seed every generator that an augmentation or a layer may draw from; the GPU's too where that is the device."""
     seed = seed_for(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: where CUDA is not initialised it queues every call with its stack, for ever.
+    # Not torch.manual_seed: until CUDA is initialised it queues every call with its stack, without end.
     torch.default_generator.manual_seed(seed % 2**63)
     if device.startswith("cuda"):
         torch.cuda.manual_seed(seed % 2**63)
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Sample:
     """What a dataset is asked for: image `index` of its list, augmented with the seed of `position` in the stream."""
 
     index: int
@@ -84,9 +86,9 @@ class Images(Dataset):
     """Files (with optional labels) -> (uint8 [3, S, S], label, unreadable file name or ""). The transform's random
     draws are seeded by (seed, position), so that worker counts and restarts change nothing.
 
-    A transform maps a uint8 tensor [3, H, W]; with pillow=True a PIL image, decoded by Pillow too: the way on which the
-    published evaluations were made. A file that cannot be read gives a black image and its name: the caller decides
-    what that means. UserError, with the file's name, where the transform fails.
+    The transform gets a uint8 tensor [3, H, W]; with pillow=True a PIL image that Pillow decoded, as in the published
+    evaluations. A file that cannot be read gives a black image and its name: the caller decides what that means.
+    UserError, with the file's name, where the transform fails.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Images(Dataset):
         seed: int = 0,
         pillow: bool = False,
     ) -> None:
-        # One block of bytes: forked workers share it, where touching a list of str would copy it page by page.
+        # One block of bytes, which forked workers share: touching a list of str would copy it page by page.
         self.files = np.array([os.fsencode(f) for f in files])
         self.labels = np.zeros(len(files), np.int64) if labels is None else np.asarray(labels, np.int64)
         self.transform, self.seed, self.pillow = transform, seed, pillow
@@ -109,17 +111,17 @@ class Images(Dataset):
         return self.__getitems__([sample])[0]
 
     def __getitems__(self, samples: Sequence[Sample | int]) -> list[tuple[Tensor, int, str]]:
-        """Several at once, as the DataLoader asks: samples of one image in a row are decoded once."""
+        """Several at once, as the DataLoader asks: consecutive samples of one image are decoded once."""
         found, decoded = [], -1
         for sample in samples:
-            index, position = sample if isinstance(sample, tuple) else (sample, sample)
+            index, position = (sample.index, sample.position) if isinstance(sample, Sample) else (sample, sample)
             if index != decoded:
                 image, bad = self.decode(index)
                 decoded = index
             seed_all(self.seed, position)
             try:
                 view = self.transform(image)
-            except Exception as e:  # whatever it is, the file's name must not be lost in a worker
+            except Exception as e:  # of any kind: a worker must not lose the file's name
                 reason = f"{type(e).__name__}: {e}"
                 raise UserError(f"{os.fsdecode(self.files[index])} cannot be augmented ({reason}): replace it") from e
             found.append((view, int(self.labels[index]), bad))
@@ -137,11 +139,11 @@ class Images(Dataset):
 class TrainingStream(Sampler):
     """Micro-batches of Samples from a given step on, in the order that (seed, epoch) decides.
 
-    Epoch e is a permutation of the data without its last incomplete batch. Step s takes `batch` of it; each process
-    takes its own `local_batch` of these, in micro-batches of `micro_batch`.
+    Each epoch is a permutation of the data without its last incomplete batch. A step takes the next `batch` images of
+    it, and each process its own `local_batch` of these, in micro-batches.
 
     With repeated augmentation (Hoffer et al., arXiv 1901.09335) a batch holds `repeats` samples of each of its images,
-    and a permutation serves for that many epochs: an epoch has as many steps and samples as without it.
+    and a permutation lasts for that many epochs: an epoch has as many steps and samples as without it.
     """
 
     def __init__(
@@ -169,9 +171,9 @@ class TrainingStream(Sampler):
 
 
 def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoader:
-    """A DataLoader over lists of Samples or indices; images, labels, unreadable names come as a tuple.
+    """A DataLoader over lists of Samples or indices, which gives (images, labels, unreadable names).
 
-    It is gone through once: a training has one for all its epochs, so its workers never start again.
+    It serves for one pass: a training has one loader for all its epochs, so that workers start once.
     """
     return DataLoader(
         dataset,
@@ -189,7 +191,7 @@ def collate(samples: list[tuple[Tensor, Any, str]]) -> tuple[Tensor, Any, list[s
 
 
 def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZATION) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 (x / 255 - mean) / std, on the device where the images are."""
+    """uint8 [B, 3, H, W] -> float32 (x / 255 - mean) / std, on the images' device."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype}: they are normalised once, from uint8")
     scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
@@ -198,12 +200,12 @@ def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZAT
 
 
 class Targets(list):
-    """What images show, where it is no number: a dict of tensors each. Moves and slices as a tensor does."""
+    """A dict of tensors for each image, where a label is more than a number. Moves and slices as a tensor does."""
 
     def to(self, device: str, non_blocking: bool = False) -> "Targets":
         return Targets({k: v.to(device, non_blocking=non_blocking) for k, v in one.items()} for one in self)
 
-    def __getitem__(self, index: int | slice) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
         return Targets(found) if isinstance(index, slice) else found
 
@@ -212,9 +214,9 @@ def pretraining_transform(
     image_size: int, min_scale: float = 0.2, augmentation: str = "crop, random size"
 ) -> v2.Compose:
     """The augmentations of the paper's Table 1e, on uint8 tensors [3, H, W]. "crop, random size": random resized crop
-    and flip, all that MAE's pre-training augments. "crop, fixed size": random crop of the resized image, and flip.
-    "none": centre crop of it. Resampling is bicubic, by torchvision on uint8: at most 2 of 255 levels, at 0.3 % of the
-    values, from that of Pillow before version 13 (164 photographs; tests/test_decode.py).
+    and flip, all that MAE's pre-training uses. "crop, fixed size": random crop of the resized image, and flip. "none":
+    centre crop of the resized image. Resampling is bicubic, by torchvision on uint8; 0.3 % of the values differ from
+    those of Pillow before version 13, by at most 2 of 255 levels (164 photographs; tests/mae_core/test_decode.py).
 
     The paper does not say what size the fixed crop is taken from, nor how strong the jitter is. Stand-ins: the short
     side is 256 px for a crop of 224, as in ImageNet's evaluation; brightness, contrast and saturation by up to 0.4.
@@ -222,17 +224,17 @@ def pretraining_transform(
     short = (image_size * 256 + 112) // 224
     resize = v2.Resize(short, interpolation=InterpolationMode.BICUBIC)
     random_size = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    first = {
+    steps: dict[str, list] = {
         "none": [resize, v2.CenterCrop(image_size)],
         "crop, fixed size": [resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()],
         "crop, random size": [random_size, v2.RandomHorizontalFlip()],
         "crop + colour jitter": [random_size, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)],
-    }[augmentation]
-    return v2.Compose(first)
+    }
+    return v2.Compose(steps[augmentation])
 
 
 class UnreadableFiles:
-    """Counts the files that could not be read, names each once, and gives up after MAX_UNREADABLE of them."""
+    """Counts the files that could not be read, prints each once, and gives up after MAX_UNREADABLE of them."""
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names = set(names)
@@ -244,6 +246,6 @@ class UnreadableFiles:
                 print(f"unreadable image, replaced by black: {name}", flush=True)
         if len(self.names) > MAX_UNREADABLE:
             raise UserError(
-                f"{len(self.names)} images cannot be read (at most {MAX_UNREADABLE} are put up with): "
+                f"{len(self.names)} images cannot be read (at most {MAX_UNREADABLE} may be): "
                 f"{', '.join(sorted(self.names)[:5])}, ...; mend or delete them"
             )

@@ -13,7 +13,7 @@ from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.machine import Machine
 
-# At most this many, spread evenly over the list: ImageNet's 1.28 million would take longer than an epoch's training.
+# At most so many, spread evenly over the list: ImageNet's 1.28 million would take longer than an epoch's training.
 TRAIN_IMAGES, VAL_IMAGES = 50_000, 10_000
 BATCH = 128
 
@@ -38,20 +38,22 @@ def labelled_folder(root: Path) -> Labelled:
     names = [sorted({name for _, name in splits[split]}) for split in ("train", "val")]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))[0]
-        raise UserError(f"{root}: train and val must have the same folders of classes, and {odd} is in one alone")
-    place = {name: label for label, name in enumerate(names[0])}
+        raise UserError(
+            f"{root}: train and val must have the same folders of classes, but only one has {odd}"
+        )
+    label_of = {name: label for label, name in enumerate(names[0])}
 
     def thinned(pairs: list, limit: int) -> tuple[list[Path], list[int]]:
         count = min(limit, len(pairs))
         kept = [pairs[i * len(pairs) // count] for i in range(count)]
-        return [file for file, _ in kept], [place[name] for _, name in kept]
+        return [file for file, _ in kept], [label_of[name] for _, name in kept]
 
-    return Labelled(thinned(splits["train"], TRAIN_IMAGES), thinned(splits["val"], VAL_IMAGES), len(place))
+    return Labelled(thinned(splits["train"], TRAIN_IMAGES), thinned(splits["val"], VAL_IMAGES), len(label_of))
 
 
 def knn_top1(model: VisionTransformer, data: Labelled, image_size: int, machine: Machine) -> float | None:
-    """Percent of the validation images that the weighted 20 nearest neighbours among the training images name rightly,
-    by the class token after the last norm. Processes share the work; None but on the first."""
+    """Accuracy (percent) on the validation images of a vote by the 20 nearest training images (mae_core/knn.py), by the
+    class token after the last norm. The processes share the work; all but the first return None."""
     features = [encoder_features(model, files, image_size, machine) for files in (data.train[0], data.val[0])]
     if not distributed.is_main():
         return None

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mae_core.errors import UserError
 
-CHUNK = 1024  # test features compared at once: 1024 x 1.3 million similarities take 5 GB
+CHUNK = 1024  # test features compared at a time: 1024 x 1.3 million similarities take 5 GB
 
 
 def knn_predict(
@@ -20,8 +20,8 @@ def knn_predict(
     """Features [N, D] with labels [N] in 0..classes-1, and features [M, D] -> predicted labels [M].
 
     Each of the k training features nearest by cosine votes for its class with the weight exp(similarity / temperature);
-    equal votes go to the lower class. The rule, k and temperature are those of Wu et al. (arXiv 1805.01978), as DINO
-    evaluates (facebookresearch/dino, eval_knn.py). UserError where there are fewer than k training features.
+    the lower class wins a tie. The rule, k and temperature are those of Wu et al. (arXiv 1805.01978), as DINO evaluates
+    (facebookresearch/dino, eval_knn.py). UserError for fewer than k training features.
     """
     if len(train_features) < k:
         raise UserError(f"{len(train_features)} training images for k-NN with k={k}: give more images or a smaller k")

@@ -1,4 +1,4 @@
-"""The machine: its knobs, which are recorded and never part of a recipe, and what it is."""
+"""The machine: how it is used, which is recorded and never part of a recipe, and what it is."""
 
 import argparse
 import contextlib
@@ -22,10 +22,10 @@ from mae_core.errors import UserError
 
 @dataclass(frozen=True)
 class Machine:
-    """How this machine does the work. Accumulation keeps the effective batch whatever the micro-batch.
+    """How this machine does the work. Accumulation keeps the effective batch, whatever the micro-batch.
 
-    precision: "fp32", or "bf16" for autocast. micro_batch: images per process and forward pass (0: all of
-    the process's part of the batch, at most 128).
+    precision: "fp32", or "bf16" for autocast. micro_batch: images per process and forward pass (0: all of the local
+    batch, up to a limit of the task).
     """
 
     device: str = "cpu"
@@ -34,7 +34,7 @@ class Machine:
     workers: int = 0
     activation_checkpointing: bool = False
     compile: bool = False
-    fused_adamw: bool = False  # pre-training alone
+    fused_adamw: bool = False  # only in pre-training
     processes: int = 1
     threads: int = 1
     save_minutes: float = 10.0  # between two training checkpoints
@@ -69,7 +69,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def default_workers(processes: int) -> int:
-    # One process on few cores computes and decodes by turns faster than it feeds a second one.
+    # On few cores one process that decodes and computes by turns is faster than two that feed each other.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else min(16, cores // processes)
 
@@ -98,12 +98,12 @@ def machine_from(args: argparse.Namespace) -> Machine:
 
 
 def suit_attention(model: nn.Module, machine: Machine) -> None:
-    """Let timm's attention layers compute explicitly on a CPU in bf16: the backward pass of torch's fused attention
-    took half of a whole pre-training step there (775 against 1623 images/s for vit_mini_patch8, two cores)."""
+    """On a CPU in bf16, turn off fused attention in timm's layers: its backward pass took half of a whole pre-training
+    step there (775 images/s with it, 1623 without, for vit_mini_patch8 on two cores)."""
     if machine.device == "cpu" and machine.precision == "bf16":
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[assignment]  # torch says: a Tensor or a Module
 
 
 def peak_memory_gib(device: str) -> float:
@@ -111,9 +111,8 @@ def peak_memory_gib(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: at exec Linux hands a child the peak of its parent.
-        kibibytes = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    # Not ru_maxrss: at exec Linux hands a child the peak of its parent.
+    if status.exists() and (kibibytes := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(kibibytes[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
@@ -125,7 +124,7 @@ def hardware(device: str) -> str:
 
 
 def versions(further: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of Python, of what every number rests on, and of those further distributions that are installed."""
+    """Versions of Python, of the libraries behind every number, and of those further ones that are installed."""
     found = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "timm", "numpy", "pillow", *further):
         with contextlib.suppress(metadata.PackageNotFoundError):

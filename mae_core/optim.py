@@ -1,14 +1,16 @@
-"""Parameter groups, optimizers and the learning-rate schedule of MAE, on timm's and torch's parts."""
+"""Parameter groups, optimizers and the learning-rate schedule of MAE, made of timm's and torch's."""
 
 import math
 
 import torch
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 
 def learning_rate(base_lr: float, batch: int) -> float:
-    """The linear scaling rule: base_lr * batch / 256, batch being the effective one."""
+    """The linear scaling rule: base_lr * batch / 256, for the effective batch."""
     return base_lr * batch / 256
 
 
@@ -30,14 +32,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices only: none on 1-D parameters (MAE official code, through timm's grouping).
+    """Weight decay on matrices only, none on 1-D parameters (MAE's official code, which uses timm's grouping).
 
     The mask and class tokens are 3-D and decay, as they do there.
     """
     return param_groups_weight_decay(model, weight_decay)
 
 
-def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(model: VisionTransformer | Beit, weight_decay: float, layer_decay: float) -> list[dict]:
     """Groups with lr_scale = layer_decay ** (depth + 1 - layer): patch, position and class embeddings are layer 0,
     block i is layer i + 1, final norm, fc_norm and head are layer depth + 1 (BEiT's rule, as MAE fine-tunes).
 
@@ -46,9 +48,9 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     groups = param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
-    # timm counts the final norm of a class-token head to the last block; MAE counts it to the head.
+    # timm counts the final norm before a class-token head as part of the last block, MAE as part of the head.
     norm = [p for name, p in model.named_parameters() if name.startswith("norm.") and p.requires_grad]
-    # And the registers to the head; they enter with the class token.
+    # timm counts the registers as part of the head; they enter with the class token.
     registers = [p for name, p in model.named_parameters() if name == "reg_token" and p.requires_grad]
     moved = {id(p) for p in (*norm, *registers)}
     for group in groups:
@@ -67,10 +69,10 @@ def adamw(groups: list[dict], betas: tuple[float, float], fused: bool = False) -
 
 
 def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> Lars:
-    """LARS as MAE's probe uses it: trust ratio and weight decay on tensors above one dimension, plain momentum SGD on
-    the rest. timm leaves the ratio out wherever weight decay is 0 unless told to adapt always; always_adapt on a
-    1-D tensor would scale it, which the official one does not do. With weight decay (MAE's probe has none) the ratio is
-    the LARS paper's, |w| / (|g| + decay |w|), where the official one divides by |g + decay w|."""
+    """LARS as MAE's probe uses it: trust ratio and weight decay on tensors of two or more dimensions, plain momentum
+    SGD on the rest. Without weight decay timm applies the ratio only where always_adapt says so; on 1-D tensors the
+    official code applies none. With weight decay (MAE's probe has none) the ratio is the LARS paper's,
+    |w| / (|g| + decay |w|), where the official code divides by |g + decay w|."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True}
     vectors = {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False, "weight_decay": 0.0}

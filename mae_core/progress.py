@@ -1,4 +1,4 @@
-"""One line of progress at a time: how far, how fast, how long still."""
+"""One line of progress at a time: how far, how fast, how much longer."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """Prints "label 120/400 | 310 images/s | ETA 0:42 | loss 1.234" at most every few seconds.
 
-    unit: what a step is called in the seconds that one takes; "" leaves them out.
-    On a terminal the line is rewritten in place; elsewhere each is a line of its own. Disabled except on rank 0.
+    unit: the name of a step in "s/it"; "" leaves that out. On a terminal the line is rewritten in place; elsewhere each
+    is a line of its own.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, enabled: bool = True, unit: str = "") -> None:
@@ -45,6 +45,6 @@ class Progress:
                 print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)
             else:
                 print(line, flush=True)
-        except BrokenPipeError:  # whoever read this is gone: the work goes on
+        except BrokenPipeError:  # the reader is gone: the work goes on
             self.enabled = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,11 +1,12 @@
-"""Recipes as data: overriding a knob by name, naming the differences, writing JSON that is never half there."""
+"""Recipes as data: their bounds, a knob set by name, the differences of two; and files that are never half written."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -32,7 +33,7 @@ def choose(kind: str, name: str, known: Mapping[str, T]) -> T:
 
 
 def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The recipe with "knob=value" settings applied, and the values that differ from it.
+    """The recipe with "knob=value" settings applied, and those values that differ from the recipe's own.
 
     UserError for an unknown knob or a value of the wrong type.
     """
@@ -45,14 +46,14 @@ def override(recipe: Any, settings: Sequence[str]) -> tuple[Any, dict[str, Any]]
         if knob not in types:
             raise UserError(f"--set {setting}: this recipe has no '{knob}'; {did_you_mean(knob, sorted(types))}")
         parsed[knob] = parse_value(knob, text, getattr(recipe, knob), types[knob])
-    # A knob set to the value it has changes nothing, the recipe's name neither.
+    # A knob set to the value it already has changes nothing, not even the recipe's label.
     parsed = {knob: value for knob, value in parsed.items() if value != getattr(recipe, knob)}
     return dataclasses.replace(recipe, **parsed), parsed
 
 
 def bounded(low: float, high: float = math.inf, *, below: bool = False, default: Any = dataclasses.MISSING) -> Any:
-    """A recipe's field whose number, or each of whose numbers, must lie in low..high; below: in low..high without high.
-    `check_ranges` says so."""
+    """A recipe's field whose number (or each of them, in a tuple) `check_ranges` holds to low..high; below: high itself
+    is not allowed."""
     return dataclasses.field(default=default, metadata={"bounds": (low, high, below)})
 
 
@@ -72,7 +73,7 @@ def check_ranges(recipe: Any) -> None:
 
 
 def as_typed(value: Any) -> str:
-    """A knob's value as it is typed after --set; `parse_value` reads it back."""
+    """A knob's value as a user types it after --set; `parse_value` reads it back."""
     if isinstance(value, tuple | list):
         return ",".join(f"{v:g}" if isinstance(v, float) and float(f"{v:g}") == v else str(v) for v in value)
     return str(value)
@@ -86,6 +87,7 @@ def finite(text: str) -> float:
 
 
 def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
+    """The text as a value of the type that the knob has now; kind: its annotation. UserError if it is none."""
     try:
         if isinstance(current, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -121,16 +123,24 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write, which replaces it when the block ends without an error: a reader sees
+    the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, sort_keys=True, ensure_ascii=False)
-            f.write("\n")
-            f.flush()
-            os.fsync(f.fileno())
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, in UTF-8 with sorted keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
+        file.write("\n")

@@ -1,7 +1,7 @@
 """Images inside plain tar files, as webdataset shards and ImageNet's own archives hold them.
 
-Each tar's table of contents is read once; after that any image is read by seeking, so that the seeded order of a
-training does not change with where the images lie.
+Each tar's table of contents is read once; after that any image is read by seeking, so that a training's seeded order is
+the same for loose files and tars.
 """
 
 import io
@@ -23,9 +23,9 @@ def list_shards(root: Path) -> list[Path]:
 
 
 def list_members(shards: list[Path], extensions: Set[str]) -> list[str]:
-    """Every image of the shards, in their order, as "SHARD.tar!/MEMBER@OFFSET+SIZE" (bytes), which open_member reads.
+    """Every image in the shards, in their order, as "SHARD.tar!/MEMBER@OFFSET+SIZE" (bytes), which open_member reads.
 
-    UserError for a file that is no uncompressed tar, that is cut short, or where none holds an image.
+    UserError for a file that is no uncompressed tar or is cut short, and if no shard holds an image.
     """
     entries = []
     for path in shards:
@@ -44,10 +44,10 @@ def list_members(shards: list[Path], extensions: Set[str]) -> list[str]:
 
 
 def open_member(entry: str) -> io.BytesIO | None:
-    """The bytes of an entry of list_members; None if this is the path of an ordinary file."""
+    """The bytes of an entry of list_members; None for the path of an ordinary file."""
     match = ENTRY.fullmatch(entry)
     if match is None:
         return None
-    with open(match["tar"], "rb") as file:  # opened anew each time: forked workers share no position
+    with open(match["tar"], "rb") as file:  # opened anew each time: forked workers must not share a position
         file.seek(int(match["offset"]))
         return io.BytesIO(file.read(int(match["size"])))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mae_core.checkpoint.convert import OURS, PREFIXED
-from mae_core.checkpoint.export import TARGETS, export, left_out, save_canonical
+from mae_core.checkpoint.export import TARGETS, export, left_out, numbers, save_canonical
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.checkpoint.load import LoadReport, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
@@ -146,10 +146,6 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         shown.append(f"{label if label != previous else '':<11}{text}")
         previous = label or previous
     return shown
-
-
-def numbers(values: Iterable[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)
 
 
 def formats() -> list[str]:

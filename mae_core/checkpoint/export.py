@@ -1,8 +1,7 @@
-"""A Checkpoint as a file again: in the canonical form, or as another project reads it."""
+"""A Checkpoint -> a file: in the canonical form, or as another project reads it."""
 
 import json
-import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -11,15 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.checkpoint.read import Checkpoint
-from mae_core.checkpoint.weights_file import CheckpointError, save_weights
+from mae_core.checkpoint.weights_file import CheckpointError, copies, save_weights
 from mae_core.data import MEAN, STD
-from mae_core.settings import unknown
+from mae_core.settings import replacing, unknown
 from mae_core.vit import ARCHS, EPS
 
 
 def metadata_of(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
-    """Safetensors metadata of what a model's numbers depend on beside its tensors; {} where all is as in MAE. pool: of
-    the model that is saved; tensors: its names, which show the usual pooling."""
+    """Safetensors metadata: what a model's numbers depend on besides its tensors; {} where all of it is MAE's. pool: of
+    the saved model; tensors: its names, which show the usual pooling."""
     c, usual = checkpoint, "avg" if "fc_norm.weight" in tensors else "token"
     if (c.mean, c.std, c.eps, pool) == (MEAN, STD, EPS, usual):
         return {}
@@ -28,20 +27,20 @@ def metadata_of(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> 
 
 def save_canonical(checkpoint: Checkpoint, path: Path) -> None:
     """One safetensors file with timm's names; reading it gives this checkpoint back, bit for bit."""
-    told = {
+    metadata = {
         name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in checkpoint.meta.items()
     }
-    told |= {"arch": checkpoint.arch, "kind": checkpoint.kind, "source_format": checkpoint.format}
-    told |= {"source_sha256": checkpoint.sha256}
+    metadata |= {"arch": checkpoint.arch, "kind": checkpoint.kind, "source_format": checkpoint.format}
+    metadata |= {"source_sha256": checkpoint.sha256}
     tensors = _everything(checkpoint)
-    save_weights(path, tensors, told | metadata_of(checkpoint, checkpoint.pool, tensors))
+    save_weights(path, tensors, metadata | metadata_of(checkpoint, checkpoint.pool, tensors))
 
 
 def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
     """Write for another project: "timm" (flat safetensors), "fair" ({"model": ...}, as FAIR's MAE code saves), "hf" (a
-    folder for transformers' from_pretrained) or "detectron2" (a .pth whose names start a ViTDet backbone).
+    folder for transformers' from_pretrained) or "detectron2" (a .pth that a ViTDet backbone starts from).
 
-    UserError for another form, and for an encoder that the form cannot hold.
+    UserError for an unknown form, and for an encoder that the form cannot hold.
     """
     if form not in TARGETS:
         raise unknown("form", form, TARGETS)
@@ -62,20 +61,20 @@ SUFFIXES = {"timm": (".safetensors",), "fair": (".pth", ".pt"), "detectron2": ("
 
 
 def left_out(checkpoint: Checkpoint, form: str) -> str:
-    """What that form does not say or hold of the checkpoint, "" for nothing: a reader assumes MAE's pixels and eps."""
+    """What that form leaves out, "" for nothing: its reader assumes MAE's normalization and eps."""
     c, found = checkpoint, []
     if c.decoder and form in ("timm", "detectron2"):
         found.append(f"the decoder ({len(c.decoder)} tensors)")
     if c.classifier and form == "detectron2":
         found.append(f"the classifier ({len(c.classifier)} tensors)")
     if form != "hf":
-        told = {"mean": (c.mean, MEAN), "std": (c.std, STD), "eps": (c.eps, EPS)}
-        found += [f"{name} {as_text(value)}" for name, (value, usual) in told.items() if value != usual]
+        assumed = {"mean": (c.mean, MEAN), "std": (c.std, STD), "eps": ((c.eps,), (EPS,))}
+        found += [f"{name} {numbers(values)}" for name, (values, usual) in assumed.items() if values != usual]
     return ", ".join(found)
 
 
-def as_text(value: float | tuple[float, ...]) -> str:
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}"
+def numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _everything(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -99,7 +98,7 @@ def _detectron2(checkpoint: Checkpoint, path: Path) -> None:
 def _hf(checkpoint: Checkpoint, folder: Path) -> None:
     if "fc_norm.weight" in checkpoint.classifier or any(n.startswith("head.0.") for n in checkpoint.classifier):
         raise CheckpointError(
-            f"{checkpoint.path} pools by average or has a linear probe, which transformers' ViT has not: use --to timm"
+            f"{checkpoint.path} pools by average or has a linear probe, unlike transformers' ViT: use --to timm"
         )
     a, decoder, head = ARCHS[checkpoint.arch], checkpoint.decoder, checkpoint.classifier.get("head.weight")
     kind = "vit_mae" if decoder else "vit"
@@ -132,7 +131,7 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> None:
         }
         config |= {"decoder_intermediate_size": 4 * width, "mask_ratio": 0.75}
         config |= {"norm_pix_loss": bool(checkpoint.meta.get("norm_pix", False))}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     whole = bool(decoder) or head is not None
     for name, tensor in ({**checkpoint.encoder, **decoder} if decoder else _everything(checkpoint)).items():
         tensors |= _hf_names(name, tensor, "vit." if whole else "")
@@ -183,23 +182,13 @@ def _hf_names(name: str, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
 
 
 def _torch(content: dict, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def _safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # Copies: safetensors refuses tensors that share memory. "pt" is what transformers asks for.
-        copies = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        save_file(copies, part, metadata={"format": "pt"})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(copies(tensors), temporary, metadata={"format": "pt"})  # which transformers asks for
 
 
 TARGETS = {"timm": _timm, "hf": _hf, "fair": _fair, "detectron2": _detectron2}

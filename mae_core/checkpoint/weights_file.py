@@ -5,7 +5,6 @@ of arrays. The content decides what a file is, not its extension.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.errors import UserError
+from mae_core.settings import replacing
 
 OUR_FORMAT = "mae-transfer"
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
@@ -38,7 +38,7 @@ SAFE_TYPES = [
 
 
 class CheckpointError(UserError):
-    """A checkpoint file that cannot be used, or that does not fit the model it is loaded into."""
+    """A checkpoint file that cannot be used, or does not fit the model it is loaded into."""
 
 
 def sha256_of(path: Path) -> str:
@@ -48,7 +48,7 @@ def sha256_of(path: Path) -> str:
 
 
 def read_file(path: Path) -> tuple[object, dict[str, str]]:
-    """What the file holds and its safetensors metadata ({} for the other kinds). CheckpointError for anything else."""
+    """What the file holds, and its safetensors metadata ({} for the other kinds). CheckpointError for anything else."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -122,7 +122,7 @@ def _torch_load(path: Path, mmap: bool) -> object:
         if found:
             raise CheckpointError(
                 f"{path} wants to run {found} while loading: refused; only tensors and plain values are read, "
-                "so save its state_dict alone"
+                "so save only its state_dict"
             ) from None
         raise CheckpointError(
             f"{path} is a damaged file or a Python pickle that torch.save did not write: download it again or save its "
@@ -143,7 +143,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Reads the dictionaries of arrays that Caffe2 and detectron2 pickle, and calls nothing but numpy's own."""
+    """Reads the dictionaries of arrays that Caffe2 and detectron2 pickle, and calls only numpy's own constructors."""
 
     def find_class(self, module: str, name: str) -> object:
         allowed = {"numpy": ("ndarray", "dtype"), "numpy.core.multiarray": ("_reconstruct", "scalar")}
@@ -153,7 +153,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 class NotAllowed(pickle.UnpicklingError):
-    """A pickle asks for something that is no array."""
+    """A pickle asks for something other than arrays."""
 
 
 def _read_numpy_pickle(path: Path) -> object:
@@ -164,7 +164,7 @@ def _read_numpy_pickle(path: Path) -> object:
     except NotAllowed as error:
         raise CheckpointError(
             f"{path} wants to run {error} while loading: refused; only arrays, tensors and plain values are read, so "
-            "save its state_dict alone"
+            "save only its state_dict"
         ) from None
     except Exception as error:  # a damaged pickle fails in any way
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -214,8 +214,8 @@ def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 
 def sort_header(path: Path) -> None:
-    """Order a safetensors header by name, in place: the library writes metadata in any order, and the hash of a file
-    is the identity of what is in it."""
+    """Sort a safetensors header by name, in place: the library writes metadata in any order, and equal contents must
+    have equal hashes."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -232,20 +232,17 @@ def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str,
     Atomic: the file appears complete under its name, or an older one stays as it was.
     """
     path = Path(path)
-    # Copies, because safetensors refuses tensors that share memory, as tied weights and slices do.
-    state = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file(state, part, metadata={**metadata, "format": OUR_FORMAT})
-        sort_header(part)
-        os.chmod(part, mode)  # safetensors makes files that only their owner can read
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+            save_file(copies(state), temporary, metadata={**metadata, "format": OUR_FORMAT})
+            sort_header(temporary)
+            os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+
+
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous copies: safetensors refuses tensors that share memory, as tied weights and slices do."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
