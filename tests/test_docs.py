@@ -194,9 +194,9 @@ def test_the_arguments_of_every_command_are_right(command):
     program, *words = shlex.split(command)
     if program == "make":
         subprocess.run(["make", "-n", *words], cwd=ROOT, check=True, capture_output=True)
-    elif program == "pip":
-        extras = re.findall(r"\[(\w+)\]", command)
-        assert set(extras) <= PYPROJECT["project"]["optional-dependencies"].keys()
+    elif program in ("pip", "uv") or words[:2] == ["-m", "venv"]:
+        extras = re.findall(r"\[(\w+)\]|--extra (\w+)", command)
+        assert {pip or uv for pip, uv in extras} <= PYPROJECT["project"]["optional-dependencies"].keys()
     elif words[0] == "-c":
         compile(words[1], "-c", "exec")
     elif words[:2] == ["-m", "pytest"]:
@@ -219,7 +219,7 @@ PROGRAMS = (
     "benchmarks/ablations.py --table 1a",
     "benchmarks/speed.py eval",
 )
-OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation"}  # torchrun's, pip's
+OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra"}  # torchrun, pip, uv
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
