@@ -50,7 +50,7 @@ class Example:
         return np.ascontiguousarray(mask_util.decode(list(self.rles)).transpose(2, 0, 1))
 
 
-class Examples(Sequence):
+class Examples(Sequence[Example]):
     """Examples in one block of bytes: forked workers share it, where touching objects would copy it page by page."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
@@ -61,10 +61,10 @@ class Examples(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         index = range(len(self))[index]
         start = self.ends[index - 1] if index else 0
-        return pickle.loads(memoryview(self.block[start : self.ends[index]]))
+        return pickle.loads(self.block[start : self.ends[index]].data)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Imitations of the 15 corruptions of ImageNet-C for the 48 px miniature.
 
-They carry the published names and severities 1 to 5, but are NOT the published corruptions: each imitates one in a few
-lines, with strengths chosen for 48 px images. Errors measured on them compare only with one another.
+They have the published names and severities 1 to 5, but are NOT the published corruptions: each imitates one in a few
+lines, at strengths chosen for 48 px images. Errors measured on them compare only with one another.
 
 Each function takes an image as float [H, W, 3] in 0..1, its strength for one severity and a numpy Generator, and
-returns the same shape; `corrupt` clips. Severities of one image share their random numbers, so that only the strength
-differs.
+returns the same shape; `corrupt` clips. All severities of an image share its random numbers: only the strength differs.
 """
 
 import io
@@ -91,7 +90,8 @@ def frost(x, strength, rng):
 
 
 def fog(x, strength, rng):
-    mist = sum(weight * _smooth_noise(x.shape[:2], sigma, rng) for sigma, weight in ((12, 0.5), (6, 0.3), (3, 0.2)))
+    layers = (weight * _smooth_noise(x.shape[:2], sigma, rng) for sigma, weight in ((12, 0.5), (6, 0.3), (3, 0.2)))
+    mist = sum(layers, np.zeros(x.shape[:2]))
     return (x + strength * (0.5 + 0.5 * mist[..., None])) / (1 + strength * 0.6)
 
 

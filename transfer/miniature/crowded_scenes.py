@@ -1,6 +1,6 @@
 """Crowded scenes of the miniature: several objects on a background of two or three regions, for dense tasks.
 
-`crowded_scene` says what is where, `paint` draws it and says what every pixel shows, from which masks and boxes follow.
+`crowded_scene` says what is where; `paint` draws it and says what every pixel shows, which gives masks and boxes.
 """
 
 from dataclasses import dataclass, replace
@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes
 
-from transfer.miniature.scenes import CLASSES, CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline
+from transfer.miniature.scenes import CLASSES, CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline, rgb
 
-# Kinds of background and their colours: pale or dull, so that objects stand out.
+# Kinds of background and their colours, pale or dull so that objects stand out.
 STUFF: dict[str, RGB] = {
     "grass": (112, 138, 92),
     "ground": (128, 104, 82),
@@ -33,7 +33,7 @@ class Region:
 class CrowdedScene:
     """A picture of width x height px: regions, then objects, in painting order.
 
-    crowd: so many of the first objects are small, alike and close together, what COCO annotates as one crowd.
+    crowd: how many of the first objects are small, alike and close together, which COCO annotates as one crowd.
     """
 
     width: int
@@ -46,7 +46,7 @@ class CrowdedScene:
 def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedScene:
     """Sky over grass or ground, often a wall, sometimes a crowd; two to five objects of radius 8 to 24 px, and pebbles.
 
-    Every object outside the crowd shows at least 60 % of its pixels, and what shows has no hole: polygons describe it.
+    At least 60 % of every object outside the crowd is visible, and the visible part has no hole: polygons describe it.
     """
     regions = _regions(width, height, rng)
     crowd = _crowd(width, height, regions, rng) if rng.random() < 0.15 else ()
@@ -54,17 +54,17 @@ def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedS
     wanted = len(crowd) + int(rng.integers(2, 6))
     for _ in range(40):
         radius = min(8 * 3 ** rng.random(), 0.45 * min(width, height))
-        scene = _with(scene, str(rng.choice(CLASSES)), radius, rng)
+        scene = _with_object(scene, str(rng.choice(CLASSES)), radius, rng)
         if len(scene.objects) == wanted:
             break
     for _ in range(int(rng.integers(0, 4))):
-        scene = _with(scene, "pebble", rng.uniform(2, 4), rng)
+        scene = _with_object(scene, "pebble", rng.uniform(2, 4), rng)
     return scene
 
 
-def _with(scene: CrowdedScene, kind: str, radius: float, rng: np.random.Generator) -> CrowdedScene:
-    """The scene with one object more on top, or as it is if that would hide too much."""
-    larger = replace(scene, objects=(*scene.objects, _stray(kind, radius, scene, rng)))
+def _with_object(scene: CrowdedScene, kind: str, radius: float, rng: np.random.Generator) -> CrowdedScene:
+    """The scene with one more object on top, or unchanged if that would hide too much."""
+    larger = replace(scene, objects=(*scene.objects, _random_object(kind, radius, scene, rng)))
     owner = paint(larger)[1]
     for index, thing in enumerate(larger.objects[scene.crowd :], len(scene.regions) + scene.crowd):
         alone = paint(replace(scene, regions=scene.regions[:1], objects=(thing,)))[1] == 1
@@ -76,8 +76,8 @@ def _with(scene: CrowdedScene, kind: str, radius: float, rng: np.random.Generato
 
 def _regions(width: int, height: int, rng: np.random.Generator) -> tuple[Region, ...]:
     def region(kind: str, *corners: tuple[float, float]) -> Region:
-        colour = np.clip(np.array(STUFF[kind]) + rng.integers(-12, 13, 3), 0, 255)
-        return Region(kind, tuple(int(c) for c in colour), corners)
+        colour = rgb(np.clip(np.array(STUFF[kind]) + rng.integers(-12, 13, 3), 0, 255))
+        return Region(kind, colour, corners)
 
     left, right = (height * rng.uniform(0.3, 0.6, 2)).tolist()
     below = str(rng.choice(["grass", "ground"]))
@@ -93,13 +93,13 @@ def _regions(width: int, height: int, rng: np.random.Generator) -> tuple[Region,
     return tuple(regions)
 
 
-def _stray(kind: str, radius: float, scene: CrowdedScene, rng: np.random.Generator) -> PlacedObject:
-    """An object anywhere, at most slightly cut by the border, in a colour unlike the others if one is found."""
+def _random_object(kind: str, radius: float, scene: CrowdedScene, rng: np.random.Generator) -> PlacedObject:
+    """An object anywhere, at most slightly cut by the border, in a colour unlike all others if one is found."""
     low = 0.8 * radius
     centre = (float(rng.uniform(low, scene.width - low)), float(rng.uniform(low, scene.height - low)))
-    others = [part.colour for part in (*scene.regions, *scene.objects)]
+    others = [region.colour for region in scene.regions] + [thing.colour for thing in scene.objects]
     for _ in range(50):
-        colour = tuple(rng.integers(60, 130, 3).tolist()) if kind in CLUTTER else object_colour(kind, rng)
+        colour = rgb(rng.integers(60, 130, 3)) if kind in CLUTTER else object_colour(kind, rng)
         if all(np.abs(np.subtract(colour, other)).sum() >= 110 for other in others):
             break
     return PlacedObject(kind, centre, float(radius), float(rng.uniform(-0.3, 0.3)), colour)
@@ -109,7 +109,7 @@ def _crowd(width: int, height: int, regions: tuple[Region, ...], rng: np.random.
     """Two rows of small objects of one class and colour."""
     kind, radius, columns = str(rng.choice(CLASSES)), float(rng.uniform(4, 5.5)), int(rng.integers(3, 5))
     space = CrowdedScene(width - round(2.2 * radius * (columns - 1)), height - round(2.2 * radius), regions)
-    corner = _stray(kind, radius, space, rng)
+    corner = _random_object(kind, radius, space, rng)
     steps = [2.2 * radius * np.array((column, row)) for row in range(2) for column in range(columns)]
     places = [corner.centre + step + rng.uniform(-0.8, 0.8, 2) for step in steps]
     return tuple(replace(corner, centre=(float(x), float(y))) for x, y in places)

@@ -3,8 +3,8 @@
     DIR/coco/{train2017,val2017}/%012d.jpg       DIR/coco/annotations/instances_{train,val}2017.json
     DIR/ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
 
-Images have several sizes and shapes. Objects are the classes of scenes.py under ids of the real datasets; a name's
-real meaning plays no part.
+Images have several sizes and shapes. Objects are the classes of scenes.py under the real datasets' ids; an id's real
+meaning plays no part.
 """
 
 import io
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from contourpy import contour_generator
 from PIL import Image
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from transfer.data.coco import CATEGORIES
 from transfer.miniature.crowded_scenes import CrowdedScene, crowded_scene, paint
-from transfer.miniature.imagenet import Files, jpeg, rng_of, write_set
 from transfer.miniature.scenes import CLASSES
+from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
 TRAIN, VAL = 200, 60
 # (width, height) in px, in turn.
 SIZES = ((96, 96), (96, 72), (72, 96), (120, 80), (80, 120), (100, 75), (90, 90), (75, 101))
 # COCO's first 16 ids; 12 is one of its gaps.
 COCO_IDS = dict(zip(CLASSES, (*range(1, 12), *range(13, 18))))
-# ADE20K's ids of what the regions are named after, and ids spread over 1..150 for the objects. 0, unlabelled, is what
-# no entry names: the pebbles.
+# ADE20K's ids of the regions' namesakes, and ids spread over 1..150 for the objects. What has no entry, the pebbles, is
+# 0: unlabelled.
 ADE_IDS = {"wall": 1, "sky": 3, "grass": 10, "ground": 14} | {name: 15 + 9 * i for i, name in enumerate(CLASSES)}
 
-# First id and name of each of COCO's supercategories, which are consecutive.
+# First id and name of each of COCO's supercategories, which have consecutive ids.
 SUPERCATEGORIES = {
     1: "person", 2: "vehicle", 10: "outdoor", 16: "animal", 27: "accessory", 34: "sports", 44: "kitchen", 52: "food",
     62: "furniture", 72: "electronic", 78: "appliance", 84: "indoor",
@@ -54,20 +54,18 @@ def picture(seed: int, split: str, index: int) -> Picture:
 
 
 def coco_categories() -> list[dict[str, Any]]:
-    """All 80 categories as the official files list them; the names are torchvision's, whose list has the gaps too."""
-    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    """All 80 categories as the official files list them."""
     return [
         {"supercategory": SUPERCATEGORIES[max(first for first in SUPERCATEGORIES if first <= id)], "id": id, "name": n}
-        for id, n in enumerate(names)
-        if n not in ("__background__", "N/A")
+        for id, n in CATEGORIES.items()
     ]
 
 
 def polygons_of(mask: np.ndarray) -> list[list[float]]:
     """The outlines [x0, y0, x1, y1, ...] in px of a mask [H, W] without holes, one per connected part."""
-    # The level between outside (0) and inside (1) lies on the pixels' borders; a frame of 0 closes every outline.
+    # The level between outside (0) and inside (1) runs along the pixels' borders; a frame of 0 closes every outline.
     outlines = contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5)
-    return [np.round(line[:-1] - 0.5, 2).ravel().tolist() for line in outlines]
+    return [np.round(np.asarray(line)[:-1] - 0.5, 2).ravel().tolist() for line in outlines]
 
 
 def counts_of(mask: np.ndarray) -> list[int]:
@@ -77,13 +75,13 @@ def counts_of(mask: np.ndarray) -> list[int]:
 
 
 def annotations_of(drawn: Picture, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO's annotations of an image: each object's visible pixels; a crowd as one of run lengths."""
+    """COCO's annotations of an image: each object's visible pixels, and a crowd as one annotation of run lengths."""
     scene, first = drawn.scene, len(drawn.scene.regions)
     parts = [(thing.kind, drawn.owner == first + i, 0) for i, thing in enumerate(scene.objects) if i >= scene.crowd]
     if scene.crowd:
-        crowd = (drawn.owner >= first) & (drawn.owner < first + scene.crowd)
-        parts.append((scene.objects[0].kind, crowd, 1))
-    found = []
+        together = (drawn.owner >= first) & (drawn.owner < first + scene.crowd)
+        parts.append((scene.objects[0].kind, together, 1))
+    found: list[dict[str, Any]] = []
     for kind, mask, crowd in parts:
         if kind not in COCO_IDS or not mask.any():
             continue
@@ -105,7 +103,8 @@ def annotations_of(drawn: Picture, image_id: int, first_id: int) -> list[dict[st
 
 def _coco_files(seed: int) -> Files:
     for split, count, first in (("train", TRAIN, 1), ("val", VAL, TRAIN + 1)):
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(count):
             drawn, image_id = picture(seed, split, index), first + index
             name, (height, width) = f"{image_id:012d}.jpg", drawn.owner.shape
@@ -122,10 +121,11 @@ def _coco_files(seed: int) -> Files:
         yield f"annotations/instances_{split}2017.json", json.dumps(content).encode()
 
 
-def label_of(drawn: Picture) -> np.ndarray:
+def label_image(drawn: Picture) -> np.ndarray:
     """ADE20K's label image, uint8 [H, W]: 1..150, and 0 where nothing is labelled."""
-    ids = [ADE_IDS.get(part.kind, 0) for part in (*drawn.scene.regions, *drawn.scene.objects)]
-    return np.array(ids, np.uint8)[drawn.owner]
+    scene = drawn.scene
+    kinds = [region.kind for region in scene.regions] + [thing.kind for thing in scene.objects]
+    return np.array([ADE_IDS.get(kind, 0) for kind in kinds], np.uint8)[drawn.owner]
 
 
 def _ade20k_files(seed: int) -> Files:
@@ -133,14 +133,14 @@ def _ade20k_files(seed: int) -> Files:
         for index in range(count):
             drawn, name = picture(seed, split, index), f"{folder}/ADE_{split}_{index + 1:08d}"
             label = io.BytesIO()
-            Image.fromarray(label_of(drawn)).save(label, "PNG")
+            Image.fromarray(label_image(drawn)).save(label, "PNG")
             yield f"images/{name}.jpg", jpeg(drawn.image)
             yield f"annotations/{name}.png", label.getvalue()
 
 
 def coco(root: Path, seed: int = 0) -> Path:
-    """Write root/coco: 200 training and 60 validation images with boxes and masks; returns that folder. A set that is
-    there is treated as by `miniature.imagenet`."""
+    """Write root/coco: 200 training and 60 validation images with boxes and masks. Returns that folder; what already
+    lies there is treated as by `write_set`."""
     counts = {"train": TRAIN, "val": VAL, "annotation files": 2}
     return write_set(root, "coco", seed, counts, _coco_files(seed))
 

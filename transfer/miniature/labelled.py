@@ -5,8 +5,8 @@
     DIR/places205/trainvalsplit_places205/{train,val}_places205.csv, .../images256/...
     DIR/places365/{places365_train_standard.txt, places365_val.txt, data_256_standard, val_256}
 
-iNaturalist's classes are fine-grained and long-tailed: four shapes, each filled in four ways, with 40 images down to 5.
-Places' classes are backgrounds; the objects before them are any. A class's real meaning plays no part.
+iNaturalist's classes are fine-grained and long-tailed: four shapes, each filled in four ways, with 40 down to 5 images.
+Places' classes are backgrounds, with an arbitrary object in front. A class's real meaning plays no part.
 """
 
 import json
@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from transfer.miniature.imagenet import Files, jpeg, rng_of, scenes, write_set
+from transfer.miniature import scenes
 from transfer.miniature.scenes import SIZE, SUPERSAMPLE
+from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
 SHAPES = {"Aves": "moon", "Fungi": "square", "Insecta": "star", "Plantae": "heart"}  # supercategory -> shape
 FILLS = ("plain", "rows", "columns", "squares")
-# Training images of the classes, the rank deciding: long-tailed, as iNaturalist is. Validation: as many for each.
+# Training images of the most and the least frequent class (long-tailed, as in iNaturalist); validation images of each.
 MOST, LEAST, VAL = 40, 5, 10
-# Ids with gaps, as a part of the official classes has them.
+# Ids with gaps, as in a subset of the official classes.
 INAT_IDS = tuple(range(3, 3 + 16 * 60, 60))
 PLACES = {
     "a/airfield": 0, "a/airport_terminal": 2, "b/boathouse": 59, "c/childs_room": 89, "f/field/wild": 141,
@@ -35,7 +36,7 @@ PLACES_205 = {name: rank * 20 for rank, name in enumerate(PLACES)}
 PLACES_TRAIN, PLACES_VAL = 30, 16
 
 
-def filled(shape: str, fill: str, rng: np.random.Generator) -> np.ndarray:
+def draw_filled(shape: str, fill: str, rng: np.random.Generator) -> np.ndarray:
     """A plain scene whose object is filled in one of FILLS: uint8 [SIZE, SIZE, 3]."""
     scene = scenes.plain_scene(shape, rng)
     thing = replace(scene.objects[0], rotation=scene.objects[0].rotation / 2)
@@ -48,16 +49,16 @@ def filled(shape: str, fill: str, rng: np.random.Generator) -> np.ndarray:
     across, along = (rows + start) % period < 4, (columns + start) % period < 4
     drawn = {"plain": np.zeros_like(across), "rows": across, "columns": along, "squares": across ^ along}[fill]
     dark = np.where(drawn[:, :, None], 0.35, 1.0)
-    return noisy(image * (1 - mask) + image * dark * mask, rng)
+    return add_noise(image * (1 - mask) + image * dark * mask, rng)
 
 
-def noisy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def add_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.rint(image + rng.normal(0, 3, image.shape)), 0, 255).astype(np.uint8)
 
 
-def place(kind: int, rng: np.random.Generator) -> np.ndarray:
-    """Background number `kind` (0..9) with any object before it: uint8 [SIZE, SIZE, 3]. Colours are any: the layout
-    tells the kinds apart."""
+def draw_place(kind: int, rng: np.random.Generator) -> np.ndarray:
+    """Background number `kind` (0..9) with an arbitrary object in front: uint8 [SIZE, SIZE, 3]. Kinds differ by their
+    layout; colours are arbitrary."""
     y, x = np.indices((SIZE, SIZE)) / SIZE
     shift = rng.uniform(-0.06, 0.06)
     layouts = (
@@ -81,17 +82,17 @@ def place(kind: int, rng: np.random.Generator) -> np.ndarray:
     canvas = Image.fromarray(image).resize((SIZE * SUPERSAMPLE,) * 2, Image.Resampling.NEAREST)
     corners = [tuple(p) for p in (scenes.outline(thing) * SUPERSAMPLE).tolist()]
     ImageDraw.Draw(canvas).polygon(corners, fill=thing.colour)
-    return noisy(np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX)).astype(float), rng)
+    return add_noise(np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX)).astype(float), rng)
 
 
-def tail() -> list[int]:
-    """Training images of each of the 16 classes: geometric from MOST to LEAST."""
+def long_tail() -> list[int]:
+    """Numbers of training images of the 16 classes: geometric from MOST to LEAST."""
     ranks = np.linspace(0, 1, len(INAT_IDS))
     return [round(MOST * math.exp(rank * math.log(LEAST / MOST))) for rank in ranks]
 
 
 def inat_classes() -> list[tuple[int, str, str, str]]:
-    """(id, supercategory, shape, fill); neighbours in the tail are of different shapes."""
+    """(id, supercategory, shape, fill), most frequent first; neighbours have different shapes."""
     pairs = [(group, shape, fill) for fill in FILLS for group, shape in SHAPES.items()]
     return [(i, *pair) for i, pair in zip(INAT_IDS, pairs)]
 
@@ -99,7 +100,7 @@ def inat_classes() -> list[tuple[int, str, str, str]]:
 def _inat_files(seed: int, year: int) -> Files:
     images_folder = "train_val_images" if year == 2017 else f"train_val{year}"
     number = 0
-    for split, per_class in (("train", tail()), ("val", [VAL] * len(INAT_IDS))):
+    for split, per_class in (("train", long_tail()), ("val", [VAL] * len(INAT_IDS))):
         images, annotations, categories = [], [], []
         for (class_id, group, shape, fill), count in zip(inat_classes(), per_class):
             name = f"{shape.capitalize()} {fill}" if year == 2017 else str(class_id)
@@ -111,7 +112,7 @@ def _inat_files(seed: int, year: int) -> Files:
                 file = f"{images_folder}/{group}/{name}/{number:08x}.jpg"
                 images.append({"id": number, "file_name": file, "width": SIZE, "height": SIZE})
                 annotations.append({"id": number, "image_id": number, "category_id": class_id})
-                yield file, jpeg(filled(shape, fill, rng_of(seed, f"inat{year}/{split}", class_id, index)))
+                yield file, jpeg(draw_filled(shape, fill, rng_of(seed, f"inat{year}/{split}", class_id, index)))
         content = {"info": {}, "images": images, "categories": categories, "annotations": annotations, "licenses": []}
         yield f"{split}{year}.json", json.dumps(content).encode()
 
@@ -125,10 +126,10 @@ def _places_files(seed: int, which: int) -> Files:
             for index in range(per_class):
                 file = f"{name}/{split}_{index:08d}.jpg" if which == 205 else f"/{name}/{index:08d}.jpg"
                 where = root
-                if which == 365 and split == "val":  # flat, and in an order that says nothing of the class
+                if which == 365 and split == "val":  # flat, in an order unrelated to the classes
                     file, where = f"Places365_val_{index * len(labels) + kind + 1:08d}.jpg", "val_256"
                 lists[split].append(f"{file} {label}")
-                image = place(kind, rng_of(seed, f"places{which}/{split}", label, index))
+                image = draw_place(kind, rng_of(seed, f"places{which}/{split}", label, index))
                 yield f"{where}/{file.lstrip('/')}", jpeg(image)
     names = {"train": "places365_train_standard.txt", "val": "places365_val.txt"}
     if which == 205:
@@ -138,8 +139,8 @@ def _places_files(seed: int, which: int) -> Files:
 
 
 def inaturalist(root: Path, seed: int = 0, year: int = 2018) -> Path:
-    """Write root/inatYEAR; a set that is there is treated as by `miniature.imagenet`."""
-    counts = {"train": sum(tail()), "val": VAL * len(INAT_IDS), "annotation files": 2}
+    """Write root/inatYEAR. Returns that folder; what already lies there is treated as by `write_set`."""
+    counts = {"train": sum(long_tail()), "val": VAL * len(INAT_IDS), "annotation files": 2}
     return write_set(root, f"inat{year}", seed, counts, _inat_files(seed, year))
 
 

@@ -1,11 +1,12 @@
-"""Scenes of the miniature: flat shapes on nearly flat backgrounds, so that the pixels are explained by what is there.
+"""Scenes of the miniature: flat shapes on nearly flat backgrounds, so that the objects explain the pixels.
 
 A `Scene` says what is where; `outline` gives each object's polygon in pixels, from which masks and boxes follow;
-`render`, `photograph`, `rendition` and `line_drawing` are ways to draw it. Images are uint8 [size, size, 3].
+`render`, `photograph`, `rendition` and `line_drawing` draw it. Images are uint8 [size, size, 3].
 """
 
 import colorsys
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,11 @@ SUPERSAMPLE = 4
 
 RGB = tuple[int, int, int]
 Points = list[tuple[float, float]]
+
+
+def rgb(values: Iterable[float]) -> RGB:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
 
 
 def _spokes(count: int, inner: float = 1.0) -> Points:
@@ -34,15 +40,15 @@ def _turned(points: Points, radians: float) -> Points:
     return [(c * x - s * y, s * x + c * y) for x, y in points]
 
 
-_BAR = [(-1, -0.24), (1, -0.24), (1, 0.24), (-1, 0.24)]
-_HEART = [
+_BAR: Points = [(-1, -0.24), (1, -0.24), (1, 0.24), (-1, 0.24)]
+_HEART: Points = [
     (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
     for t in np.linspace(0, 2 * math.pi, 40, endpoint=False)
 ]
 
 # Outlines in units of the object's radius, x to the right, y down. None is the mirror image of another, because
-# training flips images. Discs differ by colour and bars by direction: a network learns these first, even from random
-# weights; the other eleven differ by shape alone.
+# training flips images. Discs differ by colour and bars by direction, which a network learns first, even from random
+# weights; the other eleven differ only by shape.
 OUTLINES: dict[str, Points] = {
     "arrow": [(-1, -0.28), (0.1, -0.28), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.28), (-1, 0.28)],
     "bar_lying": _BAR,
@@ -109,7 +115,7 @@ def object_colour(kind: str, rng: np.random.Generator) -> RGB:
     low, high = ranges[rng.choice(len(ranges), p=spans / spans.sum())]
     pure = kind in _HUES
     saturation, value = rng.uniform(0.75 if pure else 0.3, 1), rng.uniform(0.7 if pure else 0.25, 1)
-    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.uniform(low, high) / 360 % 1, saturation, value))
+    return rgb(255 * c for c in colorsys.hsv_to_rgb(rng.uniform(low, high) / 360 % 1, saturation, value))
 
 
 def contrasting_colour(colours: list[RGB], distance: int, rng: np.random.Generator) -> RGB:
@@ -117,11 +123,13 @@ def contrasting_colour(colours: list[RGB], distance: int, rng: np.random.Generat
     while True:
         candidate = rng.integers(0, 256, 3)
         if all(np.abs(candidate - colour).sum() >= distance for colour in colours):
-            return tuple(int(c) for c in candidate)
+            return rgb(candidate)
 
 
-def _place(kind: str, size: int, radius: tuple[float, float], shift: float, rng: np.random.Generator) -> PlacedObject:
-    """An object with its radius and its greatest shift from the middle given as parts of the image's side."""
+def _placed_object(
+    kind: str, size: int, radius: tuple[float, float], shift: float, rng: np.random.Generator
+) -> PlacedObject:
+    """An object near the middle; radius (lowest, highest) and the greatest shift are fractions of the image's side."""
     centre = size * (0.5 + rng.uniform(-shift, shift, 2))
     turn = rng.uniform(-0.3, 0.3)
     colour = object_colour(kind, rng)
@@ -130,28 +138,29 @@ def _place(kind: str, size: int, radius: tuple[float, float], shift: float, rng:
 
 def _background(colour: RGB, spread: int, rng: np.random.Generator) -> tuple[RGB, RGB, RGB, RGB]:
     corners = np.clip(np.array(colour) + rng.integers(-spread, spread + 1, (4, 3)), 0, 255)
-    return tuple(tuple(int(c) for c in corner) for corner in corners)
+    first, second, third, fourth = map(rgb, corners)
+    return first, second, third, fourth
 
 
 def plain_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
     """One large object of that class near the middle of a nearly flat background."""
-    thing = _place(kind, size, (0.27, 0.42), 0.1, rng)
+    thing = _placed_object(kind, size, (0.27, 0.42), 0.1, rng)
     return Scene(_background(contrasting_colour([thing.colour], 180, rng), 25, rng), (thing,), size)
 
 
 def hard_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
     """A smaller object off the middle, among clutter, partly covered by a stick, on an uneven background."""
-    thing = _place(kind, size, (0.2, 0.3), 0.18, rng)
+    thing = _placed_object(kind, size, (0.2, 0.3), 0.18, rng)
     ground = contrasting_colour([thing.colour], 180, rng)
 
     def clutter(what: str, centre: np.ndarray, radius: float) -> PlacedObject:
         colour = contrasting_colour([thing.colour, ground], 90, rng)
         return PlacedObject(what, (float(centre[0]), float(centre[1])), radius, rng.uniform(0, math.tau), colour)
 
-    behind = []
+    behind: list[PlacedObject] = []
     while len(behind) < 4:
         centre, radius = rng.uniform(0, size, 2), size * rng.uniform(0.05, 0.1)
-        # Clutter behind the object but not in its middle: it disturbs the outline and stays visible.
+        # Clutter behind the object, but not behind its middle: it disturbs the outline and stays visible.
         if np.hypot(*(centre - thing.centre)) > 0.8 * thing.radius:
             behind.append(clutter(str(rng.choice(sorted(CLUTTER))), centre, radius))
     angle = rng.uniform(0, math.tau)
@@ -188,7 +197,7 @@ def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def _closed(points: Points) -> Points:
-    """The polygon as a line that runs past its start, so that the joint there is round too."""
+    """The polygon as a line that runs past its start, so that the joint there is rounded too."""
     return [*points, *points[:2]]
 
 
@@ -208,7 +217,7 @@ def rendition(scene: Scene, style: str, rng: np.random.Generator) -> np.ndarray:
         return np.asarray(small.resize((size, size), Image.Resampling.NEAREST))
     ground = scene.background[0]
     if style == "tattoo":
-        ground = tuple(int(c) for c in np.array([224, 172, 140]) + rng.integers(-30, 30))
+        ground = rgb(np.array([224, 172, 140]) + rng.integers(-30, 30))
     canvas = Image.new("RGB", (size * px, size * px), ground)
     draw = ImageDraw.Draw(canvas)
     for thing in scene.objects:
@@ -235,13 +244,14 @@ def rendition(scene: Scene, style: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def line_drawing(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Dark, slightly trembling contours on white, each drawn twice as by hand: uint8 [size, size, 3], all channels
-    equal."""
+    """Dark, slightly trembling contours on white, each drawn twice as if by hand: uint8 [size, size, 3], with equal
+    channels."""
     canvas = Image.new("RGB", (scene.size * SUPERSAMPLE,) * 2, (255, 255, 255))
     for thing in scene.objects:
         corners = outline(thing) * SUPERSAMPLE
         for _ in range(2):
-            tremble = [tuple(map(float, p)) for p in corners + rng.normal(0, 0.45 * SUPERSAMPLE, corners.shape)]
+            moved = corners + rng.normal(0, 0.45 * SUPERSAMPLE, corners.shape)
+            tremble = [(float(x), float(y)) for x, y in moved]
             shade = int(rng.integers(10, 90))
             ImageDraw.Draw(canvas).line(_closed(tremble), fill=(shade,) * 3, width=SUPERSAMPLE, joint="curve")
     return _shrunk(canvas, scene.size)

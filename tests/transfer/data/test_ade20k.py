@@ -12,7 +12,7 @@ from tests.fixtures import SHARED
 from tests.fixtures.segmentation import write_ade20k
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER, inspect_ade20k
-from transfer.miniature import imagenet as miniature
+from transfer.data.findings import MINIATURE_MARKER
 
 REAL = SHARED
 
@@ -26,7 +26,7 @@ def whole(tmp_path_factory) -> Path:
 def root(whole, tmp_path) -> Path:
     """A copy to damage, not marked as the miniature."""
     shutil.copytree(whole, tmp_path / "data")
-    (tmp_path / "data" / FOLDER / miniature.MARKER).unlink()
+    (tmp_path / "data" / FOLDER / MINIATURE_MARKER).unlink()
     return tmp_path / "data"
 
 

@@ -11,11 +11,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from mae_core.errors import UserError
-from transfer.miniature import dense as miniature_dense
-from transfer.miniature.crowded_scenes import crowded_scene, paint
+from tests.fixtures.miniature import digests
+from transfer.miniature import dense
 from transfer.miniature.dense import ADE_IDS, SIZES
-from transfer.miniature.imagenet import MARKER
 from transfer.miniature.scenes import CLUTTER
 
 
@@ -24,21 +22,16 @@ def root(tmp_path_factory) -> Path:
     """Both datasets, with fewer images."""
     folder = tmp_path_factory.mktemp("dense")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(miniature_dense, "TRAIN", 40)
-        patch.setattr(miniature_dense, "VAL", 16)
-        miniature_dense.coco(folder)
-        miniature_dense.ade20k(folder)
+        patch.setattr(dense, "TRAIN", 40)
+        patch.setattr(dense, "VAL", 16)
+        dense.coco(folder)
+        dense.ade20k(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def train(root) -> COCO:
     return COCO(root / "coco/annotations/instances_train2017.json")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_coco_has_the_official_layout_and_its_80_categories(root):
@@ -104,27 +97,6 @@ def test_annotations_of_an_image_do_not_overlap(train):
         assert shared.sum() <= 0.02 * shared.size  # the borders' rounding
 
 
-def test_an_object_painted_later_owns_its_pixels():
-    """The last object of a scene shows all that its outline holds; the earlier ones what is left, and at least 60 %."""
-    covered = 0
-    for index in range(30):
-        scene = crowded_scene(96, 72, np.random.default_rng(index))
-        owner = paint(scene)[1]
-        first = len(scene.regions)
-        for i, thing in enumerate(scene.objects):
-            alone = paint(type(scene)(96, 72, scene.regions[:1], (thing,)))[1] == 1
-            seen = owner == first + i
-            assert not (seen & ~alone).any()
-            if i == len(scene.objects) - 1:
-                assert (seen == alone).all()
-            elif i >= scene.crowd:
-                assert 0.6 * alone.sum() <= seen.sum() <= alone.sum()
-                covered += seen.sum() < alone.sum()
-            if i >= scene.crowd:
-                assert (ndimage.binary_fill_holes(seen) == seen).all()
-    assert covered > 10
-
-
 def test_some_annotations_are_crowds_of_several_parts(train):
     crowds = [a for a in train.anns.values() if a["iscrowd"]]
     assert 1 <= len(crowds) <= len(train.imgs) // 3
@@ -178,32 +150,22 @@ def test_both_datasets_show_the_same_images_and_objects(root, train):
         label = np.asarray(Image.open(folder / f"annotations/{stem}.png"))
         for annotation in train.imgToAnns[image_id]:
             inside = label[train.annToMask(annotation) > 0]
-            kind = miniature_dense.CLASSES[list(miniature_dense.COCO_IDS.values()).index(annotation["category_id"])]
+            kind = dense.CLASSES[list(dense.COCO_IDS.values()).index(annotation["category_id"])]
             assert (inside == ADE_IDS[kind]).mean() > 0.85
 
 
 def test_unlabelled_pixels_are_the_clutter():
-    drawn = next(
-        p for p in (miniature_dense.picture(0, "train", i) for i in range(50)) if p.scene.objects[-1].kind in CLUTTER
-    )
+    drawn = next(p for p in (dense.picture(0, "train", i) for i in range(50)) if p.scene.objects[-1].kind in CLUTTER)
     first = len(drawn.scene.regions)
     clutter = [first + i for i, thing in enumerate(drawn.scene.objects) if thing.kind in CLUTTER]
-    assert ((miniature_dense.label_of(drawn) == 0) == np.isin(drawn.owner, clutter)).all()
+    assert ((dense.label_image(drawn) == 0) == np.isin(drawn.owner, clutter)).all()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_none(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(miniature_dense, "TRAIN", 3)
-    monkeypatch.setattr(miniature_dense, "VAL", 2)
-    for make, images in ((miniature_dense.coco, "*/*.jpg"), (miniature_dense.ade20k, "images/*/*.jpg")):
+    monkeypatch.setattr(dense, "TRAIN", 3)
+    monkeypatch.setattr(dense, "VAL", 2)
+    for make, images in ((dense.coco, "*/*.jpg"), (dense.ade20k, "images/*/*.jpg")):
         first, again, other = (make(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
-        assert contents(first) == contents(again)
+        assert digests(first) == digests(again)
         assert len(list(first.glob(images))) == 5
         assert not {p.read_bytes() for p in first.glob(images)} & {p.read_bytes() for p in other.glob(images)}
-
-
-def test_real_data_are_never_overwritten(tmp_path):
-    for make, name in ((miniature_dense.coco, "coco"), (miniature_dense.ade20k, "ADEChallengeData2016")):
-        (tmp_path / name).mkdir()
-        with pytest.raises(UserError, match="not a miniature"):
-            make(tmp_path)
-        assert list((tmp_path / name).iterdir()) == []

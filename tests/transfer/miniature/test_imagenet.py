@@ -1,0 +1,108 @@
+"""The miniature of ImageNet: layouts, class lists, determinism, and that the images are what they claim."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.fixtures.miniature import PUBLISHED_CORRUPTIONS, digests
+from transfer.miniature import imagenet, scenes
+
+
+def timm_list(name: str) -> list[str]:
+    folder = Path(importlib.util.find_spec("timm").origin).parent / "data" / "_info"
+    return (folder / name).read_text().split()
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_classes_stand_under_wnids_that_every_dataset_lists():
+    wnids = list(imagenet.class_wnids().values())
+    assert wnids == sorted(set(wnids))
+    assert len(wnids) == 16
+    for name in ("imagenet_synsets.txt", "imagenet_a_synsets.txt", "imagenet_r_synsets.txt"):
+        assert set(wnids) <= set(timm_list(name))
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern", "per_class"),
+    [
+        ("imagenet/train", "*.JPEG", 50),
+        ("imagenet/val", "ILSVRC2012_val_*.JPEG", 100),
+        ("imagenet-a", "*.jpg", 40),
+        ("imagenet-r", "*.jpg", 40),
+        ("imagenet-sketch", "*.JPEG", 40),
+    ],
+)
+def test_layout(root, folder, pattern, per_class):
+    wnids = sorted(imagenet.class_wnids().values())
+    assert sorted(p.name for p in (root / folder).iterdir() if p.is_dir()) == wnids
+    for wnid in wnids:
+        files = list((root / folder / wnid).glob(pattern))
+        assert len(files) == per_class == len(list((root / folder / wnid).iterdir()))
+        with Image.open(files[0]) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 48))
+
+
+def test_imagenet_c_layout(root):
+    wnids = sorted(imagenet.class_wnids().values())
+    val = {p.name for p in (root / "imagenet/val").rglob("*.JPEG")}
+    folder = root / "imagenet-c"
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(PUBLISHED_CORRUPTIONS)
+    for name in PUBLISHED_CORRUPTIONS:
+        for severity in ("1", "2", "3", "4", "5"):
+            assert sorted(p.name for p in (folder / name / severity).iterdir()) == wnids
+            files = list((folder / name / severity).rglob("*.JPEG"))
+            assert len(files) == 64
+            assert {p.name for p in files} <= val
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_none_of_them(root, tmp_path):
+    again = digests(imagenet.imagenet_a(tmp_path / "again"))
+    assert again == digests(root / "imagenet-a")
+    other = digests(imagenet.imagenet_a(tmp_path / "other", seed=1))
+    assert not set(other.values()) & set(again.values())
+
+
+def test_process_pool_changes_no_byte(root, tmp_path):
+    """An image depends on its index alone: 2000 images come from the pool, the first 300 were made without it."""
+    many = digests(imagenet.unlabelled(tmp_path, count=2000))
+    few = digests(root / "unlabelled")
+    assert len(many) == 2000
+    assert few == {name: many[name] for name in few}
+
+
+def test_no_image_occurs_twice(root):
+    counts = Counter()
+    for folder in ("imagenet", "imagenet-a", "imagenet-r", "imagenet-sketch", "unlabelled"):
+        counts.update(digests(root / folder).values())
+    assert sum(counts.values()) == 800 + 1600 + 3 * 640 + 300
+    assert max(counts.values()) == 1
+
+
+def test_sketches_are_dark_lines_on_white(root):
+    for file in sorted((root / "imagenet-sketch").rglob("*.JPEG"))[::20]:
+        image = pixels(file).astype(int)
+        assert np.ptp(image, axis=2).max() <= 8  # grey
+        assert (image.min(axis=2) > 230).mean() > 0.6
+        assert 0.01 < (image.max(axis=2) < 128).mean() < 0.25
+
+
+def test_renditions_have_every_style(root):
+    for folder in (root / "imagenet-r").iterdir():
+        if folder.is_dir():
+            assert Counter(p.name.split("_")[0] for p in folder.iterdir()) == dict.fromkeys(scenes.STYLES, 8)
+
+
+def test_imagenet_c_files_are_corrupted_val_images(root):
+    """Mild severities stay nearer to their own val image than to any other of val's first images."""
+    wnids = sorted(imagenet.class_wnids().values())
+    val = {p.name: pixels(p).astype(float) for w in wnids for p in sorted((root / "imagenet/val" / w).iterdir())[:4]}
+    for file in sorted((root / "imagenet-c/pixelate/1").rglob("*.JPEG")):
+        image = pixels(file).astype(float)
+        assert min(val, key=lambda name: np.square(val[name] - image).mean()) == file.name

@@ -1,0 +1,68 @@
+"""Writing a set whole or not at all."""
+
+import json
+
+import pytest
+
+from mae_core.errors import UserError
+from tests.fixtures.miniature import digests
+from transfer.data.findings import MINIATURE_MARKER
+from transfer.miniature import dense, imagenet, scenes
+from transfer.miniature.writer import VERSION
+
+
+def test_marker_tells_version_seed_and_counts(root):
+    marker = json.loads((root / "imagenet" / MINIATURE_MARKER).read_text())
+    assert marker == {"version": VERSION, "seed": 0, "counts": {"train": 800, "val": 1600}}
+    for folder in root.iterdir():
+        if folder.is_dir():
+            counts = json.loads((folder / MINIATURE_MARKER).read_text())["counts"]
+            assert len(digests(folder)) == sum(counts.values()), folder.name
+
+
+def test_a_complete_set_is_left_alone_and_a_damaged_or_other_one_is_made_again(tmp_path):
+    folder = imagenet.imagenet_sketch(tmp_path)
+    whole = digests(folder)
+    file = folder / next(iter(whole))
+    written = file.stat().st_mtime_ns
+    imagenet.imagenet_sketch(tmp_path)
+    assert file.stat().st_mtime_ns == written
+
+    file.unlink()
+    imagenet.imagenet_sketch(tmp_path)
+    assert digests(folder) == whole
+
+    imagenet.imagenet_sketch(tmp_path, seed=1)
+    assert json.loads((folder / MINIATURE_MARKER).read_text())["seed"] == 1
+    assert not set(digests(folder).values()) & set(whole.values())
+
+
+def test_interrupted_writing_leaves_no_set_and_is_made_good(tmp_path, monkeypatch):
+    draw = scenes.line_drawing
+    calls = []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(scenes, "line_drawing", stops)
+    with pytest.raises(KeyboardInterrupt):
+        imagenet.imagenet_sketch(tmp_path)
+    assert not (tmp_path / "imagenet-sketch").exists()
+    monkeypatch.undo()
+    assert len(digests(imagenet.imagenet_sketch(tmp_path))) == 640
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["imagenet-sketch"]
+
+
+def test_real_data_are_never_overwritten(tmp_path):
+    makers = {"imagenet-r": imagenet.imagenet_r, "coco": dense.coco, "ADEChallengeData2016": dense.ade20k}
+    for name, make in makers.items():
+        own = tmp_path / name / "n01498041" / "photo.jpg"
+        own.parent.mkdir(parents=True)
+        own.write_bytes(b"mine")
+        with pytest.raises(UserError, match="not a miniature"):
+            make(tmp_path)
+        assert own.read_bytes() == b"mine"
+        assert len(list((tmp_path / name).rglob("*"))) == 2
