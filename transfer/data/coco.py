@@ -1,4 +1,4 @@
-"""COCO 2017 on disk: its 80 categories, the reader of its annotations, and what may be wrong with them."""
+"""COCO 2017 on disk: its 80 categories, the reader of its annotations, and the checks of what lies there."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ from mae_core.errors import UserError
 from transfer.data.findings import Data, against_official, label_of, some
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
-# Official id -> name, with the ten gaps of 1..90. The label of a category is its rank among them, 0..79, whatever part
-# of them a file has.
+# Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
+# lists only some of them.
 CATEGORIES = {
     i: name for i, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]) if i and name != "N/A"
 }
 IDS = tuple(CATEGORIES)
 LABELS = {category: label for label, category in enumerate(IDS)}
-SIZES_CHECKED = 100  # images whose header is compared with the json; all would take minutes on a slow disk
+SIZES_CHECKED = 100  # images whose header is compared with the json: all would take minutes on a slow disk
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and its objects, crowds left out: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one
-    run-length encoding (pycocotools) an object."""
+    """One image and its objects without crowds: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one
+    run-length encoding (pycocotools) per object."""
 
     file: str
     id: int
@@ -51,7 +51,8 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples in one block of bytes: forked workers share it, where touching objects would copy it page by page."""
+    """Examples in one block of bytes, which forked workers share; Python objects would be copied page by page as they
+    are touched."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         parts = [pickle.dumps(example, protocol=-1) for example in examples]
@@ -69,9 +70,9 @@ class Examples(Sequence[Example]):
 
 @dataclass(frozen=True)
 class Split:
-    """One annotation file. examples: images in the order of the file. clipped, dropped: boxes that reached out of their
-    image, and objects without area or without a valid outline. problems: why the file cannot be used. findings:
-    what is not as in the official file."""
+    """One annotation file. examples: its images, in its order. clipped, dropped: numbers of boxes cut to their image,
+    and of objects without area or valid outline. problems: why the file cannot be used. findings: differences to the
+    official file."""
 
     examples: Examples
     objects: int
@@ -94,7 +95,7 @@ def annotation_file(root: Path, split: str) -> Path:
 
 
 def read_split(root: Path, split: str) -> Split:
-    """The "train" or "val" images below root/coco. What is wrong is told in `problems`, nothing raised."""
+    """The "train" or "val" images below root/coco. Nothing is raised for bad data: `problems` lists what is wrong."""
     path = annotation_file(root, split)
     return read_once(path, root / "coco" / f"{split}2017", path.stat().st_mtime_ns)
 
@@ -106,7 +107,7 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
     try:
         values = json.loads(content)
         images, annotations, categories = (list(values[k]) for k in ("images", "annotations", "categories"))
-        # All that the readers ask for, pycocotools among them, which would do so after the training.
+        # Everything that the readers access; pycocotools would do so only after the training.
         for image in images:
             image["id"], image["file_name"], range(image["height"]), range(image["width"])
         for category in categories:
@@ -121,7 +122,7 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
     if not annotations:
         problems.append(f"{path} has no annotations at all: test sets have none, take instances_{{train,val}}2017.json")
     elif all(a["iscrowd"] for a in annotations):
-        problems.append(f"{path} has crowds alone, no object")
+        problems.append(f"{path} has only crowds, no object")
     ids = {a["id"] for a in annotations}
     if len(ids) < len(annotations) or 0 in ids:  # pycocotools takes 0 for "not found"
         problems.append(f"{path}: the ids of its annotations are not all different and from 1 on")
@@ -143,14 +144,14 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
 
 
 def unscorable(path: Path, annotations: list[dict], sizes: dict[int, tuple[int, int]]) -> list[str]:
-    """A sentence if pycocotools cannot read some of the outlines: its evaluation would fail, after the training."""
+    """A sentence if pycocotools cannot read some outlines: its evaluation would fail after the training."""
     bad = []
     for annotation in annotations:
         outline, size = annotation["segmentation"], sizes[annotation["image_id"]]
         try:
             compressed = isinstance(outline, dict) and not isinstance(outline["counts"], list)
             mask_util.area(outline if compressed else mask_util.frPyObjects(outline, *size))
-        except Exception:  # of any type, by what it stumbles over
+        except Exception:  # of any type
             bad.append(annotation["id"])
     if not bad:
         return []
@@ -200,8 +201,8 @@ def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
 
 
 def read_example(image: dict, folder: Path, annotations: list[dict], counts: dict[str, int]) -> Example:
-    """Boxes are cut to the image; objects left without area or outline are dropped, as detectron2 does; both are
-    counted."""
+    """Boxes are cut to the image, and objects without area or outline are dropped, as in detectron2; `counts` counts
+    both."""
     height, width = image["height"], image["width"]
     boxes, labels, rles = [], [], []
     for annotation in annotations:
@@ -212,7 +213,7 @@ def read_example(image: dict, folder: Path, annotations: list[dict], counts: dic
         if rle is None or not np.isfinite(box).all() or (inside[2:] - inside[:2]).min() <= 0:
             counts["dropped"] += 1
             continue
-        # The published boxes are rounded to 0.01 px, and some reach out by that.
+        # Published boxes are rounded to 0.01 px and may reach out of the image by that.
         counts["clipped"] += bool(np.abs(inside - box).max() > 0.05)
         boxes.append(inside)
         labels.append(LABELS[annotation["category_id"]])
@@ -229,14 +230,14 @@ def read_example(image: dict, folder: Path, annotations: list[dict], counts: dic
 
 
 def outline(segmentation: Any, height: int, width: int) -> dict | None:
-    """Polygons, or a run-length encoding in either form, as a compressed run-length encoding; None if invalid."""
+    """Polygons or a run-length encoding of either form -> a compressed run-length encoding; None if invalid."""
     try:
         if isinstance(segmentation, dict):
             counts = segmentation["counts"]
             if list(segmentation["size"]) != [height, width] or not counts:
                 return None
             if isinstance(counts, list):
-                # pycocotools would leave what the runs do not reach as the memory was.
+                # Beyond the runs, pycocotools would leave memory uninitialised.
                 return mask_util.frPyObjects(segmentation, height, width) if sum(counts) == height * width else None
             mask_util.decode(segmentation)  # ValueError if the runs are too long
             return segmentation

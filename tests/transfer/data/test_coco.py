@@ -228,7 +228,7 @@ def test_no_annotations_at_all(root, split):
 def test_crowds_alone_are_nothing_to_learn_or_find(root, split):
     mask = np.ones((48, 64), np.uint8)
     path = write_split(root, split, [(64, 48)], [crowd(FIRST_ID[split], 1, mask)])
-    assert f"{path} has crowds alone, no object" in problem_of(root)
+    assert f"{path} has only crowds, no object" in problem_of(root)
 
 
 def test_objects_of_no_area_alone_are_nothing_to_learn(root):
