@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -80,6 +80,14 @@ class Sample:
 
     index: int
     position: int
+
+
+class Samples(Protocol):
+    """What a training reads: Sample -> (image, label or dict of targets, name of an unreadable file or "")."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, sample: Sample, /) -> tuple[Tensor, Any, str]: ...
 
 
 class Images(Dataset):
@@ -170,13 +178,13 @@ class TrainingStream(Sampler):
                 yield [Sample(int(order[view // self.repeats]), before + view) for view in views]
 
 
-def loader(dataset: Images, batches: Any, workers: int, device: str) -> DataLoader:
+def loader(dataset: Samples, batches: Any, workers: int, device: str) -> DataLoader:
     """A DataLoader over lists of Samples or indices, which gives (images, labels, unreadable names).
 
     It serves for one pass: a training has one loader for all its epochs, so that workers start once.
     """
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # torch asks for its Dataset and uses what Samples has
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,

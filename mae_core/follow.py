@@ -38,9 +38,7 @@ def labelled_folder(root: Path) -> Labelled:
     names = [sorted({name for _, name in splits[split]}) for split in ("train", "val")]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))[0]
-        raise UserError(
-            f"{root}: train and val must have the same folders of classes, but only one has {odd}"
-        )
+        raise UserError(f"{root}: train and val must have the same folders of classes, but only one has {odd}")
     label_of = {name: label for label, name in enumerate(names[0])}
 
     def thinned(pairs: list, limit: int) -> tuple[list[Path], list[int]]:

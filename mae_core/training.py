@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.data import Images, UnreadableFiles
+from mae_core.data import Samples, UnreadableFiles
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import differences
@@ -35,7 +35,7 @@ class Training:
 
     label: str
     work: Path
-    dataset: Images
+    dataset: Samples
     epochs: int
     batch: int
     micro_batch: int

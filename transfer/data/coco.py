@@ -125,10 +125,10 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
         problems.append(f"{path} has only crowds, no object")
     ids = {a["id"] for a in annotations}
     if len(ids) < len(annotations) or 0 in ids:  # pycocotools takes 0 for "not found"
-        problems.append(f"{path}: the ids of its annotations are not all different and from 1 on")
+        problems.append(f"{path}: its annotation ids are not distinct numbers from 1 on")
     known = {image["id"] for image in images}
     if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
-        problems.append(f"{path} annotates {len(strangers)} times images that it does not list: {some(strangers)}")
+        problems.append(f"{path} has {len(strangers)} annotations of images that it does not list: {some(strangers)}")
     if not problems and folder.name.startswith("val"):
         problems += unscorable(path, annotations, {i["id"]: (i["height"], i["width"]) for i in images})
     if problems:

@@ -250,7 +250,7 @@ def test_a_category_under_another_name(root):
 
 def test_annotations_of_images_that_are_not_listed(root):
     path = write_split(root, "train", [(64, 48)], [rectangle(FIRST, 1, 5, 5, 9, 9), rectangle(4711, 1, 5, 5, 9, 9)])
-    assert f"{path} annotates 1 times images that it does not list: 4711" in problem_of(root)
+    assert f"{path} has 1 annotations of images that it does not list: 4711" in problem_of(root)
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (7, 7)])
@@ -258,7 +258,7 @@ def test_annotation_ids_that_pycocotools_would_confuse(root, ids):
     """It takes id 0 for "not found", and keeps the last of two with one id."""
     objects = [rectangle(FIRST_ID["val"], 1, 5 * i, 5, 4, 9, id=i) for i in ids]
     path = write_split(root, "val", [(64, 48)], objects)
-    assert f"{path}: the ids of its annotations are not all different and from 1 on" in problem_of(root)
+    assert f"{path}: its annotation ids are not distinct numbers from 1 on" in problem_of(root)
 
 
 # Objects
