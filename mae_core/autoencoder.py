@@ -1,7 +1,7 @@
 """The masked autoencoder of the paper (arXiv 2111.06377, section 3)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -11,35 +11,38 @@ from torch.utils.checkpoint import checkpoint
 from mae_core.errors import UserError
 from mae_core.masking import kept_patches
 from mae_core.patches import patchify, take
-from mae_core.targets import PixelTarget
+from mae_core.targets import PixelTarget, Target
 from mae_core.vit import init_as_mae, norm_layer, sincos_position_embedding, vit_arguments
 
 LOSS_ON = ("masked", "all")
 
 
 class MAEOutput(NamedTuple):
-    """loss: scalar, the mean of the target's error over the patches index [B, M]: the hidden ones, or all of them where
-    the loss is on all. prediction [B, M, W]: of those patches, in the space of the target."""
+    """loss: scalar, the mean of the target's error over the patches numbered predicted [B, M]: the hidden ones, or all
+    of them with loss_on="all". prediction [B, M, W]: of those patches, in the space of the target."""
 
     loss: Tensor
     prediction: Tensor
-    index: Tensor
+    predicted: Tensor
 
 
 class MaskedAutoencoder(VisionTransformer):
     """The encoder with a light decoder. The encoder is the ViT itself, so that the state dict has the names of the
-    official full checkpoints: a plain ViT's, and beside them mask_token and decoder_*.
+    official full checkpoints: a plain ViT's, mask_token and decoder_*.
 
     norm_pix: reconstruct per-patch normalised pixels instead of pixels.
     activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
     target: what to reconstruct instead of pixels (mae_core/targets.py).
     loss_on: "masked" patches (section 3), or "all" (its footnote 1).
     encoder_mask_tokens: the encoder sees a learned token in place of each hidden patch (Table 1c); mask_token then has
-    the encoder's width, and the decoder gets what the encoder made of it.
+    the encoder's width, and the decoder gets the encoder's output for it.
 
-    Past the patch projection everything runs in the order of the noise, visible patches first: a Transformer takes no
-    notice of order, and what is hidden is then a slice.
+    After the patch projection everything runs in the order of the noise, visible patches first: a Transformer ignores
+    order, and what is hidden is then a slice.
     """
+
+    pos_embed: nn.Parameter
+    cls_token: nn.Parameter
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_heads: int = 16,
         norm_pix: bool = False,
         activation_checkpointing: bool = False,
-        target: nn.Module | None = None,
+        target: Target | None = None,
         loss_on: str = "masked",
         encoder_mask_tokens: bool = False,
     ) -> None:
@@ -66,26 +69,29 @@ class MaskedAutoencoder(VisionTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim if encoder_mask_tokens else decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(decoder_dim, self.patch_embed.grid_size))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(decoder_depth)
+            Block(decoder_dim, decoder_heads, qkv_bias=True, norm_layer=norm_layer)  # type: ignore[arg-type]  # a partial
+            for _ in range(decoder_depth)
         )
         self.decoder_norm = norm_layer(decoder_dim)
-        target = target if target is not None else PixelTarget(self.patch, norm_pix)
+        target = PixelTarget(self.patch, norm_pix) if target is None else target
         self.decoder_pred = nn.Linear(decoder_dim, target.width)
         init_as_mae(self)
-        self.decoder_target = target  # after the initialisation: a frozen tokenizer keeps its weights
+        self.decoder_target: Target = target  # after the initialisation: a frozen tokenizer keeps its weights
         self.pos_embed.requires_grad_(False)
         self.decoder_pos_embed.requires_grad_(False)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> MAEOutput:
+    def forward(  # type: ignore[override]  # of the ViT only names and blocks are used
+        self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75
+    ) -> MAEOutput:
         """images [B, 3, H, W], normalised. noise [B, N]: the int(N * (1 - mask_ratio)) patches with the smallest noise
         stay visible, per sample; uniform by default. UserError if none or all would stay."""
         patches = patchify(images, self.patch)
         order, kept = self.order_of(patches, noise, mask_ratio)
         first = kept if self.loss_on == "masked" else 0
         prediction = self.decode(self.encode(patches, order, kept), order, first)
-        index = order[:, first:]
-        error = self.decoder_target(prediction.float(), images, patches, index)
-        return MAEOutput(error.mean(), prediction, index)
+        predicted = order[:, first:]
+        error = self.decoder_target(prediction.float(), images, patches, predicted)
+        return MAEOutput(error.mean(), prediction, predicted)
 
     def predict(self, images: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
         """The prediction of every patch in raster order [B, N, W], and the mask [B, N]: 1 where it was hidden."""
@@ -96,17 +102,18 @@ class MaskedAutoencoder(VisionTransformer):
         return take(prediction, order.argsort(dim=1)), mask
 
     def order_of(self, patches: Tensor, noise: Tensor | None, mask_ratio: float) -> tuple[Tensor, int]:
-        """The patches' numbers in the order of their noise [B, N], and how many of the first stay visible."""
+        """The patches' numbers in the order of their noise [B, N], and how many of these stay visible, from the first
+        on."""
         kept = kept_patches(patches.shape[1], mask_ratio)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=patches.device)
         return noise.argsort(dim=1), kept
 
     def encode(self, patches: Tensor, order: Tensor, kept: int) -> Tensor:
-        """Patches [B, N, P], their order [B, N], of which the first `kept` are seen -> tokens [B, 1 + kept, D] after
-        the last norm; [B, 1 + N, D] where the encoder gets mask tokens."""
+        """Patches [B, N, P] and their order [B, N], in which the first `kept` are visible -> tokens [B, 1 + kept, D]
+        after the last norm; [B, 1 + N, D] if the encoder gets mask tokens."""
         seen = take(patches, order[:, :kept])
-        # The patch projection as a linear layer on the kept patches alone: what is hidden costs nothing.
+        # The patch projection as a linear layer on the visible patches only: hidden ones cost nothing.
         projection = self.patch_embed.proj
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (channel, row, column) -> (row, column, channel)
         x = nn.functional.linear(seen, weight, projection.bias)
@@ -114,15 +121,15 @@ class MaskedAutoencoder(VisionTransformer):
             x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), order.shape[1] - kept, -1)], dim=1)
         positions = self.pos_embed[:, 1:].expand(len(x), -1, -1)
         x = x + take(positions, order[:, : x.shape[1]])
-        auxiliary = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([auxiliary.expand(len(x), -1, -1), x], dim=1)
+        class_token = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = self.run(block, x)
         return self.norm(x)
 
     def decode(self, tokens: Tensor, order: Tensor, first: int) -> Tensor:
-        """Encoded tokens [B, 1 + V, D] and the order of all patches, those V first [B, N] -> predictions [B, N - first,
-        W] of the patches from `first` on in that order."""
+        """Encoded tokens [B, 1 + V, D] and the order of all patches [B, N], those V first -> predictions
+        [B, N - first, W] of the patches from `first` on in that order."""
         x = self.decoder_embed(tokens)
         hidden = order.shape[1] + 1 - x.shape[1]
         if hidden:
@@ -131,7 +138,7 @@ class MaskedAutoencoder(VisionTransformer):
         x = x + torch.cat([positions[:, :1], take(positions[:, 1:], order)], dim=1)
         for block in self.decoder_blocks[:-1]:
             x = self.run(block, x)
-        # All tokens are attended to once more, but only what is predicted goes on from there.
+        # The last block attends to all tokens, but only what is predicted goes on from there.
         x = self.run(lambda y: last_part(self.decoder_blocks[-1], y, 1 + first), x)
         return self.decoder_pred(self.decoder_norm(x))
 
@@ -141,7 +148,7 @@ class MaskedAutoencoder(VisionTransformer):
         return block(x)
 
 
-def last_part(block: Block, x: Tensor, first: int) -> Tensor:
-    """What the block makes of the tokens from `first` on."""
+def last_part(block: Any, x: Tensor, first: int) -> Tensor:
+    """The block's output for the tokens from `first` on."""
     x = (x + block.attn(block.norm1(x)))[:, first:]
     return x + block.mlp(block.norm2(x))

@@ -20,8 +20,11 @@ LOGIT_LAPLACE_EPS = 0.1  # the encoder was trained on pixels squeezed into 0.1..
 
 
 class Convolution(nn.Module):
-    """A same-size convolution with the names w and b. Buffers outside the state dict: frozen, and the user has them as
-    a file."""
+    """A same-size convolution with the names w and b. They are buffers, not part of the state dict: frozen, and in the
+    user's own file."""
+
+    w: Tensor
+    b: Tensor
 
     def __init__(self, n_in: int, n_out: int, side: int) -> None:
         super().__init__()
@@ -56,13 +59,16 @@ class Block(nn.Module):
 
 
 class DalleTokenizer(nn.Module):
-    """Normalised images [B, 3, H, W] -> token ids [B, N] for a grid of patches (rows, columns): the image is resized
+    """Normalised images [B, 3, H, W] -> token ids [B, N] for a grid of patches (rows, columns). The image is resized
     (bilinear, antialiased) so that a token covers a patch: to 112 px for the 14x14 patches of 224 px."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, grid: tuple[int, int], n_hid: int = 256, vocabulary: int = 8192) -> None:
         super().__init__()
         self.size = (STRIDE * grid[0], STRIDE * grid[1])
-        blocks = {"input": Convolution(3, n_hid, 7)}
+        blocks: dict[str, nn.Module] = {"input": Convolution(3, n_hid, 7)}
         n_in = n_hid
         for group in range(GROUPS):
             n_out = n_hid * 2**group
@@ -82,18 +88,18 @@ class DalleTokenizer(nn.Module):
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in 0..1 -> logits [B, vocabulary, H / 8, W / 8]."""
-        x = self.blocks["input"]((1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS)
-        for group in range(1, GROUPS + 1):
-            for block in self.blocks[f"group_{group}"].values():
-                x = block(x)
-            if group < GROUPS:
+        x = (1 - 2 * LOGIT_LAPLACE_EPS) * pixels + LOGIT_LAPLACE_EPS
+        for name, part in self.blocks.items():
+            for block in part.values() if isinstance(part, nn.ModuleDict) else [part]:
+                x = block(x.relu() if name == "output" else x)
+            if name.startswith("group_") and name != f"group_{GROUPS}":
                 x = F.max_pool2d(x, 2)
-        return self.blocks["output"]["conv"](x.relu())
+        return x
 
 
 def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
-    """The tokenizer with the weights of a file, and its vocabulary. UserError unless the file is a plain state dict
-    with every tensor there in its shape; a pickled module is never loaded."""
+    """The tokenizer with a file's weights, and its vocabulary. UserError unless the file is a plain state dict with
+    every tensor in its shape; a pickled module is never loaded."""
     content, _ = read_file(path)
     state = content if isinstance(content, dict) else {}
     for name in ("blocks.input.w", "blocks.output.conv.w"):

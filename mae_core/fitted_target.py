@@ -1,4 +1,4 @@
-"""The target of a recipe, with what has to be fitted on images or read from the user's file."""
+"""The target of a recipe: fitted on the images or read from the user's file where it has to be."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae_core import distributed
 from mae_core.checkpoint import save_weights, sha256_of
@@ -15,18 +15,16 @@ from mae_core.data import Images, Sample, normalize, pretraining_transform, seed
 from mae_core.errors import UserError
 from mae_core.patches import patchify
 from mae_core.recipe import PretrainRecipe
-from mae_core.targets import KMeansTokenizer, PCATarget, PixelTarget, TokenTarget, fit_kmeans, fit_pca
+from mae_core.targets import KMeansTokenizer, PCATarget, PixelTarget, Target, TokenTarget, fit_kmeans, fit_pca
 
 TARGET_FILE = "target.safetensors"
 PATCHES_PER_IMAGE = 20
 
 
-def make_target(
-    r: PretrainRecipe, patch: int, images: Images, seed: int, out: Path, tokenizer: Path | None
-) -> nn.Module:
+def make_target(r: PretrainRecipe, patch: int, images: Images, seed: int, out: Path, tokenizer: Path | None) -> Target:
     """The target module. What is fitted is kept as target.safetensors in `out`, and read from there if it is of the
-    same recipe, seed and images. Every process gets the same one. UserError for a tokenizer file that is missing or is
-    not asked for."""
+    same recipe, seed and images. Every process gets the same one. UserError for a tokenizer file that is missing or
+    not needed."""
     if (r.target == "tokens" and r.tokenizer == "dall-e") != (tokenizer is not None):
         wanted = "--tokenizer FILE is needed by tokenizer=dall-e, and by nothing else"
         raise UserError(f"{wanted}: the state dict of DALL-E's encoder (docs/pretraining.md says how to make it)")
@@ -39,9 +37,9 @@ def make_target(
     identity = {"recipe": [r.target, r.fit_images, r.image_size, r.augmentation, r.min_scale], "seed": seed}
     identity |= {"size": r.pca_components if r.target == "pca" else r.vocabulary, "patch": patch}
     identity["images"] = hashlib.sha256(b"\n".join(images.files.tolist())).hexdigest()
-    said = json.dumps(identity, sort_keys=True)
-    if distributed.is_main() and not (path.exists() and read(path)[1].get("identity") == said):
-        save_weights(path, fit(r, patch, images, seed).state_dict(), {"identity": said})
+    fitted_on = json.dumps(identity, sort_keys=True)
+    if distributed.is_main() and not (path.exists() and read(path)[1].get("identity") == fitted_on):
+        save_weights(path, fit(r, patch, images, seed).state_dict(), {"identity": fitted_on})
     distributed.barrier()
     tensors = read(path)[0]
     if r.target == "pca":
@@ -49,9 +47,9 @@ def make_target(
     return TokenTarget(KMeansTokenizer(patch, tensors["tokenizer.centres"]), r.vocabulary)
 
 
-def fit(r: PretrainRecipe, patch: int, images: Images, seed: int) -> nn.Module:
+def fit(r: PretrainRecipe, patch: int, images: Images, seed: int) -> Target:
     transform = pretraining_transform(r.image_size, r.min_scale, r.augmentation)
-    patches = sample_patches(Images(images.files, transform, seed=images.seed), patch, r.fit_images, seed)
+    patches = sample_patches(Images(images.files.tolist(), transform, seed=images.seed), patch, r.fit_images, seed)
     print(f"fitting {r.target} on {len(patches)} patches of {min(r.fit_images, len(images))} images", flush=True)
     if r.target == "pca":
         return fit_pca(patches, r.pca_components)
@@ -59,8 +57,8 @@ def fit(r: PretrainRecipe, patch: int, images: Images, seed: int) -> nn.Module:
 
 
 def sample_patches(images: Images, patch: int, count: int, seed: int) -> Tensor:
-    """PATCHES_PER_IMAGE random patches (or all, where there are fewer) of `count` random images, augmented as they are
-    trained on: [M, P]. Files that cannot be read are left out."""
+    """PATCHES_PER_IMAGE random patches (all, if there are fewer) of `count` random images, augmented as in training:
+    [M, P]. Files that cannot be read are left out."""
     generator = torch.Generator().manual_seed(seed_for(seed, 2) % 2**63)
     found = []
     for index in torch.randperm(len(images), generator=generator)[:count].tolist():

@@ -1,15 +1,15 @@
 """The training loop that pre-training and every classifier share: accumulation, DDP, progress, and exact resume.
 
-Everything random is a function of (seed, step, position), never of what ran before: so a killed run goes on where its
-last checkpoint stood and ends with the same weights, and the augmentation of a sample does not depend on the number of
-processes or workers.
+Everything random is a function of (seed, step, position), never of what ran before: a killed run resumes from its last
+checkpoint and ends with the same weights, and a sample's augmentation does not depend on the number of processes or
+workers.
 """
 
-import contextlib
 import math
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
 
-FLUSH_STEPS = 10  # losses wait on the device this long before they are looked at, so that a GPU is never held up
+FLUSH_STEPS = 10  # losses stay on the device for so many steps, so that the GPU never waits for them
 
 
 def micro_batch_for(local_batch: int, wanted: int) -> int:
@@ -46,7 +46,7 @@ def check_batch(images: int, batch: int, where: str) -> None:
 
 
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, ema: Any = None) -> State:
-    """Train to the end, or from training.work's checkpoint to the end. Ctrl-C and SIGTERM save first, then raise
+    """Train to the end, from the checkpoint in training.work if there is one. Ctrl-C and SIGTERM save first, then raise
     KeyboardInterrupt. A loss that is not finite raises UserError and leaves the last checkpoint as it was."""
     t, main = training, distributed.is_main()
     state = State(micro_batch=t.micro_batch)
@@ -56,9 +56,11 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
         return state
     truncate_log(t.work / LOG_FILE, state.step // t.steps_per_epoch)
     suit_attention(model, t.machine)
-    forward = torch.compile(model) if t.machine.compile else model
+    forward = model
+    if t.machine.compile:
+        forward = torch.compile(model)  # type: ignore[assignment]  # which is a module too
     if distributed.world_size() > 1:
-        # A BatchNorm's statistics are each process's own, and a target's tensors the same everywhere.
+        # No broadcast: each process keeps its own BatchNorm statistics, and a target's tensors are equal everywhere.
         forward = DistributedDataParallel(forward, broadcast_buffers=False)
     model.train()
     writer = open_writer(t.work, state.step) if t.tensorboard and main else None
@@ -71,7 +73,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
         for step in range(state.step, t.steps):
             lr = t.lr_at(step)
             set_learning_rate(optimizer, lr)
-            loss = train_step(forward, optimizer, next(batches), step, t, state, careful=step == progress.first)
+            loss = train_step(forward, optimizer, next(batches), step, t, state, first=step == progress.first)
             if ema is not None:
                 ema.update(model)
             waiting.append((step, loss))
@@ -79,7 +81,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             state.seconds = seconds_before + time.monotonic() - started
             end_of_epoch = state.step % t.steps_per_epoch == 0
             due = main and time.monotonic() - saved >= 60 * t.machine.save_minutes
-            # All save and stop after the same step, or one would wait for gradients that never come.
+            # All save and stop after the same step: otherwise one would wait for gradients that never come.
             due, stopping = distributed.any_process(due, bool(stop))
             if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping:
                 last_loss = flush(waiting, state, t)
@@ -91,11 +93,11 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             if end_of_epoch:
                 before = time.monotonic()
                 found = t.after_epoch(state.step // t.steps_per_epoch) if t.after_epoch else {}
-                started += time.monotonic() - before  # what is evaluated in between is no training time
+                started += time.monotonic() - before  # evaluation is not training time
                 progress.started += time.monotonic() - before
                 end_epoch(t, state, lr, progress.rate(), found)
             if due or stopping or state.step == t.steps:
-                # One checkpoint for all: after a restart every process goes on from the mean.
+                # There is one checkpoint for all processes: each resumes from the mean of their losses.
                 losses = distributed.gather_to_all(state.loss_sum)
                 state.loss_sum = sum(losses) / len(losses)
                 if main:
@@ -128,31 +130,31 @@ def train_step(
     step: int,
     t: Training,
     state: State,
-    careful: bool,
+    first: bool,
 ) -> Tensor:
-    """One optimizer step over the effective batch; its mean loss on this process. Out of memory halves the micro-batch
-    and takes the step again. With several processes that is possible in the first step only ("careful"), where the
-    gradients are averaged by hand after everyone has said that it went well."""
+    """One optimizer step over the effective batch; returns this process's mean loss. Out of memory halves the
+    micro-batch and repeats the step; with several processes only in the first step, where gradients are averaged by
+    hand after all have computed theirs."""
     parallel = isinstance(model, DistributedDataParallel)
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not careful), False
+            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not first), False
         except torch.OutOfMemoryError:
-            if (parallel and not careful) or state.micro_batch == 1:
+            if (parallel and not first) or state.micro_batch == 1:
                 raise UserError(
                     f"out of GPU memory at step {step} with a micro-batch of {state.micro_batch}: start again with a "
                     f"smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
                 ) from None
             failed = True
-        if not (distributed.any_process(failed)[0] if careful else failed):
+        if not (distributed.any_process(failed)[0] if first else failed):
             break
         torch.cuda.empty_cache()
         state.micro_batch = max(1, state.micro_batch // 2)
         note = f"out of GPU memory: micro-batch reduced to {state.micro_batch}, effective batch kept"
         state.notes += (note,)
         print(note, flush=True)
-    if parallel and careful:
+    if parallel and first:
         for p in model.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
@@ -162,7 +164,7 @@ def train_step(
 
 
 def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_batch: int, sync: bool) -> Tensor:
-    """Forward and backward over all micro-batches; gradients of the mean. sync: let DDP average them on the last."""
+    """Forward and backward over all micro-batches; gradients of the mean. sync: DDP averages them in the last one."""
     local_batch = t.batch // distributed.world_size()
     total = torch.zeros((), device=t.machine.device)
     first = distributed.rank() * local_batch
@@ -175,8 +177,8 @@ def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_bat
         for start in range(0, len(images), micro_batch):
             part = [tensor[start : start + micro_batch] for tensor in tensors]
             last = number == len(chunks) - 1 and start + micro_batch >= len(images)
-            quiet = isinstance(model, DistributedDataParallel) and not (sync and last)
-            with model.no_sync() if quiet else contextlib.nullcontext():
+            averaging = sync and last
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and not averaging else nullcontext():
                 with t.machine.autocast():
                     loss = t.loss_of(model, *part) * (len(part[0]) / local_batch)
                 loss.backward()
@@ -185,7 +187,7 @@ def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_bat
 
 
 def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float:
-    """Look at the losses that are still on the device; UserError for the first that is not finite. Returns the last."""
+    """Fetch the losses from the device; UserError for the first that is not finite. Returns the last."""
     values = torch.stack([loss for _, loss in waiting]).tolist()
     for (step, _), value in zip(waiting, values):
         if not math.isfinite(value):
@@ -196,13 +198,13 @@ def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float
 
 
 def open_writer(work: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # imported late: it takes a second
+    from torch.utils.tensorboard import SummaryWriter  # late: the import takes a second
 
     return SummaryWriter(str(work / "tensorboard"), purge_step=step)
 
 
 class Stop:
-    """True once a signal has asked to stop."""
+    """True once a signal asked to stop."""
 
     requested = False
 
@@ -210,10 +212,10 @@ class Stop:
         return self.requested
 
 
-@contextlib.contextmanager
+@contextmanager
 def stop_requested() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set the flag, so that the step under way ends before anything is saved; a second one acts at
-    once."""
+    """SIGINT and SIGTERM set the flag, so that the current step ends before anything is saved; a second signal raises
+    KeyboardInterrupt at once."""
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:

@@ -1,7 +1,7 @@
 """Which patches stay visible: random, block-wise or grid-wise (MAE paper, Figure 6 and Table 1f).
 
-Every way gives noise [B, N] of which the model keeps the smallest: seeded, different for every sample, and the same
-however many processes share a batch.
+Each gives noise [B, N] of which the model keeps the smallest: seeded, different for every sample, and the same whatever
+the number of processes.
 """
 
 import torch
@@ -31,7 +31,7 @@ def mask_noise(
     """Noise [batch, rows * columns]: the kept_patches() smallest of each sample are those that stay visible.
 
     "random": uniform. "block": large random blocks are hidden. "grid": of every 2 x 2 patches one stays, the same one
-    all over a sample. UserError for a grid that these cannot be cut into.
+    throughout a sample. UserError for a grid that 2 x 2 patches do not fill.
     """
     noise = torch.rand(batch, grid[0] * grid[1], generator=generator)
     if masking == "random":
@@ -54,13 +54,13 @@ def grid_mask(batch: int, grid: tuple[int, int], generator: torch.Generator) -> 
 
 
 def block_mask(batch: int, grid: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
-    """True where hidden [batch, rows, columns], exactly `count` of each sample: blocks are laid until that many are
-    covered, and of the last one the rows from the top, as far as there is need of them."""
+    """True where hidden [batch, rows, columns], exactly `count` in each sample: blocks are laid until that many are
+    covered; of the last block only the first missing patches are taken, row by row from the top."""
     rows, columns = grid
     hidden = torch.zeros(batch, rows, columns, dtype=torch.bool)
     row, column = torch.arange(rows), torch.arange(columns)
     smallest = max(1.0, SMALLEST_BLOCK * rows * columns)
-    left = torch.arange(batch)  # samples with too few hidden patches yet
+    left = torch.arange(batch)  # samples that still have too few hidden patches
     while len(left):
         draw = torch.rand(4, len(left), 1, generator=generator)
         missing = count - hidden[left].sum(dim=(1, 2))[:, None]

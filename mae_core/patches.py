@@ -18,7 +18,7 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
 
 
 def normalise_patches(patches: Tensor) -> Tensor:
-    """Each patch minus its mean, over its standard deviation (unbiased variance, eps 1e-6)."""
+    """Each patch minus its mean, divided by its standard deviation (unbiased variance, eps 1e-6)."""
     mean = patches.mean(dim=-1, keepdim=True)
     return (patches - mean) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 

@@ -44,8 +44,8 @@ WEIGHTS_FILE = "mae.safetensors"
 
 @dataclass(frozen=True)
 class Following:
-    """What a long run does between epochs: every `eval_every` epochs the k-NN accuracy on `labelled`, every
-    `keep_every` epochs a copy of the weights as epoch-NNNN.safetensors (0: never)."""
+    """What a long run does between epochs: every `eval_every` epochs the k-NN accuracy on `labelled` (None: never),
+    every `keep_every` epochs a copy of the weights as epoch-NNNN.safetensors (0: never)."""
 
     eval_every: int = 0
     labelled: Labelled | None = None
@@ -53,14 +53,14 @@ class Following:
 
 
 def training_images(data: Path) -> list[str]:
-    """The images to pre-train on, loose or in tar files: DATA/train where there is one (never the validation split
-    beside it), else DATA."""
+    """The images to pre-train on, loose or in tar files: those in DATA/train (never the validation split beside it) if
+    there is one, else those in DATA."""
     return images_or_shards(data / "train" if (data / "train").is_dir() else data)
 
 
 @lru_cache(maxsize=1)  # every micro-batch of a step takes its part of the same noise
 def step_noise(seed: int, step: int, batch: int, grid: tuple[int, int], masking: str, ratio: float) -> torch.Tensor:
-    """The noise [batch, patches] that decides the masks of one step, the same however many processes share it."""
+    """The noise [batch, patches] that decides one step's masks, the same whatever the number of processes."""
     generator = torch.Generator().manual_seed(seed_for(seed, step, 1) % 2**63)
     return mask_noise(masking, batch, grid, ratio, generator)
 
@@ -76,8 +76,8 @@ def pretrain(
     following: Following = Following(),
 ) -> tuple[State, int]:
     """Pre-train to the end (resuming what lies in `out`) and write mae.safetensors: encoder and decoder under the
-    official names, and the tensors of a fitted target. tokenizer: the state dict of DALL-E's encoder, where the recipe
-    wants it. Returns the final state and the images per epoch."""
+    official names, and the tensors of a fitted target. tokenizer: the state dict of DALL-E's encoder, if the recipe
+    needs it. Returns the final state and the number of images."""
     files = training_images(data)
     check_batch(len(files), r.batch, str(data))
     local_batch = r.batch // machine.processes
@@ -113,10 +113,10 @@ def pretrain(
         if distributed.is_main():
             save_weights(out / name, model.state_dict(), metadata_of(arch, r, epochs, len(files), seed))
 
-    def after_epoch(epochs: int) -> dict[str, float]:
+    def after_epoch(epochs: int) -> dict[str, float | None]:
         if following.keep_every and epochs % following.keep_every == 0:
             write(f"epoch-{epochs:04}.safetensors", epochs)
-        if not following.eval_every or epochs % following.eval_every:
+        if following.labelled is None or epochs % following.eval_every:
             return {}
         top1 = knn_top1(model, following.labelled, r.image_size, machine)
         if distributed.is_main():
@@ -149,22 +149,21 @@ def pretrain(
 
 
 def metadata_of(arch: str, r: PretrainRecipe, epochs: int, images: int, seed: int) -> dict[str, str]:
-    """What the weights' file says about itself; of the newer knobs those that differ from the paper's alone."""
+    """What the weights' file says about itself; newer knobs only where they differ from the paper's."""
     metadata = {
         "arch": arch,
         "epochs": str(epochs),
         "norm_pix": str(r.norm_pix).lower(),
         "image_size": str(r.image_size),
         "mask_ratio": str(r.mask_ratio),
-        "decoder_heads": str(r.decoder_heads),  # which no shape tells
+        "decoder_heads": str(r.decoder_heads),  # which no tensor's shape shows
         "images": str(images),
         "seed": str(seed),
     }
     if epochs != r.epochs:
         metadata["epochs_planned"] = str(r.epochs)
-    default = {f.name: f.default for f in dataclasses.fields(r) if isinstance(f.default, str | bool)}
-    default |= {"repeated_augmentation": 1}
-    changed = {knob: getattr(r, knob) for knob, value in default.items() if getattr(r, knob) != value}
+    newer = [f for f in dataclasses.fields(r) if isinstance(f.default, str | bool) or f.name == "repeated_augmentation"]
+    changed = {f.name: getattr(r, f.name) for f in newer if getattr(r, f.name) != f.default}
     return {knob: str(value).lower() for knob, value in changed.items()} | metadata
 
 
@@ -201,7 +200,7 @@ def parse() -> argparse.Namespace:
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
-    """The machine, with fused AdamW on by default, and compilation where it is worth its minutes: on a GPU."""
+    """The machine, with fused AdamW by default, and compiled by default where that is worth its minutes: on a GPU."""
     machine = machine_from(args)
     if args.compile and args.no_compile:
         raise UserError("--compile and --no-compile: give one of them")
@@ -211,7 +210,7 @@ def machine_of(args: argparse.Namespace) -> Machine:
 
 def following_of(args: argparse.Namespace) -> Following:
     if args.eval_data is not None and not args.eval_every:
-        raise UserError("--eval-data is used by --eval-every N alone: give that too")
+        raise UserError("--eval-data is used only with --eval-every N: give that too")
     labelled = labelled_folder(args.eval_data or args.data) if args.eval_every else None
     return Following(args.eval_every, labelled, args.keep_every)
 

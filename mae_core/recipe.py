@@ -16,10 +16,10 @@ TOKENIZERS = ("k-means", "dall-e")
 @dataclass(frozen=True)
 class PretrainRecipe:
     """Every number of one pre-training. Defaults: MAE paper, Table 8, section 3 and A.1; where the paper is silent the
-    official code (min_scale, betas' use, zero decay on 1-D parameters, decoder heads). The words that masking, target,
-    loss_on and augmentation can be are in masking.py, targets.py, autoencoder.py and data.py.
+    official code (min_scale, betas' use, zero decay on 1-D parameters, decoder heads). masking.py, targets.py,
+    autoencoder.py and data.py say what masking, target, loss_on and augmentation may be.
 
-    UserError for an unknown word, and for a knob that would do nothing beside the others.
+    UserError for an unknown word, and for a knob that would have no effect.
     """
 
     image_size: int = bounded(1, default=224)
@@ -63,9 +63,9 @@ class PretrainRecipe:
             )
 
     def unused(self) -> list[tuple[str, object, str]]:
-        """(knob, the value it keeps, because of what) for every knob that does nothing beside the others."""
+        """(knob, the value it must keep, the reason) for every knob that has no effect in this recipe."""
         default = {field.name: field.default for field in fields(self)}
-        found = []
+        found: list[tuple[str, object, str]] = []
         if self.target != "pixels":
             found.append(("norm_pix", False, f"target={self.target}"))
         if self.target != "pca":
@@ -92,27 +92,26 @@ WORDS = {
     "tokenizer": TOKENIZERS,
     "augmentation": AUGMENTATIONS,
 }
-MINI_FIELDS = ("image_size", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "warmup_epochs")
-MINI_FIELDS += ("batch", "base_lr")
+MINI_FIELDS = (
+    *("image_size", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads"),
+    *("epochs", "warmup_epochs", "batch", "base_lr"),
+)
 
 
 def recipe(arch: str, name: str) -> PretrainRecipe:
     """The recipe of that name: "paper", or "mini" for the generated 48 px images and vit_mini_patch8."""
     a = get_arch(arch)
     paper = PretrainRecipe(image_size=a.image_size)
-    recipes = {
-        "paper": paper,
-        "mini": replace(
-            paper,
-            image_size=48 - 48 % a.patch,
-            norm_pix=False,
-            decoder_dim=96,
-            decoder_depth=2,
-            decoder_heads=4,
-            epochs=40,
-            warmup_epochs=2,
-            batch=256,
-            base_lr=1.5e-3,
-        ),
-    }
-    return choose("recipe", name, recipes)
+    mini = replace(
+        paper,
+        image_size=48 - 48 % a.patch,
+        norm_pix=False,
+        decoder_dim=96,
+        decoder_depth=2,
+        decoder_heads=4,
+        epochs=40,
+        warmup_epochs=2,
+        batch=256,
+        base_lr=1.5e-3,
+    )
+    return choose("recipe", name, {"paper": paper, "mini": mini})

@@ -1,4 +1,4 @@
-"""Draw what a masked autoencoder sees and what it makes of it: the paper's Figures 2 to 4.
+"""Draw what a masked autoencoder sees and what it reconstructs: the paper's Figures 2 to 4.
 
 python -m mae_core.reconstruct --ckpt FILE --images DIR --mask-ratio .75 .85 .95 --out picture.png
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
@@ -22,10 +22,10 @@ from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.machine import program
 from mae_core.patches import patchify, unpatchify
-from mae_core.targets import KMeansTokenizer, PCATarget, TokenTarget
+from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS
 
-OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape tells the number of heads
+OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape shows the number of heads
 CELL_INCHES, DPI = 1.5, 160  # 240 px a picture: a 224 px image loses nothing
 
 
@@ -40,11 +40,11 @@ class Reconstruction(NamedTuple):
 
 @torch.inference_mode()
 def reconstruct(model: MaskedAutoencoder, images: Tensor, mask_ratio: float, seed: int = 0) -> Reconstruction:
-    """What the model makes of normalised images [B, 3, H, W] with mask_ratio of their patches hidden.
+    """The model's reconstruction of normalised images [B, 3, H, W] with mask_ratio of their patches hidden.
 
-    A seed gives the same order of patches whatever the ratio: what is visible at 95 % is part of what is at 75 %.
-    Predictions of normalised pixels are taken back by each patch's true mean and standard deviation. UserError for a
-    model that predicts tokens of which there is no picture.
+    A seed gives the same order of patches whatever the ratio: what is visible at 95 % is also visible at 75 %.
+    Predictions of normalised pixels get back each patch's true mean and standard deviation. UserError for a model that
+    predicts tokens without a picture.
     """
     patches = patchify(images, model.patch)
     noise = torch.rand(patches.shape[:2], generator=torch.Generator().manual_seed(seed))
@@ -56,11 +56,11 @@ def reconstruct(model: MaskedAutoencoder, images: Tensor, mask_ratio: float, see
 
 
 def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAutoencoder:
-    """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads, the target and
-    whether the encoder has mask tokens from what the file says about itself, else 16 heads, norm_pix and no.
+    """The autoencoder of a checkpoint that has a decoder. Width and depth come from the shapes; heads, target and mask
+    tokens in the encoder from what the file says about itself, by default 16 heads, `norm_pix` and none.
 
-    CheckpointError for a file without decoder, for one that lacks a tensor, for one that predicts tokens of a tokenizer
-    that is not in it, and where norm_pix contradicts the file.
+    CheckpointError for a file without a decoder or with a missing tensor, for one that predicts the tokens of a
+    tokenizer that is not in it, and if norm_pix contradicts the file.
     """
     decoder = checkpoint.decoder
     if "decoder_embed.weight" not in decoder:
@@ -68,8 +68,8 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
             f"{checkpoint.path} has no decoder: a picture needs a full checkpoint, such as mae_visualize_vit_large.pth "
             "or the mae.safetensors that mae_core.pretrain writes"
         )
-    said = {"true": True, "false": False}.get(str(checkpoint.meta.get("norm_pix")).lower())
-    if said is False and norm_pix:
+    recorded = {"true": True, "false": False}.get(str(checkpoint.meta.get("norm_pix")).lower())
+    if recorded is False and norm_pix:
         raise CheckpointError(f"{checkpoint.path} says that it predicts plain pixels: leave out --norm-pix")
     model = MaskedAutoencoder(
         checkpoint.arch,
@@ -77,7 +77,7 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
         decoder_dim=len(decoder["decoder_embed.weight"]),
         decoder_depth=len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}),
         decoder_heads=int(checkpoint.meta.get("decoder_heads", OFFICIAL_HEADS)),
-        norm_pix=norm_pix if said is None else said,
+        norm_pix=norm_pix if recorded is None else recorded,
         target=saved_target(checkpoint),
         encoder_mask_tokens=checkpoint.meta.get("encoder_mask_tokens") is True,
     )
@@ -91,8 +91,8 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
     return model.eval()
 
 
-def saved_target(checkpoint: Checkpoint) -> nn.Module | None:
-    """The target whose tensors are beside the decoder's; None for pixels."""
+def saved_target(checkpoint: Checkpoint) -> Target | None:
+    """The target that is saved with the decoder; None for pixels."""
     tensors = {
         name.removeprefix("decoder_target."): tensor
         for name, tensor in checkpoint.decoder.items()
@@ -129,7 +129,7 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
 def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path) -> None:
     """A picture file: one row an image, one titled column for each (title, normalised images), a gap after every
     `group` columns, the note below."""
-    from matplotlib.figure import Figure  # imported late: it takes a second, and reconstruct() does without
+    from matplotlib.figure import Figure  # late: the import takes a second, and reconstruct() needs none of it
 
     rows, gap, edge = len(columns[0][1]), 0.15, 0.1  # in cells; 0.3 for the titles, 0.3 for the note
     wide = len(columns) + gap * ((len(columns) - 1) // group) + 2 * edge
@@ -164,7 +164,7 @@ def picture(
     files = list_images(folder)
     count = min(limit, len(files))
     files = [files[i * len(files) // count] for i in range(count)]
-    columns = []
+    columns: list[tuple[str, Tensor]] = []
     for name, model in models:
         images = load_images(files, model.patch_embed.img_size[0])
         for ratio in ratios:

@@ -1,9 +1,4 @@
-"""What is reconstructed (MAE paper, Table 1d): pixels, normalised pixels, PCA coefficients, discrete tokens.
-
-A target is a module with the width of the prediction it wants; called with predictions [B, M, width] of the patches
-index [B, M], the images [B, 3, H, W] and all their patches [B, N, P], it gives the error of each patch [B, M].
-`to_pixels` takes predictions [B, N, width] of all patches back to pixels [B, N, P], for pictures.
-"""
+"""What is reconstructed (MAE paper, Table 1d): pixels, normalised pixels, PCA coefficients, discrete tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +10,18 @@ from mae_core.patches import normalise_patches, patchify, take
 TARGETS = ("pixels", "pca", "tokens")
 
 
-class PixelTarget(nn.Module):
+class Target(nn.Module):
+    """Called with predictions [B, M, width] of the patches index [B, M], the images [B, 3, H, W] and all their patches
+    [B, N, P], it gives the error of each patch [B, M]."""
+
+    width: int  # of the prediction of a patch
+
+    def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
+        """Predictions [B, N, width] of all patches -> pixels [B, N, P], for pictures."""
+        raise NotImplementedError
+
+
+class PixelTarget(Target):
     """The pixels of the patch, or with norm_pix the pixels normalised per patch: mean squared error."""
 
     def __init__(self, patch: int, norm_pix: bool = False) -> None:
@@ -29,15 +35,18 @@ class PixelTarget(nn.Module):
         return (prediction - target).square().mean(dim=-1)
 
     def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
-        """Normalised pixels are taken back by each patch's true mean and standard deviation."""
+        """Normalised pixels get back each patch's true mean and standard deviation."""
         if not self.norm_pix:
             return prediction
         deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         return prediction * deviation + patches.mean(dim=-1, keepdim=True)
 
 
-class PCATarget(nn.Module):
+class PCATarget(Target):
     """The coefficients of the patch on the principal components: mean squared error. mean [P], components [C, P]."""
+
+    mean: Tensor
+    components: Tensor
 
     def __init__(self, mean: Tensor, components: Tensor) -> None:
         super().__init__()
@@ -54,7 +63,7 @@ class PCATarget(nn.Module):
         return prediction @ self.components + self.mean
 
 
-class TokenTarget(nn.Module):
+class TokenTarget(Target):
     """The token that a frozen tokenizer gives the patch: cross-entropy. tokenizer: any module that maps normalised
     images [B, 3, H, W] to token ids [B, N] in 0..vocabulary-1, in raster order."""
 
@@ -68,15 +77,17 @@ class TokenTarget(nn.Module):
         return F.cross_entropy(prediction.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
-        """UserError unless the tokenizer can say what a token looks like."""
-        if not hasattr(self.tokenizer, "centres"):
+        """UserError unless the tokenizer knows what a token looks like."""
+        if not isinstance(self.tokenizer, KMeansTokenizer):
             raise UserError("this model predicts tokens of a tokenizer without a decoder: there is no picture of them")
         return self.tokenizer.centres[prediction.argmax(dim=-1)]
 
 
 class KMeansTokenizer(nn.Module):
-    """The number of the nearest centre of each patch. centres [K, P]: k-means over patches; no dVAE, and no learnt
+    """The number of each patch's nearest centre. centres [K, P]: of k-means over patches. It is no dVAE and learns no
     features: what it keeps of a patch is roughly its colour and one edge."""
+
+    centres: Tensor
 
     def __init__(self, patch: int, centres: Tensor) -> None:
         super().__init__()
@@ -91,7 +102,7 @@ class KMeansTokenizer(nn.Module):
 
 def fit_pca(patches: Tensor, components: int) -> PCATarget:
     """Principal components of patches [M, P]; UserError where there are fewer patches or values than components."""
-    from sklearn.decomposition import PCA  # imported late: it takes a second
+    from sklearn.decomposition import PCA  # late: the import takes a second
 
     if components > min(patches.shape):
         raise UserError(f"pca_components={components}: {len(patches)} patches of {patches.shape[1]} values have fewer")

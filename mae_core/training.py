@@ -1,4 +1,4 @@
-"""One training as a value, its state, and both on disk: the checkpoint to resume from and the log."""
+"""One training as a value, its state, and both on disk: the checkpoint to resume from, and the log."""
 
 import dataclasses
 import json
@@ -24,13 +24,13 @@ FORMAT = "mae-transfer training"
 
 @dataclass(frozen=True)
 class Training:
-    """One training, but for its model and optimizer.
+    """One training without its model and optimizer.
 
     batch: the effective batch over all processes. micro_batch: images per process and forward pass.
     lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
     the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
-    fixed: what a resumed run must agree in. repeats: samples of each image in a batch. after_epoch: called by every
-    process with the number of epochs done; what it returns stands in the epoch's line of the log.
+    fixed: what must be equal in a resumed run. repeats: samples of each image in a batch. after_epoch: called by every
+    process with the number of epochs done; what it returns enters the epoch's line of the log.
     """
 
     label: str
@@ -60,10 +60,10 @@ class Training:
 
 @dataclass
 class State:
-    """What grows while training; saved with the weights."""
+    """How far the training is; saved with the weights."""
 
     step: int = 0
-    loss_sum: float = 0.0  # over the steps of the epoch under way
+    loss_sum: float = 0.0  # over the current epoch's steps
     seconds: float = 0.0
     micro_batch: int = 0
     notes: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ def end_epoch(t: Training, state: State, lr: float, images_per_second: float, fo
 
 
 def truncate_log(path: Path, epochs: int) -> None:
-    """Keep the first `epochs` lines: a killed run may have logged epochs that it now trains again."""
+    """Keep the first `epochs` lines: a killed run may have logged epochs that it now repeats."""
     if path.exists() and distributed.is_main():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         temporary = path.with_suffix(".tmp")
@@ -107,8 +107,8 @@ def truncate_log(path: Path, epochs: int) -> None:
 
 
 def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
-    """Write the checkpoint atomically: the old one stands until the new one is whole. UserError, and the old one stays,
-    if a weight is not finite: the loss shows that only in the next step."""
+    """Write the checkpoint atomically: the old one stays until the new one is whole. If a weight is not finite, which
+    the loss shows only in the next step, UserError, and the old one stays."""
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise diverged("a weight became infinite or NaN", state.step - 1, t)
     content = {
@@ -118,7 +118,7 @@ def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable
         "ema": ema.module.state_dict() if ema is not None else {},
         "state": dataclasses.asdict(state),
         "fixed": t.fixed,
-        "machine": decides_rounding(t),
+        "machine": rounding_settings(t),
         "unreadable": sorted(unreadable.names),
     }
     path = t.work / CHECKPOINT_FILE
@@ -130,8 +130,8 @@ def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable
     os.replace(temporary, path)
 
 
-def decides_rounding(t: Training) -> dict[str, Any]:
-    """What the last bits of the weights depend on, besides the recipe and the seed."""
+def rounding_settings(t: Training) -> dict[str, Any]:
+    """What the weights' last bits depend on besides the recipe and the seed."""
     m = t.machine
     return {
         "device": m.device.split(":")[0],
@@ -147,7 +147,7 @@ def decides_rounding(t: Training) -> dict[str, Any]:
 
 
 def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
-    """Load the work folder's checkpoint, if there is one, into everything given. UserError if it is of another run."""
+    """Load the work folder's checkpoint, if there is one, into all of these. UserError if it is of another run."""
     path = t.work / CHECKPOINT_FILE
     if not path.exists():
         return
@@ -173,9 +173,9 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
         setattr(state, name, value)
     state.notes = tuple(state.notes)
     if content["machine"]["micro_batch"] != t.micro_batch:
-        state.micro_batch = t.micro_batch  # asked for anew; else what lack of memory has made of it
+        state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
     unreadable.names.update(content["unreadable"])
-    moved = differences(content["machine"], decides_rounding(t))
+    moved = differences(content["machine"], rounding_settings(t))
     if moved:
         note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
         state.notes += (note,)
@@ -184,5 +184,5 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as JSON gives it back, so that a tuple and the list it may have become compare equal."""
+    """The value as JSON returns it: a tuple and the list it may have become then compare equal."""
     return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""The encoder sizes and the timm VisionTransformer built from one of them; what other encoders have beside.
+"""The encoder sizes, and the timm VisionTransformer of each; what other encoders have in addition.
 
 Parameter names and shapes are timm's, which are also those of the released MAE files:
 ``cls_token [1, 1, D]``, ``pos_embed [1, 1 + N, D]``, ``patch_embed.proj.{weight, bias}``, ``blocks.i.*``, ``norm.*``.
@@ -32,9 +32,9 @@ class Arch:
 
 
 # B, L, H: MAE paper, section 4 and the official models (ViT-H has patches of 14). Ti and S: DeiT (arXiv 2012.12877).
-# Patches of 8: DINO; of 14: DINOv2, the giant of which has SwiGLU layers; of 32: AugReg. MoCo v3's ViT-S has 12
-# heads (facebookresearch/moco-v3 vits.py): the same shapes as DeiT's with 6, another function.
-# vit_mini_patch8 is this project's own: the size at which the generated 48 px miniature trains in minutes on two cores.
+# Patches of 8: DINO; of 14: DINOv2, whose giant has SwiGLU layers; of 32: AugReg. MoCo v3's ViT-S has 12 heads
+# (facebookresearch/moco-v3 vits.py): the same shapes as DeiT's with 6, but another function.
+# vit_mini_patch8 is this project's own: it trains on the generated 48 px miniature in minutes on two cores.
 ARCHS = {
     arch.name: arch
     for arch in (
@@ -59,12 +59,12 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What an encoder has that MAE's plain ViT has not.
+    """What an encoder has beyond MAE's plain ViT.
 
     registers: tokens between the class token and the patches (DINOv2's; DeiT's distillation token). positions: how many
     of the class token and the registers have a position in ``pos_embed``. layer_scale: ``blocks.i.ls1.gamma``. swiglu:
     rows of the gated ``mlp.fc1``, 0 for a plain one. beit: relative positions in every block instead of ``pos_embed``,
-    layer scale, no bias of the keys.
+    layer scale, keys without bias.
     """
 
     registers: int = 0
@@ -81,7 +81,7 @@ def variant_in_words(variant: Variant) -> str:
     """What an encoder has beyond a plain ViT, in words; "" for nothing."""
     if variant.beit:
         return "BEiT's relative positions and layer scale"
-    # Registers, and the one by which a distilled DeiT learns from its teacher.
+    # Registers, or the token by which a distilled DeiT learns from its teacher.
     tokens = {0: "", 1: "a second token"}.get(variant.registers, f"{variant.registers} further tokens")
     found = [f"{tokens} beside the class token"] if tokens else []
     found += ["layer scale"] if variant.layer_scale else []
@@ -93,7 +93,7 @@ norm_layer = partial(nn.LayerNorm, eps=EPS)
 
 
 def get_arch(name: str) -> Arch:
-    """The Arch of that name; UserError with the nearest names if there is none."""
+    """The Arch of that name; UserError with the nearest name if there is none."""
     return choose("arch", name, ARCHS)
 
 
@@ -105,10 +105,10 @@ def sincos_axis(dim: int, positions: torch.Tensor) -> torch.Tensor:
 
 
 def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Fixed 2-D sin-cos embedding as MAE initialises it: [1, 1 + H*W, dim], zeros for the class token.
+    """MAE's fixed 2-D sin-cos embedding for a grid (H, W): [1, 1 + H*W, dim], zeros for the class token.
 
-    The first half of the channels encodes the column, the second half the row: this is the layout of the released
-    files (their code generates it so, whatever the variable names say).
+    The first half of the channels encodes the column, the second half the row: that is what the released files hold,
+    whatever the variable names in their code say.
     """
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, not {dim}")
@@ -127,8 +127,8 @@ def build_vit(
     eps: float = EPS,
     variant: Variant = PLAIN,
 ) -> VisionTransformer | Beit:
-    """A timm VisionTransformer of that size with MAE's initialisation; another variant has timm's, and BEiT is timm's
-    Beit.
+    """A timm VisionTransformer of that size, initialised as MAE's; other variants keep timm's initialisation, and BEiT
+    is timm's Beit.
 
     image_size: side or (height, width) in px, each divisible by the patch; the arch's own by default.
     pool: "token" (class token after ``norm``) or "avg" (mean of the patch tokens, then ``fc_norm``; no ``norm``).
@@ -144,7 +144,7 @@ def build_vit(
         init_as_mae(vit)
         return vit
     if variant.swiglu:
-        # Half a row more, so that rounding down gives the rows back.
+        # Half a row more, so that timm's rounding down gives exactly these rows.
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
         arguments["mlp_ratio"] = (variant.swiglu + 0.5) / arguments["embed_dim"]
     return VisionTransformer(
@@ -158,12 +158,12 @@ def build_vit(
 def build_distilled(
     arch: str, image_size: int | tuple[int, int] | None, num_classes: int
 ) -> VisionTransformerDistilled:
-    """timm's ViT with DeiT's distillation token and second head; its logits are the mean of both heads'."""
+    """timm's ViT with DeiT's distillation token and second head; its logits are the mean of the two heads' logits."""
     return VisionTransformerDistilled(**vit_arguments(arch, image_size), num_classes=num_classes)
 
 
 def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
-    """What timm's VisionTransformer needs to be this arch at this input size; UserError if the patches do not fit."""
+    """The arguments of timm's VisionTransformer for this arch and input size; UserError if the patches do not fit."""
     a = get_arch(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or (a.image_size, a.image_size)
     if size[0] % a.patch or size[1] % a.patch or min(size) < a.patch:
@@ -180,9 +180,9 @@ def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) ->
 
 
 def init_as_mae(module: VisionTransformer) -> None:
-    """Initialise in place as MAE does (paper A.1, "ViT architecture" and official code): xavier-uniform for every
-    linear layer and for the patch projection seen as one, zero biases, unit LayerNorms, tokens normal with std 0.02,
-    sin-cos positions."""
+    """Initialise in place as MAE does (paper A.1, "ViT architecture", and official code): xavier-uniform for every
+    linear layer and for the patch projection as a linear layer, zero biases, unit LayerNorms, tokens normal with std
+    0.02, sin-cos positions."""
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -195,7 +195,8 @@ def init_as_mae(module: VisionTransformer) -> None:
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
             # The official code leaves this bias at torch's default for convolutions.
             bound = part.weight[0].numel() ** -0.5
-            nn.init.uniform_(part.bias, -bound, bound)
+            if part.bias is not None:
+                nn.init.uniform_(part.bias, -bound, bound)
     for name, parameter in module.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02)

@@ -84,7 +84,7 @@ def assert_as_by_hand(model, images, noise, mask_ratio):
     np.testing.assert_array_equal(mask.numpy(), expected)
     assert output.loss.item() == pytest.approx(loss, rel=1e-5)
     np.testing.assert_allclose(every.numpy(), prediction, atol=1e-5)
-    for sample, index in enumerate(output.index.tolist()):
+    for sample, index in enumerate(output.predicted.tolist()):
         assert sorted(index) == np.flatnonzero(expected[sample]).tolist()
         np.testing.assert_allclose(output.prediction[sample].numpy(), prediction[sample][index], atol=1e-5)
     return mask
@@ -176,7 +176,7 @@ def test_masks_are_uniform_and_differ_between_samples(monkeypatch):
     model = MaskedAutoencoder("tiny", decoder_dim=8, decoder_depth=1, decoder_heads=1)
     samples = 4000
     with torch.no_grad():
-        hidden = model(torch.zeros(samples, 3, 48, 48)).index
+        hidden = model(torch.zeros(samples, 3, 48, 48)).predicted
     visible = torch.ones(samples, 36).scatter_(1, hidden, 0)
     assert len(visible.unique(dim=0)) > 0.99 * samples
     # Each patch stays with probability 1/4. The sum of its squared deviations over the variance, times 35/36 for the
@@ -234,7 +234,7 @@ def test_loss_on_all_is_the_mean_over_all_patches(small_mae):
     images = unpatchify(torch.arange(36.0)[None, :, None].expand(1, 36, 192), 8, (6, 6))
     output = constant_prediction(small_mae(loss_on="all"), 2.0)(images, torch.rand(1, 36))
     assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(36)) / 36)
-    assert output.index.sort().values.tolist() == [list(range(36))]
+    assert output.predicted.sort().values.tolist() == [list(range(36))]
 
 
 def test_normalised_target(small_mae):

@@ -56,9 +56,7 @@ def test_large_folders_are_thinned_evenly(folder, monkeypatch):
 
 def test_splits_and_classes_must_be_there(folder):
     write(folder, "train", "odd", 1, 9)
-    with pytest.raises(
-        UserError, match="train and val must have the same folders of classes, but only one has odd"
-    ):
+    with pytest.raises(UserError, match="train and val must have the same folders of classes, but only one has odd"):
         labelled_folder(folder)
     with pytest.raises(UserError, match=r"has no folder train: k-NN needs .*/train/CLASS/"):
         labelled_folder(folder / "val")

@@ -522,7 +522,7 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp
             ["--tokenizer", "x.pth", "--set", "batch=16"],
             "error: --tokenizer FILE is needed by tokenizer=dall-e, and by",
         ),
-        (["--eval-data", "."], "error: --eval-data is used by --eval-every N alone"),
+        (["--eval-data", "."], "error: --eval-data is used only with --eval-every N"),
         (["--eval-every", "1"], "has no folder train: k-NN needs"),
         (["--micro-batch", "-1"], "error: --micro-batch -1: give a positive number of images"),
     ],
