@@ -18,30 +18,16 @@ def arguments(*flags):
     return ablations.parse(["--out", "o", *flags])
 
 
-def all_cells():
-    for name, table in TABLES.items():
-        for kind, cells in table.cells.items():
-            yield from ((name, kind, cell) for cell in cells)
-
-
-def test_cells_state_only_what_differs_from_the_default():
-    for name, kind, cell in all_cells():
-        args = arguments("--table", name, "--recipe", kind)
-        default = DEFAULTS[kind]
-        arch, r = ablations.resolve_cell(cell, args)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, table in TABLES.items() for kind in table.cells])
+def test_cells_state_only_what_differs_and_a_table_holds_the_default_once_and_no_cell_twice(name, kind):
+    args, cells = arguments("--table", name, "--recipe", kind), TABLES[name].cells[kind]
+    found = [ablations.resolve_cell(cell, args) for cell in cells]
+    for cell, (arch, r) in zip(cells, found):
         plain = ablations.resolve_cell(Cell("", arch=cell.arch), args)[1]
         assert replace(plain, **cell.knobs) == r
-        assert arch == (cell.arch or default.arch)
-
-
-def test_every_table_holds_the_default_once_and_no_cell_twice():
-    for name, table in TABLES.items():
-        for kind, cells in table.cells.items():
-            args = arguments("--table", name, "--recipe", kind)
-            found = [ablations.resolve_cell(cell, args) for cell in cells]
-            assert len(set(found)) == len(found)
-            default = ablations.resolve_cell(Cell(""), args)
-            assert found.count(default) == 1, (name, kind)
+        assert arch == (cell.arch or DEFAULTS[kind].arch)
+    assert len(set(found)) == len(found)
+    assert found.count(ablations.resolve_cell(Cell(""), args)) == 1
 
 
 def test_the_paper_s_default_is_section_4_s():
@@ -99,11 +85,8 @@ def test_tables_keep_ours_and_the_published_apart_and_a_failed_cell_a_word(tmp_p
     with open(paths[0], newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["row"] for line in lines] == ["published"] * 5 + ["ours"] * 2
-    assert (lines[0]["cell"], lines[0]["imagenet_linprobe"], lines[0]["arch"]) == (
-        "1 block",
-        "65.5",
-        "vit_large_patch16",
-    )
+    printed = {"cell": "1 block", "imagenet_linprobe": "65.5", "arch": "vit_large_patch16"}
+    assert {key: lines[0][key] for key in printed} == printed
     first, second = lines[5:]
     assert (first["imagenet_finetune"], first["imagenet_finetune_stderr"], first["status"]) == ("50", "1.25", "ok")
     assert (second["imagenet_finetune"], second["seconds"]) == ("", "")
@@ -182,14 +165,8 @@ def tiny_data(tmp_path_factory):
     return root
 
 
-TINY = Default(
-    "vit_mini_patch8",
-    {"epochs": 1, "warmup_epochs": 0, "batch": 32},
-    {
-        "imagenet_finetune": {"epochs": 1, "warmup_epochs": 0, "batch": 32},
-        "imagenet_linprobe": {"epochs": 1, "warmup_epochs": 0, "batch": 32},
-    },
-)
+SHORT = {"epochs": 1, "warmup_epochs": 0, "batch": 32}
+TINY = Default("vit_mini_patch8", SHORT, {"imagenet_finetune": SHORT, "imagenet_linprobe": SHORT})
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import run_all
 from benchmarks.plan import Item
+from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
 from transfer.task import Record, read_record, write_record
@@ -217,11 +218,13 @@ def test_exit_code(states: list[str], statuses: list[str], named: bool, code: in
     assert run_all.exit_code(made, items, named) == code
 
 
-def test_missing_dependency_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run_all.py", "ablations.py", "speed.py", "report"])
+def test_missing_dependency_is_one_sentence(tmp_path: Path, name: str) -> None:
+    program, folder = [str(RUN_ALL.with_name(name))], tmp_path
+    if name == "report":
+        program, folder = ["-m", "benchmarks.report"], ROOT
     # -S -E and an empty path: an interpreter without the project's packages.
-    done = subprocess.run(
-        [sys.executable, "-S", "-E", str(RUN_ALL), "--list"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-S", "-E", *program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 2
     assert "make" in done.stderr
     assert len(done.stderr.splitlines()) == 1

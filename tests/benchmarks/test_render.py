@@ -1,0 +1,65 @@
+"""What stands in the Markdown beside the numbers: optional columns, what the data lack, notes."""
+
+from dataclasses import replace
+
+import pandas as pd
+
+from benchmarks.markdown import markdown_table
+from tests.fixtures.records import DATA, broken, grid, made, ok
+
+
+def test_engine_and_precision_are_columns_only_where_they_vary(tmp_path):
+    assert not {"engine", "precision"} & grid(made(tmp_path, ok("imagenet_finetune", top1=50.0)))[0].keys()
+
+
+def test_optional_columns_come_with_their_records(tmp_path):
+    without = grid(made(tmp_path / "a", ok("imagenet_c", mce=60.0)))[0]
+    assert {"IN-C mean error ↓", "clean, classes of IN-A ↑"}.isdisjoint(without)
+    records = ok("imagenet_c", mce=60.0, mean_err=45.5), ok("imagenet_a", top1=20.0, clean_200_top1=70.0)
+    row = grid(made(tmp_path / "b", *records))[0]
+    assert (row["IN-C mean error ↓"], row["clean, classes of IN-A ↑"]) == ("45.50", "70.00")
+    assert "evaluation only ↑" not in grid(made(tmp_path / "c", ok("imagenet_finetune", top1=1.0)))[0]
+
+
+def test_chance_images_and_notes_stand_below(tmp_path):
+    record = replace(ok("imagenet_a", top1=20.0), chance=8.3333, n_eval=7500, notes=("decoded by another library",))
+    text = (made(tmp_path, record) / "tables/robustness.md").read_text()
+    assert "- IN-A: 7500 test images, chance 8.33" in text
+    assert "- note: imagenet_a, enc abababab, seed 0: decoded by another library" in text
+
+
+def test_what_the_data_lack_stands_below_once_with_its_columns(tmp_path):
+    lack = ["imagenet: 990 of the 1000 classes are missing (n01440764)", "imagenet: see /data/sets/imagenet/train"]
+    data = {**DATA, "label": "subset", "findings": lack}
+    runs = [replace(ok("imagenet_finetune", seed, top1=50.0), data=data) for seed in (0, 1)]
+    other = replace(ok("imagenet_knn", top1=9.0), data={**data, "findings": lack[:1]})
+    lost = replace(broken("imagenet_linprobe", "failed", "why"), data=data)
+    out = made(tmp_path, *runs, other, lost)
+    lines = [line for line in (out / "tables/imagenet.md").read_text().splitlines() if line.startswith("- data of")]
+    assert lines == [
+        "- data of fine-tuning, k-NN: imagenet: 990 of the 1000 classes are missing (n01440764)",
+        "- data of fine-tuning: imagenet: see …/train",  # no path of this machine
+    ]
+    rows = pd.read_csv(out / "summary.csv", keep_default_na=False)
+    (told,) = set(rows[rows.task == "imagenet_finetune"].data_findings)
+    assert told == f"{lack[0]}; imagenet: see …/train"
+    plain = made(tmp_path / "plain", ok("imagenet_finetune", top1=50.0))
+    assert "data of" not in (plain / "summary.md").read_text()
+    assert set(pd.read_csv(plain / "summary.csv", keep_default_na=False).data_findings) == {""}
+
+
+def test_a_task_without_a_table_is_in_the_summary(tmp_path):
+    out = made(tmp_path, ok("old_task", top1=33.0, top5=50.0), broken("new_task", "failed", "a reason", metric="ap"))
+    assert (grid(out)[0]["old_task top1"], grid(out)[0]["new_task ap"]) == ("33.00", "failed")
+    assert "a reason" in (out / "summary.md").read_text()
+
+
+def test_a_padded_table_lines_up_in_a_terminal_and_another_has_no_spaces_to_spare():
+    rows = [["a", "b"], ["多", "1"], ["x|y", "1234"]]
+    assert markdown_table(rows, padded=True).splitlines() == [
+        "| a    |    b |",
+        "| ---- | ---: |",
+        "| 多   |    1 |",
+        "| x\\|y | 1234 |",
+    ]
+    assert markdown_table(rows).splitlines()[:3] == ["| a | b |", "| --- | ---: |", "| 多 | 1 |"]

@@ -1,0 +1,167 @@
+"""Our rows among the published ones; the published files against the paper, each other and the collected facts."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from benchmarks.tables import PUBLISHED, TABLES
+from tests.fixtures import ROOT
+from tests.fixtures.records import CHECKPOINT, DATA, cells, grid, made, official, ok, ours
+
+LARGE, HUGE = ({**CHECKPOINT, "arch": arch} for arch in ("vit_large_patch16", "vit_huge_patch14"))
+
+
+def test_published_rows_and_differences_stand_beside_official_paper_records(tmp_path):
+    meta = {**CHECKPOINT, "meta": {"epochs": "800", "norm_pix": "true"}}
+    numbers = {"imagenet_finetune": {"top1": 83.1}, "imagenet_linprobe": {"top1": 68.25}, "imagenet_c": {"mce": 50.0}}
+    out = made(tmp_path, *(official(ok(task, **metrics), checkpoint=meta) for task, metrics in numbers.items()))
+    text, rows = (out / "tables/imagenet.md").read_text(), grid(out, "tables/imagenet.md")
+    # Paper, ViT-B: 83.6 fine-tuned, 68.0 linear probe, 51.7 mCE.
+    assert (ours(rows)["Δ MAE"], ours(rows)["Δ MAE 2"]) == ("-0.50", "+0.25")
+    assert cells(out, "imagenet").set_index("name").loc["enc", "imagenet_finetune.top1.delta"] == pytest.approx(-0.5)
+    assert cells(out, "robustness").set_index("name").loc["enc", "imagenet_c.mce.delta"] == pytest.approx(-1.7)
+    assert "Table 3 (1600 ep, normalised pixels)" in text
+    assert "enc abababab: 800 ep, normalised pixels" in text
+    named = {r["checkpoint"] for r in rows}
+    assert {"DINO (published)", "MoCo v3 (published)", "BEiT (published)", "MAE (published)"} <= named
+    huge = [r for r in rows if r["arch"] == "vit_huge_patch14" and r["checkpoint"] == "MAE (published)"]
+    assert [(r["input px"], r["fine-tuning ↑"]) for r in huge] == [("224", "86.9"), ("448", "87.8")]
+
+
+SUBSET, MINIATURE = ({"data": {**DATA, "label": label}} for label in ("subset", "miniature"))
+
+
+@pytest.mark.parametrize("changes", [{"recipe_name": "mini"}, {"overrides": {"epochs": 1}}, SUBSET, MINIATURE])
+def test_nothing_published_elsewhere(tmp_path, changes):
+    out = made(tmp_path, replace(official(ok("imagenet_finetune", top1=83.1)), **changes))
+    text = (out / "summary.md").read_text() + (out / "tables/imagenet.csv").read_text()
+    assert "published" not in text
+    assert "Δ" not in text
+    assert "83.6" not in text
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus(tmp_path):
+    assert ours(grid(made(tmp_path, official(ok("imagenet_finetune", top1=83.599)))))["Δ MAE"] == "+0.00"
+
+
+def test_huge_at_448_is_compared_with_448(tmp_path):
+    huge = official(ok("imagenet_finetune", top1=87.0), checkpoint=HUGE)
+    found = cells(made(tmp_path, *(replace(huge, recipe={"image_size": side}) for side in (224, 448))), "imagenet")
+    found = found[found.row == "ours"].set_index("image_size")["imagenet_finetune.top1.delta"]
+    assert found[224] == pytest.approx(87.0 - 86.9)
+    assert found[448] == pytest.approx(87.0 - 87.8)
+
+
+def test_an_arch_without_published_numbers_has_no_difference(tmp_path):
+    small = {**CHECKPOINT, "arch": "vit_small_patch16"}
+    out = made(tmp_path, official(ok("imagenet_finetune", top1=80.0), checkpoint=small))
+    assert "Δ" not in (out / "summary.md").read_text()
+    assert "MAE (published)" in (out / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"), [("vit_base_patch16", 83.664), ("vit_large_patch16", 85.952), ("vit_huge_patch14", 86.928)]
+)
+def test_a_released_classifier_is_checked_against_the_official_evaluation(tmp_path, arch, expected):
+    record = official(ok("imagenet_eval", top1=83.7), checkpoint={**CHECKPOINT, "arch": arch})
+    rows = grid(made(tmp_path, record), "tables/imagenet.md")
+    assert ours(rows)["evaluation only ↑"] == "83.700"
+    assert float(ours(rows)["Δ MAE"]) == pytest.approx(83.7 - expected)
+    code = next(r for r in rows if r["arch"] == arch and r["checkpoint"] == "MAE, official PyTorch code (published)")
+    assert float(code["evaluation only ↑"]) == expected
+
+
+def test_partial_fine_tuning_stands_among_figure_9(tmp_path):
+    record = ok("imagenet_partial", **{"top1@1": 80.1, "top1@0": 72.2, "top1@0.5": 78.3})
+    out = made(tmp_path, official(record, checkpoint=LARGE))
+    rows = {row["checkpoint"]: list(row.items())[3:] for row in grid(out, "tables/partial.md")}
+    columns = ("0 ↑", "0.5 ↑", "1 ↑")
+    assert rows["MAE (published)"] == list(zip(columns, ("73.5", "79.1", "81.0")))
+    assert rows["MoCo v3 (published)"] == list(zip(columns, ("77.6", "-", "79.9")))
+    assert rows["**enc** abababab"] == list(zip(columns, ("72.20", "78.30", "80.10")))
+    mini = made(tmp_path / "mini", record)
+    assert "published" not in (mini / "tables/partial.md").read_text()
+
+
+def test_training_from_scratch_stands_among_the_papers(tmp_path):
+    out = made(tmp_path, official(ok("imagenet_scratch", top1=82.0, top1_without_ema=81.8)))
+    rows = {(row["checkpoint"], row["arch"]): row for row in grid(out, "tables/scratch.md")}
+    paper = rows["supervised, from scratch (published)", "vit_base_patch16"]
+    assert (paper["EMA ↑"], paper["without EMA ↑"]) == ("82.3", "82.1")
+    mine = rows["**enc** abababab", "vit_base_patch16"]
+    assert (mine["EMA ↑"], mine["without EMA ↑"]) == ("82.00", "81.80")
+
+
+FILES = {"imagenet", "robustness", "coco", "ade20k", "inaturalist_places", "ablations", "partial", "scratch"}
+TASKS = {
+    "imagenet": {"imagenet_finetune/top1", "imagenet_linprobe/top1", "imagenet_eval/top1"},
+    "robustness": {"imagenet_a/top1", "imagenet_r/top1", "imagenet_sketch/top1", "imagenet_c/mce"},
+    "coco": {"coco/box_ap", "coco/mask_ap"},
+    "ade20k": {"ade20k/miou"},
+    "partial": {f"imagenet_partial/top1@{k}" for k in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")},
+    "scratch": {"imagenet_scratch/top1", "imagenet_scratch/top1_without_ema"},
+    "ablations": {"imagenet_finetune/top1", "imagenet_linprobe/top1"}
+    | {f"pretrain/{metric}" for metric in ("relative_flops", "hours", "speed_up")},
+    "inaturalist_places": {f"{t}/top1" for t in ("inat2017", "inat2018", "inat2019", "places205", "places365")},
+}
+# (lowest, highest) that any method of 2021 could have printed.
+RANGES = {"top1": (25, 90), "mce": (30, 55), "box_ap": (45, 55), "mask_ap": (40, 50), "miou": (45, 55)}
+RANGES |= {"relative_flops": (1, 3.3), "hours": (10, 120), "speed_up": (2, 5)}
+
+
+def printed(name: str) -> pd.DataFrame:
+    return pd.read_csv(PUBLISHED / f"{name}.csv", dtype=str, keep_default_na=False)
+
+
+def test_every_published_file_is_known():
+    assert {p.stem for p in PUBLISHED.glob("*.csv")} == FILES
+    assert {t.published for t in TABLES} <= FILES
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_published_file(name):
+    rows = printed(name)
+    header = "table method arch pretrain resolution task metric value source confidence"
+    assert list(rows.columns) == header.split()
+    assert not rows.duplicated(["method", "arch", "resolution", "task", "metric"]).any()
+    assert set(rows.task + "/" + rows.metric) == TASKS[name]
+    assert set(rows.arch) <= {"", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"}
+    assert (rows[["table", "method", "value", "source", "confidence"]] != "").all(axis=None)
+    assert rows.source.str.contains("arXiv 2111.06377|facebookresearch/mae").all()
+    for metric, value in zip(rows.metric, rows.value.astype(float)):
+        low, high = RANGES[metric.split("@")[0].split("_without")[0]]
+        assert low <= value <= high
+
+
+def test_published_numbers_that_agree_across_tables():
+    """Properties of the paper: larger encoders are better, mask AP is below box AP, 448 px helps but not on IN-C."""
+    for name in FILES - {"partial"}:  # of ViT-L only
+        rows = pd.read_csv(PUBLISHED / f"{name}.csv", keep_default_na=False)
+        mae = rows[(rows.method == "MAE") & (rows.resolution.astype(str) != "448")]
+        for (_, metric), group in mae.groupby(["task", "metric"]):
+            by_arch = group.set_index("arch").value
+            sizes = [by_arch[a] for a in ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14") if a in by_arch]
+            assert sizes == sorted(sizes, reverse=metric == "mce")
+            assert len(sizes) >= 2
+    coco = pd.read_csv(PUBLISHED / "coco.csv").pivot(index=["method", "arch"], columns="metric", values="value")
+    assert (coco.mask_ap < coco.box_ap).all()
+    for _, curve in pd.read_csv(PUBLISHED / "partial.csv").groupby("method"):
+        assert curve.value.is_monotonic_increasing
+    scratch = pd.read_csv(PUBLISHED / "scratch.csv").pivot(index=["method", "arch"], columns="metric", values="value")
+    assert (scratch.top1 > scratch.top1_without_ema)[:3].all()
+    huge = printed("robustness").query("method == 'MAE' and arch == 'vit_huge_patch14' and task == 'imagenet_c'")
+    error = dict(zip(huge.resolution, huge.value.astype(float), strict=True))
+    assert error["448"] > error["224"]
+
+
+def test_published_numbers_against_the_facts():
+    path = ROOT.parent / "shared" / "facts" / "published_results.csv"
+    if not path.exists():
+        pytest.skip("the collected facts are not on this machine")
+    facts = pd.read_csv(path, dtype=str, keep_default_na=False)
+    known = {(t, v.split()[0].removesuffix("x")) for t, v in zip(facts.table, facts.value) if v}
+    for name in FILES:
+        rows = printed(name)
+        for table, value in zip(rows.table, rows.value):
+            assert (table.replace("Figure", "Fig"), value) in known
