@@ -29,13 +29,11 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from transfer.data.coco import training_examples
-from transfer.detection import engine_detectron2 as detection_d2
-from transfer.detection import engine_torchvision as detection_tv
-from transfer.detection import train_detectron2 as detection_d2_train
+from transfer.detection import engine_detectron2, engine_torchvision, train_detectron2
 from transfer.detection.recipe import recipe
 from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm
 from transfer.detection.tasks import TASKS
-from transfer.miniature import dense as miniature_dense
+from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, load_pyramid
 from transfer.task import Job, run_job
 
@@ -49,9 +47,9 @@ def root(tmp_path_factory):
     """24 training and 4 validation images of the miniature of COCO."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(miniature_dense, "TRAIN", 24)
-        patch.setattr(miniature_dense, "VAL", 4)
-        miniature_dense.coco(root)
+        patch.setattr(dense, "TRAIN", 24)
+        patch.setattr(dense, "VAL", 4)
+        dense.coco(root)
     return root
 
 
@@ -86,14 +84,14 @@ def test_both_engines_see_the_pyramids_own_features(pyramid, r):
     square[0, :, :40] = (image - mean) / std
     alone = pyramid(square)
 
-    ours = detection_d2.build_model(pyramid, r, RoIBatchNorm).eval()
+    ours = engine_detectron2.build_model(pyramid, r, RoIBatchNorm).eval()
     theirs = ours.backbone.bottom_up(ours.preprocess_image([{"image": image}]).tensor)
     assert list(theirs) == ["s2", "s4", "s8", "s16"]
     for mine, map_ in zip(alone, theirs.values()):
         torch.testing.assert_close(map_, mine, rtol=0, atol=1e-5)
 
     seen = []
-    tv = detection_tv.MaskRCNN(pyramid, r, RoIBatchNorm).eval()
+    tv = engine_torchvision.MaskRCNN(pyramid, r, RoIBatchNorm).eval()
     tv.body.register_forward_hook(lambda module, inputs, output: seen.extend(output))
     padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     padded[0, :, :40] = image
@@ -103,7 +101,7 @@ def test_both_engines_see_the_pyramids_own_features(pyramid, r):
 
 
 def test_heads_are_those_of_the_recipe(pyramid):
-    model = detection_d2.build_model(pyramid, recipe("vit_base_patch16", "paper"), RoIBatchNorm)
+    model = engine_detectron2.build_model(pyramid, recipe("vit_base_patch16", "paper"), RoIBatchNorm)
     rpn, heads = model.proposal_generator, model.roi_heads
     convolutions = [m for m in rpn.rpn_head.conv.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) == 2
@@ -128,7 +126,7 @@ def test_heads_are_those_of_the_recipe(pyramid):
 def test_the_mapper_keeps_masks_on_their_objects(root, r):
     """Objects keep their class and size under the jitter; boxes are tight around what is left of the masks."""
     examples = training_examples(root)
-    mapped = detection_d2_train.MappedExamples(examples, r, seed=0)
+    mapped = train_detectron2.MappedExamples(examples, r, seed=0)
     first, again, other = mapped[Sample(3, 7)], mapped[Sample(3, 7)], mapped[Sample(3, 8)]
     assert torch.equal(first["image"], again["image"])
     assert first["image"].shape != other["image"].shape or not torch.equal(first["image"], other["image"])
@@ -141,7 +139,7 @@ def test_the_mapper_keeps_masks_on_their_objects(root, r):
 
 
 def test_a_batch_without_a_single_object_is_survived(pyramid, r):
-    model = detection_d2.build_model(pyramid, r, RoIBatchNorm).train()
+    model = engine_detectron2.build_model(pyramid, r, RoIBatchNorm).train()
     nothing = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long))
     nothing.gt_masks = BitMasks(torch.zeros(0, 64, 64, dtype=torch.bool))
     with EventStorage():
@@ -181,9 +179,11 @@ def test_synchronised_batchnorm_beside_a_process_without_a_roi(tmp_path):
 def test_configs_build_the_same_backbone(tmp_path):
     """A LazyConfig and a yacs config; weights are those of the checkpoint."""
     spec = f"random:{ARCH}"
-    lazy = instantiate(LazyCall(detection_d2.build_backbone)(checkpoint=spec, image_size=64, fpn_dim=32, norm="BN"))
+    lazy = instantiate(
+        LazyCall(engine_detectron2.build_backbone)(checkpoint=spec, image_size=64, fpn_dim=32, norm="BN")
+    )
     cfg = get_cfg()
-    detection_d2.add_mae_vit_config(cfg)
+    engine_detectron2.add_mae_vit_config(cfg)
     cfg.MODEL.MAE_VIT.CHECKPOINT, cfg.MODEL.MAE_VIT.IMAGE_SIZE, cfg.MODEL.MAE_VIT.WINDOW = spec, 64, 6
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM = "build_mae_vit_fpn_backbone", 32, "BN"
     yacs = build_from_cfg(cfg)
@@ -199,7 +199,7 @@ def test_configs_build_the_same_backbone(tmp_path):
 
 @pytest.mark.slow
 def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(detection_d2_train, "METRICS_EVERY", 2)
+    monkeypatch.setattr(train_detectron2, "METRICS_EVERY", 2)
     record = run_job(make_job(root, tmp_path))
     assert record.status == "ok", record.reason
     assert record.engine == "detectron2"
@@ -220,16 +220,16 @@ def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [4, 2])
 def test_micro_batches_take_the_images_of_the_batch(root, tmp_path, monkeypatch, micro_batch):
     """Whatever their size: each of the 24 once an epoch, at positions 0 to 23."""
-    taken, get = [], detection_d2_train.MappedExamples.__getitem__
+    taken, get = [], train_detectron2.MappedExamples.__getitem__
 
     def recorded(self, sample):
         taken.append(sample)
         return get(self, sample)
 
-    monkeypatch.setattr(detection_d2_train.MappedExamples, "__getitem__", recorded)
+    monkeypatch.setattr(train_detectron2.MappedExamples, "__getitem__", recorded)
     job = make_job(root, tmp_path, Machine(micro_batch=micro_batch), batch=12)
-    model = detection_d2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
-    iterations, _ = detection_d2_train.train(model, training_examples(root), job, micro_batch)
+    model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    iterations, _ = train_detectron2.train(model, training_examples(root), job, micro_batch)
     assert iterations == 2
     assert [sample.position for sample in taken] == list(range(24))
     assert sorted(sample.index for sample in taken) == list(range(24))
@@ -248,7 +248,7 @@ def test_gradients_of_micro_batches_are_averaged(tmp_path, root):
 
     model = Linear()
     loader = [[torch.tensor(3.0)], [torch.tensor(5.0)]]
-    trainer = detection_d2_train.Trainer(
+    trainer = train_detectron2.Trainer(
         model, loader, torch.optim.SGD(model.parameters(), 1.0), make_job(root, tmp_path), 2
     )
     trainer.train(0, 1)
@@ -306,7 +306,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "other head"])
 def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
     job = make_job(root, tmp_path)
-    model = detection_d2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
     path = tmp_path / CHECKPOINT_FILE
     if damage == "cut":
         path.write_bytes(b"PK\x03\x04 cut short")
@@ -315,7 +315,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
         state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(21, job.recipe.fc_dim)
         torch.save({"model": state, "iteration": 2, "seconds": 1.0}, path)
     with pytest.raises(UserError, match="damaged" if damage == "cut" else "cls_score"):
-        detection_d2_train.train(model, training_examples(root), job, 4)
+        train_detectron2.train(model, training_examples(root), job, 4)
 
 
 @pytest.mark.slow

@@ -17,30 +17,12 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import LOG_FILE
 from tests.fixtures.coco import COLOURS, FIRST_ID, rectangle, write_coco, write_split
-from tests.fixtures.transfer import make_job
+from tests.fixtures.detection import TASK, job_of
 from transfer.data.coco import IDS, read_split, training_examples
-from transfer.detection import engine_torchvision as detection_tv
-from transfer.detection import tasks as detection
+from transfer.detection import engine_torchvision
 from transfer.detection.engine_torchvision import Jittered, MaskRCNN, head_norm, large_scale_jitter, predict
 from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
 from transfer.pyramid import ViTPyramid
-
-TASK = detection.TASKS[0]
-# A detector of 64 px images that a test can train for some steps.
-TINY = {
-    "image_size": 64, "epochs": 2, "batch": 4, "warmup_epochs": 0.5, "drop_path": 0.1, "fpn_dim": 16, "head_dim": 16,
-    "fc_dim": 32, "rpn_batch": 16, "roi_batch": 16, "proposals": 20, "window": 3,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("coco"))
-
-
-def job_of(root: Path, work: Path, machine: Machine | None = None, **changes):
-    work.mkdir(parents=True, exist_ok=True)
-    return replace(make_job(TASK, root, work, machine, **{**TINY, **changes}), engine="torchvision")
 
 
 def model_of(job, normalization=(MEAN, STD)) -> MaskRCNN:
@@ -233,9 +215,9 @@ def captured(job, monkeypatch):
     def fit(*arguments):
         raise Enough(*arguments)
 
-    monkeypatch.setattr(detection_tv, "fit", fit)
+    monkeypatch.setattr(engine_torchvision, "fit", fit)
     with pytest.raises(Enough) as stopped:
-        detection_tv.train_and_predict(job)
+        engine_torchvision.train_and_predict(job)
     return stopped.value.args
 
 
@@ -320,26 +302,6 @@ def test_batchnorm_is_synchronised_on_gpus_alone():
     assert head_norm(Machine(device="cuda:1", processes=2)) is nn.SyncBatchNorm
 
 
-# An empty batch
-
-
-def test_batchnorm_lets_an_empty_batch_pass():
-    torch.manual_seed(0)
-    norm, plain = RoIBatchNorm(5), nn.BatchNorm2d(5)
-    x = torch.randn(4, 5, 3, 3)
-    for training in (True, False):
-        assert torch.equal(norm.train(training)(x), plain.train(training)(x))
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
-    empty = torch.zeros(0, 5, 3, 3, requires_grad=True)
-    out = norm.train()(empty)
-    out.sum().backward()
-    assert out.shape == (0, 5, 3, 3)
-    assert empty.grad.shape == (0, 5, 3, 3)
-    assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
-    for parameter in norm.parameters():  # every process's gradients are averaged: there must be some
-        assert not parameter.grad.any()
-
-
 @pytest.mark.parametrize("empty", [1, 4], ids=["one image", "all images"])
 def test_images_without_an_object_train(root, tmp_path, empty):
     job = job_of(root, tmp_path)
@@ -379,7 +341,7 @@ def test_no_proposal_at_all_is_survived(root, tmp_path):
 
 
 def trained(job) -> dict[str, torch.Tensor]:
-    detection_tv.train_and_predict(job)
+    engine_torchvision.train_and_predict(job)
     return load_file(job.work / DETECTOR_FILE)
 
 
@@ -456,7 +418,7 @@ def test_the_loss_is_the_sum_of_the_model_s(root, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_images_it_trains_on_are_learnt(root, tmp_path):
     job = job_of(root, tmp_path, epochs=24, lr=2e-3, min_scale=1.0, max_scale=1.0, drop_path=0.0)
-    detection_tv.train_and_predict(job)
+    engine_torchvision.train_and_predict(job)
     losses = [json.loads(line)["loss"] for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert len(losses) == 24
     assert losses[-1] < 0.6 * losses[0], losses
@@ -470,7 +432,7 @@ def test_accumulation_keeps_the_effective_batch(root, tmp_path, monkeypatch):
 
 def test_too_few_images_for_a_batch_are_refused(root, tmp_path):
     with pytest.raises(UserError, match="has 8 images, less than one batch of 9"):
-        detection_tv.train_and_predict(job_of(root, tmp_path, batch=9))
+        engine_torchvision.train_and_predict(job_of(root, tmp_path, batch=9))
 
 
 # Prediction
