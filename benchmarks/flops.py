@@ -5,27 +5,27 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.masking import mask_noise
 from mae_core.recipe import PretrainRecipe
-from mae_core.targets import PixelTarget
+from mae_core.targets import Target
 from mae_core.vit import get_arch
 
 GIB = 2**30
 
 
-class WidthOnly(PixelTarget):
+class WidthOnly(Target):
     """A target of a given width whose computation costs nothing."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(1)
+        super().__init__()
         self.width = width
 
-    def forward(self, prediction, images, patches, index):
+    def forward(self, prediction: Tensor, images: Tensor, patches: Tensor, index: Tensor) -> Tensor:
         return prediction.square().mean(dim=-1)
 
 
@@ -49,9 +49,7 @@ def build_autoencoder(arch: str, r: PretrainRecipe, device: str, checkpointing: 
         )
 
 
-def random_inputs(
-    arch: str, r: PretrainRecipe, images: int, device: str, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_inputs(arch: str, r: PretrainRecipe, images: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random images [B, 3, H, W] and the noise of their masks [B, N]."""
     side = r.image_size // get_arch(arch).patch
     generator = torch.Generator().manual_seed(seed)
@@ -113,12 +111,12 @@ def training_memory(arch: str, r: PretrainRecipe, micro_batch: int, checkpointin
     return Memory(parameters, 20 * parameters / GIB, kept / GIB)
 
 
-def saved_bytes(work: Callable[[], torch.Tensor], model: nn.Module) -> int:
+def saved_bytes(work: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes of the tensors that autograd saves while `work` runs, without the model's parameters."""
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage  # held, so that no later storage gets its address
         return tensor

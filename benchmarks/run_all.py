@@ -29,9 +29,11 @@ except ModuleNotFoundError as e:
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
     sys.exit(2)
 
-MAE_MINI = shipped("miniature/mae_mini.safetensors")
-if MAE_MINI.is_relative_to(Path.cwd()):
-    MAE_MINI = MAE_MINI.relative_to(Path.cwd())  # records name it so
+
+def mae_mini() -> str:
+    """The path of the shipped checkpoint; below the current folder a relative one, as records name it."""
+    path = shipped("miniature/mae_mini.safetensors")
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
-    args.ckpt = list(dict.fromkeys(args.ckpt or [str(MAE_MINI), "random:vit_mini_patch8"]))
+    args.ckpt = list(dict.fromkeys(args.ckpt or [mae_mini(), "random:vit_mini_patch8"]))
     args.seeds = list(dict.fromkeys(args.seeds or [0]))
     return args
 
