@@ -100,8 +100,7 @@ class DalleTokenizer(nn.Module):
 def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
     """The tokenizer with a file's weights, and its vocabulary. UserError unless the file is a plain state dict with
     every tensor in its shape; a pickled module is never loaded."""
-    content, _ = read_file(path)
-    state = content if isinstance(content, dict) else {}
+    state, _ = read_file(path)
     for name in ("blocks.input.w", "blocks.output.conv.w"):
         if not isinstance(state.get(name), Tensor):
             raise UserError(f"{path} has no {name}: give the state dict of DALL-E's encoder (docs/pretraining.md)")

@@ -1,4 +1,4 @@
-"""python -m mae_core.checkpoint: what a checkpoint holds, what is loaded of it, and writing it in another form."""
+"""python -m mae_core.checkpoint: what a checkpoint holds and what loading it does; writing it in another form."""
 
 import argparse
 import hashlib
@@ -55,7 +55,7 @@ def md5_of(path: Path) -> str:
 
 
 def remarks(checkpoint: Checkpoint) -> list[str]:
-    """What a user should know of this file: which released one it is, by its hash, or what its contents show."""
+    """What a user should know about this file: which released one it is, by its hash, or what its contents show."""
     known = KNOWN_SHA256.get(checkpoint.sha256[:8])
     path = Path(checkpoint.path)
     if known is None and path.is_file() and checkpoint.format in ("mae-pretrain", "mae-finetuned"):
@@ -70,7 +70,7 @@ def remarks(checkpoint: Checkpoint) -> list[str]:
     elif checkpoint.format == "mae-full":
         found.append("encoder and decoder; nothing in the file tells whether its target was normalised pixels")
     if checkpoint.format == "deit3":
-        found.append("timm's ViTs with rotary positions have the same tensors: one of them would be computed wrongly")
+        found.append("timm's ViTs with rotary positions have the same tensors: one of those would be computed wrongly")
     if checkpoint.format == "hf-vit-mae":
         found.append(
             "transformers converts the un-normalised visualise model by default: facebook/vit-mae-* may not be the "
@@ -94,7 +94,7 @@ def uses(checkpoint: Checkpoint) -> list[str]:
 
 
 def report_of(checkpoint: Checkpoint) -> LoadReport:
-    """What loading it does, at its arch's own input size; without taking memory for the model."""
+    """What loading it does at its arch's own input size; the model takes no memory."""
     with torch.device("meta"):
         if checkpoint.kind != "classifier":
             pool = "token" if "norm.weight" in checkpoint.encoder else "avg"
@@ -120,9 +120,9 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     lines += [("format", c.format), ("kind", c.kind), ("use", "; ".join(uses(c)))]
     lines += [("arch", f"{c.arch}: width {a.dim}, {a.depth} blocks, {a.heads} heads, patches of {a.patch} px")]
     lines += [("", variant_in_words(c.variant) or "plain ViT"), ("sha256", c.sha256)]
-    said = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
-    said = " (said by the config beside it)" if c.config else said
-    lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{said}")]
+    origin = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
+    origin = " (said by the config beside it)" if c.config else origin
+    lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{origin}")]
     lines += [("", f"LayerNorm eps {c.eps:g}, pooling {c.pool}")]
     for part, tensors in (("encoder", c.encoder), ("decoder", c.decoder), ("classifier", c.classifier)):
         if tensors:
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # read by head or less, which had enough
+    except BrokenPipeError:  # head or less has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return 0
 

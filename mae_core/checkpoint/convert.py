@@ -1,9 +1,10 @@
-"""What a weight file holds -> its format, and its tensors under timm's names."""
+"""A weight file -> its format, and its tensors under timm's names."""
 
 import argparse
 import re
+from collections.abc import Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,39 +17,39 @@ from mae_core.vit import ARCHS
 
 MODELS = ("model", "state_dict", "teacher", "module", "student", "model_ema", "state_dict_ema")
 WRAPPERS = ("module.", "_orig_mod.")
-CHOOSE = "write one to a file of its own (python -m mae_core.checkpoint FILE --key NAME --convert OUT.safetensors)"
+CHOOSE = "write one to its own file (python -m mae_core.checkpoint FILE --key NAME --convert OUT.safetensors)"
 OURS = Format("ours", "written by this project: mae.safetensors, classifier.safetensors, --convert")
 PREFIXED = Format("prefixed", "Lightning, solo-learn, lightly: the one ViT below a prefix (backbone., encoder., ...)")
 
 
 class Weights(NamedTuple):
     """format; tensors by canonical name; sources: canonical name -> the names in the file that it was made of; dropped:
-    names in the file that nothing was made of; facts: what the file says about its training."""
+    names in the file that were not used; facts: what the file says about its training."""
 
     format: Format
     tensors: dict[str, Tensor]
     sources: dict[str, tuple[str, ...]]
     dropped: tuple[str, ...]
-    facts: dict[str, object]
+    facts: dict[str, Any]
 
 
 def read_weights(path: Path, key: str | None = None) -> Weights:
     """Read a file and bring it to canonical names. key: which of several models, by the key it lies under or by the
-    prefix of its names. Facts are safetensors metadata or a pre-training run's arguments.
+    prefix of its names. Facts come from safetensors metadata or a pre-training run's arguments.
 
     Tensors of zip and safetensors files are mapped from the file (copy on write), not copied into memory.
     CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values.
     """
     content, metadata = read_file(path)
     under, entries = _state_dict(path, content, key)
-    beside = {str(name) for name in content if name != under} if isinstance(content, dict) else set()
+    beside = {str(name) for name in content if name != under}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     dropped = [name for name in entries if name not in tensors]
     format, prefix = _choose(path, tensors, under, beside, key if key != under else None)
     if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = OURS
-    facts: dict[str, object] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
-    # Metadata is text alone, and "false" is true to Python.
+    facts: dict[str, Any] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
+    # Metadata is only text, and "false" would be true to Python.
     facts |= {name: int(text) for name, text in metadata.items() if name == "epochs" and text.isdecimal()}
     facts |= {name: text == "true" for name, text in metadata.items() if text in ("true", "false")}
     if "decoder_embed.weight" in tensors:
@@ -58,7 +59,7 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     weights = _convert(path, format, {new: (old, tensors[old]) for old, new in names.items()}, dropped, facts)
     if any(name.endswith(".attn.q.weight") for name in weights.tensors):
-        # From a mapping of its own, which goes when they are joined: else they would be in memory twice.
+        # From a second mapping of the file, which is released after joining: else they would be in memory twice.
         again = is_mapped(path) and format.convert is not from_flax
         _join_qkv(weights, _state_dict(path, read_file(path)[0], key)[1] if again else {})
     return weights
@@ -67,25 +68,25 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
 def _choose(
     path: Path, tensors: dict[str, Tensor], under: str | None, beside: set[str], key: str | None
 ) -> tuple[Format, str]:
-    """The format, and the prefix of the names of the model that is read: the format's own, the one that key means, or
-    that of the only ViT in the file."""
+    """The format, and the prefix of the names of the model to read: the format's own, the one that key means, or that
+    of the only ViT in the file."""
     format = detect(tensors, under, beside)
-    prefix = format.prefix if key is None else _chosen(path, key, tensors)
+    prefix = format.prefix if key is None else _prefix_of_key(path, key, tensors)
     if format.prefix or (key is None and format is not FORMATS[-1]):
         return format, prefix
     below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in below)), None):
         prefix, below = prefix + wrapper, {name.removeprefix(wrapper): t for name, t in below.items()}
     inner = detect(below, None)
-    found = inner.prefix or (_prefix(path, below) if inner is FORMATS[-1] else "")
+    found = inner.prefix or (_prefix_of_vit(path, below) if inner is FORMATS[-1] else "")
     if found and inner is FORMATS[-1]:
         inner = detect({n.removeprefix(found): t for n, t in below.items() if n.startswith(found)}, None)
     prefix += found
     return (PREFIXED if prefix and inner is FORMATS[-1] else inner), prefix
 
 
-def detect(tensors: dict[str, Tensor], under: str | None, beside: set[str] = frozenset()) -> Format:
-    """The first format that fits these names; the last one fits any."""
+def detect(tensors: dict[str, Tensor], under: str | None, beside: Set[str] = frozenset()) -> Format:
+    """The first format that fits these names; the last format fits all."""
     under = under and under.removesuffix("_ema")
 
     def holds(pattern: str) -> bool:
@@ -97,7 +98,7 @@ def detect(tensors: dict[str, Tensor], under: str | None, beside: set[str] = fro
 
 
 def _convert(
-    path: Path, format: Format, named: dict[str, tuple[str, Tensor]], dropped: list[str], facts: dict[str, object]
+    path: Path, format: Format, named: dict[str, tuple[str, Tensor]], dropped: list[str], facts: dict[str, Any]
 ) -> Weights:
     tensors: dict[str, Tensor] = {}
     sources: dict[str, tuple[str, ...]] = {}
@@ -108,26 +109,26 @@ def _convert(
             dropped.append(original)
             continue
         if name in tensors:
-            raise CheckpointError(f"{path}: both {sources[name][0]} and {original} are {name}: save one model alone")
+            raise CheckpointError(f"{path}: both {sources[name][0]} and {original} are {name}: save only one model")
         tensors[name], sources[name] = tensor, (original,)
     if format.convert is not None:
         try:
             format.convert(tensors, sources)
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(
-                f"{path} is no complete {format.name} file: {error} is missing or misshapen"
+                f"{path} is no complete {format.name} file: {error} is missing or has another shape"
             ) from None
     return Weights(format, tensors, sources, tuple(dropped), facts)
 
 
 def is_converted(name: str, sources: tuple[str, ...]) -> bool:
-    """Whether a tensor is more than one of the file's without a prefix."""
+    """Whether a tensor is anything but one of the file's with a prefix taken off its name."""
     return not (len(sources) == 1 and f".{sources[0]}".endswith(f".{name}"))
 
 
-def _join_qkv(weights: Weights, entries: dict[str, object]) -> None:
+def _join_qkv(weights: Weights, entries: dict[str, Any]) -> None:
     """Separate projections of queries, keys and values -> one, in this order; biases too, but where keys have none
-    (BEiT) they keep names of their own. entries: the file's, to take the parts from by their own names, or {}."""
+    (BEiT) the others keep names of their own. entries: the file's, to take the parts from, or {} for weights'."""
     tensors, sources = weights.tensors, weights.sources
     for query in [name for name in tensors if name.endswith(".attn.q.weight")]:
         stem = query.removesuffix("q.weight")
@@ -150,45 +151,42 @@ def _is_state(value: object) -> bool:
     return isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
 
 
-def _state_dict(path: Path, content: object, key: str | None) -> tuple[str | None, dict[str, object]]:
+def _state_dict(path: Path, content: dict[Any, Any], key: str | None) -> tuple[str | None, dict[str, Any]]:
     """The key that the state dict lies under (None: the file is the state dict), and its entries without wrappers."""
-    models = [name for name in MODELS if isinstance(content, dict) and _is_state(content.get(name))]
+    models = [name for name in MODELS if _is_state(content.get(name))]
     under = models[0] if models else None
-    if isinstance(content, dict) and _is_state(content.get(key)):
+    if _is_state(content.get(key)):
         under = key
     elif len(models) > 1 and key is None and models != ["teacher", "student"]:
         raise CheckpointError(f"{path} holds {len(models)} models, {' and '.join(models)}: {CHOOSE}")
-    if under is None and isinstance(content, dict):
+    if under is None:
         under = next((name for name in MODELS[:2] if isinstance(content.get(name), dict)), None)
     entries = content if under is None else content[under]
     if not _is_state(entries):
-        found = f"only {', '.join(map(str, list(entries)[:3]))}" if isinstance(entries, dict) and entries else "none"
+        found = f"only {', '.join(map(str, list(entries)[:3]))}" if entries else "none"
         raise CheckpointError(f"{path} holds no named tensors ({found}): give a file with a model's state_dict")
     if key is not None and key != under and key in content:
-        raise CheckpointError(
-            f"{path}: what lies under '{key}' is no model; the models are {', '.join(models) or 'none'}"
-        )
-    entries = _unwrapped({str(name): value for name, value in entries.items()})
-    return under, entries
+        raise CheckpointError(f"{path}: '{key}' is no model; the models are {', '.join(models) or 'none'}")
+    return under, _unwrapped({str(name): value for name, value in entries.items()})
 
 
-def _unwrapped(entries: dict[str, object]) -> dict[str, object]:
-    # Of every name or of none: "module." inside a name, or before some, is no wrapper's prefix.
+def _unwrapped(entries: dict[str, Any]) -> dict[str, Any]:
+    # Of every name or none: "module." inside names, or at the start of only some, is no wrapper's prefix.
     while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in entries)), None):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     return entries
 
 
-def _chosen(path: Path, key: str, tensors: dict[str, Tensor]) -> str:
-    """The prefix that a --key means; CheckpointError if no name begins with it."""
+def _prefix_of_key(path: Path, key: str, tensors: dict[str, Tensor]) -> str:
+    """The prefix that --key means; CheckpointError if no name begins with it."""
     if not any(name.startswith(f"{key}.") for name in tensors):
         known = list(dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name))
         raise CheckpointError(f"{path} has no model under '{key}'; {did_you_mean(key, known)}")
     return f"{key}."
 
 
-def _prefix(path: Path, tensors: dict[str, Tensor]) -> str:
-    """The prefix that the one ViT in the file lies below, "" where it lies at the top or there is none."""
+def _prefix_of_vit(path: Path, tensors: dict[str, Tensor]) -> str:
+    """The prefix of the one ViT in the file, "" if it has none or there is no ViT."""
     tail = "blocks.0.norm1.weight"
     found = [name.removesuffix(tail) for name in tensors if name.endswith(tail)]
     found = [prefix for prefix in found if not prefix or prefix.endswith(".")]
@@ -198,13 +196,13 @@ def _prefix(path: Path, tensors: dict[str, Tensor]) -> str:
     return found[0] if found else ""
 
 
-def _training_facts(format: str, content: dict) -> dict[str, object]:
+def _training_facts(format: str, content: dict) -> dict[str, Any]:
     """What a pre-training checkpoint says about its run: the plain values of our recipe, or the official arguments."""
     fixed, state, args, epoch = (content.get(key) for key in ("fixed", "state", "args", "epoch"))
-    facts: dict[str, object] = {}
+    facts: dict[str, Any] = {}
     if format == "ours" and isinstance(fixed, dict) and isinstance(fixed.get("recipe"), dict):
         facts = {name: value for name, value in fixed["recipe"].items() if isinstance(value, str | int | float)}
-        # It counts steps: that the planned epochs are done is known of mae.safetensors alone.
+        # It counts steps: only in mae.safetensors are the planned epochs sure to be done.
         facts["epochs_planned"] = facts.pop("epochs", None)
         facts["steps_done"] = state.get("step") if isinstance(state, dict) else None
     if format == "mae-training" and isinstance(args, argparse.Namespace):
@@ -214,10 +212,10 @@ def _training_facts(format: str, content: dict) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def model_settings(path: Path, weights: Weights, said: dict[str, object]) -> dict[str, object]:
-    """mean, std, eps, pool and heads: the format's, unless the file's metadata or a config beside it says other."""
+def model_settings(path: Path, weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
+    """mean, std, eps, pool and heads: the format's, or those of the file's metadata or of the config beside it."""
     f, tensors, facts = weights.format, weights.tensors, weights.facts
-    found: dict[str, object] = {"mean": f.mean, "std": f.std, "eps": f.eps, "pool": f.pool, "heads": None}
+    found: dict[str, Any] = {"mean": f.mean, "std": f.std, "eps": f.eps, "pool": f.pool, "heads": None}
     if f.name == "timm" and tensors.get("head.bias", torch.empty(0)).shape == (21843,):
         found |= {"mean": HALF, "std": HALF}  # ImageNet-21k as Google counts its classes: AugReg
     if f.heads and "patch_embed.proj.bias" in tensors:
@@ -230,4 +228,4 @@ def model_settings(path: Path, weights: Weights, said: dict[str, object]) -> dic
             found["heads"] = ARCHS[str(facts["arch"])].heads
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata of mean, std, eps and pool is damaged ({error})") from None
-    return found | said
+    return found | config

@@ -1,9 +1,9 @@
 """The formats that ViT checkpoints come in, as a table.
 
-A format is recognised by tensor names alone, and brought to timm's, which are FAIR's: ``cls_token``, ``pos_embed``,
-``patch_embed.proj.*``, ``blocks.i.*``, ``norm.*``, ``fc_norm.*``, ``head.*``; beyond the plain ViT ``reg_token``,
-``dist_token``, ``blocks.i.ls1.gamma``, and BEiT's ``q_bias``, ``gamma_1``, ``relative_position_bias_table``.
-To add a format: one entry in FORMATS, before any that its names would fit too.
+A format is recognised by its tensors' names, which are then changed to timm's (and FAIR's): ``cls_token``,
+``pos_embed``, ``patch_embed.proj.*``, ``blocks.i.*``, ``norm.*``, ``fc_norm.*``, ``head.*``; beyond the plain ViT
+``reg_token``, ``dist_token``, ``blocks.i.ls1.gamma``, and BEiT's ``q_bias``, ``gamma_1``,
+``relative_position_bias_table``. To add a format: one entry in FORMATS, before any other that fits its names.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ class Format:
     """One format.
 
     holds: patterns of tensor names that must all occur. under: the key its tensors lie under, None for any. beside:
-    keys that must stand beside that one. prefix: of the encoder's names; what lacks it is dropped. rename: (pattern,
-    replacement) in the order they are applied to every name. drop: pattern of canonical names that are no part of an
-    encoder, decoder or classifier. mean, std, eps, pool: what the models of this format are trained with, unless a
-    config beside the weights says otherwise. heads: attention heads by width, where not those of mae_core/vit.py.
-    convert: what renaming cannot do.
+    keys that must be there besides that one. prefix: of the encoder's names; all others are dropped. rename: (pattern,
+    replacement), applied to every name in this order. drop: pattern of canonical names that are no part of an encoder,
+    decoder or classifier. mean, std, eps, pool: what this format's models are trained with, unless a config beside the
+    weights says otherwise. heads: attention heads by width, where they differ from mae_core/vit.py's. convert: what
+    renaming cannot do.
     """
 
     name: str

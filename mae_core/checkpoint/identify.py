@@ -1,4 +1,4 @@
-"""Which ViT a set of tensors is, by its shapes; and that it is one, complete."""
+"""Which ViT a set of tensors is, by their shapes; and whether it is complete."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from mae_core.checkpoint.weights_file import CheckpointError
 from mae_core.vit import ARCHS, Variant, build_vit
 
-# What a model has that computes something else than any variant of mae_core/vit.py: CLIP's, a ConvStem, EVA's.
-STRANGE = re.compile(r"norm_pre\.|pre_norm\.|ln_pre\.|rope\.|rel_pos_bias\.")
+# Tensors of models that no variant in mae_core/vit.py computes: CLIP's, a ConvStem, EVA's.
+FOREIGN = re.compile(r"norm_pre\.|pre_norm\.|ln_pre\.|rope\.|rel_pos_bias\.")
 
 
 def identify(
     path: Path, tensors: dict[str, Tensor], encoder: dict[str, Tensor], heads: int | None
 ) -> tuple[str, Variant]:
-    """The arch of the encoder; CheckpointError unless it is a known ViT with every tensor there in the right shape."""
+    """The encoder's arch and variant; CheckpointError unless it is a known ViT with every tensor in the right shape."""
     blocks = {int(match[1]) for name in encoder if (match := re.match(r"blocks\.(\d+)\.", name))}
     if not blocks:
         if any(name.startswith("decoder_") for name in tensors):
@@ -32,9 +32,9 @@ def identify(
             f"{path} is a trained ViTDet detector: its blocks attend in windows and by relative positions "
             "(blocks.0.attn.rel_pos_h), which is no encoder for these tasks; give the checkpoint it started from"
         )
-    strange = next((name for name in tensors if STRANGE.match(name)), None)
-    if strange:
-        raise CheckpointError(f"{path} has {strange}, which none of the ViTs that this project builds has")
+    foreign = next((name for name in tensors if FOREIGN.match(name)), None)
+    if foreign:
+        raise CheckpointError(f"{path} has {foreign}, which none of the ViTs that this project builds has")
     projection = encoder.get("patch_embed.proj.weight")
     if projection is None:
         raise CheckpointError(f"{path} has no patch_embed.proj.weight, which every ViT needs: give the complete file")
@@ -51,7 +51,7 @@ def identify(
 
 
 def arch_of(path: Path, size: tuple[int, ...], heads: int | None) -> str:
-    """The arch of that width, depth and patch; where the number of heads is known, with that number."""
+    """The arch of that width, depth and patch, and of that number of heads where it is known."""
     found = [a for a in ARCHS.values() if (a.dim, a.depth, a.patch) == size]
     if not found:
         known = ", ".join(f"{a.name} {a.dim}/{a.depth}/{a.patch}" for a in ARCHS.values())
@@ -65,7 +65,7 @@ def arch_of(path: Path, size: tuple[int, ...], heads: int | None) -> str:
 
 
 def registered(encoder: dict[str, Tensor], wanted: dict) -> dict[str, Tensor]:
-    """The encoder with DeiT's distillation token as the register that it is to a model without a second head."""
+    """The encoder with DeiT's distillation token named as a register, which it is to a model without a second head."""
     renamed = {"dist_token": "reg_token"} if "reg_token" in wanted else {}
     return {renamed.get(name, name): tensor for name, tensor in encoder.items()}
 
@@ -77,7 +77,7 @@ def variant_of(encoder: dict[str, Tensor]) -> Variant:
     registers = encoder["reg_token"].shape[1:2].numel() if "reg_token" in encoder else int("dist_token" in encoder)
     layer_scale = "blocks.0.ls1.gamma" in encoder
     tokens = encoder["pos_embed"].shape[1:2].numel() if "pos_embed" in encoder else 0
-    # A plain ViT whose class token has no position is no ViT of MAE's kind.
+    # Only with registers or layer scale: a plain ViT whose class token has no position is none of MAE's kind.
     without = (registers or layer_scale) and math.isqrt(tokens) ** 2 == tokens
     rows, columns = (
         encoder[f"blocks.0.mlp.{n}.weight"].shape[i : i + 1].numel() if f"blocks.0.mlp.{n}.weight" in encoder else 0
@@ -87,7 +87,7 @@ def variant_of(encoder: dict[str, Tensor]) -> Variant:
 
 
 def grid_of(encoder: dict[str, Tensor], variant: Variant) -> int:
-    """Patches along one side; 0 where the positions are not those of a square."""
+    """Patches along one side; 0 if the positions are not those of a square."""
     if variant.beit:
         table = encoder.get("blocks.0.attn.relative_position_bias_table", torch.empty(0))
         side = math.isqrt(max(len(table) - 3, 0))  # (2 w - 1)^2 distances, and three of the class token
@@ -103,8 +103,8 @@ def image_size_of(encoder: dict[str, Tensor], arch: str, variant: Variant) -> in
 def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """Position embedding [1, prefix + N, D] of a square grid -> [1, prefix + H*W, D] for grid (H, W), in float32.
 
-    Bicubic without antialiasing, as the official code does; the class token (and whatever else comes before the
-    patches) keeps its own. The same grid comes back as it was.
+    Bicubic without antialiasing, as the official code does; the `prefix` tokens before the patches keep their own. For
+    the same grid it returns pos_embed itself.
     """
     side = math.isqrt(pos_embed.shape[1] - prefix)
     if side * side != pos_embed.shape[1] - prefix:
@@ -117,7 +117,7 @@ def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: 
 
 
 def compare(what: str, have: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], by: str) -> None:
-    """CheckpointError naming the first tensor that lacks, has another shape or is unknown."""
+    """CheckpointError that names the first tensor that is missing, has another shape or is unknown."""
     for name, shape in wanted.items():
         if name not in have:
             raise CheckpointError(f"{what} has no {name}, which {by} needs: give the complete file")
@@ -125,4 +125,4 @@ def compare(what: str, have: dict[str, Tensor], wanted: dict[str, tuple[int, ...
             raise CheckpointError(f"{what}: {name} is {list(have[name].shape)} where {by} has {list(shape)}")
     for name in have:
         if name not in wanted:
-            raise CheckpointError(f"{what} has {name}, which {by} has not")
+            raise CheckpointError(f"{what} has {name}, which {by} does not have")

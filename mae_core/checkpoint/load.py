@@ -17,8 +17,9 @@ from mae_core.vit import build_distilled, build_vit, get_arch
 @dataclass(frozen=True)
 class LoadReport:
     """What one load did, as tensor names: every tensor of the file is in `loaded` or `dropped`, every tensor of the
-    model in `loaded` or `missing` (new heads, left as they were). `resized` and `converted` (made of others, or turned)
-    are parts of `loaded`. coverage: percent of the model's parameters without its head that were loaded."""
+    model in `loaded` or `missing` (new heads, left as they were). `resized` and `converted` (made of others, or
+    transposed) are parts of `loaded`. coverage: percent of the model's parameters, without its head, that were
+    loaded."""
 
     loaded: tuple[str, ...]
     resized: tuple[str, ...]
@@ -44,7 +45,7 @@ def model_of(
     pool: str = "token",
     drop_path: float = 0.0,
 ) -> VisionTransformer | Beit:
-    """`build_vit` for this checkpoint: of its size and variant and with its eps; `load_encoder` brings the weights."""
+    """`build_vit` for this checkpoint: its size, variant and eps. `load_encoder` loads the weights."""
     c = checkpoint
     return build_vit(c.arch, image_size, num_classes, pool, drop_path, c.eps, c.variant)
 
@@ -55,21 +56,23 @@ def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | No
     """
     classes = len(_head(checkpoint))
     size = image_size or checkpoint.meta["image_size"]
-    if "head_dist.weight" in checkpoint.classifier:
-        vit = build_distilled(checkpoint.arch, size, classes)
-    else:
-        vit = model_of(checkpoint, size, classes, checkpoint.pool)
+    distilled = "head_dist.weight" in checkpoint.classifier
+    vit = (
+        build_distilled(checkpoint.arch, size, classes)
+        if distilled
+        else model_of(checkpoint, size, classes, checkpoint.pool)
+    )
     load_classifier(vit, checkpoint)
     return vit
 
 
 def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
-    """Load the encoder into a `model_of` model, all of it; positions are resized to the model's grid. The eps of the
-    checkpoint is set in every LayerNorm: it is as much a part of what was trained as the weights.
+    """Load the whole encoder into a `model_of` model; positions are resized to the model's grid. Every LayerNorm gets
+    the checkpoint's eps, which is as much a part of what was trained as the weights.
 
     A model that pools by average has no ``norm``: the checkpoint's is dropped, and fc_norm is new, as in the official
     fine-tuning. CheckpointError for a fine-tuned classifier and for any tensor that is missing or does not fit; the
-    model is then untouched.
+    model is then unchanged.
     """
     if checkpoint.kind == "classifier":
         raise CheckpointError(
@@ -83,7 +86,7 @@ def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadR
 
 def load_classifier(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
     """Load a classifier, encoder and head, into a model of the same pooling and classes (`classifier_of` builds one).
-    CheckpointError if the file has no such head or any tensor is missing or does not fit; the model is then untouched.
+    CheckpointError if the file has no such head or any tensor is missing or does not fit; the model is then unchanged.
     """
     _head(checkpoint)
     if vit.global_pool != checkpoint.pool:
@@ -114,18 +117,19 @@ def _load(
         elif name.endswith("relative_position_bias_table") and name in wanted and tensor.ndim == 2:
             # Geometrically spaced bicubic interpolation, as BEiT fine-tunes at another size.
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a remark on the layout of timm's own tensors
+                warnings.simplefilter("ignore")  # about timm's own way of indexing
                 tensor = resize_rel_pos_bias_table(tensor, vit.patch_embed.grid_size, tuple(wanted[name].shape))
         if tensor is not source[name]:
             resized[name] = tensor
     source |= resized
     what = f"{checkpoint.path} ({checkpoint.arch})"
     compare(what, source, {n: t.shape for n, t in wanted.items() if n not in missing}, "the model")
-    heads, wrong = get_arch(checkpoint.arch).heads, {block.attn.num_heads for block in vit.blocks}
-    if wrong != {heads}:
-        raise CheckpointError(
-            f"{what} has {heads} attention heads, the model {wrong.pop()}: the same shapes, another ViT"
-        )
+    heads = get_arch(checkpoint.arch).heads
+    for module in vit.modules():
+        if getattr(module, "num_heads", heads) != heads:
+            raise CheckpointError(
+                f"{what} has {heads} attention heads, the model {module.num_heads}: the same shapes, but another ViT"
+            )
     if not next(iter(wanted.values())).is_meta:
         vit.load_state_dict({**wanted, **source}, strict=True)
     for module in vit.modules():

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a file, a folder with a config, hf:NAME or timm:NAME; and what the config says of it."""
+"""Where a checkpoint lies: a file, a folder with a config, hf:NAME or timm:NAME; and what the config says about it."""
 
 import difflib
 import hashlib
@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import timm
 
 from mae_core.checkpoint.weights_file import CheckpointError
 from mae_core.data import MEAN, STD
@@ -17,13 +19,14 @@ OFFLINE = "it is not in the local cache and could not be fetched"
 
 @dataclass(frozen=True)
 class Source:
-    """spec: what was asked for. path: the weight file. name: for people. said: what configs beside the weights say, of
-    mean, std, eps and heads. config: SHA-256 over those configs, "" without any: they decide about numbers too."""
+    """spec: what was asked for. path: the weight file. name: for people. settings: those of mean, std, eps and heads
+    that the configs beside the weights give. config: SHA-256 of those configs, "" without any: they affect numbers
+    too."""
 
     spec: str
     path: Path
     name: str
-    said: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     config: str = ""
 
 
@@ -36,10 +39,10 @@ def locate(spec: str) -> Source:
     path = Path(spec).expanduser()
     if path.is_dir():
         return _in_folder(path, path.resolve().name, str(path))
-    # Under these names alone a file belongs to the config beside it.
-    said, config = _read_configs(path.parent) if path.name in WEIGHTS else ({}, "")
+    # Only under these names does a file belong to the config beside it.
+    settings, config = _read_configs(path.parent) if path.name in WEIGHTS else ({}, "")
     stem = path.name.removesuffix(".pth.tar") if path.name.endswith(".pth.tar") else path.stem
-    return Source(str(path), path, path.resolve().parent.name if config else stem, said, config)
+    return Source(str(path), path, path.resolve().parent.name if config else stem, settings, config)
 
 
 def _in_folder(folder: Path, name: str, spec: str = "") -> Source:
@@ -58,8 +61,8 @@ def _in_folder(folder: Path, name: str, spec: str = "") -> Source:
 
 
 def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
-    """What config.json (Hugging Face's or timm's) and preprocessor_config.json say, and their digest."""
-    digest, said = hashlib.sha256(), {}
+    """The settings in config.json (Hugging Face's or timm's) and preprocessor_config.json, and the digest of both."""
+    digest, found = hashlib.sha256(), dict[str, Any]()
     present = [folder / name for name in CONFIGS if (folder / name).is_file()]
     for path in present:
         try:
@@ -70,31 +73,30 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no settings: restore it or move it away")
         digest.update(content)
-        if config.get("model_type") == "vit_mae":  # whose names alone are those of a ViT trained on other pixels
-            said |= {"mean": MEAN, "std": STD}
-        timms = config.get("pretrained_cfg") if isinstance(config.get("pretrained_cfg"), dict) else {}
-        said |= {
-            "mean": config.get("image_mean") or timms.get("mean") or said.get("mean"),
-            "std": config.get("image_std") or timms.get("std") or said.get("std"),
-            "eps": config.get("layer_norm_eps") or said.get("eps"),
-            "heads": config.get("num_attention_heads") or said.get("heads"),
+        if config.get("model_type") == "vit_mae":  # same names as a plain ViT's, which has another normalization
+            found |= {"mean": MEAN, "std": STD}
+        timms = config.get("pretrained_cfg")
+        timms = timms if isinstance(timms, dict) else {}
+        given = {
+            "mean": config.get("image_mean") or timms.get("mean"),
+            "std": config.get("image_std") or timms.get("std"),
+            "eps": config.get("layer_norm_eps"),
+            "heads": config.get("num_attention_heads"),
         }
-    said = {name: value for name, value in said.items() if value is not None}
+        found |= {name: value for name, value in given.items() if value}
     try:
-        for name in {"mean", "std"} & said.keys():
-            said[name] = tuple(float(v) for v in said[name])
-        if any(len(said[name]) != 3 for name in {"mean", "std"} & said.keys()):
-            raise ValueError("mean and std need three channels")
-        said |= {name: kind(said[name]) for name, kind in (("eps", float), ("heads", int)) if name in said}
+        for name in {"mean", "std"} & found.keys():
+            found[name] = tuple(float(v) for v in found[name])
+            if len(found[name]) != 3:
+                raise ValueError("mean and std need three channels")
+        found |= {name: kind(found[name]) for name, kind in (("eps", float), ("heads", int)) if name in found}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: config.json or preprocessor_config.json is damaged ({error})") from None
-    return said, digest.hexdigest() if present else ""
+    return found, digest.hexdigest() if present else ""
 
 
 def _timm_repository(spec: str) -> str:
     """The hub repository of timm's pretrained weights of that name."""
-    import timm
-
     name = spec.removeprefix("timm:")
     if "rope" in name:
         raise CheckpointError(f"{spec} has rotary positions, which no task here computes: give another model")
@@ -119,8 +121,8 @@ def _fetched(spec: str, repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository, _, revision = repository.partition("@")
-    revision = revision or None
+    repository, _, at = repository.partition("@")
+    revision = at or None
 
     def get(file: str) -> Path | None:
         try:
@@ -152,7 +154,7 @@ def _fetched(spec: str, repository: str) -> Path:
 
 
 def _cached(repository: str, revision: str | None) -> list[Path]:
-    """The weight file in the local cache, where one is, though not all its neighbours may be there."""
+    """The weight file in the local cache, if it is there; some of its neighbours may be absent."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository, file, revision=revision) for file in WEIGHTS)

@@ -25,11 +25,11 @@ class Checkpoint:
     decoder: names of the official code (``mask_token``, ``decoder_*``); {} if the file has none.
     classifier: ``fc_norm.*`` and ``head.*`` (``head_dist.*`` of DeiT), or a linear probe's ``head.0.*`` (BatchNorm) and
     ``head.1.*``; else {}. dropped: names of entries that belong to none of these.
-    sources: a tensor's name -> the names in the file that it was made of, where they are others.
+    sources: a tensor's name -> the names in the file that it was made of, where these differ.
     meta: what the file says about its training, such as `epochs` and `norm_pix`; always `image_size`, the side in px.
-    mean, std: of the channels (0..1) that its images are normalised with. eps: of its LayerNorms. pool: "token" or
-    "avg", what its representation of an image is. variant: what it has beyond a plain ViT.
-    config: SHA-256 of the configs beside the weights that decided about these, "" without.
+    mean, std: of the channels (0..1), for normalising its images. eps: of its LayerNorms. pool: "token" or "avg", its
+    representation of an image. variant: what it has beyond a plain ViT.
+    config: SHA-256 of the configs beside the weights that these come from, "" without.
     """
 
     path: str
@@ -52,25 +52,25 @@ class Checkpoint:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a ViT of class token, positions and blocks alone, as MAE's is."""
+        """Whether it is a ViT of only class token, positions and blocks, as MAE's is."""
         return self.variant == PLAIN
 
     @property
     def normalization(self) -> Normalization:
-        """mean and std."""
+        """(mean, std)"""
         return self.mean, self.std
 
     @property
     def identity(self) -> str:
-        """What its numbers depend on: the file's SHA-256, and that of the configs beside it."""
+        """What its numbers depend on: the SHA-256 of the file and that of the configs beside it."""
         return f"{self.sha256}+{self.config}" if self.config else self.sha256
 
     @property
     def kind(self) -> str:
         """One of encoder (pre-trained), classifier (fine-tuned end to end), linear-probe (frozen encoder and probe).
 
-        A file with ``norm.*`` and ``head.*`` is an encoder: supervised pre-training looks like this (timm, DeiT,
-        Google). MAE's fine-tuning with the class token and our own leave such files too.
+        A file with ``norm.*`` and ``head.*`` is an encoder, as supervised pre-training leaves it (timm, DeiT, Google),
+        unless it is of a format whose class-token fine-tuning leaves such files too (MAE's, ours).
         """
         if any(name.startswith("head.0.") for name in self.classifier):
             return "linear-probe"
@@ -90,22 +90,21 @@ PARTS = {
 
 def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> Checkpoint:
     """Read and check a file, a folder with a config, "hf:NAME" or "timm:NAME"; or make random weights: "random:ARCH" is
-    `build_vit` under that seed. key: which of several models in one file.
+    `build_vit` with that seed. key: which of several models in one file.
 
-    CheckpointError unless every encoder tensor is there, has the shape that its size asks for, and is finite. Memory:
-    about the bytes of the tensors read, since they stay mapped from the file; half-precision ones, and queries, keys
-    and values that are joined, take theirs besides.
+    CheckpointError unless every encoder tensor is there, finite, and of the shape that its size asks for. Memory:
+    float32 tensors stay mapped from the file; half-precision ones, and joined queries, keys and values, are copies.
     """
     if str(spec).startswith("random:"):
         return _random(str(spec), seed)
     source = locate(str(spec))
     path = source.path
     weights = read_weights(path, key)
-    tensors, known = weights.tensors, model_settings(path, weights, source.said)
+    tensors, settings = weights.tensors, model_settings(path, weights, source.settings)
     parts = {part: {n: t for n, t in tensors.items() if p.match(n)} for part, p in PARTS.items()}
     if "decoder_embed.weight" not in tensors:
         parts["decoder"].pop("mask_token", None)  # masked-image training has one, an MAE decoder or not
-    arch, variant = identify(path, tensors, parts["encoder"], known.pop("heads"))
+    arch, variant = identify(path, tensors, parts["encoder"], settings.pop("heads"))
     head = parts["classifier"].get("head.weight")
     if head is not None and head.shape[1:] != (ARCHS[arch].dim,):  # DINOv2's head over class token and average
         parts["classifier"] = {}
@@ -115,7 +114,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
     kept = encoder.keys() | decoder.keys() | classifier.keys()
     left = [old for name in tensors if name not in kept for old in weights.sources[name]]
     if classifier:
-        known["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
+        settings["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
     return Checkpoint(
         path=source.spec,
         name=source.name,
@@ -130,7 +129,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
         variant=variant,
         sources={name: old for name, old in weights.sources.items() if name in kept and is_converted(name, old)},
         config=source.config,
-        **known,
+        **settings,
     )
 
 

@@ -1,4 +1,4 @@
-"""Other projects' tensor names and layouts -> timm's: rules for names; for what renaming cannot do, functions that
+"""Other projects' tensor names and layouts -> timm's: rules for names and, where renaming is not enough, functions that
 change tensors and sources in place."""
 
 import re
@@ -9,8 +9,8 @@ Rules = tuple[tuple[str, str], ...]  # (pattern, replacement), all applied to ev
 Sources = dict[str, tuple[str, ...]]  # name -> the names in the file that it was made of
 SHARED = "rel_pos_bias.relative_position_bias_table"
 
-# Hugging Face transformers. Both generations of names: files hold the older (encoder.layer.0.attention.attention.
-# query), modules of version 5 the newer (layers.0.attention.q_proj).
+# Hugging Face transformers, both generations of names: files have the older (encoder.layer.0.attention.attention.
+# query), modules since version 5 the newer (layers.0.attention.q_proj).
 HF: Rules = (
     (r"^(vit|deit|beit|dinov2|dinov2_with_registers)\.", ""),
     (r"^decoder\.mask_token$", "mask_token"),
@@ -95,8 +95,8 @@ def from_flax(tensors: dict[str, Tensor], sources: Sources) -> None:
 
 
 def fold_class_position(tensors: dict[str, Tensor], sources: Sources) -> None:
-    """DINOv2 adds the class token's position before it inserts the registers, which have none: as in timm's files, the
-    sum becomes the class token."""
+    """DINOv2 adds the class token's position before it inserts the registers, which have none. As in timm's files, the
+    class token becomes the sum."""
     tensors["reg_token"], sources["reg_token"] = tensors.pop("register_tokens"), sources.pop("register_tokens")
     positions = tensors["pos_embed"]
     tensors["cls_token"], tensors["pos_embed"] = tensors["cls_token"] + positions[:, :1], positions[:, 1:]
@@ -105,7 +105,7 @@ def fold_class_position(tensors: dict[str, Tensor], sources: Sources) -> None:
 
 
 def spread_shared_table(tensors: dict[str, Tensor], sources: Sources) -> None:
-    """BEiT pre-trains with one table of relative positions for all blocks; each block gets it, as in BEiT's own
+    """BEiT pre-trains with one table of relative positions for all blocks; each block gets a copy, as in BEiT's own
     fine-tuning."""
     if SHARED not in tensors:
         return

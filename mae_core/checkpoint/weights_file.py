@@ -14,6 +14,7 @@ import tarfile
 import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +29,9 @@ OUR_FORMAT = "mae-transfer"
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
 LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how files of the older torch.save begin
 
-# Official training checkpoints hold, besides tensors and plain values, an argparse.Namespace, and paths in it when
-# submitit ran them. PosixPath is pathlib._local.PosixPath where Python 3.13 wrote it; the pure class opens nothing.
-SAFE_TYPES = [
+# Besides tensors and plain values, official training checkpoints hold an argparse.Namespace, with paths in it when
+# submitit ran them. Python 3.13 writes PosixPath as pathlib._local.PosixPath; the pure class opens nothing.
+SAFE_TYPES: list[Any] = [
     argparse.Namespace,
     (PurePosixPath, "pathlib.PosixPath"),
     (PurePosixPath, "pathlib._local.PosixPath"),
@@ -47,8 +48,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path: Path) -> tuple[object, dict[str, str]]:
-    """What the file holds, and its safetensors metadata ({} for the other kinds). CheckpointError for anything else."""
+def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str]]:
+    """The dictionary in the file ({} if it holds something else), and its safetensors metadata ({} for other kinds of
+    file). CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values."""
+    content, metadata = _read(path)
+    return content if isinstance(content, dict) else {}, metadata
+
+
+def _read(path: Path) -> tuple[object, dict[str, str]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -68,7 +75,7 @@ def read_file(path: Path) -> tuple[object, dict[str, str]]:
         return _torch_load(path, mmap=False), {}
     if head.startswith(b"\x80"):
         return _read_numpy_pickle(path), {}
-    raise CheckpointError(f"{path} {_what_it_is(path, head)}")
+    raise CheckpointError(f"{path} {_instead(path, head)}")
 
 
 def is_mapped(path: Path) -> bool:
@@ -78,7 +85,8 @@ def is_mapped(path: Path) -> bool:
     return head.startswith(b"PK\x03\x04") or head[8:] == b"{"
 
 
-def _what_it_is(path: Path, head: bytes) -> str:
+def _instead(path: Path, head: bytes) -> str:
+    """What a file is that is no weight file, and what to do."""
     if not head:
         return "is empty: download or save it again"
     if head.startswith(b"version https://git-lfs"):
@@ -111,11 +119,11 @@ def _read_zip(path: Path) -> object:
 
 
 def _torch_load(path: Path, mmap: bool) -> object:
-    if path.suffix == ".safetensors":  # which torch.load would believe
+    if path.suffix == ".safetensors":  # torch.load would read it as such
         raise CheckpointError(f"{path} was written by torch.save, it is no safetensors file: rename it to .pth")
     try:
         with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on pickle protocols; what matters raises
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters raises
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = _unsafe_names(path, str(error))
@@ -128,7 +136,7 @@ def _torch_load(path: Path, mmap: bool) -> object:
             f"{path} is a damaged file or a Python pickle that torch.save did not write: download it again or save its "
             "state_dict with torch.save"
         ) from None
-    except Exception as error:  # a damaged pickle makes the reader fail in any way: EOFError, KeyError, RuntimeError...
+    except Exception as error:  # a damaged pickle fails in any way: EOFError, KeyError, RuntimeError...
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise CheckpointError(f"{path} is cut short or damaged ({reason}): download or copy it again") from None
 
@@ -137,7 +145,7 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except Exception as error:  # a damaged member or a header of any kind; TypeError: no numbers
+    except Exception as error:  # a damaged member or header; TypeError: no numbers
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or holds no plain arrays ({reason}): download it again") from None
 
@@ -157,7 +165,7 @@ class NotAllowed(pickle.UnpicklingError):
 
 
 def _read_numpy_pickle(path: Path) -> object:
-    """A plain pickle of arrays, as torch.save never writes it: detectron2's model zoo."""
+    """A plain pickle of arrays, unlike torch.save's: detectron2's model zoo."""
     try:
         with open(path, "rb") as file:
             content = _NumpyUnpickler(file, encoding="latin1").load()
@@ -179,7 +187,7 @@ def _read_numpy_pickle(path: Path) -> object:
 
 
 def _unsafe_names(path: Path, message: str) -> str:
-    """The functions and classes beyond SAFE_TYPES that a file calls, at most three; "" if none is known."""
+    """The functions and classes that a file calls besides SAFE_TYPES, at most three; "" if none is known."""
     try:
         with torch.serialization.safe_globals(SAFE_TYPES):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -199,7 +207,8 @@ def _read_safetensors(path: Path, size: int, header: int) -> tuple[dict[str, Ten
 
 
 def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """The tensor as float32 without a graph; a BatchNorm's counter stays an integer."""
+    """The tensor as float32, detached; a BatchNorm's counter stays an integer. CheckpointError if it is not dense, of
+    floating-point numbers, and finite."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         raise CheckpointError(f"{path}: {name} is not a dense tensor; save the weights as ordinary float tensors")
     if not tensor.is_floating_point():
@@ -207,7 +216,7 @@ def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
             return tensor
         raise CheckpointError(f"{path}: {name} is of type {tensor.dtype}; save the weights as floating-point numbers")
     tensor = tensor.detach().float()
-    # Extremes, because isfinite() would make a mask of the tensor's size; NaN makes both NaN.
+    # Only the extremes, because isfinite() would make a mask of the tensor's size; a NaN makes both NaN.
     if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
         raise CheckpointError(f"{path}: {name} holds NaN or infinite values; give a file from before it diverged")
     return tensor

@@ -288,7 +288,7 @@ BAD = {
     ),
     "BEiT's own tables over plain attention": (
         {**ENCODER, "blocks.0.attn.relative_position_bias_table": torch.zeros(1)},
-        "has blocks.0.attn.relative_position_bias_table, which vit_mini_patch8 has not",
+        "has blocks.0.attn.relative_position_bias_table, which vit_mini_patch8 does not have",
     ),
     "half a DINOv2": ({**ENCODER, "blocks.0.ls1.gamma": torch.ones(128)}, "no blocks.0.ls2.gamma"),
     "DINOv2 without positions": (

@@ -482,7 +482,10 @@ def test_an_incomplete_or_turned_file_of_another_format_is_refused(put):
             {**complete, "vit.embeddings.patch_embeddings.projection.weight": torch.zeros(128, 3, 12, 12)},
             "unknown size, width/depth/patch 128/6/12",
         ),
-        ({**complete, "vit.encoder.layer.0.attention.q_norm.weight": torch.zeros(32)}, "which vit_mini_patch8 has not"),
+        (
+            {**complete, "vit.encoder.layer.0.attention.q_norm.weight": torch.zeros(32)},
+            "which vit_mini_patch8 does not have",
+        ),
         ({**complete, "layernorm.weight": torch.zeros(128)}, "both layernorm.weight and vit.layernorm.weight"),
     ):
         with pytest.raises(CheckpointError, match=message) as error:
