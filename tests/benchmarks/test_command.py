@@ -44,10 +44,11 @@ def test_plan_is_run_with_plan(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", "random:vit_mini_patch8", "--recipe", "mini", "--tasks", "imagenet_knn", "--out", "out"]
     assert run_all.main(["--plan", *flags]) == 0
-    planned = capsys.readouterr().out
+    planned, _, free = capsys.readouterr().out.rpartition(", ")
     assert "imagenet_knn" in planned
+    assert free.endswith("GiB free\n")
     assert call(monkeypatch, "plan", *flags) == 0
-    assert capsys.readouterr().out == planned
+    assert capsys.readouterr().out.rpartition(", ")[0] == planned
     assert not (tmp_path / "out" / "runs").exists()
 
 
