@@ -32,9 +32,10 @@ try:
     from transfer.classification import tasks as classification
     from transfer.cli import add_common_flags
     from transfer.data.findings import guarded
-    from transfer.data.imagenet import look_imagenet
+    from transfer.data.imagenet import inspect_imagenet
     from transfer.miniature import imagenet as miniature
-    from transfer.task import Record, slug
+    from transfer.run import slug
+    from transfer.task import Record
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
@@ -227,7 +228,7 @@ def check_call(args: argparse.Namespace) -> Machine:
 def check_data(args: argparse.Namespace) -> None:
     """UserError unless the cells' data are there. Mini without --data generates them; Table 2 classifies nothing."""
     if args.data is not None and args.table != ["2"]:
-        data = guarded(look_imagenet, args.data)
+        data = guarded(inspect_imagenet, args.data)
         if data.status != "found":
             raise UserError(data.detail)
         _, r = resolve_cell(Cell("default"), args)

@@ -17,7 +17,7 @@ from typing import IO
 
 from mae_core.errors import UserError
 from mae_core.settings import as_typed
-from transfer.cli import task_argument
+from transfer.jobs import task_argument
 from transfer.task import Job
 
 

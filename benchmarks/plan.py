@@ -5,18 +5,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import machine_from
 from mae_core.settings import did_you_mean
-from transfer.checks import training_images
-from transfer.cli import data_root, find_tasks, finished, headline, make_job, obstacle, place, resolve
+from transfer.cli import data_root
 from transfer.data.findings import guarded
+from transfer.jobs import find_tasks, make_job, obstacle, resolve
+from transfer.run import finished, with_work_folder
 from transfer.space import space_line
-from transfer.task import CLASSIFIER_FILE, Job, Task
+from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
 
 FINETUNE = "imagenet_finetune"
 
@@ -49,10 +49,10 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     for task in TASKS:
         resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also for tasks that are not run
     root = data_root(args, named or TASKS)
-    look = cache(lambda look_below: guarded(look_below, root))  # tasks may share their data: list it once
+    inspect = cache(lambda function: guarded(function, root))  # tasks may share their data: list it once
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
-        data, knobs = look(task.look), settings[task.name]
+        data, knobs = inspect(task.inspect), settings[task.name]
         return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, machine, args.engine)
 
     items = []
@@ -61,27 +61,25 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
         finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
         coming = finetune.task in chosen and not obstacle(finetune)[0]
         for task in chosen:
-            items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming, args.out))
+            items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming))
     own = {item.job.work: item for item in items}  # from scratch, checkpoints of one size are one job
     return sorted(own.values(), key=lambda item: item.job.task.cost)
 
 
-def plan_item(job: Job, finetune: Job, coming: bool, out: Path) -> Item:
+def plan_item(job: Job, finetune: Job, coming: bool) -> Item:
     """What is known of a job now. coming: this call will run the fine-tuning that the job may wait for."""
-    waits = job.task.needs == "classifier" and job.checkpoint.kind != "classifier"
-    job = with_classifier(job, finetune, out) if waits else job
+    waits = job.task.needs is Needs.CLASSIFIER and job.checkpoint.kind != "classifier"
+    job = with_classifier(job, finetune) if waits else job
     record = finished(job)
     if record is not None:
-        return Item(job, "done", headline(record))
+        return Item(job, "done", record.headline)
     if waits and job.parent is None and coming and job.data.status == "found":
         return Item(job, "to do", f"{job.data.detail} (after {FINETUNE})", finetune)
     state, why = obstacle(job)
-    share = getattr(job.recipe, "train_fraction", 1.0)
-    part = f", of which {training_images(job)} are trained on" if share < 1 else ""
-    return Item(job, state or "to do", why or job.data.detail + part)
+    return Item(job, state or "to do", why or job.task.detail(job))
 
 
-def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
+def with_classifier(job: Job, finetune: Job) -> Job:
     """The job with the classifier that imagenet_finetune left for the same checkpoint, recipe and seed, identified by
     its hash; the job as it is if there is none."""
     record = finished(finetune)
@@ -89,7 +87,7 @@ def with_classifier(job: Job, finetune: Job, out: Path) -> Job:
     if record is None or not file.exists():
         return job
     parent = replace(job.checkpoint, path=str(file), sha256=record.artifacts[CLASSIFIER_FILE], encoder={}, decoder={})
-    return place(replace(job, parent=parent), out)
+    return with_work_folder(replace(job, parent=parent))
 
 
 def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str, list[str]]:
@@ -112,8 +110,8 @@ def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:
     if task.opt_in:
         return False
     if checkpoint.kind == "classifier":
-        return task.needs in ("classifier", "fine-tuned file")
-    return task.needs in ("encoder", "classifier")
+        return task.needs in (Needs.CLASSIFIER, Needs.FINE_TUNED_FILE)
+    return task.needs in (Needs.ENCODER, Needs.CLASSIFIER)
 
 
 def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:

@@ -22,7 +22,8 @@ from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.errors import UserError
 from mae_core.machine import program
-from transfer.task import RECORD_FILE, Record, read_record, recipe_label
+from transfer.run import read_record
+from transfer.task import RECORD_FILE, Record, recipe_label
 
 
 def report(out: Path) -> list[Path]:

@@ -20,10 +20,12 @@ try:
     from mae_core.errors import UserError
     from mae_core.machine import non_negative_int
     from mae_core.progress import duration
-    from transfer.cli import add_common_flags, headline, settle
+    from transfer.cli import add_common_flags
     from transfer.data.shipped import shipped
+    from transfer.jobs import cached_or_skipped
+    from transfer.run import describe, read_record, slug, write_record
     from transfer.space import check_space
-    from transfer.task import RECORD_FILE, Job, Record, describe, read_record, slug, write_record
+    from transfer.task import RECORD_FILE, Job, Needs, Record
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
@@ -66,7 +68,7 @@ def group_by_process(items: Sequence[Item]) -> list[list[Item]]:
     groups: dict[tuple, list[Item]] = {}
     for item in items:
         job = item.job
-        alone = job.task.name if job.task.needs == "encoder" or job.overrides else ""
+        alone = job.task.name if job.task.needs is Needs.ENCODER or job.overrides else ""
         groups.setdefault((job.checkpoint.path, job.seed, job.task.module, alone), []).append(item)
     return list(groups.values())
 
@@ -80,14 +82,14 @@ def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Reco
         todo = []
         for item in group:
             # The fine-tuning that it waited for may have run by now.
-            job = with_classifier(item.job, item.finetune, args.out) if item.finetune else item.job
-            record = settle(job)
+            job = with_classifier(item.job, item.finetune) if item.finetune else item.job
+            record = cached_or_skipped(job)
             if record is None:
                 (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt that failed
                 todo.append(job)
             else:
                 records.append(record)
-                print(f"{position} {job.checkpoint.name} {headline(record)}", flush=True)
+                print(f"{position} {job.checkpoint.name} {record.headline}", flush=True)
         while todo:
             names, started = [job.task.name for job in todo], time.monotonic()
             checkpoint, seed = todo[0].checkpoint.name, todo[0].seed
@@ -102,7 +104,7 @@ def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Reco
                 record = read_or_write_failure(job, code, last, log)
                 records.append(record)
                 start = "\r\033[K" if sys.stdout.isatty() else ""
-                print(f"{start}{position} {checkpoint} {headline(record)} (seed {seed}, {took})", flush=True)
+                print(f"{start}{position} {checkpoint} {record.headline} (seed {seed}, {took})", flush=True)
             todo = again
     return records
 
@@ -131,7 +133,7 @@ def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> 
 def list_tasks() -> None:
     for task in TASKS:
         direction = "higher" if task.higher_is_better else "lower"
-        print(f"{task.name:<18} {task.title:<50} {task.metric} ({direction} is better); needs: {task.needs}")
+        print(f"{task.name:<18} {task.title:<50} {task.metric} ({direction} is better); needs: {task.needs.value}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core import distributed
 from mae_core.data import TrainingStream, UnreadableFiles, loader, seed_all
 from mae_core.errors import UserError
-from mae_core.machine import suit_attention
+from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
@@ -43,6 +43,22 @@ def check_batch(images: int, batch: int, where: str) -> None:
         raise UserError(
             f"{where} has {images} images, less than one batch of {batch}: set a smaller batch (--set batch=N)"
         )
+
+
+def batch_objections(images: int, batch: int, processes: int, part: str = "") -> Iterator[tuple[str, str]]:
+    """(knob or flag, why an epoch would have no step or the processes no equal parts). part: of all images, which."""
+    if images < batch:
+        yield "batch", f"{images} training images{part} are less than one batch={batch}: set a smaller batch"
+    if batch % processes:
+        yield "--gpus", f"batch={batch} cannot be shared by {processes} processes: --gpus must divide it"
+
+
+def batchnorm_objections(local_batch: int, machine: Machine) -> Iterator[tuple[str, str]]:
+    """(knob or flag, why) where a BatchNorm that is not synchronised would see one image at a time."""
+    if micro_batch_for(local_batch, machine.micro_batch or local_batch) == 1:
+        flag = "--gpus" if machine.processes > 1 else "batch"
+        flag = "--micro-batch" if machine.micro_batch == 1 else flag
+        yield flag, "BatchNorm cannot learn from one image at a time: give each process 2 or more"
 
 
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, ema: Any = None) -> State:

@@ -27,7 +27,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.coco import write_coco
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import write_imagenet
-from transfer.task import read_record
+from transfer.run import read_record
 
 MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

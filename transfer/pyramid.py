@@ -7,7 +7,7 @@ and one bias table per block instead.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -35,6 +35,12 @@ def patch_side(arch: str) -> int:
     ViT-H become 16, as in ViTDet."""
     patch = get_arch(arch).patch
     return patch if patch % 4 == 0 else -(-patch // 8) * 8
+
+
+def size_objections(arch: str, image_size: int, task: str) -> Iterator[tuple[str, str]]:
+    """(knob, why) where the pyramid's patches do not divide the input."""
+    if image_size % (patch := patch_side(arch)):
+        yield "image_size", f"image_size={image_size}: {arch} has patches of {patch} px in {task}"
 
 
 def pretraining_grid(arch: str) -> int:

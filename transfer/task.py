@@ -1,26 +1,20 @@
-"""Task, Job, Record: the whole vocabulary; how one job is run and its record written."""
+"""The vocabulary: Task, Job, Result, Record."""
 
 import dataclasses
-import hashlib
 import json
-import math
-import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from mae_core import distributed
 from mae_core.checkpoint import Checkpoint
-from mae_core.errors import UserError
-from mae_core.machine import Machine, commit, hardware, peak_memory_gib, versions
-from mae_core.settings import as_typed, differences, write_json
-from mae_core.training import CHECKPOINT_FILE
+from mae_core.machine import Machine
+from mae_core.settings import as_typed
 from transfer.data.findings import Data
+
+RECORD_FILE = "record.json"
+CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning leaves in its work folder
 
 
 @dataclass(frozen=True)
@@ -38,36 +32,58 @@ class Result:
     notes: tuple[str, ...] = ()  # deviations from the recipe that the reader of the number must know
 
 
+class Needs(Enum):
+    """What a task is run on."""
+
+    ENCODER = "encoder"  # a pre-trained encoder
+    CLASSIFIER = "classifier"  # a fine-tuned classifier, or the one that imagenet_finetune made of the encoder
+    FINE_TUNED_FILE = "fine-tuned file"  # a fine-tuned classifier given as the checkpoint
+
+
+class Space(NamedTuple):
+    """Bytes on disk that a job needs below its --out: the most at any time, and those that stay."""
+
+    peak: int
+    stays: int
+
+
+Objection = tuple[str, str]  # (knob or flag, why the job would fail by it and what to do)
+
+
 @dataclass(frozen=True)
 class Task:
-    """One transfer experiment.
+    """One transfer experiment, and all that the rest of the program has to know of its family.
 
-    needs: "encoder" (a pre-trained one), "classifier" (a fine-tuned file, or what imagenet_finetune made of the
-    encoder) or "fine-tuned file" (that alone).
+    recipe: (arch, "paper", "mini" or a name of its own) -> the recipe, a frozen dataclass. sources: (arch[, name of its
+    own]) -> where each value comes from. inspect: data root -> what lies there. miniature: writes its generated data
+    below a root. objections: why a job would fail, said before anything starts; its data may be missing. space: what
+    the files of a job need; its data were found.
     """
 
     name: str
     title: str
     module: str  # python -m MODULE runs it
     metric: str  # the headline
-    higher_is_better: bool
     version: int  # raised whenever the same inputs give another number
-    needs: str
     cost: int  # rank for "cheapest first"
-    recipe: Callable[[str, str], Any]  # (arch, "paper" | "mini" | a name of its own) -> recipe dataclass
-    sources: Callable[..., dict[str, str]]  # (arch[, name of its own]) -> where each value comes from
-    look: Callable[[Path], Data]
+    recipe: Callable[[str, str], Any]
+    sources: Callable[..., dict[str, str]]
+    inspect: Callable[[Path], Data]
     run: Callable[["Job"], Result]
-    miniature: Callable[[Path], Path]  # writes its generated data below a root
+    miniature: Callable[[Path], Path]
+    objections: Callable[["Job"], Iterable[Objection]] = lambda job: ()
+    space: Callable[["Job"], Space] = lambda job: Space(0, 0)
+    detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says of the data
+    needs: Needs = Needs.ENCODER
+    higher_is_better: bool = True
     engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
     install: str = ""  # how to install an engine that is absent
     packages: tuple[str, ...] = ()  # further distributions whose versions the record names
-    plain_vit: bool = False  # it can hold no encoder but a plain ViT
+    plain_vit: bool = False  # its model holds no encoder but a plain ViT
     opt_in: bool = False  # run only if it is named
-    from_scratch: bool = False  # of a checkpoint it takes the size alone
+    from_scratch: bool = False  # it uses only the size of a checkpoint
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
-    weights: Callable[["Job"], int] | None = None  # numbers in its model; None: encoder and 1000 classes
 
 
 @dataclass(frozen=True)
@@ -85,41 +101,27 @@ class Job:
     engine: str = "torch"
     machine: Machine = field(default_factory=Machine)
     parent: Checkpoint | None = None  # the fine-tuned classifier that a robustness task evaluates
+    out: Path = Path()  # --out, below which `work` lies
 
     @property
     def recipe_label(self) -> str:
         return recipe_label(self.recipe_name, self.overrides)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a number to be this job's number."""
-        precision, parent = self.machine.precision, self.parent.sha256 if self.parent else ""
-        return identity(self.task, self.checkpoint, self.recipe, self.seed, self.data, precision, self.engine, parent)
-
-
-def identity(
-    task: Task,
-    checkpoint: Checkpoint,
-    recipe: Any,
-    seed: int,
-    data: Data,
-    precision: str,
-    engine: str = "torch",
-    parent: str = "",
-) -> dict[str, Any]:
-    """The fields that make two runs the same experiment, as plain JSON values. parent: SHA-256 of the classifier that a
-    robustness task evaluates."""
-    fields = {
-        "task": task.name,
-        "task_version": task.version,
-        "checkpoint": checkpoint.identity,
-        "recipe": dataclasses.asdict(recipe),
-        "engine": engine,
-        "seed": seed,
-        "precision": precision,
-        "data": data.fingerprint,
-        "parent": parent,
-    }
-    return json.loads(json.dumps(fields))
+        """What must agree for a number to be this job's number: the fields that make two runs the same experiment, as
+        plain JSON values."""
+        fields = {
+            "task": self.task.name,
+            "task_version": self.task.version,
+            "checkpoint": self.checkpoint.identity,
+            "recipe": dataclasses.asdict(self.recipe),
+            "engine": self.engine,
+            "seed": self.seed,
+            "precision": self.machine.precision,
+            "data": self.data.fingerprint,
+            "parent": self.parent.sha256 if self.parent else "",
+        }
+        return json.loads(json.dumps(fields))
 
 
 @dataclass(frozen=True)
@@ -161,142 +163,16 @@ class Record:
     def recipe_label(self) -> str:
         return recipe_label(self.recipe_name, self.overrides)
 
+    @property
+    def headline(self) -> str:
+        """ "imagenet_finetune: top1 83.66 ± 0.17" or "imagenet_a: skipped: ..."."""
+        if self.status != "ok":
+            return f"{self.task}: {self.status}: {self.reason}"
+        error = f" ± {self.stderr[self.metric]:.2f}" if self.metric in self.stderr else ""
+        return f"{self.task}: {self.metric} {self.metrics[self.metric]:.2f}{error}"
+
 
 def recipe_label(name: str, overrides: dict[str, Any]) -> str:
     """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
     knobs = ", ".join(f"{knob}={as_typed(value)}" for knob, value in sorted(overrides.items()))
     return f"{name} with {knobs}" if overrides else name
-
-
-RECORD_FILE = "record.json"
-TRACEBACK_FILE = "error.txt"
-CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning leaves in its work folder
-
-
-def write_record(record: Record, work: Path) -> None:
-    write_json(work / RECORD_FILE, dataclasses.asdict(record))
-
-
-def read_record(path: Path) -> Record:
-    """The Record in that file; UserError if it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Record(**{**values, "notes": tuple(values.get("notes", ()))})
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
-
-
-def slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
-
-
-def checkpoint_folder(out: Path, checkpoint: Checkpoint) -> Path:
-    return out / "runs" / f"{slug(checkpoint.name)}-{checkpoint.sha256[:8]}"
-
-
-def work_folder(out: Path, checkpoint: Checkpoint, task: str, recipe_label: str, seed: int, identity: dict) -> Path:
-    """Where a job works: readable names for people, the identity's hash so that different experiments never collide."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return checkpoint_folder(out, checkpoint) / task / f"{slug(recipe_label)[:40]}-seed{seed}-{digest}"
-
-
-def claim(work: Path, identity: dict[str, Any]) -> None:
-    """Mark a work folder as this experiment's; UserError with the differences if it is another's."""
-    marker = work / "job.json"
-    if marker.exists():
-        changed = differences(json.loads(marker.read_text()), identity)
-        if changed:
-            raise UserError(f"{work} holds another experiment ({'; '.join(changed)}): choose another --out")
-    elif distributed.is_main():
-        write_json(marker, identity)
-
-
-def done(work: Path, identity: dict[str, Any]) -> Record | None:
-    """The successful record of exactly this experiment in that folder, if there is one."""
-    path = work / RECORD_FILE
-    if path.exists():
-        record = read_record(path)
-        if record.status == "ok" and record.identity == identity:
-            return record
-    return None
-
-
-def run_job(job: Job) -> Record:
-    """Run a job in its work folder and write its record, whatever happens; Ctrl-C alone leaves none.
-
-    With several processes a failure ends them all (SystemExit): one that failed alone would leave the others waiting
-    for it, or mixing its next job's numbers with theirs.
-    """
-    started = time.monotonic()
-    claim(job.work, job.identity())
-    if distributed.is_main():
-        for name in (RECORD_FILE, TRACEBACK_FILE):  # of an earlier attempt
-            (job.work / name).unlink(missing_ok=True)
-    distributed.barrier()
-    if job.machine.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        result, status, reason = job.task.run(job), "ok", ""
-        numbers = (*result.metrics.items(), *result.stderr.items())
-        if bad := [name for name, value in numbers if not math.isfinite(value)]:
-            raise UserError(f"{', '.join(dict.fromkeys(bad))} came out as infinite or NaN: no number is given")
-    except UserError as e:
-        result, status, reason = Result({}), "failed", str(e)
-    except Exception as e:
-        (job.work / TRACEBACK_FILE).write_text(traceback.format_exc(), encoding="utf-8")
-        first_line = (str(e).strip().splitlines() or [""])[0]
-        result, status = Result({}), "failed"
-        reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"
-    seconds = result.seconds if result.seconds is not None else time.monotonic() - started
-    record = describe(
-        job,
-        status=status,
-        reason=reason,
-        images_per_second=round(result.images_seen / seconds, 2) if seconds else 0.0,
-        peak_memory_gib=round(peak_memory_gib(job.machine.device), 2),
-        **vars(replace(result, seconds=round(seconds, 1))),
-    )
-    if status == "failed" and distributed.world_size() > 1:
-        # The first reason stands: the other processes fail because this one is gone.
-        if not (job.work / RECORD_FILE).exists():
-            write_record(record, job.work)
-        raise SystemExit(f"error: {job.task.name}: {reason}")
-    if distributed.is_main():
-        write_record(record, job.work)
-        if status == "ok":  # a kill before the record was written must not cost the training
-            (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return record
-
-
-def describe(job: Job, **outcome: Any) -> Record:
-    """The record of a job: what it was, where it ran, and the outcome given by name."""
-    c = job.checkpoint
-    return Record(
-        task=job.task.name,
-        metric=job.task.metric,
-        chance=job.data.chance,
-        checkpoint={
-            "name": c.name,
-            "path": str(c.path),
-            "format": c.format,
-            "arch": c.arch,
-            "sha256": c.sha256,
-            "meta": dict(c.meta),
-            "dropped": len(c.dropped),
-            "input": {"mean": list(c.mean), "std": list(c.std), "eps": c.eps, "pool": c.pool, "plain": c.plain},
-        },
-        recipe_name=job.recipe_name,
-        overrides=job.overrides,
-        recipe=job.identity()["recipe"],
-        sources=job.task.sources(c.arch) if job.recipe_name != "mini" else {},
-        seed=job.seed,
-        engine=job.engine,
-        data=json.loads(json.dumps(dataclasses.asdict(job.data))),
-        identity=job.identity(),
-        machine=dataclasses.asdict(job.machine),
-        hardware=hardware(job.machine.device),
-        versions=versions(job.task.packages),
-        commit=commit(),
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        **outcome,
-    )

@@ -14,8 +14,8 @@ from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
 from mae_core.errors import UserError
 from tests.fixtures.transfer import CLASSES, write_imagenet
-from transfer.cli import find_tasks, make_job
-from transfer.task import describe
+from transfer.jobs import find_tasks, make_job
+from transfer.run import describe
 
 ARCH = "random:vit_mini_patch8"
 

@@ -11,7 +11,8 @@ import pytest
 from benchmarks.report import main, report
 from mae_core.errors import UserError
 from tests.fixtures.records import CHECKPOINT, broken, cells, made, official, ok
-from transfer.task import Record, write_record
+from transfer.run import write_record
+from transfer.task import Record
 
 
 def some_records() -> list[Record]:

@@ -8,7 +8,8 @@ import pytest
 from benchmarks.report import report
 from mae_core.checkpoint import read_checkpoint
 from tests.fixtures import ROOT
-from transfer.task import Record, read_record
+from transfer.run import read_record
+from transfer.task import Record
 
 MINIATURE = ROOT / "results" / "miniature"
 RECORDS = sorted(MINIATURE.glob("runs/**/record.json"))

@@ -14,7 +14,8 @@ from benchmarks.plan import Item
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
-from transfer.task import Record, read_record, write_record
+from transfer.run import read_record, write_record
+from transfer.task import Record
 
 RUN_ALL = Path(run_all.__file__).resolve()
 TWO = CLASSES[:2]
@@ -176,7 +177,7 @@ def test_a_group_goes_on_behind_a_child_that_ended_early(data: Path, mini: list[
     write_split(data / "imagenet-r", 1, TWO)
     args = run_all.parse(mini)
     items = [i for i in run_all.make_plan(args) if i.job.task.name in ("imagenet_a", "imagenet_r")]
-    monkeypatch.setattr(run_all, "settle", lambda job: None)
+    monkeypatch.setattr(run_all, "cached_or_skipped", lambda job: None)
     started = []
 
     def run_one(command: list[str], log: Path, lock: int, title: str) -> tuple[int, str]:

@@ -10,10 +10,10 @@ from tests.fixtures import segmentation as segmentation_fixtures
 from tests.fixtures import transfer as transfer_fixtures
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import write_imagenet
-from transfer.checks import objections
 from transfer.classification.tasks import TASKS
-from transfer.cli import obstacle
-from transfer.task import Job, run_job
+from transfer.jobs import obstacle
+from transfer.run import run_job
+from transfer.task import Job
 
 BY_NAME = {task.name: task for task in TASKS}
 ONE = Machine(micro_batch=1)
@@ -52,7 +52,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def check(job: Job, knob: str | None, said: str) -> None:
-    found = list(objections(job))
+    found = list(job.task.objections(job))
     assert [name for name, _ in found] == ([knob] if knob else [])
     assert all(said in why for _, why in found)
     assert run_job(job).status == ("failed" if knob else "ok")
@@ -90,7 +90,7 @@ def test_the_same_of_ade20k(root, tmp_path, knobs, machine, knob, said):
 def test_several_processes_share_a_batch(root, tmp_path, batch, processes, mixup, said):
     machine = Machine(processes=processes)
     job = transfer_fixtures.make_job(BY_NAME["imagenet_finetune"], root, tmp_path, machine, batch=batch, mixup=mixup)
-    found = list(objections(job))
+    found = list(job.task.objections(job))
     assert [knob for knob, _ in found] == ["--gpus"] * bool(said)
     assert all(said in why for _, why in found)
 

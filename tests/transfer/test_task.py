@@ -15,19 +15,8 @@ from tests.fixtures.transfer import ARCH, make_job, small_checkpoint, write_imag
 from transfer.classification import robustness
 from transfer.classification import tasks as classification
 from transfer.cli import main
-from transfer.task import (
-    RECORD_FILE,
-    Data,
-    Job,
-    Record,
-    Result,
-    claim,
-    done,
-    identity,
-    read_record,
-    run_job,
-    write_record,
-)
+from transfer.run import claim, finished, read_record, run_job, write_record
+from transfer.task import RECORD_FILE, Data, Job, Record, Result
 
 FINETUNE = classification.TASKS[0]
 DATA = Data("root", "found", "4 classes", "subset", "f" * 64, {"classes": 4}, 25.0)
@@ -35,7 +24,7 @@ DATA = Data("root", "found", "4 classes", "subset", "f" * 64, {"classes": 4}, 25
 
 def job_that(run, work: Path, **changes) -> Job:
     """A job whose task is to call `run`."""
-    task = replace(FINETUNE, run=run, look=lambda root: DATA)
+    task = replace(FINETUNE, run=run, inspect=lambda root: DATA)
     return replace(make_job(task, Path("root"), work), **changes)
 
 
@@ -175,11 +164,11 @@ def test_a_reader_never_sees_half_a_record(tmp_path):
 
 def test_a_folder_is_claimed_once_and_another_experiment_is_refused_with_the_differences(tmp_path):
     job = job_that(succeed, tmp_path)
-    claim(tmp_path, job.identity())
-    claim(tmp_path, job.identity())
+    claim(job)
+    claim(job)
     other = replace(job, seed=3, recipe=replace(job.recipe, epochs=7))
     with pytest.raises(UserError, match=r"recipe\.epochs: 2 -> 7; seed: 0 -> 3"):
-        claim(tmp_path, other.identity())
+        claim(other)
     with pytest.raises(UserError, match="another experiment"):
         run_job(other)
     assert not (tmp_path / RECORD_FILE).exists()
@@ -206,10 +195,10 @@ def test_every_field_of_the_identity_is_tried(tmp_path):
 def test_a_number_answers_for_its_own_experiment_alone(tmp_path, field):
     job = job_that(succeed, tmp_path)
     record = run_job(job)
-    assert done(tmp_path, job.identity()) == record
-    other = CHANGES[field](job).identity()
-    assert [name for name in other if other[name] != job.identity()[name]] == [field]
-    assert done(tmp_path, other) is None
+    assert finished(job) == record
+    other = CHANGES[field](job)
+    assert [name for name, value in other.identity().items() if value != job.identity()[name]] == [field]
+    assert finished(other) is None
 
 
 @pytest.mark.parametrize("knob", [f.name for f in fields(type(FINETUNE.recipe(ARCH, "mini")))])
@@ -217,8 +206,8 @@ def test_every_knob_is_part_of_the_identity(knob):
     recipe = FINETUNE.recipe(ARCH, "mini")
     other = replace(recipe)
     object.__setattr__(other, knob, "changed")
-    first, second = (identity(FINETUNE, small(), r, 0, DATA, "fp32") for r in (recipe, other))
-    assert first != second
+    job = job_that(succeed, Path())
+    assert replace(job, recipe=recipe).identity() != replace(job, recipe=other).identity()
 
 
 def small():
@@ -236,7 +225,7 @@ def test_the_machine_does_not_change_the_experiment(tmp_path):
 def test_what_gave_no_number_is_run_again(tmp_path, status):
     job = job_that(succeed, tmp_path)
     write_record(Record("imagenet_finetune", status, "why", identity=job.identity()), tmp_path)
-    assert done(tmp_path, job.identity()) is None
+    assert finished(job) is None
 
 
 # The command line

@@ -1,4 +1,5 @@
-"""What every training of a classifier shares: its images, the model it starts from, its scores, what it leaves."""
+"""A classifier's jobs: fine-tuning, linear probing, the evaluation of a released classifier; and what all trainings
+share: the images, the model to start from, the scores, the files that stay."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from torch import nn
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, metadata_of, model_of, save_weights, sha256_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
+from mae_core.errors import UserError
 from mae_core.training import State
-from transfer.classification.evaluate import evaluate
-from transfer.classification.transforms import eval_transform
+from transfer.classification.evaluate import evaluate, trained_classifier
+from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
+from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
 from transfer.data.split import Split
-from transfer.task import Job, Result
+from transfer.task import CLASSIFIER_FILE, Job, Result
 
 Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors
 
@@ -52,7 +55,7 @@ def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
     return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
 
 
-def leave(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
+def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
     """Write trained weights into the work folder; {file name: SHA-256}."""
     if not distributed.is_main():
         return {}
@@ -90,3 +93,54 @@ def load_summary(job: Job, classes: int) -> str:
     with torch.device("meta"):
         model = model_of(job.checkpoint, r.image_size, classes, r.pool)
     return load_encoder(model, job.checkpoint).summary()
+
+
+def finetune(job: Job) -> Result:
+    """Train everything; leave the classifier as classifier.safetensors in the work folder."""
+    r, images = job.recipe, images_of(job)
+    model = start_model(job, images.classes).to(job.machine.device)
+    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
+    state, trained = train_classifier(job, model, images.train, transform)
+    metrics, stderr = validate(job, trained, images.val)
+    if r.ema:
+        for values, without in zip((metrics, stderr), validate(job, model, images.val)):
+            values["top1_without_ema"] = without["top1"]
+    artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict(), r.image_size)
+    return trained_result(job, state, images, (metrics, stderr), artifacts)
+
+
+def linprobe(job: Job) -> Result:
+    """Train a linear layer on the frozen encoder; prove by checksum that the encoder did not move."""
+    r, images = job.recipe, images_of(job)
+    model = start_model(job, images.classes)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    model = model.to(job.machine.device)
+    before = parameters_sha256(backbone_tensors(model))
+    transform = probe_transform(r.image_size, r.min_scale)
+    state, trained = train_classifier(job, model, images.train, transform)
+    if parameters_sha256(backbone_tensors(model)) != before:
+        raise RuntimeError("the frozen encoder changed while its probe was trained")
+    scores = validate(job, trained, images.val)
+    head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
+    artifacts = save_artifacts(job, "probe.safetensors", head, r.image_size)
+    result = trained_result(job, state, images, scores, artifacts)
+    resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
+    official = min(512, r.batch)  # one GPU's share of the official probe's batch
+    notes = result.notes
+    if state.micro_batch != official:
+        notes += (f"BatchNorm saw batches of {state.micro_batch}, not of {official}",)
+    return replace(result, notes=notes, resolved=resolved)
+
+
+def evaluate_released(job: Job) -> Result:
+    """A fine-tuned classifier given as the checkpoint, evaluated on the validation images without training."""
+    model, size = trained_classifier(job.checkpoint, job.recipe.image_size, job.machine.device)
+    if model.num_classes != len(wnids()):
+        raise UserError(f"{job.checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
+    val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
+    transform, normalization = eval_transform(size, job.recipe.transform), job.checkpoint.normalization
+    metrics, stderr = evaluate(model, val, transform, normalization, job.machine, job.task.name).metrics()
+    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
+    return Result(metrics, stderr, len(val.files), len(val.files), resolved=resolved)

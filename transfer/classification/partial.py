@@ -8,7 +8,6 @@ at their ordinary place. Each k between them is a training below this task's fol
 import dataclasses
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
 
@@ -21,9 +20,10 @@ from transfer.classification.job import images_of, start_model, trained_result, 
 from transfer.classification.picture import PICTURE_FILE, draw_curve
 from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
 from transfer.classification.transforms import train_transform
-from transfer.cli import finished, make_job
 from transfer.data.labelled import Reading
-from transfer.task import Job, Record, Result, Task, claim, run_job, work_folder
+from transfer.jobs import make_job
+from transfer.run import claim, finished, run_job, with_work_folder
+from transfer.task import Job, Record, Result, Task
 
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
 HEADLINE = 1.0
@@ -94,12 +94,11 @@ def described(one: Record | Result) -> dict:
 
 def end_of_curve(job: Job, task: Task) -> Record:
     """Linear probing or fine-tuning by its own recipe of this name: its record, run now if it is not there."""
-    out = job.work.parents[3]  # work_folder: OUT/runs/CHECKPOINT/TASK/RUN
     start = job.task.recipe(job.checkpoint.arch, job.recipe_name)
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(start, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
     c, data, machine = job.checkpoint, job.data, job.machine
-    end = make_job(task, c, job.recipe_name, settings, data, out, job.seed, machine)
+    end = make_job(task, c, job.recipe_name, settings, data, job.out, job.seed, machine)
     record = finished(end) or run_job(end)
     if record.status != "ok":
         raise UserError(f"{task.name}, one end of the curve, has no number: {record.reason}")
@@ -112,15 +111,13 @@ def part_of(job: Job, k: float) -> Job:
     overrides = {knob: value for knob, value in job.overrides.items() if knob != "blocks"}
     task = replace(job.task, name=f"{job.task.name}@{k:g}")
     part = replace(job, task=task, recipe=recipe, overrides=overrides)
-    c, label = job.checkpoint, part.recipe_label
-    folder = work_folder(Path(), c, task.name, label, job.seed, part.identity()).name
-    return replace(part, work=job.work.parent / f"{k:g}" / folder)
+    return replace(part, work=job.work.parent / f"{k:g}" / with_work_folder(part).work.name)
 
 
 def tune(job: Job, k: float, images: Reading) -> Result:
     """Train the last k blocks and leave the result in the work folder; read it there if that was done before. The
     frozen part is proven unchanged by checksum."""
-    claim(job.work, job.identity())
+    claim(job)
     path = job.work / RESULT_FILE
     if path.exists():
         values = json.loads(path.read_text(encoding="utf-8"))

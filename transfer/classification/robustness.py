@@ -4,7 +4,7 @@ python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,21 @@ from mae_core.data import PILLOW_PIXELS, Normalization
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import choose
+from transfer.classification.checks import input_objections
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import columns, read_split, wnids
-from transfer.data.imagenet_shifts import SEVERITIES, clean_split, corruption_folder, folder_of, look, look_c
+from transfer.data.imagenet_shifts import (
+    SEVERITIES,
+    clean_split,
+    corruption_folder,
+    folder_of,
+    inspect_c,
+    inspect_shift,
+)
 from transfer.data.split import Split
 from transfer.miniature import imagenet as miniature
-from transfer.task import Job, Result, Task
+from transfer.task import Job, Needs, Result, Task
 
 # Top-1 error of AlexNet, mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
 # another script lists the corruptions in another order.
@@ -176,54 +184,50 @@ def mce_stderr(wrong: dict[str, list[np.ndarray]]) -> dict[str, float]:
     return {name: 100 * float(v.std(ddof=1) / np.sqrt(n)) for name, v in (("mce", ce), ("mean_err", err))}
 
 
-COMMON = {"module": "transfer.classification", "version": 1, "needs": "classifier", "sources": sources}
+IMAGENET_A = Task(
+    name="imagenet_a",
+    title="ImageNet-A",
+    module="transfer.classification",
+    metric="top1",
+    version=1,
+    cost=41,
+    recipe=recipe,
+    sources=sources,
+    inspect=partial(inspect_shift, "imagenet_a"),
+    run=run_200,
+    miniature=miniature.imagenet_a,
+    objections=input_objections,
+    needs=Needs.CLASSIFIER,
+)
 TASKS = (
-    Task(
-        name="imagenet_a",
-        title="ImageNet-A",
-        metric="top1",
-        higher_is_better=True,
-        cost=41,
-        recipe=recipe,
-        look=lambda root: look("imagenet_a", root),
-        run=run_200,
-        miniature=miniature.imagenet_a,
-        **COMMON,
-    ),
-    Task(
+    IMAGENET_A,
+    replace(
+        IMAGENET_A,
         name="imagenet_r",
         title="ImageNet-R",
-        metric="top1",
-        higher_is_better=True,
         cost=42,
-        recipe=recipe,
-        look=lambda root: look("imagenet_r", root),
-        run=run_200,
+        inspect=partial(inspect_shift, "imagenet_r"),
         miniature=miniature.imagenet_r,
-        **COMMON,
     ),
-    Task(
+    replace(
+        IMAGENET_A,
         name="imagenet_sketch",
         title="ImageNet-Sketch",
-        metric="top1",
-        higher_is_better=True,
         cost=43,
-        recipe=recipe,
-        look=lambda root: look("imagenet_sketch", root),
+        inspect=partial(inspect_shift, "imagenet_sketch"),
         run=run_sketch,
         miniature=miniature.imagenet_sketch,
-        **COMMON,
     ),
-    Task(
+    replace(
+        IMAGENET_A,
         name="imagenet_c",
         title="ImageNet-C",
         metric="mce",
         higher_is_better=False,
         cost=44,
         recipe=recipe_c,
-        look=look_c,
+        inspect=inspect_c,
         run=run_c,
         miniature=miniature.imagenet_c,
-        **COMMON,
     ),
 )

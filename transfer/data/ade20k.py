@@ -10,7 +10,7 @@ from PIL import Image
 from mae_core.data import EXTENSIONS
 from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
-from transfer.data.findings import Data, against_official, label_of, some, spread
+from transfer.data.findings import Data, against_official, label_of, preview, spread
 
 FOLDER = "ADEChallengeData2016"
 CLASSES = 150
@@ -82,17 +82,17 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
     images = folder / "images" / SPLITS[split]
     strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
     if strange:
-        return [f"{images} has images that do not end in .jpg: {some(strange)}"]
+        return [f"{images} has images that do not end in .jpg: {preview(strange)}"]
     if not found:
         return [f"{images} has no image *.jpg"]
     labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
     bare = [image.name for image, label in found if label.name not in labels]
     if bare:
         where = f"annotations/{SPLITS[split]}"
-        return [f"{images} has {len(bare)} images without a label file in {where}: {some(bare)}; unpack both again"]
+        return [f"{images} has {len(bare)} images without a label file in {where}: {preview(bare)}; unpack both again"]
     if lone := sorted(labels - {label.name for _, label in found}):
         where = f"annotations/{SPLITS[split]} of {folder}"
-        return [f"{where} has {len(lone)} labels without an image: {some(lone)}; unpack both again"]
+        return [f"{where} has {len(lone)} labels without an image: {preview(lone)}; unpack both again"]
     looked, labelled, wrong = spread(len(found)), False, []
     for number in looked:
         try:
@@ -100,5 +100,5 @@ def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) ->
         except UserError as e:
             wrong.append(str(e))
     if wrong:
-        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {some(wrong, 2)}"]
+        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {preview(wrong, 2)}"]
     return [] if labelled else [f"{images}: no pixel of the label files has a label above 0; are they SceneParse150's?"]

@@ -17,7 +17,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
-from transfer.data.findings import Data, against_official, label_of, some
+from transfer.data.findings import Data, against_official, label_of, preview
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
@@ -128,7 +128,9 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
         problems.append(f"{path}: its annotation ids are not distinct numbers from 1 on")
     known = {image["id"] for image in images}
     if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
-        problems.append(f"{path} has {len(strangers)} annotations of images that it does not list: {some(strangers)}")
+        problems.append(
+            f"{path} has {len(strangers)} annotations of images that it does not list: {preview(strangers)}"
+        )
     if not problems and folder.name.startswith("val"):
         problems += unscorable(path, annotations, {i["id"]: (i["height"], i["width"]) for i in images})
     if problems:
@@ -156,23 +158,23 @@ def unscorable(path: Path, annotations: list[dict], sizes: dict[int, tuple[int, 
     if not bad:
         return []
     which = f"{len(bad)} of the {len(annotations)} objects of {path} have no valid outline"
-    return [f"{which} (ids {some(bad)}): nothing can be scored against them; unpack the file again or remove them"]
+    return [f"{which} (ids {preview(bad)}): nothing can be scored against them; unpack the file again or remove them"]
 
 
 def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]) -> list[str]:
     foreign = [f"{c['id']} '{c['name']}'" for c in categories if CATEGORIES.get(c["id"]) != c["name"]]
     foreign += [str(i) for i in sorted({str(a["category_id"]) for a in annotations if a["category_id"] not in LABELS})]
-    return [f"{path} has categories that are not among COCO's 80: {some(foreign)}"] if foreign else []
+    return [f"{path} has categories that are not among COCO's 80: {preview(foreign)}"] if foreign else []
 
 
 def unlike_official(path: Path, folder: Path, images: list[dict], categories: list[dict]) -> tuple[str, ...]:
     """Sentences on categories that the file lacks and images on disk that it does not list."""
     found = []
     if absent := [CATEGORIES[i] for i in IDS if i not in {c["id"] for c in categories}]:
-        found.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {some(absent)}")
+        found.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {preview(absent)}")
     listed = {image["file_name"] for image in images}
     if extra := sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpg", ".jpeg")) and n not in listed):
-        found.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {some(extra)}")
+        found.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {preview(extra)}")
     return tuple(found)
 
 
@@ -183,7 +185,7 @@ def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
     missing = [str(i["file_name"]) for i in images if i["file_name"] not in there]
     if missing:
         which = f"{len(missing)} of the {len(images)} images of {path.name}"
-        return [f"{which} are not in {folder}: {some(missing)}; unpack {folder.name}.zip there"]
+        return [f"{which} are not in {folder}: {preview(missing)}; unpack {folder.name}.zip there"]
     if repeated := len(images) - len({i["id"] for i in images}):
         return [f"{path} uses {repeated} image ids twice: give every image an id of its own"]
     problems = []

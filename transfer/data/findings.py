@@ -36,10 +36,10 @@ class Data:
     findings: tuple[str, ...] = ()
 
 
-def guarded(look: Callable[[Path], Data], root: Path) -> Data:
-    """What the look finds; "missing" with a sentence where the system does not let it read."""
+def guarded(inspect: Callable[[Path], Data], root: Path) -> Data:
+    """What `inspect` finds; "missing" with a sentence where the system does not let it read."""
     try:
-        return look(root)
+        return inspect(root)
     except PermissionError as e:
         detail = f"no data: {e.filename or root} may not be read by this user: change its permissions (chmod)"
     except OSError as e:
@@ -47,7 +47,7 @@ def guarded(look: Callable[[Path], Data], root: Path) -> Data:
     return Data(str(root), "missing", detail)
 
 
-def some(names: Sequence[object], shown: int = 3) -> str:
+def preview(names: Sequence[object], shown: int = 3) -> str:
     return ", ".join(map(str, names[:shown])) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
@@ -68,7 +68,7 @@ def against_official(
     found = []
     if absent:
         found.append(
-            f"{where}: {len(absent)} of the {official['classes']} classes are missing ({some(absent)}): "
+            f"{where}: {len(absent)} of the {official['classes']} classes are missing ({preview(absent)}): "
             "the number is over the others alone"
         )
     off = {name: n - official[name] for name, n in counts.items() if name != "classes" and n != official[name]}
@@ -103,4 +103,4 @@ def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
     if not wrong:
         return []
     which = f"{len(wrong)} of {len(looked)} {what} looked at (of {len(files)})"
-    return [f"{which} cannot be used: {some(wrong)}; mend or replace them"]
+    return [f"{which} cannot be used: {preview(wrong)}; mend or replace them"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from transfer.data.findings import Data, against_official, label_of, some, unusable
+from transfer.data.findings import Data, against_official, label_of, preview, unusable
 from transfer.data.split import Split, fingerprint, is_image
 
 VAL_NAME = "ILSVRC2012_val_"  # begins the names of the official validation images
@@ -58,13 +58,13 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     problems = misplaced(folder, loose)
     if strange:
         problems.append(
-            f"{folder} has folders that are no ImageNet class: {some(strange)}; rename each to the WNID of its class "
-            "(n01440764 is the tench; LOC_synset_mapping.txt of the Kaggle release lists all), or move it away"
+            f"{folder} has folders that are no ImageNet class: {preview(strange)}; rename each to the WNID of its "
+            "class (n01440764 is the tench; LOC_synset_mapping.txt of the Kaggle release lists all), or move it away"
         )
     if broken:
-        problems.append(f"{folder} has broken links for class folders: {some(broken)}; link them to where they lie")
+        problems.append(f"{folder} has broken links for class folders: {preview(broken)}; link them to where they lie")
     if empty:
-        problems.append(f"{folder} has class folders without an image: {some(empty)}; fill or remove them")
+        problems.append(f"{folder} has class folders without an image: {preview(empty)}; fill or remove them")
     if forks:
         problems.append(
             f"{folder} has {forks} files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete"
@@ -94,7 +94,7 @@ def misplaced(folder: Path, names: list[str]) -> list[str]:
     return problems
 
 
-def look_imagenet(root: Path) -> Data:
+def inspect_imagenet(root: Path) -> Data:
     """ImageNet-1k below root: imagenet/{train,val}/WNID/*."""
     folder = root / "imagenet"
     where = f"{folder}/train/WNID/*.JPEG and {folder}/val/WNID/*.JPEG"
@@ -113,7 +113,7 @@ def look_imagenet(root: Path) -> Data:
     unlearnt = sorted(wnids()[i] for i in val.classes - train.classes)
     if unlearnt and not problems:
         problems.append(
-            f"{folder}/val has classes that train lacks: {some(unlearnt)}; add them there or take them out of val"
+            f"{folder}/val has classes that train lacks: {preview(unlearnt)}; add them there or take them out of val"
         )
     problems += unusable(train.files, "training images") + unusable(val.files, "validation images")
     if problems:
@@ -123,7 +123,7 @@ def look_imagenet(root: Path) -> Data:
     if label != "miniature":
         findings = against_official("imagenet", counts, IMAGENET_COUNTS, without(train.classes))
         if untested := sorted(wnids()[i] for i in train.classes - val.classes):
-            findings += (f"imagenet/val lacks {len(untested)} classes of train: {some(untested)}",)
+            findings += (f"imagenet/val lacks {len(untested)} classes of train: {preview(untested)}",)
         findings += named_otherwise(train, val)
     return Data(
         str(root),
@@ -137,7 +137,7 @@ def look_imagenet(root: Path) -> Data:
     )
 
 
-def look_imagenet_val(root: Path) -> Data:
+def inspect_imagenet_val(root: Path) -> Data:
     """The validation images of ImageNet-1k alone: imagenet/val/WNID/*."""
     folder = root / "imagenet" / "val"
     if not folder.is_dir():
@@ -176,10 +176,10 @@ def named_otherwise(train: Split, val: Split) -> tuple[str, ...]:
                 seen[file] += 1
         if other:
             found.append(
-                f"imagenet/{name}: {len(other)} images have names of ImageNet's {foreign} images: {some(other)}"
+                f"imagenet/{name}: {len(other)} images have names of ImageNet's {foreign} images: {preview(other)}"
             )
         if wrong:
-            found.append(f"imagenet/{name}: {len(wrong)} images are named for another class: {some(wrong)}")
+            found.append(f"imagenet/{name}: {len(wrong)} images are named for another class: {preview(wrong)}")
     if twice := sorted(file for file, times in seen.items() if times > 1):
-        found.append(f"imagenet: {len(twice)} images are there twice, by their names: {some(twice)}")
+        found.append(f"imagenet: {len(twice)} images are there twice, by their names: {preview(twice)}")
     return tuple(found)

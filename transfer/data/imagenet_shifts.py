@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transfer.data.findings import Data, against_official, label_of, some, unusable
+from transfer.data.findings import Data, against_official, label_of, preview, unusable
 from transfer.data.imagenet import columns, read_split, without, wnids
 from transfer.data.split import Split, fingerprint
 
@@ -28,7 +28,7 @@ def folder_of(root: Path, name: str) -> Path | None:
     return next((f for f in found if any(d.name in wnids() for d in f.iterdir())), found[0] if found else None)
 
 
-def look(name: str, root: Path) -> Data:
+def inspect_shift(name: str, root: Path) -> Data:
     """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
     folder = folder_of(root, name)
     if folder is None:
@@ -37,7 +37,9 @@ def look(name: str, root: Path) -> Data:
     allowed = sorted(columns(name)) if name != "imagenet_sketch" else range(len(wnids()))
     foreign = sorted(wnids()[i] for i in split.classes.difference(allowed))
     if foreign:
-        problems.append(f"{folder} has classes that are not among its {len(allowed)}: {some(foreign)}; move them away")
+        problems.append(
+            f"{folder} has classes that are not among its {len(allowed)}: {preview(foreign)}; move them away"
+        )
     problems += unusable(split.files)
     if problems:
         return Data(str(root), "incomplete", "; ".join(problems))
@@ -71,7 +73,7 @@ def corruption_folder(root: Path, corruption: str) -> Path:
     return next((base / g / corruption for g in GROUPS if (base / g / corruption).is_dir()), base / corruption)
 
 
-def look_c(root: Path) -> Data:
+def inspect_c(root: Path) -> Data:
     """ImageNet-C below root: 15 corruptions x 5 severities; a tree with holes is incomplete, and an mCE over what is
     there would be another number."""
     base = root / "imagenet-c"
@@ -96,13 +98,13 @@ def look_c(root: Path) -> Data:
     if len(set(sizes.values())) > 1:
         full = max(sizes.values())
         short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
-        problems.append(f"{base} has fewer than {full} images in {some(short)}")
+        problems.append(f"{base} has fewer than {full} images in {preview(short)}")
     elif splits:
         first = next(iter(splits))
         images = images_of(splits[first])
         if others := [name for name, split in splits.items() if images_of(split) != images]:
             problems.append(
-                f"{base} does not hold the same images in every folder: {first} differs from {some(others)}"
+                f"{base} does not hold the same images in every folder: {first} differs from {preview(others)}"
             )
     problems += unusable([file for split in splits.values() for file in split.files])
     if problems:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mae_core.data import EXTENSIONS
-from transfer.data.findings import Data, against_official, label_of, some, unusable
+from transfer.data.findings import Data, against_official, label_of, preview, unusable
 from transfer.data.split import Split, fingerprint
 
 
@@ -40,7 +40,7 @@ class LabelledSet:
 EMPTY = Split((), ())
 
 
-def look(known: LabelledSet, root: Path) -> Data:
+def inspect_set(known: LabelledSet, root: Path) -> Data:
     """The set below root/NAME."""
     folder = root / known.name
     if not folder.is_dir():
@@ -57,7 +57,7 @@ def look(known: LabelledSet, root: Path) -> Data:
         absent = [str(c) for c in range(reading.classes) if c not in train.classes]
         findings = against_official(known.name, counts, official, absent)
         if untested := sorted(train.classes - val.classes):
-            findings += (f"{known.name}: validation lacks {len(untested)} classes of training: {some(untested)}",)
+            findings += (f"{known.name}: validation lacks {len(untested)} classes of training: {preview(untested)}",)
     return Data(
         str(root),
         "found",
@@ -79,22 +79,22 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
             found.append(f"{folder} has no {name} images: unpack them there")
         absent = missing_files(split.files)
         if absent:
-            listed = some([str(file) for file in absent])
+            listed = preview([str(file) for file in absent])
             of_all = f"{len(absent)} of the {len(split.files)} {name} images"
             found.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
         else:
             found += unusable(split.files, f"{name} images")
         strange = sorted({label for label in split.labels if not 0 <= label < classes})
         if strange:
-            found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {some([str(s) for s in strange])}")
+            found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview([str(s) for s in strange])}")
     both = set(train.files) & set(val.files)
     if both:
         found.append(
-            f"{len(both)} images are in both splits of {folder}: {some(sorted(map(str, both)))}; keep each in one"
+            f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
         )
     unlearnt = sorted(val.classes - train.classes)
     if unlearnt and not found:
-        found.append(f"{folder}: validation has classes that training lacks: {some([str(c) for c in unlearnt])}")
+        found.append(f"{folder}: validation has classes that training lacks: {preview([str(c) for c in unlearnt])}")
     return Reading(train, val, classes, tuple(found))
 
 
@@ -124,9 +124,9 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
             if len(label) < len(values["annotations"]):
                 problems.append(f"{path} labels {len(values['annotations']) - len(label)} images twice")
             if strangers := sorted(map(str, label.keys() - names.keys())):
-                problems.append(f"{path} labels images that it does not list: {some(strangers)}")
+                problems.append(f"{path} labels images that it does not list: {preview(strangers)}")
             if bare := sorted(names[i] for i in names.keys() - label.keys()):
-                problems.append(f"{path} lists {len(bare)} images without a label: {some(bare)}")
+                problems.append(f"{path} lists {len(bare)} images without a label: {preview(bare)}")
             pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
             files, labels = [folder / file for file, _ in pairs], [c for _, c in pairs]
         except FileNotFoundError:
@@ -197,7 +197,7 @@ def read_folder(folder: Path) -> Reading:
         foreign = sorted(set(there) - set(names))
         if foreign:
             problems.append(
-                f"{folder / split} has classes that train lacks: {some(foreign)}; add them there or remove them"
+                f"{folder / split} has classes that train lacks: {preview(foreign)}; add them there or remove them"
             )
         pairs = [
             (file, label)

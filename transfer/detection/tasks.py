@@ -3,19 +3,22 @@
 python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--engine detectron2|torchvision]
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from mae_core import distributed
+from mae_core.loop import batch_objections
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, recipe, sources
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.miniature import dense
-from transfer.pyramid import ViTPyramid
-from transfer.task import Job, Result, Task
+from transfer.pyramid import ViTPyramid, size_objections
+from transfer.space import training_space
+from transfer.task import Job, Objection, Result, Space, Task
 
 
 def train_and_predict(job: Job) -> Predictions:
@@ -55,14 +58,21 @@ def run(job: Job) -> Result:
     )
 
 
-def weights(job: Job) -> int:
-    """How many numbers the detector holds: torchvision's, from which detectron2's differs only in its norms."""
+def objections(job: Job) -> Iterator[Objection]:
+    yield from size_objections(job.checkpoint.arch, job.recipe.image_size, job.task.name)
+    if job.data.status == "found":
+        yield from batch_objections(job.data.counts["train"], job.recipe.batch, job.machine.processes)
+
+
+def space(job: Job) -> Space:
+    """Of torchvision's detector, from which detectron2's differs only in its norms."""
     from transfer.detection.engine_torchvision import MaskRCNN
 
     r = job.recipe
     with torch.device("meta"):
         model = MaskRCNN(ViTPyramid(job.checkpoint.arch, r.image_size, window=r.window), r, RoIBatchNorm)
-    return sum(tensor.numel() for tensor in model.state_dict().values())
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    return training_space(job, numbers, numbers)
 
 
 TASKS = (
@@ -71,19 +81,18 @@ TASKS = (
         title="COCO 2017, Mask R-CNN with a ViT-FPN",
         module="transfer.detection",
         metric="box_ap",
-        higher_is_better=True,
         version=2,
-        needs="encoder",
         cost=40,
         recipe=recipe,
         sources=sources,
-        look=inspect_coco,
+        inspect=inspect_coco,
         run=run,
         miniature=dense.coco,
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
         install="docs/coco.md says how to install it; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),
         plain_vit=True,
-        weights=weights,
+        objections=objections,
+        space=space,
     ),
 )

@@ -4,6 +4,7 @@ python -m transfer.segmentation --task ade20k --ckpt FILE --data DIR --out DIR
 """
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,17 +13,21 @@ from torch import Tensor
 from mae_core import distributed
 from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.errors import UserError
-from mae_core.loop import check_batch
+from mae_core.loop import batch_objections, batchnorm_objections, check_batch
+from mae_core.settings import as_typed
 from mae_core.training import State
+from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.data.findings import spread
 from transfer.miniature import dense
+from transfer.pyramid import size_objections
 from transfer.segmentation.evaluate import by_class, scores
 from transfer.segmentation.mmseg_config import config_of, norm_of, weights_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
 from transfer.segmentation.recipe import recipe, sources
 from transfer.segmentation.train import run_multi_scale_test, run_test, train
-from transfer.task import Job, Result, Task
+from transfer.space import training_space
+from transfer.task import Job, Objection, Result, Space, Task
 
 SEGMENTER_FILE = "segmenter.safetensors"
 
@@ -105,25 +110,44 @@ def save_artifacts(job: Job, state: dict[str, Tensor]) -> dict[str, str]:
     return {name: sha256_of(job.work / name) for name in (SEGMENTER_FILE, PICTURE_FILE)}
 
 
+def objections(job: Job) -> Iterator[Objection]:
+    r, machine, depth = job.recipe, job.machine, get_arch(job.checkpoint.arch).depth
+    yield from size_objections(job.checkpoint.arch, r.image_size, job.task.name)
+    if r.taps[-1] >= depth:
+        why = f"taps={as_typed(r.taps)}, but the last block of {job.checkpoint.arch} is {depth - 1}: set lower ones"
+        yield "taps", why
+    if job.data.status == "found":
+        yield from batch_objections(job.data.counts["train"], r.batch, machine.processes)
+    if r.batch % machine.processes == 0 and norm_of(machine) != "SyncBN":
+        yield from batchnorm_objections(r.batch // machine.processes, machine)
+    if machine.device == "cpu" and torch.cuda.is_available():
+        why = "mmengine takes the GPU wherever it sees one; hide it with CUDA_VISIBLE_DEVICES=-1"
+        yield "--device", f"--device cpu: {why}"
+
+
+def space(job: Job) -> Space:
+    numbers = weights_of(job)
+    return training_space(job, numbers, numbers)
+
+
 TASKS = (
     Task(
         name="ade20k",
         title="ADE20K, semantic segmentation",
         module="transfer.segmentation",
         metric="miou",
-        higher_is_better=True,
         version=1,
-        needs="encoder",
         cost=50,
         recipe=recipe,
         sources=sources,
-        look=ade20k.inspect_ade20k,
+        inspect=ade20k.inspect_ade20k,
         run=segment,
         miniature=dense.ade20k,
         engines={"mmsegmentation": "mmseg"},
         install="`make install` sets it up",
         packages=("mmsegmentation", "mmengine"),
         plain_vit=True,
-        weights=weights_of,
+        objections=objections,
+        space=space,
     ),
 )

@@ -17,13 +17,16 @@ from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, CLASSES, make_job, small_checkpoint, write_imagenet, write_split
-from transfer import task
+from transfer import run
+from transfer.classification import job as classifier_job
+from transfer.classification import recipes
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import evaluate, trained_classifier
 from transfer.classification.transforms import eval_transform
 from transfer.cli import main
 from transfer.data.imagenet import read_split, wnids
-from transfer.task import CLASSIFIER_FILE, run_job
+from transfer.run import run_job
+from transfer.task import CLASSIFIER_FILE
 
 FINETUNE, LINPROBE, EVAL, KNN = classification.TASKS[:4]
 B, L, H = "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"
@@ -52,7 +55,7 @@ def finetuned(root, tmp_path_factory):
 )
 def test_fine_tuning_is_the_official_repositorys(arch, lr, layer_decay, drop_path, epochs):
     """facebookresearch/mae FINETUNE.md; the absolute rate is base_lr * 1024 / 256."""
-    r = classification.finetune_recipe(arch, "paper")
+    r = recipes.finetune_recipe(arch, "paper")
     assert learning_rate(r.base_lr, r.batch) == pytest.approx(lr)
     assert (r.layer_decay, r.drop_path, r.epochs) == (layer_decay, drop_path, epochs)
     assert (r.image_size, r.batch, r.warmup_epochs, r.min_lr) == (224, 1024, 5, 1e-6)
@@ -64,7 +67,7 @@ def test_fine_tuning_is_the_official_repositorys(arch, lr, layer_decay, drop_pat
 @pytest.mark.parametrize("arch", [B, L, H])
 def test_linear_probing_is_the_papers(arch):
     """Table 10: LARS, base rate 0.1 at batch 16384, so 6.4; 90 epochs; nothing but crop and flip."""
-    r = classification.linprobe_recipe(arch, "paper")
+    r = recipes.linprobe_recipe(arch, "paper")
     assert learning_rate(r.base_lr, r.batch) == pytest.approx(6.4)
     assert (r.batch, r.epochs, r.warmup_epochs, r.min_lr) == (16384, 90, 10, 0.0)
     assert (r.optimizer, r.momentum, r.trust_coefficient, r.weight_decay) == ("lars", 0.9, 0.001, 0.0)
@@ -75,7 +78,7 @@ def test_linear_probing_is_the_papers(arch):
 
 def test_the_rate_of_vit_b_over_its_hundred_epochs():
     """Per iteration, 1281167 // 1024 = 1251 of them an epoch: 0 -> 2e-3 over 5 epochs, then half a cosine to 1e-6."""
-    r = classification.finetune_recipe(B, "paper")
+    r = recipes.finetune_recipe(B, "paper")
     lr = learning_rate(r.base_lr, r.batch)
     at = [half_cosine(step, 1251, lr, r.epochs, r.warmup_epochs, r.min_lr) for step in range(125100)]
     assert at[0] == 0.0
@@ -89,7 +92,7 @@ def test_the_rate_of_vit_b_over_its_hundred_epochs():
 @pytest.mark.parametrize(("arch", "depth"), [(B, 12), (L, 24), (H, 32)])
 def test_layer_decay_and_drop_path_of_the_real_sizes(arch, depth):
     """depth + 2 distinct scales, decay ** (depth + 1 - layer); drop path linear from 0 at the first block."""
-    r = classification.finetune_recipe(arch, "paper")
+    r = recipes.finetune_recipe(arch, "paper")
     with torch.device("meta"):
         model = build_vit(arch, r.image_size, 1000, r.pool, r.drop_path)
     scales = {}
@@ -112,7 +115,7 @@ def test_layer_decay_and_drop_path_of_the_real_sizes(arch, depth):
 @pytest.mark.parametrize(("which", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
 def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, which, std):
     job = make_job(which, root, tmp_path)
-    model = classification.start_model(job)
+    model = classifier_job.start_model(job)
     assert model.head.weight.shape == (1000, 128)  # a thousand classes, though the folder has four
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.02)
     assert abs(model.head.weight.mean().item()) < 5 * std / math.sqrt(128000)
@@ -125,7 +128,7 @@ def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, wh
 
 
 def test_the_head_depends_on_the_seed(root, tmp_path):
-    heads = [classification.start_model(make_job(FINETUNE, root, tmp_path, seed=s)).head.weight for s in (0, 0, 1)]
+    heads = [classifier_job.start_model(make_job(FINETUNE, root, tmp_path, seed=s)).head.weight for s in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
@@ -145,7 +148,7 @@ def test_fine_tuning_learns_and_reports_what_it_counted(finetuned):
 
 def test_everything_is_fine_tuned(finetuned):
     job, _ = finetuned
-    start, end = classification.start_model(job).state_dict(), load_file(job.work / CLASSIFIER_FILE)
+    start, end = classifier_job.start_model(job).state_dict(), load_file(job.work / CLASSIFIER_FILE)
     assert start.keys() == end.keys()
     assert [name for name in start if torch.equal(start[name], end[name])] == []
 
@@ -170,7 +173,7 @@ def test_the_optimizer_state_is_gone_after_success(finetuned):
 def test_a_kill_just_before_the_record_costs_no_training(root, tmp_path, monkeypatch):
     job = make_job(LINPROBE, root, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(task, "write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_job(job)
     assert (tmp_path / CHECKPOINT_FILE).exists()
@@ -205,7 +208,7 @@ def test_a_class_token_classifier_comes_back_too(root, tmp_path):
 
 def test_a_larger_input_resizes_the_positions_and_the_crop(root, tmp_path, monkeypatch):
     job = make_job(FINETUNE, root, tmp_path, image_size=96, epochs=1)
-    start = classification.start_model(job)
+    start = classifier_job.start_model(job)
     old = job.checkpoint.encoder["pos_embed"]
     grid = old[:, 1:].reshape(1, 6, 6, 128).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (12, 12), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 144, 128)
@@ -213,7 +216,7 @@ def test_a_larger_input_resizes_the_positions_and_the_crop(root, tmp_path, monke
 
     sides = []
     monkeypatch.setattr(
-        classification, "start_model", lambda *_: (start.register_forward_pre_hook(look(sides)), start)[1]
+        classifier_job, "start_model", lambda *_: (start.register_forward_pre_hook(look(sides)), start)[1]
     )
     record = run_job(job)
     assert record.status == "ok", record.reason
@@ -268,7 +271,7 @@ def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, 
     for checkpoint in (str(tmp_path / "other.safetensors"), f"random:{ARCH}"):
         assert main(classification.TASKS, ["--ckpt", checkpoint, *common]) == 0
     (path,) = (tmp_path / "out").rglob("record.json")
-    record = task.read_record(path)
+    record = run.read_record(path)
     assert capsys.readouterr().out.count("imagenet_scratch: top1 ") == 2
     assert record.checkpoint["name"] == f"scratch:{ARCH}"
     assert record.checkpoint["sha256"] == hashlib.sha256(f"scratch:{ARCH}".encode()).hexdigest()
@@ -287,8 +290,8 @@ def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, 
 
 def test_the_probe_moves_its_layer_alone(root, tmp_path, monkeypatch):
     job = make_job(LINPROBE, root, tmp_path)
-    model = classification.start_model(job)
-    monkeypatch.setattr(classification, "start_model", lambda *_: model)
+    model = classifier_job.start_model(job)
+    monkeypatch.setattr(classifier_job, "start_model", lambda *_: model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = []
 
@@ -332,7 +335,7 @@ def test_the_probe_is_batchnorm_without_affine_over_the_class_token(root, tmp_pa
 
 @pytest.mark.parametrize("part", ["blocks.3.mlp.fc1.weight", "pos_embed", "norm.bias"])
 def test_an_encoder_that_moves_under_its_probe_is_a_failure(root, tmp_path, monkeypatch, part):
-    fit = classification.train_classifier
+    fit = classifier_job.train_classifier
 
     def tampering(job, model, *rest):
         state, trained = fit(job, model, *rest)
@@ -340,7 +343,7 @@ def test_an_encoder_that_moves_under_its_probe_is_a_failure(root, tmp_path, monk
             model.get_parameter(part).view(-1)[0] += 1e-6
         return state, trained
 
-    monkeypatch.setattr(classification, "train_classifier", tampering)
+    monkeypatch.setattr(classifier_job, "train_classifier", tampering)
     record = run_job(make_job(LINPROBE, root, tmp_path, epochs=1))
     assert record.status == "failed"
     assert "frozen encoder changed" in record.reason

@@ -13,14 +13,14 @@ from mae_core.data import normalize
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
-from transfer import cli
 from transfer.classification import evaluate, robustness, train
 from transfer.classification import knn as features
 from transfer.classification import tasks as classification
 from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
-from transfer.task import run_job
+from transfer.jobs import obstacle
+from transfer.run import run_job
 
 KNN = next(task for task in classification.TASKS if task.name == "imagenet_knn")
 
@@ -220,8 +220,8 @@ def test_the_shifted_sets_are_shown_as_the_classifier_was_trained(root, tmp_path
 def test_a_task_that_holds_plain_vits_alone_skips_the_others(root, tmp_path):
     job = make_job(KNN, root, tmp_path / "w")
     pyramid = replace(KNN, plain_vit=True)
-    assert cli.obstacle(replace(job, task=pyramid)) == ("", "")
-    state, why = cli.obstacle(replace(job, task=pyramid, checkpoint=beit_file(tmp_path)))
+    assert obstacle(replace(job, task=pyramid)) == ("", "")
+    state, why = obstacle(replace(job, task=pyramid, checkpoint=beit_file(tmp_path)))
     assert (state, why) == ("skipped", "not a plain ViT: beit has BEiT's relative positions and layer scale")
 
 
@@ -233,7 +233,7 @@ def test_a_supervised_encoder_can_be_evaluated_as_the_classifier_it_is(root, tmp
     assert checkpoint.kind == "encoder"
     task = classification.TASKS[2]
     job = make_job(task, root, tmp_path / "w")
-    assert cli.obstacle(replace(job, checkpoint=checkpoint)) == ("", "")
+    assert obstacle(replace(job, checkpoint=checkpoint)) == ("", "")
     assert run_job(replace(job, checkpoint=checkpoint)).status == "ok"
     save_weights(tmp_path / "e.safetensors", build_vit("vit_mini_patch8").state_dict(), {})
-    assert cli.obstacle(replace(job, checkpoint=read_checkpoint(tmp_path / "e.safetensors")))[0] == "skipped"
+    assert obstacle(replace(job, checkpoint=read_checkpoint(tmp_path / "e.safetensors")))[0] == "skipped"

@@ -24,8 +24,8 @@ from tests.fixtures.transfer import ARCH, kill_when, small_checkpoint, write_ima
 from transfer.classification import partial
 from transfer.classification import tasks as classification
 from transfer.classification.picture import PICTURE_FILE, draw_curve, published_curves
-from transfer.cli import make_job, place
-from transfer.task import read_record, run_job
+from transfer.jobs import make_job
+from transfer.run import read_record, run_job, with_work_folder
 
 TASKS = {task.name: task for task in classification.TASKS}
 PARTIAL, PROBE, FINETUNE = (TASKS[name] for name in ("imagenet_partial", "imagenet_linprobe", "imagenet_finetune"))
@@ -54,7 +54,7 @@ def small(task):
 
 def job_of(root, out, machine=None, **knobs):
     settings = [f"{knob}={value}" for knob, value in knobs.items()]
-    machine, data = machine or Machine(), PARTIAL.look(root)
+    machine, data = machine or Machine(), PARTIAL.inspect(root)
     return make_job(small(PARTIAL), small_checkpoint(), "mini", settings, data, out, 0, machine)
 
 
@@ -189,7 +189,7 @@ def test_the_checksum_is_of_the_checkpoints_own_tensors(tmp_path):
     mini = read_checkpoint(ROOT / "results" / "miniature" / "mae_mini.safetensors")
     root = write_imagenet(tmp_path, train=8, val=3)
     job = replace(job_of(root, tmp_path / "out", epochs=1, warmup_epochs=0), checkpoint=mini)
-    result = tune(place(job, tmp_path / "out"), 1.0)
+    result = tune(with_work_folder(replace(job, out=tmp_path / "out")), 1.0)
     frozen = {n: t for n, t in mini.encoder.items() if not n.startswith(("norm.", "blocks.5."))}
     order = [n for n in build_vit(ARCH, num_classes=1000, pool="avg").state_dict() if n in frozen]
     assert result.resolved["frozen_sha256"] == partial.parameters_sha256((n, frozen[n]) for n in order)
@@ -204,7 +204,7 @@ def curve(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("curve")
     job = job_of(root, out, blocks="0,1,6")
     probe, finetune = small(PROBE), small(FINETUNE)
-    data = probe.look(root)
+    data = probe.inspect(root)
     before = run_job(make_job(probe, job.checkpoint, "mini", [], data, out, 0, job.machine))
     task = replace(job.task, run=lambda job: partial.partial_finetune(job, probe, finetune))
     record = run_job(replace(job, task=task))
@@ -218,7 +218,7 @@ def records_of(out, task):
 
 def test_the_ends_are_the_probe_and_the_fine_tuning(curve):
     job, record, probe = curve
-    out = job.work.parents[3]
+    out = job.out
     (found,) = records_of(out, "imagenet_linprobe")
     assert found == probe  # taken as it was: run again it would have another time
     (finetune,) = records_of(out, "imagenet_finetune")
@@ -226,7 +226,7 @@ def test_the_ends_are_the_probe_and_the_fine_tuning(curve):
     assert (record.metrics["top1@6"], record.stderr["top1@6"]) == (finetune.metrics["top1"], finetune.stderr["top1"])
     assert (finetune.recipe_label, finetune.recipe["epochs"]) == ("mini", 2)
     (folder,) = out.glob("runs/*/imagenet_finetune/*")
-    own = place(make_job(small(FINETUNE), job.checkpoint, "mini", [], job.data, out, 0, job.machine), out)
+    own = make_job(small(FINETUNE), job.checkpoint, "mini", [], job.data, out, 0, job.machine)
     assert own.work == folder  # where that task looks for it
 
 
@@ -254,7 +254,7 @@ def test_another_choice_of_blocks_takes_what_is_there(curve, monkeypatch):
 
     monkeypatch.setattr(partial, "train_classifier", count)
     recipe, overrides = override(job.recipe, ["blocks=0.5,1"])
-    other = place(replace(job, recipe=recipe, overrides=overrides), job.work.parents[3])
+    other = with_work_folder(replace(job, recipe=recipe, overrides=overrides))
     again = run_job(other)
     assert trained == ["imagenet_partial@0.5"]
     assert again.metrics["top1@1"] == record.metrics["top1@1"]

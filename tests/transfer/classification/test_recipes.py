@@ -4,19 +4,20 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from mae_core.data import Images
+from mae_core.data import Images, Sample
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import learning_rate
 from mae_core.settings import override
 from tests.fixtures.transfer import ARCH, make_job, small_checkpoint, write_imagenet
-from transfer.classification import robustness
+from transfer.classification import job as classifier_job
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import EvalRecipe
+from transfer.classification.recipes import stand_in_recipe
 from transfer.classification.train import UNUSED, ClassifierRecipe, RepeatedRecipe
-from transfer.task import run_job
+from transfer.run import run_job
 
-TASKS = (*classification.TASKS, *robustness.TASKS)
+TASKS = classification.TASKS
 FINETUNE, LINPROBE, *_ = classification.TASKS
 SCRATCH, INAT = (next(t for t in TASKS if t.name == name) for name in ("imagenet_scratch", "inat2018"))
 ARCHS = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14", "vit_small_patch16", ARCH)
@@ -28,7 +29,7 @@ MINI_FIELDS = {
     "imagenet_linprobe": SIZES,
     "imagenet_knn": {"image_size"},
 }
-MINI_FIELDS |= {t.name: MINI_FIELDS["imagenet_finetune"] for t in TASKS if t.recipe is classification.stand_in_recipe}
+MINI_FIELDS |= {t.name: MINI_FIELDS["imagenet_finetune"] for t in TASKS if t.recipe is stand_in_recipe}
 MINI_FIELDS |= {"imagenet_partial": MINI_FIELDS["imagenet_finetune"]}
 MINI_FIELDS |= {"imagenet_scratch": MINI_FIELDS["imagenet_finetune"] | {"ema"}}
 
@@ -169,8 +170,8 @@ def trained(tmp_path_factory):
         found["weights"] = digest.hexdigest()
         return {}
 
-    patch.setattr(classification, "leave", leave)
-    patch.setattr(classification, "validate", lambda *_: ({"top1": 0.0}, {"top1": 0.0}))
+    patch.setattr(classifier_job, "save_artifacts", leave)
+    patch.setattr(classifier_job, "validate", lambda *_: ({"top1": 0.0}, {"top1": 0.0}))
 
     def run(task, **changes) -> str:
         others = {name: changes.pop(name) for name in ("seed", "machine") if name in changes}
@@ -253,8 +254,8 @@ def test_repeated_augmentation_shows_the_images_of_a_batch_again(tmp_path, monke
     batches = []
 
     def spy(dataset, samples):
-        if isinstance(samples[0], tuple):  # in training
-            batches.append([sample[0] for sample in samples])
+        if isinstance(samples[0], Sample):  # in training
+            batches.append([sample.index for sample in samples])
         return shown(dataset, samples)
 
     monkeypatch.setattr(Images, "__getitems__", spy)

@@ -22,7 +22,7 @@ from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import columns, wnids
-from transfer.task import run_job
+from transfer.run import run_job
 
 A, R, SKETCH, C = robustness.TASKS
 

@@ -32,11 +32,13 @@ from tests.fixtures.transfer import (
 )
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import Scores, evaluate, score
+from transfer.classification.job import start_model
 from transfer.classification.train import erased, train_classifier
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
 from transfer.data.split import Split
-from transfer.task import CLASSIFIER_FILE, read_record, run_job
+from transfer.run import read_record, run_job
+from transfer.task import CLASSIFIER_FILE
 
 FINETUNE, LINPROBE, *_ = classification.TASKS
 
@@ -56,7 +58,7 @@ def without_chance(job, **changes):
 
 def train(job, bare_head: bool = True, model: nn.Module | None = None):
     """Train the job's model on its images, not augmented. bare_head: the probe's head has no BatchNorm."""
-    model = model or classification.start_model(job)
+    model = model or start_model(job)
     if job.recipe.optimizer == "lars":
         head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head)
         model.head = model.head if bare_head else head
@@ -308,7 +310,7 @@ def test_a_process_that_fails_alone_ends_all_and_its_reason_is_recorded(two):
 def test_training_by_two_processes_equals_one_to_rounding(two, task, tmp_path):
     root, ranks, _ = two
     one = trained_by(1, root, tmp_path)[task.name]
-    start = classification.start_model(make_job(task, root, tmp_path)).state_dict()
+    start = start_model(make_job(task, root, tmp_path)).state_dict()
     assert any(not torch.equal(one["weights"][name], start[name]) for name in start)
     for rank in ranks:
         assert_same_training(rank[task.name]["weights"], one["weights"])
@@ -343,7 +345,7 @@ def test_accumulation_keeps_the_effective_batch(tmp_path, task):
 def test_the_moving_average_is_its_recursion_and_is_what_is_evaluated(tmp_path):
     root = write_imagenet(tmp_path, train=4)
     job = without_chance(make_job(FINETUNE, root, tmp_path / "ema", ema=0.7))
-    model, steps = classification.start_model(job), []
+    model, steps = start_model(job), []
     by_hand = {name: p.detach().double() for name, p in model.named_parameters()}
 
     def after_step(*_):
@@ -371,7 +373,7 @@ def test_both_accuracies_are_kept_with_a_moving_average(tmp_path):
     assert record.status == "ok", record.reason
     assert record.metrics["top1_without_ema"] > record.metrics["top1"] + 20
     left = read_checkpoint(job.work / CLASSIFIER_FILE)
-    start = classification.start_model(job).state_dict()
+    start = start_model(job).state_dict()
     torch.testing.assert_close(
         left.encoder["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"], atol=1e-4, rtol=0
     )

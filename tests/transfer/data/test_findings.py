@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.suite import TASKS
 from transfer.data.findings import Data, against_official, guarded, spread, unusable
-from transfer.data.imagenet import look_imagenet
+from transfer.data.imagenet import inspect_imagenet
 
 OFFICIAL = {"classes": 1000, "train": 1281167, "val": 50000}
 
@@ -87,7 +87,7 @@ def test_a_folder_that_may_not_be_read_is_a_sentence_for_every_task(task, tmp_pa
 
     for owner, name in ((os, "scandir"), (os, "listdir"), (Path, "iterdir"), (Path, "read_text"), (Path, "read_bytes")):
         monkeypatch.setattr(owner, name, refuse)
-    data = guarded(task.look, tmp_path)
+    data = guarded(task.inspect, tmp_path)
     assert data.status == "missing"
     assert f"{tmp_path}/locked may not be read by this user: change its permissions" in data.detail
 
@@ -100,6 +100,6 @@ def test_another_error_of_the_disk_is_a_sentence_too(tmp_path):
         "no data: /data/imagenet cannot be read (Stale file handle): mend or replace it"
     )
     (tmp_path / "imagenet").write_text("a file where the folder must be")
-    assert guarded(look_imagenet, tmp_path).status == "missing"
+    assert guarded(inspect_imagenet, tmp_path).status == "missing"
     shutil.rmtree(tmp_path)
-    assert guarded(look_imagenet, tmp_path).status == "missing"
+    assert guarded(inspect_imagenet, tmp_path).status == "missing"

@@ -10,7 +10,7 @@ import pytest
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_noise_image, write_split
 from transfer.data import imagenet
-from transfer.data.imagenet import columns, look_imagenet, look_imagenet_val, read_split, wnids
+from transfer.data.imagenet import columns, inspect_imagenet, inspect_imagenet_val, read_split, wnids
 
 TENCH, GOLDFISH = wnids()[CLASSES[0]], wnids()[CLASSES[1]]
 
@@ -76,14 +76,14 @@ def test_a_folder_without_images_is_a_problem(tmp_path):
 
 
 def test_absent_data_says_where_it_must_lie(tmp_path):
-    data = look_imagenet(tmp_path)
+    data = inspect_imagenet(tmp_path)
     assert data.status == "missing"
     assert f"{tmp_path}/imagenet/train/WNID" in data.detail
 
 
 def test_half_a_dataset_is_incomplete(tmp_path):
     write_split(tmp_path / "imagenet" / "train", 1)
-    data = look_imagenet(tmp_path)
+    data = inspect_imagenet(tmp_path)
     assert data.status == "incomplete"
     assert "lacks val" in data.detail
 
@@ -91,13 +91,13 @@ def test_half_a_dataset_is_incomplete(tmp_path):
 def test_a_class_that_cannot_be_learnt_is_incomplete(tmp_path):
     write_split(tmp_path / "imagenet" / "train", 1, CLASSES[:3])
     write_split(tmp_path / "imagenet" / "val", 1, CLASSES)
-    data = look_imagenet(tmp_path)
+    data = inspect_imagenet(tmp_path)
     assert data.status == "incomplete"
     assert wnids()[CLASSES[3]] in data.detail
 
 
 def test_a_part_of_imagenet_is_a_subset_and_chance_counts_the_classes_that_occur(tmp_path):
-    data = look_imagenet(write_imagenet(tmp_path, train=2, val=1))
+    data = inspect_imagenet(write_imagenet(tmp_path, train=2, val=1))
     assert (data.status, data.label) == ("found", "subset")
     assert data.counts == {"classes": 4, "train": 8, "val": 4}
     assert data.chance == 25.0
@@ -106,9 +106,9 @@ def test_a_part_of_imagenet_is_a_subset_and_chance_counts_the_classes_that_occur
 def test_only_the_published_counts_are_official(tmp_path, monkeypatch):
     write_imagenet(tmp_path, train=2, val=1)
     monkeypatch.setattr(imagenet, "IMAGENET_COUNTS", {"classes": 4, "train": 8, "val": 4})
-    assert look_imagenet(tmp_path).label == "official"
+    assert inspect_imagenet(tmp_path).label == "official"
     (tmp_path / "imagenet" / "miniature.json").write_text("{}")
-    assert look_imagenet(tmp_path).label == "miniature"
+    assert inspect_imagenet(tmp_path).label == "miniature"
 
 
 def test_the_official_counts_are_those_of_ilsvrc_2012():
@@ -117,18 +117,18 @@ def test_the_official_counts_are_those_of_ilsvrc_2012():
 
 def test_the_fingerprint_follows_the_listing_and_not_the_place(tmp_path):
     root = write_imagenet(tmp_path / "one", train=2, val=1)
-    seen = [look_imagenet(root).fingerprint]
+    seen = [inspect_imagenet(root).fingerprint]
     moved = root.rename(tmp_path / "two")
-    assert look_imagenet(moved).fingerprint == seen[0]
+    assert inspect_imagenet(moved).fingerprint == seen[0]
 
     train = moved / "imagenet" / "train"
     first = train / wnids()[CLASSES[0]]
     write_noise_image(first / "added.JPEG", (1, 2, 3), 7)
-    seen.append(look_imagenet(moved).fingerprint)
+    seen.append(inspect_imagenet(moved).fingerprint)
     (first / "added.JPEG").rename(first / "renamed.JPEG")
-    seen.append(look_imagenet(moved).fingerprint)
+    seen.append(inspect_imagenet(moved).fingerprint)
     (first / "renamed.JPEG").rename(train / wnids()[CLASSES[1]] / "renamed.JPEG")
-    seen.append(look_imagenet(moved).fingerprint)
+    seen.append(inspect_imagenet(moved).fingerprint)
     assert len(set(seen)) == 4
 
 
@@ -204,44 +204,44 @@ def from_a_mac(imagenet: Path) -> None:
 )
 def test_what_is_wrong_is_said_in_a_sentence(root, damage, says):
     damage(root / "imagenet")
-    data = look_imagenet(root)
+    data = inspect_imagenet(root)
     assert data.status == "incomplete"
     assert says.format(root=root / "imagenet", tench=TENCH) in data.detail
 
 
 def test_what_kaggles_hint_is_for_is_there(root):
     (root / "imagenet" / "train").rename(root / "elsewhere")
-    assert "Kaggle" not in look_imagenet(root).detail
+    assert "Kaggle" not in inspect_imagenet(root).detail
 
 
 def test_findings_of_a_part(root):
-    classes, counts = look_imagenet(root).findings
+    classes, counts = inspect_imagenet(root).findings
     assert "996 of the 1000 classes are missing (n01440764" in classes
     assert "8 train images, 1281159 fewer" in counts
     assert "4 val images, 49996 fewer" in counts
-    classes, counts = look_imagenet_val(root).findings
+    classes, counts = inspect_imagenet_val(root).findings
     assert classes.startswith("imagenet/val: 996 of the 1000 classes")
 
 
 def test_findings_do_not_change_what_the_data_are(root, monkeypatch):
-    before = look_imagenet(root)
+    before = inspect_imagenet(root)
     monkeypatch.setattr(imagenet, "IMAGENET_COUNTS", before.counts)
-    assert look_imagenet(root).fingerprint == before.fingerprint
+    assert inspect_imagenet(root).fingerprint == before.fingerprint
 
 
 def test_no_findings_of_the_miniature_nor_of_the_official_set(root, monkeypatch):
     (root / "imagenet" / "miniature.json").write_text("{}")
-    assert look_imagenet(root).findings == look_imagenet_val(root).findings == ()
+    assert inspect_imagenet(root).findings == inspect_imagenet_val(root).findings == ()
     (root / "imagenet" / "miniature.json").unlink()
     monkeypatch.setattr(imagenet, "IMAGENET_COUNTS", {"classes": 4, "train": 8, "val": 4})
     monkeypatch.setattr(imagenet, "without", lambda classes: [])
-    assert look_imagenet(root).label == "official"
-    assert look_imagenet(root).findings == look_imagenet_val(root).findings == ()
+    assert inspect_imagenet(root).label == "official"
+    assert inspect_imagenet(root).findings == inspect_imagenet_val(root).findings == ()
 
 
 def test_a_class_that_is_learnt_and_never_tested_is_a_finding(root):
     shutil.rmtree(root / "imagenet" / "val" / TENCH)
-    data = look_imagenet(root)
+    data = inspect_imagenet(root)
     assert data.status == "found"
     assert f"imagenet/val lacks 1 classes of train: {TENCH}" in data.findings
 
@@ -250,7 +250,7 @@ def test_images_of_the_other_split_and_of_another_class_are_known_by_their_names
     train, val = root / "imagenet" / "train", root / "imagenet" / "val"
     shutil.copy(val / TENCH / "ILSVRC2012_val_00000000.JPEG", train / TENCH)
     shutil.copy(train / TENCH / f"{TENCH}_1.JPEG", val / GOLDFISH)
-    found = look_imagenet(root).findings[2:]
+    found = inspect_imagenet(root).findings[2:]
     assert found == (
         "imagenet/train: 1 images have names of ImageNet's validation images: ILSVRC2012_val_00000000.JPEG",
         f"imagenet/val: 1 images have names of ImageNet's training images: {TENCH}_1.JPEG",
@@ -271,7 +271,7 @@ def test_a_look_asks_the_disk_for_listings_and_never_for_every_file(tmp_path, mo
     for name in ("stat", "lstat", "access", "open"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, real=real, **o: asked.append(a[0]) or real(*a, **o))
-    data = look_imagenet(tmp_path)
+    data = inspect_imagenet(tmp_path)
     assert data.counts == {"classes": 4, "train": 1200, "val": 800}
     assert 200 <= len([path for path in asked if str(path).endswith(".JPEG")]) <= 400  # stat and access of each
     assert len(asked) < 450
@@ -285,7 +285,7 @@ REAL = SHARED
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside this checkout")
 def test_the_real_part_tells_that_its_splits_are_not_the_official_ones():
     """Ten classes, whose images were dealt out anew: the published validation images are among those for training."""
-    found = " | ".join(look_imagenet(REAL).findings)
+    found = " | ".join(inspect_imagenet(REAL).findings)
     assert "990 of the 1000 classes are missing" in found
     moved = list((REAL / "imagenet" / "train").rglob("ILSVRC2012_val_*"))
     assert f"imagenet/train: {len(moved)} images have names of ImageNet's validation images" in found

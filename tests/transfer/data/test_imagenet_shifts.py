@@ -8,10 +8,10 @@ import pytest
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, make_job, write_c, write_imagenet, write_split
 from transfer.classification.robustness import ALEXNET_ERROR, TASKS
-from transfer.cli import obstacle
 from transfer.data import imagenet_shifts as shifted_sets
 from transfer.data.imagenet import columns, wnids
-from transfer.data.imagenet_shifts import CORRUPTIONS, folder_of, look, look_c
+from transfer.data.imagenet_shifts import CORRUPTIONS, folder_of, inspect_c, inspect_shift
+from transfer.jobs import obstacle
 
 C = TASKS[3]
 
@@ -22,7 +22,7 @@ def test_the_corruptions_are_those_of_mce():
 
 
 def test_a_complete_tree_is_found(tmp_path):
-    data = look_c(write_c(tmp_path))
+    data = inspect_c(write_c(tmp_path))
     assert (data.status, data.label) == ("found", "subset")
     assert data.counts == {"classes": 2, "images": 15 * 5 * 4}
 
@@ -33,16 +33,16 @@ def test_the_released_archives_groups_are_found(tmp_path):
     groups |= dict.fromkeys(("snow", "frost", "fog", "brightness"), "weather")
     groups |= dict.fromkeys(("contrast", "elastic_transform", "pixelate", "jpeg_compression"), "digital")
     assert len(groups) == 15
-    data = look_c(write_c(tmp_path, groups))
+    data = inspect_c(write_c(tmp_path, groups))
     assert data.counts["images"] == 300
 
 
 def test_corruptions_beyond_the_fifteen_play_no_part(tmp_path):
     """The archive of extra corruptions, unpacked beside the others."""
-    before = look_c(write_c(tmp_path))
+    before = inspect_c(write_c(tmp_path))
     for extra in ("speckle_noise", "gaussian_blur", "spatter", "saturate", "clean"):
         shutil.copytree(tmp_path / "imagenet-c" / "fog", tmp_path / "imagenet-c" / extra)
-    assert look_c(tmp_path) == before
+    assert inspect_c(tmp_path) == before
 
 
 def test_folders_that_do_not_hold_the_same_images_are_named(tmp_path):
@@ -50,32 +50,35 @@ def test_folders_that_do_not_hold_the_same_images_are_named(tmp_path):
     base = write_c(tmp_path) / "imagenet-c"
     file = next((base / "snow" / "2" / wnids()[CLASSES[0]]).iterdir())
     file.rename(file.with_name("another.png"))
-    data = look_c(tmp_path)
+    data = inspect_c(tmp_path)
     assert data.status == "incomplete"
     assert data.detail.endswith("the same images in every folder: gaussian_noise/1 differs from snow/2")
 
 
 def test_findings_of_parts(tmp_path, monkeypatch):
     write_split(tmp_path / "imagenet-r", 1)
-    classes, counts = look("imagenet_r", tmp_path).findings
+    classes, counts = inspect_shift("imagenet_r", tmp_path).findings
     assert classes.startswith("imagenet-r: 196 of the 200 classes are missing (n01443537, ")  # the goldfish
     assert counts == "imagenet-r: 4 images, 29996 fewer than the official 30000: not the official set"
-    classes, counts = look_c(write_c(tmp_path)).findings
+    classes, counts = inspect_c(write_c(tmp_path)).findings
     assert classes.startswith("imagenet-c: 998 of the 1000 classes")
     assert "300 images, 3749700 fewer than the official 3750000" in counts
     (tmp_path / "imagenet-r" / "miniature.json").write_text("{}")
-    assert look("imagenet_r", tmp_path).findings == ()
+    assert inspect_shift("imagenet_r", tmp_path).findings == ()
 
 
 def test_an_empty_image_is_told(tmp_path):
     write_split(tmp_path / "imagenet-a", 1)
     file = next((tmp_path / "imagenet-a").rglob("*.JPEG"))
     file.write_bytes(b"")
-    assert f"1 of 4 images looked at (of 4) cannot be used: {file} is empty" in look("imagenet_a", tmp_path).detail
+    assert (
+        f"1 of 4 images looked at (of 4) cannot be used: {file} is empty"
+        in inspect_shift("imagenet_a", tmp_path).detail
+    )
 
 
 def test_no_tree_is_missing_and_says_where_it_must_lie(tmp_path):
-    data = look_c(tmp_path)
+    data = inspect_c(tmp_path)
     assert data.status == "missing"
     assert f"{tmp_path}/imagenet-c/CORRUPTION/SEVERITY/WNID" in data.detail
 
@@ -86,7 +89,7 @@ def test_what_lacks_is_listed(tmp_path):
     (base / "snow" / "3").rename(base / "snow" / "6")
     for file in (base / "frost" / "2" / wnids()[CLASSES[1]]).iterdir():
         file.unlink()
-    data = look_c(tmp_path)
+    data = inspect_c(tmp_path)
     assert data.status == "incomplete"
     assert re.search(r"lacks 1 of the 15 corruptions: fog\b", data.detail)
     assert str(base / "snow" / "3") in data.detail
@@ -106,7 +109,7 @@ def test_an_incomplete_tree_fails_and_gives_no_number(tmp_path):
 def test_classes_that_do_not_belong_to_a_set_are_named(tmp_path, name):
     foreign = next(c for c in range(1000) if c not in columns(name))
     write_split(tmp_path / name.replace("_", "-"), 1, (CLASSES[0], foreign))
-    data = look(name, tmp_path)
+    data = inspect_shift(name, tmp_path)
     assert data.status == "incomplete"
     assert wnids()[foreign] in data.detail
     assert wnids()[CLASSES[0]] not in data.detail
@@ -116,21 +119,21 @@ def test_classes_that_do_not_belong_to_a_set_are_named(tmp_path, name):
 def test_sketch_is_found_under_its_usual_names(tmp_path, folder):
     write_split(tmp_path / folder, 1, (CLASSES[0], 999))
     assert folder_of(tmp_path, "imagenet_sketch") == tmp_path / folder
-    data = look("imagenet_sketch", tmp_path)
+    data = inspect_shift("imagenet_sketch", tmp_path)
     assert (data.status, data.counts) == ("found", {"classes": 2, "images": 2})
 
 
 def test_an_absent_set_says_where_it_must_lie(tmp_path):
-    data = look("imagenet_r", tmp_path)
+    data = inspect_shift("imagenet_r", tmp_path)
     assert data.status == "missing"
     assert f"{tmp_path}/imagenet-r/WNID" in data.detail
 
 
 def test_the_clean_images_beside_a_set_are_part_of_its_data(tmp_path):
     write_split(tmp_path / "imagenet-a", 1)
-    alone = look("imagenet_a", tmp_path).fingerprint
+    alone = inspect_shift("imagenet_a", tmp_path).fingerprint
     write_imagenet(tmp_path, train=1, val=1)
-    assert look("imagenet_a", tmp_path).fingerprint != alone
+    assert inspect_shift("imagenet_a", tmp_path).fingerprint != alone
 
 
 @pytest.mark.parametrize(("name", "images"), [("imagenet_a", 7500), ("imagenet_r", 30000)])
@@ -138,7 +141,7 @@ def test_a_part_of_a_set_is_not_official(tmp_path, monkeypatch, name, images):
     """7500 and 30000 images of 200 classes are (timm's results and the authors' pages)."""
     assert shifted_sets.COUNTS[name] == images
     write_split(tmp_path / name.replace("_", "-"), 1)
-    assert look(name, tmp_path).label == "subset"
+    assert inspect_shift(name, tmp_path).label == "subset"
 
 
 # Real images, where they are
@@ -150,14 +153,14 @@ needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real images
 
 @needs_real_images
 def test_real_images_are_found_whatever_their_names():
-    assert look("imagenet_a", REAL).counts == {"classes": 2, "images": 2}
-    assert look("imagenet_sketch", REAL).counts == {"classes": 9, "images": 36}
+    assert inspect_shift("imagenet_a", REAL).counts == {"classes": 2, "images": 2}
+    assert inspect_shift("imagenet_sketch", REAL).counts == {"classes": 9, "images": 36}
     assert any(" " in path.name for path in (REAL / "imagenet-a").rglob("*"))
 
 
 @needs_real_images
 def test_six_real_corruptions_are_no_imagenet_c():
-    data = look_c(REAL)
+    data = inspect_c(REAL)
     assert data.status == "incomplete"
     there = {path.name for path in (REAL / "imagenet-c").iterdir()}
     assert data.detail.startswith(f"{REAL / 'imagenet-c'} lacks 9 of the 15 corruptions: ")
@@ -166,6 +169,6 @@ def test_six_real_corruptions_are_no_imagenet_c():
 
 @needs_real_images
 def test_the_real_parts_tell_what_they_lack():
-    classes, counts = look("imagenet_sketch", REAL).findings
+    classes, counts = inspect_shift("imagenet_sketch", REAL).findings
     assert classes.startswith("imagenet-sketch: 991 of the 1000 classes are missing (n01440764, ")
     assert counts == "imagenet-sketch: 36 images, 50853 fewer than the official 50889: not the official set"

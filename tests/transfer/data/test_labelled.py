@@ -12,10 +12,10 @@ from mae_core.errors import UserError
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import make_job, write_noise_image
 from transfer.classification.tasks import TASKS, folder_task
-from transfer.cli import find_tasks, task_argument
-from transfer.data.labelled import SETS, look
+from transfer.data.labelled import SETS, inspect_set
+from transfer.jobs import find_tasks, task_argument
 from transfer.miniature import labelled as miniature_sets
-from transfer.task import run_job
+from transfer.run import run_job
 
 KNOWN = {known.name: known for known in SETS}
 PLACES_DATA = SHARED
@@ -82,7 +82,7 @@ def test_inaturalist_takes_the_split_and_the_label_from_the_json(tmp_path):
         "d.jpg": 7477,
         "e.jpg": 9,
     }
-    data = look(KNOWN["inat2018"], tmp_path)
+    data = inspect_set(KNOWN["inat2018"], tmp_path)
     assert (data.status, data.label, data.chance) == ("found", "subset", 50.0)
 
 
@@ -108,7 +108,7 @@ def test_inaturalist_2017_has_names_for_folders(tmp_path):
 def test_inaturalist_with_a_wrong_json(tmp_path, change, message):
     folder = write_inat(tmp_path, 2019, {"x/3/a.jpg": 3, "x/9/b.jpg": 9}, {"x/9/v.jpg": 9})
     edit(folder / "train2019.json", change)
-    data = look(KNOWN["inat2019"], tmp_path)
+    data = inspect_set(KNOWN["inat2019"], tmp_path)
     assert data.status == "incomplete"
     assert message in data.detail
 
@@ -116,13 +116,13 @@ def test_inaturalist_with_a_wrong_json(tmp_path, change, message):
 def test_inaturalist_with_files_that_are_not_there(tmp_path):
     train = {f"x/3/{i}.jpg": 3 for i in range(6)}
     write_inat(tmp_path, 2019, train, {"x/3/v.jpg": 3}, skip=("x/3/1.jpg", "x/3/4.jpg"))
-    detail = look(KNOWN["inat2019"], tmp_path).detail
+    detail = inspect_set(KNOWN["inat2019"], tmp_path).detail
     assert "2 of the 6 training images are not there" in detail
     assert "x/3/1.jpg" in detail
     (tmp_path / "inat2019" / "val2019.json").unlink()
-    assert "val2019.json is missing" in look(KNOWN["inat2019"], tmp_path).detail
+    assert "val2019.json is missing" in inspect_set(KNOWN["inat2019"], tmp_path).detail
     (tmp_path / "inat2019" / "val2019.json").write_text("{not json")
-    assert "is no annotation file of iNaturalist (JSONDecodeError" in look(KNOWN["inat2019"], tmp_path).detail
+    assert "is no annotation file of iNaturalist (JSONDecodeError" in inspect_set(KNOWN["inat2019"], tmp_path).detail
 
 
 def write_places365(root: Path, images: str = "data_256_standard", val: str = "val_256", lists: str = "") -> Path:
@@ -158,13 +158,13 @@ def test_places365_nested_classes_flat_validation_leading_slash(tmp_path, sizes,
 def test_places365_with_a_wrong_list(tmp_path):
     folder = write_places365(tmp_path)
     (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 0\nPlaces365_val_00000002.jpg\n")
-    assert "line 2, is not `path label`" in look(KNOWN["places365"], tmp_path).detail
+    assert "line 2, is not `path label`" in inspect_set(KNOWN["places365"], tmp_path).detail
     (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 365\n")
-    assert "validation labels outside 0..364: 365" in look(KNOWN["places365"], tmp_path).detail
+    assert "validation labels outside 0..364: 365" in inspect_set(KNOWN["places365"], tmp_path).detail
     (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 7\n")
-    assert "classes that training lacks: 7" in look(KNOWN["places365"], tmp_path).detail
+    assert "classes that training lacks: 7" in inspect_set(KNOWN["places365"], tmp_path).detail
     (folder / "places365_val.txt").unlink()
-    assert "places365_val.txt is missing" in look(KNOWN["places365"], tmp_path).detail
+    assert "places365_val.txt is missing" in inspect_set(KNOWN["places365"], tmp_path).detail
 
 
 def test_places205_lists_are_separated_by_spaces(tmp_path):
@@ -182,7 +182,7 @@ def test_places205_lists_are_separated_by_spaces(tmp_path):
 
 @pytest.mark.skipif(not (PLACES_DATA / "places365").is_dir(), reason="no real images here")
 def test_the_real_part_of_places365():
-    data = look(KNOWN["places365"], PLACES_DATA)
+    data = inspect_set(KNOWN["places365"], PLACES_DATA)
     assert data.counts == {"classes": 10, "train": 300, "val": 100}
     assert (data.status, data.label) == ("found", "subset")
     reading = KNOWN["places365"].read(PLACES_DATA / "places365")
@@ -209,14 +209,14 @@ def test_the_real_part_is_learnt_under_a_head_of_365(tmp_path):
 def test_a_part_of_a_set_has_findings_and_the_whole_has_none(tmp_path):
     """With counts of its own a tiny set is the official one."""
     write_places365(tmp_path)
-    classes, counts = look(KNOWN["places365"], tmp_path).findings
+    classes, counts = inspect_set(KNOWN["places365"], tmp_path).findings
     assert classes.startswith("places365: 363 of the 365 classes are missing (1, 2, 3 and 360 more)")
     assert counts.startswith("places365: 2 train images, 1803458 fewer than the official 1803460; 2 val images, 36498")
     train = {f"x/{c}/t.jpg": c for c in range(1010)}
     write_inat(tmp_path, 2019, train, {f"x/{c}/v.jpg": c for c in range(1009)})
-    data = look(replace(KNOWN["inat2019"], counts=(1010, 1010, 1009)), tmp_path)
+    data = inspect_set(replace(KNOWN["inat2019"], counts=(1010, 1010, 1009)), tmp_path)
     assert (data.label, data.findings) == ("official", ("inat2019: validation lacks 1 classes of training: 1009",))
-    data = look(replace(KNOWN["inat2019"], counts=(1010, 1010, 1010)), tmp_path)
+    data = inspect_set(replace(KNOWN["inat2019"], counts=(1010, 1010, 1010)), tmp_path)
     assert data.findings[0].startswith("inat2019: 1009 val images, 1 fewer than the official 1010: files were lost")
 
 
@@ -231,9 +231,9 @@ def test_the_256_px_images_are_taken_where_both_sizes_are_there(tmp_path):
 def test_a_list_that_is_no_list_is_named(tmp_path):
     folder = write_places365(tmp_path)
     (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg,0\n")  # commas, as the name .csv suggests
-    assert "line 1, is not `path label`" in look(KNOWN["places365"], tmp_path).detail
+    assert "line 1, is not `path label`" in inspect_set(KNOWN["places365"], tmp_path).detail
     (folder / "places365_val.txt").write_bytes(b"\x1f\x8b\x08\xff")  # gzip
-    assert "places365_val.txt is no text: unpack the list" in look(KNOWN["places365"], tmp_path).detail
+    assert "places365_val.txt is no text: unpack the list" in inspect_set(KNOWN["places365"], tmp_path).detail
 
 
 def test_images_that_are_empty_or_broken_links_are_told(tmp_path):
@@ -242,7 +242,7 @@ def test_images_that_are_empty_or_broken_links_are_told(tmp_path):
     (folder / "train_val2018/x/3/2.jpg").write_bytes(b"")
     (folder / "train_val2018/x/3/v.jpg").unlink()
     (folder / "train_val2018/x/3/v.jpg").symlink_to("gone.jpg")
-    detail = look(KNOWN["inat2018"], tmp_path).detail
+    detail = inspect_set(KNOWN["inat2018"], tmp_path).detail
     assert "1 of 4 training images looked at (of 4) cannot be used" in detail
     assert "2.jpg is empty" in detail
     assert "v.jpg is a broken link" in detail
@@ -252,12 +252,12 @@ def test_inaturalist_without_the_super_category_in_its_paths(tmp_path):
     """As some loaders want it unpacked: the json's names have it, so the images are not there."""
     folder = write_inat(tmp_path, 2018, {"Aves/12/a.jpg": 12}, {"Aves/12/b.jpg": 12})
     (folder / "train_val2018/Aves/12").rename(folder / "train_val2018/12")
-    assert "1 of the 1 training images are not there" in look(KNOWN["inat2018"], tmp_path).detail
+    assert "1 of the 1 training images are not there" in inspect_set(KNOWN["inat2018"], tmp_path).detail
 
 
 def test_a_missing_set_says_where_it_must_lie(tmp_path):
     for known in SETS:
-        data = look(known, tmp_path)
+        data = inspect_set(known, tmp_path)
         assert data.status == "missing"
         assert f"{tmp_path}/{known.name}/" in data.detail
 
@@ -270,7 +270,7 @@ def test_miniatures_are_read_by_the_official_readers(task, tmp_path, monkeypatch
     monkeypatch.setattr(miniature_sets, "PLACES_TRAIN", 2)
     monkeypatch.setattr(miniature_sets, "PLACES_VAL", 1)
     task.miniature(tmp_path)
-    data = task.look(tmp_path)
+    data = task.inspect(tmp_path)
     assert (data.status, data.label) == ("found", "miniature"), data.detail
     reading = KNOWN[task.name].read(tmp_path / task.name)
     counts = Counter(reading.train.labels)
@@ -294,7 +294,7 @@ def test_a_folder_of_ones_own(tmp_path):
     (task,) = find_tasks([f"folder:{write_flowers(tmp_path)}"], TASKS)
     assert task.name == "folder:flowers"
     assert find_tasks([task_argument(task)], TASKS)[0].path == task.path
-    data = task.look(Path("anywhere"))
+    data = task.inspect(Path("anywhere"))
     assert data.counts == {"classes": 3, "train": 24, "val": 6}
     assert (data.label, data.root) == ("own", task.path)
     record = run_job(make_job(task, Path("anywhere"), tmp_path / "work", epochs=4, base_lr=1e-2))
@@ -307,7 +307,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     flowers = write_flowers(tmp_path)
 
     def detail(task=None) -> str:
-        return folder_task(str(flowers)).look(tmp_path).detail
+        return folder_task(str(flowers)).inspect(tmp_path).detail
 
     (flowers / "val" / "daisy").rename(flowers / "val" / "dandelion")
     assert "has classes that train lacks: dandelion" in detail()
@@ -322,8 +322,8 @@ def test_folders_that_cannot_be_used(tmp_path):
     one = tmp_path / "one"
     write_noise_image(one / "train" / "a" / "0.jpg", (0, 0, 0), 0)
     write_noise_image(one / "val" / "a" / "0.jpg", (0, 0, 0), 1)
-    assert "has the one class a" in folder_task(str(one)).look(tmp_path).detail
-    assert "no data" in folder_task(str(tmp_path / "nowhere")).look(tmp_path).detail
+    assert "has the one class a" in folder_task(str(one)).inspect(tmp_path).detail
+    assert "no data" in folder_task(str(tmp_path / "nowhere")).inspect(tmp_path).detail
 
 
 def test_the_head_has_the_official_classes(tmp_path):

@@ -35,7 +35,8 @@ from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm
 from transfer.detection.tasks import TASKS
 from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, load_pyramid
-from transfer.task import Job, run_job
+from transfer.run import run_job
+from transfer.task import Job
 
 pytestmark = [pytest.mark.detectron2, pytest.mark.filterwarnings("ignore")]
 ARCH, COCO = "vit_mini_patch8", TASKS[0]
@@ -73,7 +74,7 @@ def pyramid(r):
 def make_job(root, work, machine=None, **changes) -> Job:
     r = replace(recipe(ARCH, "mini"), **{**LITTLE, **changes})
     checkpoint = read_checkpoint(f"random:{ARCH}")
-    return Job(COCO, checkpoint, r, "mini", {}, COCO.look(root), work, 0, "detectron2", machine or Machine())
+    return Job(COCO, checkpoint, r, "mini", {}, COCO.inspect(root), work, 0, "detectron2", machine or Machine())
 
 
 def test_both_engines_see_the_pyramids_own_features(pyramid, r):

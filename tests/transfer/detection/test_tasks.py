@@ -27,7 +27,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
 from tests.fixtures.detection import TASK, TINY, job_of
 from tests.fixtures.transfer import ARCH, kill_when
-from transfer import cli
+from transfer import cli, jobs
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection import engine_torchvision, tasks
 from transfer.detection.evaluate import evaluate
@@ -41,7 +41,7 @@ from transfer.detection.shared import (
     build_pyramid,
     to_results,
 )
-from transfer.task import read_record, run_job, work_folder
+from transfer.run import read_record, run_job, with_work_folder
 
 KNOBS = [f"{knob}={value}" for knob, value in TINY.items()]
 
@@ -52,7 +52,7 @@ def call(root: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_detectron2_is_refused_where_it_is_not_installed(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "installed", lambda module: module != "detectron2")
+    monkeypatch.setattr(jobs, "installed", lambda module: module != "detectron2")
     assert cli.main(tasks.TASKS, call(root, tmp_path, "--engine", "detectron2")) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --engine detectron2: it is not installed here; ")
@@ -70,9 +70,9 @@ def test_an_unknown_engine_is_refused(root, tmp_path, capsys):
 
 @pytest.mark.parametrize(("there", "chosen"), [(True, "detectron2"), (False, "torchvision")])
 def test_auto_takes_detectron2_where_it_is_installed(monkeypatch, there, chosen):
-    monkeypatch.setattr(cli, "installed", lambda module: there or module != "detectron2")
-    assert cli.choose_engine(TASK) == chosen
-    assert cli.choose_engine(TASK, "torchvision") == "torchvision"
+    monkeypatch.setattr(jobs, "installed", lambda module: there or module != "detectron2")
+    assert jobs.choose_engine(TASK) == chosen
+    assert jobs.choose_engine(TASK, "torchvision") == "torchvision"
 
 
 def test_each_engine_does_its_own_jobs(root, tmp_path, monkeypatch):
@@ -90,13 +90,9 @@ def test_each_engine_does_its_own_jobs(root, tmp_path, monkeypatch):
 def test_engines_seeds_and_precisions_have_work_folders_of_their_own(root, tmp_path):
     job = job_of(root, tmp_path)
 
-    def folder(job):
-        identity = job.identity()
-        return work_folder(tmp_path, job.checkpoint, "coco", job.recipe_label, job.seed, identity)
-
-    jobs = [job, replace(job, engine="detectron2"), replace(job, seed=1), replace(job, recipe=recipe(ARCH, "mini"))]
-    jobs.append(replace(job, machine=Machine(precision="bf16")))
-    assert len({folder(one) for one in jobs}) == 5
+    all_jobs = [job, replace(job, engine="detectron2"), replace(job, seed=1), replace(job, recipe=recipe(ARCH, "mini"))]
+    all_jobs.append(replace(job, machine=Machine(precision="bf16")))
+    assert len({with_work_folder(one).work for one in all_jobs}) == 5
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +218,7 @@ def test_vit_h_is_cut_into_patches_of_16_px(root, tmp_path):
     """1024 px are no multiple of its own 14."""
     checkpoint = SimpleNamespace(arch="vit_huge_patch14", sha256="", name="h", identity="")
     data = inspect_coco(root)
-    job = cli.make_job(TASK, checkpoint, "paper", [], data, tmp_path, 0, Machine(), "torchvision")
+    job = jobs.make_job(TASK, checkpoint, "paper", [], data, tmp_path, 0, Machine(), "torchvision")
     assert (job.recipe.image_size, job.recipe.window) == (1024, 16)
 
 

@@ -21,16 +21,16 @@ from mae_core.training import CHECKPOINT_FILE
 from tests.fixtures import ROOT, SHARED
 from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
 from tests.fixtures.transfer import ARCH, kill_when
-from transfer import cli
+from transfer import jobs
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER
 from transfer.pyramid import load_pyramid
+from transfer.run import run_job
 from transfer.segmentation import tasks, train
 from transfer.segmentation.evaluate import metrics_of
 from transfer.segmentation.mmseg_plugin import register
 from transfer.segmentation.picture import PICTURE_FILE
 from transfer.segmentation.tasks import SEGMENTER_FILE
-from transfer.task import run_job
 
 
 def test_a_mistake_found_while_decoding_is_told_without_its_traceback(root, tmp_path, monkeypatch):
@@ -46,8 +46,8 @@ def test_a_mistake_found_while_decoding_is_told_without_its_traceback(root, tmp_
 
 def test_the_plan_says_what_to_install(root, tmp_path, monkeypatch):
 
-    monkeypatch.setattr(cli, "installed", lambda module: module != "mmseg")
-    state, why = cli.obstacle(make_job(root, tmp_path))
+    monkeypatch.setattr(jobs, "installed", lambda module: module != "mmseg")
+    state, why = jobs.obstacle(make_job(root, tmp_path))
     assert state == "skipped"
     assert why == f"mmsegmentation is not installed here; {TASK.install}"
     assert "make install" in why

@@ -1,0 +1,98 @@
+"""What is known of a classifier's job before it starts: what stands against it, and the space its files need."""
+
+from collections.abc import Iterator
+
+from mae_core.errors import UserError
+from mae_core.loop import batch_objections, batchnorm_objections
+from mae_core.settings import as_typed
+from mae_core.vit import get_arch, vit_arguments
+from transfer.classification.knn import feature_folder
+from transfer.classification.recipes import finetune_recipe, linprobe_recipe
+from transfer.space import FLOAT, encoder_numbers, training_space
+from transfer.task import Job, Objection, Space
+
+MOMENTS = {"adamw": 2, "lars": 1}
+
+
+def training_images(job: Job) -> int:
+    """As many as the recipe's share leaves: Split.share."""
+    images, fraction = job.data.counts.get("train", 0), job.recipe.train_fraction
+    return images if fraction == 1 else max(int(images * fraction + 1e-9), job.data.counts.get("classes", 0))
+
+
+def detail(job: Job) -> str:
+    """What the plan says of the data."""
+    share = f", of which {training_images(job)} are trained on" if job.recipe.train_fraction < 1 else ""
+    return job.data.detail + share
+
+
+def of_all(job: Job) -> str:
+    return f" (train_fraction={job.recipe.train_fraction:g})" if job.recipe.train_fraction < 1 else ""
+
+
+def input_objections(job: Job) -> Iterator[Objection]:
+    try:
+        vit_arguments(job.checkpoint.arch, job.recipe.image_size or None)
+    except UserError as e:
+        yield "image_size", str(e)
+
+
+def training_objections(job: Job) -> Iterator[Objection]:
+    yield from input_objections(job)
+    if job.data.status == "found":
+        yield from batch_objections(training_images(job), job.recipe.batch, job.machine.processes, of_all(job))
+    if job.recipe.batch % job.machine.processes == 0:
+        yield from local_batch_objections(job)
+
+
+def local_batch_objections(job: Job) -> Iterator[Objection]:
+    r, machine = job.recipe, job.machine
+    local_batch = r.batch // machine.processes
+    if r.mixup or r.cutmix:
+        if local_batch % 2:
+            flag = "--gpus" if machine.processes > 1 else "batch"
+            why = f"mixup pairs images, but each process gets {local_batch} of batch={r.batch}: make that even"
+            yield flag, why
+        elif machine.micro_batch == 1:
+            yield "--micro-batch", "mixup pairs images: give --micro-batch 2 or more"
+    if r.optimizer == "lars":  # the linear probe has a BatchNorm
+        yield from batchnorm_objections(local_batch, machine)
+
+
+def knn_objections(job: Job) -> Iterator[Objection]:
+    yield from input_objections(job)
+    images, k = training_images(job), job.recipe.k
+    if job.data.status == "found" and images < k:
+        yield "k", f"k={k}, but there are {images} training images{of_all(job)}: set a smaller k"
+
+
+def partial_objections(job: Job) -> Iterator[Objection]:
+    """Beside those of a training: no block and all blocks are linear probing and fine-tuning by their own recipes."""
+    arch, blocks, images = job.checkpoint.arch, job.recipe.blocks, training_images(job)
+    depth = get_arch(arch).depth
+    if blocks[-1] > depth:
+        yield "blocks", f"blocks={as_typed(blocks)}, but {arch} has {depth}: set lower ones"
+    for k, recipe in ((0.0, linprobe_recipe), (float(depth), finetune_recipe)):
+        batch = recipe(arch, job.recipe_name).batch
+        if k in blocks and job.data.status == "found" and images < batch:
+            which = "linear probing" if k == 0 else "fine-tuning"
+            why = f"{k:g} blocks are {which} by its own recipe, of which one batch={batch} is more than the {images}"
+            yield "blocks", f"{why} training images: leave {k:g} out of blocks"
+    yield from training_objections(job)
+
+
+def classifier_space(job: Job, classes: int = 1000) -> Space:
+    """Of a training of the encoder and a linear layer on it, or of that layer only (LARS)."""
+    r, encoder = job.recipe, encoder_numbers(job.checkpoint)
+    head = classes * (get_arch(job.checkpoint.arch).dim + 1)
+    model, trained = encoder + head, head if r.optimizer == "lars" else encoder + head
+    return training_space(job, model, trained, MOMENTS[r.optimizer], averaged=model if r.ema else 0)
+
+
+def knn_space(job: Job) -> Space:
+    """k-NN writes its features in parts and joins them."""
+    if feature_folder(job).exists():
+        return Space(0, 0)
+    dim = get_arch(job.checkpoint.arch).dim
+    stays = sum(FLOAT * dim * job.data.counts[split] for split in ("train", "val"))
+    return Space(2 * stays, stays)

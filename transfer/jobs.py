@@ -1,0 +1,160 @@
+"""From names and settings to jobs, and what stands against running one."""
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mae_core import distributed
+from mae_core.checkpoint import Checkpoint, read_checkpoint
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from mae_core.settings import differences, override, unknown
+from mae_core.vit import variant_in_words
+from transfer.data.findings import Data
+from transfer.run import describe, finished, with_work_folder, write_record
+from transfer.task import Job, Needs, Record, Task
+
+RECIPES = ("paper", "mini")  # of every task
+
+
+def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
+    """The tasks of these names; "NAME:PATH" is the task NAME on that folder."""
+    known, found = {task.name: task for task in tasks}, []
+    for name in dict.fromkeys(names):
+        family, colon, path = name.partition(":")
+        if family not in known or (colon and not known[family].of):
+            raise unknown("task", name, known)
+        if known[family].of and not path:
+            raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
+        task = known[family].of(path) if colon else known[family]
+        if other := next((t for t in found if t.name == task.name and t.path != task.path), None):
+            raise UserError(
+                f"--tasks: {other.path} and {task.path} would both be called {task.name}: link one of them under "
+                "another name"
+            )
+        found.append(task)
+    return list({task.name: task for task in found}.values())
+
+
+def task_argument(task: Task) -> str:
+    """What find_tasks makes this task of."""
+    return f"{task.name.partition(':')[0]}:{task.path}" if task.path else task.name
+
+
+def installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a module that another one has barred
+        return False
+
+
+def choose_engine(task: Task, asked: str = "auto") -> str:
+    """The engine that a task runs on: the one asked for where the task has it, else the first that is installed, else
+    the first. UserError if the one asked for is not installed."""
+    if asked in task.engines:
+        if not installed(task.engines[asked]):
+            raise UserError(f"--engine {asked}: it is not installed here; {task.install}")
+        return asked
+    return next((name for name, module in task.engines.items() if installed(module)), next(iter(task.engines)))
+
+
+def make_job(
+    task: Task,
+    checkpoint: Checkpoint,
+    recipe_name: str,
+    settings: Sequence[str],
+    data: Data,
+    out: Path,
+    seed: int,
+    machine: Machine,
+    engine: str = "auto",
+    parent: Checkpoint | None = None,
+) -> Job:
+    """The job and its work folder; UserError for an unknown knob or an engine that is not installed."""
+    if task.from_scratch:
+        checkpoint = scratch_of(checkpoint.arch, seed)
+    task, recipe_name, recipe, overrides = resolve(task, checkpoint.arch, recipe_name, settings)
+    engine = choose_engine(task, engine)
+    job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, engine, machine, parent, out)
+    return with_work_folder(job)
+
+
+def resolve(task: Task, arch: str, name: str, settings: Sequence[str]) -> tuple[Task, str, Any, dict[str, Any]]:
+    """The recipe with its settings applied: (the task with that recipe's sources, the recipe's name, the recipe, what
+    differs from it). The setting recipe=NAME takes one of the task's own recipes instead of that of --recipe."""
+    own = [setting.removeprefix("recipe=") for setting in settings if setting.startswith("recipe=")]
+    if own:
+        name = own[-1]
+        if name in RECIPES:
+            raise UserError(f"--set recipe={name}: --recipe chooses that, for all tasks")
+        task = replace(task, sources=partial(task.sources, name=name))
+    settings = [setting for setting in settings if not setting.startswith("recipe=")]
+    try:
+        return task, name, *override(task.recipe(arch, name), settings)
+    except UserError as e:
+        raise UserError(f"{task.name}: {e}") from None
+
+
+def scratch_of(arch: str, seed: int) -> Checkpoint:
+    """Random weights that are called by their size, so that all checkpoints of one size share what starts from them."""
+    name = f"scratch:{arch}"
+    sha256 = hashlib.sha256(name.encode()).hexdigest()
+    return replace(read_checkpoint(f"random:{arch}", seed), name=name, sha256=sha256)
+
+
+def classifier_of(checkpoint: Checkpoint, path: Path, recipe_name: str, seed: int) -> Checkpoint:
+    """The classifier in a file; UserError unless imagenet_finetune made it of this checkpoint, recipe and seed: its
+    numbers will stand in this checkpoint's row."""
+    classifier = read_checkpoint(path)
+    wanted = {"encoder_sha256": checkpoint.sha256, "recipe": recipe_name, "seed": str(seed)}
+    changed = differences({name: classifier.meta.get(name) for name in wanted}, wanted)
+    if changed:
+        raise UserError(
+            f"--classifier {path} is not what imagenet_finetune made of {checkpoint.name} ({'; '.join(changed)}): "
+            "give that one, or evaluate this one as --ckpt"
+        )
+    return classifier
+
+
+def obstacle(job: Job) -> tuple[str, str]:
+    """("skipped" or "failed", why) where the job cannot run at all; ("", "") where it can. UserError where it cannot
+    because of a knob or flag that the call gave."""
+    task, kind = job.task, job.checkpoint.kind
+    found = list(task.objections(job))
+    for knob, why in found:
+        if knob.startswith("--") or knob in job.overrides:
+            raise UserError(f"{task.name}: {why}")
+    if task.needs is Needs.ENCODER and kind == "classifier":
+        return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
+    if task.plain_vit and not job.checkpoint.plain:
+        return "skipped", f"not a plain ViT: {job.checkpoint.name} has {variant_in_words(job.checkpoint.variant)}"
+    if not installed(task.engines[job.engine]):
+        return "skipped", f"{job.engine} is not installed here; {task.install}"
+    if job.data.status == "missing":
+        return "skipped", job.data.detail
+    if job.data.status == "incomplete":
+        return "failed", job.data.detail
+    if found:
+        return "failed", found[0][1]
+    if task.needs is Needs.FINE_TUNED_FILE and "head.weight" not in job.checkpoint.classifier:
+        return "skipped", f"{job.checkpoint.name} has no head: give a fine-tuned classifier as --ckpt"
+    if task.needs is Needs.CLASSIFIER and kind != "classifier" and job.parent is None:
+        where = "same checkpoint, recipe and seed, with its classifier.safetensors"
+        return "skipped", f"needs imagenet_finetune ({where}), or a fine-tuned file as --ckpt"
+    return "", ""
+
+
+def cached_or_skipped(job: Job) -> Record | None:
+    """The record of a job that is done or cannot run (the latter is written now); None if it is to be run."""
+    record = finished(job)
+    if record is None:
+        status, reason = obstacle(job)
+        if status:
+            record = describe(job, status=status, reason=reason)
+            if distributed.is_main():
+                write_record(record, job.work)
+    return record

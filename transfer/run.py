@@ -1,0 +1,155 @@
+"""Running one job: its work folder, the claim on it, and the record that it leaves whatever happens."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+import traceback
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mae_core import distributed
+from mae_core.checkpoint import Checkpoint
+from mae_core.errors import UserError
+from mae_core.machine import commit, hardware, peak_memory_gib, versions
+from mae_core.settings import differences, write_json
+from mae_core.training import CHECKPOINT_FILE
+from transfer.task import RECORD_FILE, Job, Record, Result
+
+TRACEBACK_FILE = "error.txt"
+
+
+def write_record(record: Record, work: Path) -> None:
+    write_json(work / RECORD_FILE, dataclasses.asdict(record))
+
+
+def read_record(path: Path) -> Record:
+    """The Record in that file; UserError if it is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**values, "notes": tuple(values.get("notes", ()))})
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+
+
+def checkpoint_folder(out: Path, checkpoint: Checkpoint) -> Path:
+    return out / "runs" / f"{slug(checkpoint.name)}-{checkpoint.sha256[:8]}"
+
+
+def with_work_folder(job: Job) -> Job:
+    """The job with the work folder below its --out: readable names for people, the identity's hash so that different
+    experiments never collide."""
+    digest = hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:8]
+    run = f"{slug(job.recipe_label)[:40]}-seed{job.seed}-{digest}"
+    return replace(job, work=checkpoint_folder(job.out, job.checkpoint) / job.task.name / run)
+
+
+def claim(job: Job) -> None:
+    """Mark the work folder as this experiment's; UserError with the differences if it is another's."""
+    marker = job.work / "job.json"
+    if marker.exists():
+        changed = differences(json.loads(marker.read_text()), job.identity())
+        if changed:
+            raise UserError(f"{job.work} holds another experiment ({'; '.join(changed)}): choose another --out")
+    elif distributed.is_main():
+        write_json(marker, job.identity())
+
+
+def finished(job: Job) -> Record | None:
+    """The successful record of exactly this job in its work folder, which makes running it unnecessary."""
+    path = job.work / RECORD_FILE
+    if path.exists():
+        record = read_record(path)
+        if record.status == "ok" and record.identity == job.identity():
+            return record
+    return None
+
+
+def run_job(job: Job) -> Record:
+    """Run a job in its work folder and write its record, whatever happens; Ctrl-C alone leaves none.
+
+    With several processes a failure ends them all (SystemExit): one that failed alone would leave the others waiting
+    for it, or mixing its next job's numbers with theirs.
+    """
+    started = time.monotonic()
+    claim(job)
+    if distributed.is_main():
+        for name in (RECORD_FILE, TRACEBACK_FILE):  # of an earlier attempt
+            (job.work / name).unlink(missing_ok=True)
+    distributed.barrier()
+    if job.machine.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        result, status, reason = job.task.run(job), "ok", ""
+        numbers = (*result.metrics.items(), *result.stderr.items())
+        if bad := [name for name, value in numbers if not math.isfinite(value)]:
+            raise UserError(f"{', '.join(dict.fromkeys(bad))} came out as infinite or NaN: no number is given")
+    except UserError as e:
+        result, status, reason = Result({}), "failed", str(e)
+    except Exception as e:
+        (job.work / TRACEBACK_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        first_line = (str(e).strip().splitlines() or [""])[0]
+        result, status = Result({}), "failed"
+        reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"
+    seconds = result.seconds if result.seconds is not None else time.monotonic() - started
+    record = describe(
+        job,
+        status=status,
+        reason=reason,
+        images_per_second=round(result.images_seen / seconds, 2) if seconds else 0.0,
+        peak_memory_gib=round(peak_memory_gib(job.machine.device), 2),
+        **vars(replace(result, seconds=round(seconds, 1))),
+    )
+    if status == "failed" and distributed.world_size() > 1:
+        # The first reason stands: the other processes fail because this one is gone.
+        if not (job.work / RECORD_FILE).exists():
+            write_record(record, job.work)
+        raise SystemExit(f"error: {job.task.name}: {reason}")
+    if distributed.is_main():
+        write_record(record, job.work)
+        if status == "ok":  # a kill before the record was written must not cost the training
+            (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return record
+
+
+def describe(job: Job, **outcome: Any) -> Record:
+    """The record of a job: what it was, where it ran, and the outcome given by name."""
+    c = job.checkpoint
+    return Record(
+        task=job.task.name,
+        metric=job.task.metric,
+        chance=job.data.chance,
+        checkpoint={
+            "name": c.name,
+            "path": str(c.path),
+            "format": c.format,
+            "arch": c.arch,
+            "sha256": c.sha256,
+            "meta": dict(c.meta),
+            "dropped": len(c.dropped),
+            "input": {"mean": list(c.mean), "std": list(c.std), "eps": c.eps, "pool": c.pool, "plain": c.plain},
+        },
+        recipe_name=job.recipe_name,
+        overrides=job.overrides,
+        recipe=job.identity()["recipe"],
+        sources=job.task.sources(c.arch) if job.recipe_name != "mini" else {},
+        seed=job.seed,
+        engine=job.engine,
+        data=json.loads(json.dumps(dataclasses.asdict(job.data))),
+        identity=job.identity(),
+        machine=dataclasses.asdict(job.machine),
+        hardware=hardware(job.machine.device),
+        versions=versions(job.task.packages),
+        commit=commit(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        **outcome,
+    )
