@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import command as mae_transfer
+from benchmarks.report import report
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
@@ -27,6 +29,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.coco import write_coco
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import write_imagenet
+from transfer import cli
 from transfer.run import read_record
 
 MINI = ROOT / "results" / "miniature" / "mae_mini.safetensors"
@@ -163,6 +166,20 @@ def test_a_command_that_trains_leaves_a_record(command, run, data, tmp_path):
     run(f"{command} --out new", SLOW[command])
     (record,) = tmp_path.glob("new/runs/**/record.json")
     assert read_record(record).status == "ok"
+
+
+def test_the_task_of_contributing_runs_and_reaches_the_summary(data, tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", section(PAGES[Path("CONTRIBUTING.md")], "Add a task"), re.M | re.S)
+    module = types.ModuleType("mean")
+    sys.modules["mean"] = module  # where dataclasses look for it
+    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+    call = ["--task", "imagenet_mean", "--ckpt", str(MINI), "--data", str(data), "--out", str(tmp_path)]
+    assert cli.main((module.MEAN,), [*call, *LITTLE.split()]) == 0
+    (record,) = map(read_record, tmp_path.glob("runs/*/imagenet_mean/*/record.json"))
+    assert record.n_eval == 12
+    assert record.metrics["top1"] > record.chance
+    report(tmp_path)
+    assert "imagenet_mean top1" in (tmp_path / "summary.md").read_text(encoding="utf-8")
 
 
 # Parsing all of them
