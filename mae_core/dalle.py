@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_core.checkpoint import read_file
+from mae_core.checkpoint import check_shapes, read_file
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
 
@@ -107,9 +107,7 @@ def read_dalle(path: Path, grid: tuple[int, int]) -> tuple[DalleTokenizer, int]:
     vocabulary = len(state["blocks.output.conv.w"])
     tokenizer = DalleTokenizer(grid, len(state["blocks.input.w"]), vocabulary)
     wanted = {name: buffer for name, buffer in tokenizer.named_buffers() if name.startswith("blocks.")}
-    for name in sorted(wanted.keys() | state.keys()):
-        have, want = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, wanted))
-        if have != want:
-            raise UserError(f"{path}: {name} is {have} where DALL-E's encoder of this width has {want}")
-        wanted[name].copy_(state[name])
+    check_shapes(str(path), state, {name: tensor.shape for name, tensor in wanted.items()}, "DALL-E's encoder")
+    for name, tensor in wanted.items():
+        tensor.copy_(state[name])
     return tokenizer, vocabulary

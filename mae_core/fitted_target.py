@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.checkpoint import save_weights, sha256_of
+from mae_core.checkpoint import read_file, save_weights, sha256_of
 from mae_core.dalle import read_dalle
 from mae_core.data import Images, Sample, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
@@ -38,10 +37,10 @@ def make_target(r: PretrainRecipe, patch: int, images: Images, seed: int, out: P
     identity |= {"size": r.pca_components if r.target == "pca" else r.vocabulary, "patch": patch}
     identity["images"] = hashlib.sha256(b"\n".join(images.files.tolist())).hexdigest()
     fitted_on = json.dumps(identity, sort_keys=True)
-    if distributed.is_main() and not (path.exists() and read(path)[1].get("identity") == fitted_on):
+    if distributed.is_main() and not (path.exists() and read_file(path)[1].get("identity") == fitted_on):
         save_weights(path, fit(r, patch, images, seed).state_dict(), {"identity": fitted_on})
     distributed.barrier()
-    tensors = read(path)[0]
+    tensors, _ = read_file(path)
     if r.target == "pca":
         return PCATarget(tensors["mean"], tensors["components"])
     return TokenTarget(KMeansTokenizer(patch, tensors["tokenizer.centres"]), r.vocabulary)
@@ -70,11 +69,6 @@ def sample_patches(images: Images, patch: int, count: int, seed: int) -> Tensor:
     if not found:
         raise UserError("none of the images that a target is fitted on can be read: mend them")
     return torch.cat(found)
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def tokenizer_sha256(tokenizer: Path | None) -> str:

@@ -219,25 +219,16 @@ def open_writer(work: Path, step: int) -> Any:
     return SummaryWriter(str(work / "tensorboard"), purge_step=step)
 
 
-class Stop:
-    """True once a signal asked to stop."""
-
-    requested = False
-
-    def __bool__(self) -> bool:
-        return self.requested
-
-
 @contextmanager
-def stop_requested() -> Iterator[Stop]:
-    """SIGINT and SIGTERM set the flag, so that the current step ends before anything is saved; a second signal raises
-    KeyboardInterrupt at once."""
-    stop = Stop()
+def stop_requested() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM enter, so that the current step ends before anything is saved; a second signal
+    raises KeyboardInterrupt at once."""
+    stop: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if stop.requested:
+        if stop:
             raise KeyboardInterrupt
-        stop.requested = True
+        stop.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

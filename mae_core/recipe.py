@@ -64,25 +64,17 @@ class PretrainRecipe:
 
     def unused(self) -> list[tuple[str, object, str]]:
         """(knob, the value it must keep, the reason) for every knob that has no effect in this recipe."""
-        default = {field.name: field.default for field in fields(self)}
-        found: list[tuple[str, object, str]] = []
-        if self.target != "pixels":
-            found.append(("norm_pix", False, f"target={self.target}"))
-        if self.target != "pca":
-            found.append(("pca_components", default["pca_components"], f"target={self.target}"))
-        if self.target != "tokens":
-            found.append(("tokenizer", default["tokenizer"], f"target={self.target}"))
-        if not self.fits_tokens:
-            found.append(("vocabulary", default["vocabulary"], "a target that is no k-means token"))
-        if not self.fits_tokens and self.target != "pca":
-            found.append(("fit_images", default["fit_images"], "a target that is not fitted"))
-        if self.augmentation in ("none", "crop, fixed size"):
-            found.append(("min_scale", default["min_scale"], f"augmentation={self.augmentation}"))
-        return found
-
-    @property
-    def fits_tokens(self) -> bool:
-        return self.target == "tokens" and self.tokenizer == "k-means"
+        target, fits_tokens = self.target, self.target == "tokens" and self.tokenizer == "k-means"
+        unused = {
+            "norm_pix": (target != "pixels", f"target={target}"),
+            "pca_components": (target != "pca", f"target={target}"),
+            "tokenizer": (target != "tokens", f"target={target}"),
+            "vocabulary": (not fits_tokens, "a target that is no k-means token"),
+            "fit_images": (not fits_tokens and target != "pca", "a target that is not fitted"),
+            "min_scale": (self.augmentation in ("none", "crop, fixed size"), f"augmentation={self.augmentation}"),
+        }
+        default = {field.name: field.default for field in fields(self)} | {"norm_pix": False}
+        return [(knob, default[knob], because) for knob, (without_effect, because) in unused.items() if without_effect]
 
 
 WORDS = {

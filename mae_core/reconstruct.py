@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
-from mae_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, read_checkpoint
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
@@ -82,11 +82,8 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
         encoder_mask_tokens=checkpoint.meta.get("encoder_mask_tokens") is True,
     )
     state = {**checkpoint.encoder, **decoder}
-    wanted = model.state_dict()
-    for name in sorted(wanted.keys() | state.keys()):
-        have, want = (list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, wanted))
-        if have != want:
-            raise CheckpointError(f"{checkpoint.path}: {name} is {have} where its decoder's size asks for {want}")
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_shapes(checkpoint.path, state, wanted, "its decoder")
     model.load_state_dict(state)
     return model.eval()
 
@@ -111,11 +108,7 @@ def saved_target(checkpoint: Checkpoint) -> Target | None:
 def load_images(files: Sequence[Path], size: int) -> Tensor:
     """Short side to `size` (bicubic), centre crop, normalised: [B, 3, size, size]. UserError for one unreadable."""
     transform = v2.Compose(
-        [
-            v2.Resize(size, interpolation=InterpolationMode.BICUBIC),
-            v2.CenterCrop(size),
-            v2.PILToTensor(),
-        ]
+        [v2.Resize(size, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()]
     )
     images = []
     for file in files:

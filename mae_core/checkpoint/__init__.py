@@ -8,6 +8,7 @@ never from a name), read. From a Checkpoint: load (into a model), export (other 
 """
 
 from mae_core.checkpoint.export import metadata_of
+from mae_core.checkpoint.identify import check_shapes
 from mae_core.checkpoint.load import LoadReport, classifier_of, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.checkpoint.weights_file import CheckpointError, read_file, save_weights, sha256_of
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "LoadReport",
+    "check_shapes",
     "classifier_of",
     "load_classifier",
     "load_encoder",

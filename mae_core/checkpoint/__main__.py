@@ -151,7 +151,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
 def formats() -> list[str]:
     """--formats: every format, in the order in which they are tried."""
     known = (OURS, *FORMATS[:-1], PREFIXED, FORMATS[-1])
-    return [f"{f.name:<20}{f.what}; mean {f.mean[0]:g} ..., eps {f.eps:g}, pooling {f.pool}" for f in known]
+    return [f"{f.name:<20}{f.what}; mean {f.normalization[0][0]:g} ..., eps {f.eps:g}, pooling {f.pool}" for f in known]
 
 
 def main(argv: list[str] | None = None) -> int:

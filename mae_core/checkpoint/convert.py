@@ -215,9 +215,10 @@ def _training_facts(format: str, content: dict) -> dict[str, Any]:
 def model_settings(path: Path, weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
     """mean, std, eps, pool and heads: the format's, or those of the file's metadata or of the config beside it."""
     f, tensors, facts = weights.format, weights.tensors, weights.facts
-    found: dict[str, Any] = {"mean": f.mean, "std": f.std, "eps": f.eps, "pool": f.pool, "heads": None}
-    if f.name == "timm" and tensors.get("head.bias", torch.empty(0)).shape == (21843,):
-        found |= {"mean": HALF, "std": HALF}  # ImageNet-21k as Google counts its classes: AugReg
+    # ImageNet-21k as Google counts its classes: AugReg.
+    augreg = f.name == "timm" and tensors.get("head.bias", torch.empty(0)).shape == (21843,)
+    mean, std = HALF if augreg else f.normalization
+    found: dict[str, Any] = {"mean": mean, "std": std, "eps": f.eps, "pool": f.pool, "heads": None}
     if f.heads and "patch_embed.proj.bias" in tensors:
         found["heads"] = f.heads.get(len(tensors["patch_embed.proj.bias"]))
     try:

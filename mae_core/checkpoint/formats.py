@@ -22,10 +22,10 @@ from mae_core.checkpoint.renaming import (
     from_flax,
     spread_shared_table,
 )
-from mae_core.data import MEAN, STD
+from mae_core.data import IMAGENET_NORMALIZATION, Normalization
 from mae_core.vit import EPS
 
-HALF = (0.5, 0.5, 0.5)
+HALF: Normalization = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Format:
     holds: patterns of tensor names that must all occur. under: the key its tensors lie under, None for any. beside:
     keys that must be there besides that one. prefix: of the encoder's names; all others are dropped. rename: (pattern,
     replacement), applied to every name in this order. drop: pattern of canonical names that are no part of an encoder,
-    decoder or classifier. mean, std, eps, pool: what this format's models are trained with, unless a config beside the
-    weights says otherwise. heads: attention heads by width, where they differ from mae_core/vit.py's. convert: what
+    decoder or classifier. normalization, eps, pool: what this format's models are trained with, unless a config beside
+    the weights says otherwise. heads: attention heads by width, where they differ from mae_core/vit.py's. convert: what
     renaming cannot do.
     """
 
@@ -48,8 +48,7 @@ class Format:
     prefix: str = ""
     rename: Rules = ()
     drop: str = ""
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    normalization: Normalization = IMAGENET_NORMALIZATION
     eps: float = EPS
     pool: str = "token"
     heads: dict[int, int] = field(default_factory=dict)
@@ -71,8 +70,7 @@ FORMATS = (
         (HF_PATCHES, HF_BLOCK + r"lambda_1"),
         rename=HF,
         drop=BEIT_DROP,
-        mean=HALF,
-        std=HALF,
+        normalization=HALF,
         eps=1e-12,
         pool="avg",
         convert=spread_shared_table,
@@ -100,7 +98,7 @@ FORMATS = (
         rename=HF,
         eps=1e-12,
     ),
-    Format("hf-vit", "Hugging Face ViT (google/vit-*)", (HF_PATCHES,), rename=HF, mean=HALF, std=HALF, eps=1e-12),
+    Format("hf-vit", "Hugging Face ViT (google/vit-*)", (HF_PATCHES,), rename=HF, normalization=HALF, eps=1e-12),
     Format(
         "mm-linprobe",
         "mmpretrain, mmselfsup: a linear probe",
@@ -139,8 +137,7 @@ FORMATS = (
         "BEiT (beit_base_patch16_224_pt22k.pth, fine-tuned files) and timm's: layer scale, relative positions",
         (r"blocks\.0\.attn\.q_bias",),
         drop=BEIT_DROP,
-        mean=HALF,
-        std=HALF,
+        normalization=HALF,
         pool="avg",
         convert=spread_shared_table,
     ),
@@ -194,8 +191,7 @@ FORMATS = (
         (r"(.*/)?embedding/kernel", r"(.*/)?Transformer/encoderblock_0/LayerNorm_0/scale"),
         rename=FLAX,
         drop=r"pre_logits\..*",
-        mean=HALF,
-        std=HALF,
+        normalization=HALF,
         convert=from_flax,
     ),
     Format(
@@ -205,11 +201,7 @@ FORMATS = (
         prefix="backbone.net.",
     ),
     Format(
-        "deit",
-        "DeiT training checkpoint",
-        (BLOCK, r"head\.weight"),
-        under="model",
-        beside=frozenset({"lr_scheduler"}),
+        "deit", "DeiT training checkpoint", (BLOCK, r"head\.weight"), under="model", beside=frozenset({"lr_scheduler"})
     ),
     Format(
         "mae-finetuned",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def identify(
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if "fc_norm.weight" in tensors and not {"norm.weight", "norm.bias"} & encoder.keys():
         del wanted["norm.weight"], wanted["norm.bias"]
-    compare(str(path), registered(encoder, wanted), wanted, arch)
+    check_shapes(str(path), registered(encoder, wanted), wanted, arch)
     return arch, variant
 
 
@@ -116,7 +117,7 @@ def resize_position_embedding(pos_embed: Tensor, grid: tuple[int, int], prefix: 
     return torch.cat([pos_embed[:, :prefix].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def compare(what: str, have: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], by: str) -> None:
+def check_shapes(what: str, have: dict[str, Tensor], wanted: Mapping[str, Sequence[int]], by: str) -> None:
     """CheckpointError that names the first tensor that is missing, has another shape or is unknown."""
     for name, shape in wanted.items():
         if name not in have:

@@ -8,7 +8,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mae_core.checkpoint.identify import compare, registered, resize_position_embedding
+from mae_core.checkpoint.identify import check_shapes, registered, resize_position_embedding
 from mae_core.checkpoint.read import Checkpoint
 from mae_core.checkpoint.weights_file import CheckpointError
 from mae_core.vit import build_distilled, build_vit, get_arch
@@ -56,12 +56,9 @@ def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | No
     """
     classes = len(_head(checkpoint))
     size = image_size or checkpoint.meta["image_size"]
-    distilled = "head_dist.weight" in checkpoint.classifier
-    vit = (
-        build_distilled(checkpoint.arch, size, classes)
-        if distilled
-        else model_of(checkpoint, size, classes, checkpoint.pool)
-    )
+    vit: VisionTransformer | Beit = model_of(checkpoint, size, classes, checkpoint.pool)
+    if "head_dist.weight" in checkpoint.classifier:
+        vit = build_distilled(checkpoint.arch, size, classes)
     load_classifier(vit, checkpoint)
     return vit
 
@@ -123,7 +120,7 @@ def _load(
             resized[name] = tensor
     source |= resized
     what = f"{checkpoint.path} ({checkpoint.arch})"
-    compare(what, source, {n: t.shape for n, t in wanted.items() if n not in missing}, "the model")
+    check_shapes(what, source, {n: t.shape for n, t in wanted.items() if n not in missing}, "the model")
     heads = get_arch(checkpoint.arch).heads
     for module in vit.modules():
         if getattr(module, "num_heads", heads) != heads:

@@ -87,13 +87,10 @@ def test_it_has_the_size_of_the_released_encoder_and_is_not_saved():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            {"blocks.group_2.block_1.id_path.w": None},
-            r"blocks.group_2.block_1.id_path.w is absent where .* has \[16, 8",
-        ),
-        ({"blocks.input.b": torch.zeros(9)}, r"blocks.input.b is \[9\] where DALL-E's encoder of this width has \[8\]"),
+        ({"blocks.group_2.block_1.id_path.w": None}, "has no blocks.group_2.block_1.id_path.w, which DALL-E's encoder"),
+        ({"blocks.input.b": torch.zeros(9)}, r"blocks.input.b is \[9\] where DALL-E's encoder has \[8\]"),
         ({"blocks.output.conv.w": None}, "has no blocks.output.conv.w: give the state dict of DALL-E's encoder"),
-        ({"more": torch.zeros(1)}, r"more is \[1\] where .* has absent"),
+        ({"more": torch.zeros(1)}, "has more, which DALL-E's encoder does not have"),
     ],
 )
 def test_another_file_is_refused(tmp_path, change, sentence):

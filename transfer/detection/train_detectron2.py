@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from mae_core import distributed
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
-from mae_core.loop import Stop, stop_requested
+from mae_core.loop import stop_requested
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import CHECKPOINT_FILE
@@ -179,7 +179,7 @@ class Saver(HookBase):
     """Saves every few minutes, at the end and on a request to stop; shows progress and counts the seconds."""
 
     def __init__(
-        self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop: Stop
+        self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop: list[int]
     ) -> None:
         self.checkpointer, self.job, self.iterations = checkpointer, job, iterations
         self.before, self.stop = seconds, stop

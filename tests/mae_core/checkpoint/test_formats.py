@@ -70,139 +70,106 @@ def numpy_pickle(state):
     return pickle.dumps({"model": {f"backbone.net.{n}": t.numpy() for n, t in state.items()}, "__author__": "MAE"})
 
 
-# format -> (reference model, its file, file name, variant, (mean, eps, pool))
 IMAGENET = (MEAN, 1e-6, "token")
+GOOGLE = (HALF, 1e-6, "token")
+HUGGING_FACE = (HALF, 1e-12, "token")
+BEIT = (HALF, 1e-6, "avg")
+SCALED, REGISTERS = Variant(layer_scale=True), Variant(4, 0, layer_scale=True)
+
+
+def scaled():
+    return vit(**SCALE)
+
+
+def registers():
+    return vit(**SCALE, reg_tokens=4, no_embed_class=True)
+
+
+def classifier():
+    return vit(num_classes=10)
+
+
+def model(state):
+    return {"model": state}
+
+
+def hf_registers(state):
+    names = (r"^(register_tokens|mask_token)$", r"embeddings.\1")
+    return prefixed(renamed(hf(dinov2(state), HF_DINOV2), names), "dinov2.")
+
+
+def lightly(state):
+    return {"state_dict": prefixed(state, "backbone.vit.") | {"decoder.decoder_blocks.0.norm1.weight": torch.zeros(2)}}
+
+
+def solo(state):
+    return {"state_dict": prefixed(state, "backbone.") | {"projector.0.weight": torch.zeros(2, 2)}, "callbacks": {}}
+
+
+def case(make, write, name="f.pth", variant=PLAIN, conventions=IMAGENET):
+    """Reference model, its file, the file's name, variant, (mean, eps, pool)."""
+    return make, write, name, variant, conventions
+
+
+# By format.
 CASES = {
-    "mae-pretrain": (vit, lambda s: {"model": s}, "f.pth", PLAIN, IMAGENET),
-    "timm": (vit, lambda s: s, "f.safetensors", PLAIN, IMAGENET),
-    "timm training": (vit, lambda s: {"state_dict": prefixed(s, "module._orig_mod."), **RUN}, "f.tar", PLAIN, IMAGENET),
-    "hf-vit": (lambda: vit(1e-12), lambda s: hf(s, prefix="vit."), "f.safetensors", PLAIN, (HALF, 1e-12, "token")),
-    "hf-vit bare": (lambda: vit(1e-12), hf, "pytorch_model.bin", PLAIN, (HALF, 1e-12, "token")),
-    "hf-vit new names": (lambda: vit(1e-12), lambda s: hf(s, HF_NEW), "f.bin", PLAIN, (HALF, 1e-12, "token")),
-    "hf-vit-mae": (
+    "mae-pretrain": case(vit, model),
+    "timm": case(vit, lambda s: s, "f.safetensors"),
+    "timm training": case(vit, lambda s: {"state_dict": prefixed(s, "module._orig_mod."), **RUN}, "f.tar"),
+    "hf-vit": case(lambda: vit(1e-12), lambda s: hf(s, prefix="vit."), "f.safetensors", PLAIN, HUGGING_FACE),
+    "hf-vit bare": case(lambda: vit(1e-12), hf, "pytorch_model.bin", PLAIN, HUGGING_FACE),
+    "hf-vit new names": case(lambda: vit(1e-12), lambda s: hf(s, HF_NEW), "f.bin", PLAIN, HUGGING_FACE),
+    "hf-vit-mae": case(
         lambda: vit(1e-12),
-        lambda s: {**hf(s, prefix="vit."), "decoder.decoder_embed.weight": torch.zeros(32, 128)},
+        lambda s: hf(s, prefix="vit.") | {"decoder.decoder_embed.weight": torch.zeros(32, 128)},
         "f.safetensors",
-        PLAIN,
-        (MEAN, 1e-12, "token"),
+        conventions=(MEAN, 1e-12, "token"),
     ),
-    "hf-deit": (
-        lambda: distilled(1e-12),
-        lambda s: hf(s, prefix="deit."),
-        "f.bin",
-        Variant(1, 2),
-        (MEAN, 1e-12, "token"),
+    "hf-deit": case(
+        lambda: distilled(1e-12), lambda s: hf(s, prefix="deit."), "f.bin", Variant(1, 2), (MEAN, 1e-12, "token")
     ),
-    "hf-beit": (lambda: beit(1e-12), hf_beit, "f.bin", Variant(beit=True), (HALF, 1e-12, "avg")),
-    "hf-dinov2": (
-        lambda: vit(**SCALE),
-        lambda s: hf(s, HF_DINOV2),
-        "f.safetensors",
-        Variant(layer_scale=True),
-        IMAGENET,
+    "hf-beit": case(lambda: beit(1e-12), hf_beit, "f.bin", Variant(beit=True), (HALF, 1e-12, "avg")),
+    "hf-dinov2": case(scaled, lambda s: hf(s, HF_DINOV2), "f.safetensors", SCALED),
+    "hf-dinov2 giant": case(
+        swiglu, lambda s: hf(s, (*HF_DINOV2, *HF_SWIGLU)), "f.safetensors", Variant(layer_scale=True, swiglu=682)
     ),
-    "hf-dinov2 giant": (
-        swiglu,
-        lambda s: hf(s, (*HF_DINOV2, *HF_SWIGLU)),
-        "f.safetensors",
-        Variant(layer_scale=True, swiglu=682),
-        IMAGENET,
+    "hf-dinov2-registers": case(registers, hf_registers, "f.safetensors", REGISTERS),
+    "mm": case(vit, lambda s: {"meta": {}, "state_dict": mm(s)}),
+    "mm older": case(vit, lambda s: {"state_dict": mm(s, (*MM, (r"\bln([12])\.", r"norm\1.")))}),
+    "moco-v3": case(vit, moco, "f.pth.tar"),
+    "beit": case(beit, model, "f.pth", Variant(beit=True), BEIT),
+    "beit shared table": case(
+        lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True), shared, "f.pth", Variant(beit=True), BEIT
     ),
-    "hf-dinov2-registers": (
-        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
-        lambda s: prefixed(
-            renamed(hf(dinov2(s), HF_DINOV2), (r"^(register_tokens|mask_token)$", r"embeddings.\1")), "dinov2."
-        ),
-        "f.safetensors",
-        Variant(4, 0, layer_scale=True),
-        IMAGENET,
-    ),
-    "mm": (vit, lambda s: {"meta": {}, "state_dict": mm(s)}, "f.pth", PLAIN, IMAGENET),
-    "mm older": (
-        vit,
-        lambda s: {"state_dict": mm(s, (*MM, (r"\bln([12])\.", r"norm\1.")))},
-        "f.pth",
-        PLAIN,
-        IMAGENET,
-    ),
-    "moco-v3": (vit, moco, "f.pth.tar", PLAIN, IMAGENET),
-    "beit": (beit, lambda s: {"model": s}, "f.pth", Variant(beit=True), (HALF, 1e-6, "avg")),
-    "beit shared table": (
-        lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
-        shared,
-        "f.pth",
-        Variant(beit=True),
-        (HALF, 1e-6, "avg"),
-    ),
-    "beit-v2": (
+    "beit-v2": case(
         beit,
         lambda s: {"module": {**s, **MIM, "cls_pt_layers.0.norm1.weight": torch.zeros(128)}},
-        "f.pth",
-        Variant(beit=True),
-        (MEAN, 1e-6, "avg"),
+        variant=Variant(beit=True),
+        conventions=(MEAN, 1e-6, "avg"),
     ),
-    "dino": (vit, dino, "f.pth", PLAIN, IMAGENET),
-    "dinov2": (lambda: vit(**SCALE), dinov2, "f.pth", Variant(layer_scale=True), IMAGENET),
-    "dinov2 training": (lambda: vit(**SCALE), dinov2_training, "f.pth", Variant(layer_scale=True), IMAGENET),
-    "dinov2 giant": (
+    "dino": case(vit, dino),
+    "dinov2": case(scaled, dinov2, variant=SCALED),
+    "dinov2 training": case(scaled, dinov2_training, variant=SCALED),
+    "dinov2 giant": case(
         swiglu,
         lambda s: renamed(s, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")),
-        "f.pth",
-        Variant(layer_scale=True, swiglu=682),
-        IMAGENET,
+        variant=Variant(layer_scale=True, swiglu=682),
     ),
-    "dinov2-registers": (
-        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
-        dinov2,
-        "f.pth",
-        Variant(4, 0, layer_scale=True),
-        IMAGENET,
-    ),
-    "dinov2 timm's registers": (
-        lambda: vit(**SCALE, reg_tokens=4, no_embed_class=True),
-        lambda s: s,
-        "f.safetensors",
-        Variant(4, 0, layer_scale=True),
-        IMAGENET,
-    ),
-    "deit": (lambda: vit(num_classes=10), lambda s: {"model": s}, "f.pth", PLAIN, IMAGENET),
-    "deit-distilled": (distilled, lambda s: {"model": s}, "f.pth", Variant(1, 2), IMAGENET),
-    "deit3": (
+    "dinov2-registers": case(registers, dinov2, variant=REGISTERS),
+    "dinov2 timm's registers": case(registers, lambda s: s, "f.safetensors", REGISTERS),
+    "deit": case(classifier, model),
+    "deit-distilled": case(distilled, model, variant=Variant(1, 2)),
+    "deit3": case(
         lambda: vit(**SCALE, no_embed_class=True, num_classes=10),
         deit3,
-        "f.pth",
-        Variant(positions=0, layer_scale=True),
-        IMAGENET,
+        variant=Variant(positions=0, layer_scale=True),
     ),
-    "npz": (lambda: vit(num_classes=10), flax, "f.npz", PLAIN, (HALF, 1e-6, "token")),
-    "npz optimizer": (
-        lambda: vit(num_classes=10),
-        lambda s: flax(s, "opt/target/"),
-        "f.npz",
-        PLAIN,
-        (HALF, 1e-6, "token"),
-    ),
-    "detectron2": (vit, lambda s: {"model": prefixed(s, "backbone.net.")}, "f.pth", PLAIN, IMAGENET),
-    "detectron2 pickle": (vit, numpy_pickle, "f.pkl", PLAIN, IMAGENET),
-    "prefixed": (
-        vit,
-        lambda s: {
-            "state_dict": {**prefixed(s, "backbone."), "projector.0.weight": torch.zeros(2, 2)},
-            "callbacks": {},
-        },
-        "solo.ckpt",
-        PLAIN,
-        IMAGENET,
-    ),
-    "prefixed lightly": (
-        vit,
-        lambda s: {
-            "state_dict": {**prefixed(s, "backbone.vit."), "decoder.decoder_blocks.0.norm1.weight": torch.zeros(2)}
-        },
-        "lightly.ckpt",
-        PLAIN,
-        IMAGENET,
-    ),
+    "npz": case(classifier, flax, "f.npz", PLAIN, GOOGLE),
+    "npz optimizer": case(classifier, lambda s: flax(s, "opt/target/"), "f.npz", PLAIN, GOOGLE),
+    "detectron2": case(vit, lambda s: {"model": prefixed(s, "backbone.net.")}),
+    "detectron2 pickle": case(vit, numpy_pickle, "f.pkl"),
+    "prefixed": case(vit, solo, "solo.ckpt"),
+    "prefixed lightly": case(vit, lightly, "lightly.ckpt"),
 }
 
 
@@ -270,11 +237,11 @@ def test_every_format_of_the_table_has_a_case():
 
 
 CLASSIFIERS = {
-    "deit": (lambda: vit(num_classes=10), lambda s: {"model": s}, "f.pth"),
-    "deit-distilled": (distilled, lambda s: {"model": s}, "f.pth"),
-    "mae-finetuned": (lambda: vit(num_classes=10, global_pool="avg"), lambda s: {"model": s}, "f.pth"),
-    "beit": (lambda: beit(num_classes=10, global_pool="avg"), lambda s: {"model": s}, "f.pth"),
-    "npz": (lambda: vit(num_classes=10), flax, "f.npz"),
+    "deit": (classifier, model, "f.pth"),
+    "deit-distilled": (distilled, model, "f.pth"),
+    "mae-finetuned": (lambda: vit(num_classes=10, global_pool="avg"), model, "f.pth"),
+    "beit": (lambda: beit(num_classes=10, global_pool="avg"), model, "f.pth"),
+    "npz": (classifier, flax, "f.npz"),
     "hf-vit": (
         lambda: vit(1e-12, num_classes=10),
         lambda s: renamed(hf(s, prefix="vit."), (r"^vit\.head\.", "classifier.")),
@@ -286,7 +253,7 @@ CLASSIFIERS = {
         "f.pth",
     ),
     "moco-v3-linprobe": (
-        lambda: vit(num_classes=10),
+        classifier,
         lambda s: {"state_dict": prefixed(s, "module."), "arch": "vit_base", "best_acc1": 76.7},
         "f.pth.tar",
     ),
@@ -322,7 +289,7 @@ def test_a_head_over_more_than_one_token_is_dropped(put):
 
 
 def test_the_position_of_dinov2s_class_token_is_not_lost(put):
-    reference = vit(**SCALE, reg_tokens=4, no_embed_class=True)
+    reference = registers()
     state = dinov2(reference.state_dict())
     state["pos_embed"] = torch.cat([torch.full((1, 1, 128), 0.3), state["pos_embed"][:, 1:]], dim=1)
     model, report = loaded(read_checkpoint(put(state)))
