@@ -3,10 +3,10 @@
 import math
 
 import torch
-from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+
+from mae_core.vit import ViT
 
 
 def learning_rate(base_lr: float, batch: int) -> float:
@@ -39,7 +39,7 @@ def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return param_groups_weight_decay(model, weight_decay)
 
 
-def layer_decay_groups(model: VisionTransformer | Beit, weight_decay: float, layer_decay: float) -> list[dict]:
+def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
     """Groups with lr_scale = layer_decay ** (depth + 1 - layer): patch, position and class embeddings are layer 0,
     block i is layer i + 1, final norm, fc_norm and head are layer depth + 1 (BEiT's rule, as MAE fine-tunes).
 

@@ -18,6 +18,8 @@ from torch import nn
 from mae_core.errors import UserError
 from mae_core.settings import choose
 
+ViT = VisionTransformer | Beit
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -126,7 +128,7 @@ def build_vit(
     drop_path: float = 0.0,
     eps: float = EPS,
     variant: Variant = PLAIN,
-) -> VisionTransformer | Beit:
+) -> ViT:
     """A timm VisionTransformer of that size, initialised as MAE's; other variants keep timm's initialisation, and BEiT
     is timm's Beit.
 

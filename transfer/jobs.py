@@ -23,14 +23,16 @@ RECIPES = ("paper", "mini")  # of every task
 
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
     """The tasks of these names; "NAME:PATH" is the task NAME on that folder."""
-    known, found = {task.name: task for task in tasks}, []
+    known = {task.name: task for task in tasks}
+    found: list[Task] = []
     for name in dict.fromkeys(names):
         family, colon, path = name.partition(":")
-        if family not in known or (colon and not known[family].of):
+        of = known[family].of if family in known else None
+        if family not in known or (colon and not of):
             raise unknown("task", name, known)
-        if known[family].of and not path:
+        if of and not path:
             raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
-        task = known[family].of(path) if colon else known[family]
+        task = of(path) if of else known[family]
         if other := next((t for t in found if t.name == task.name and t.path != task.path), None):
             raise UserError(
                 f"--tasks: {other.path} and {task.path} would both be called {task.name}: link one of them under "

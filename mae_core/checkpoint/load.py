@@ -4,14 +4,12 @@ import warnings
 from dataclasses import dataclass
 
 from timm.layers import resize_rel_pos_bias_table
-from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_core.checkpoint.identify import check_shapes, registered, resize_position_embedding
 from mae_core.checkpoint.read import Checkpoint
 from mae_core.checkpoint.weights_file import CheckpointError
-from mae_core.vit import build_distilled, build_vit, get_arch
+from mae_core.vit import ViT, build_distilled, build_vit, get_arch
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,13 @@ def model_of(
     num_classes: int = 0,
     pool: str = "token",
     drop_path: float = 0.0,
-) -> VisionTransformer | Beit:
+) -> ViT:
     """`build_vit` for this checkpoint: its size, variant and eps. `load_encoder` loads the weights."""
     c = checkpoint
     return build_vit(c.arch, image_size, num_classes, pool, drop_path, c.eps, c.variant)
 
 
-def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | None = None) -> VisionTransformer | Beit:
+def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | None = None) -> ViT:
     """The classifier in a checkpoint, loaded: its classes, its pooling, and both heads of a distilled DeiT.
     image_size: px; by default the one it was trained at. CheckpointError if the file holds none.
     """
@@ -63,7 +61,7 @@ def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | No
     return vit
 
 
-def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
+def load_encoder(vit: ViT, checkpoint: Checkpoint) -> LoadReport:
     """Load the whole encoder into a `model_of` model; positions are resized to the model's grid. Every LayerNorm gets
     the checkpoint's eps, which is as much a part of what was trained as the weights.
 
@@ -81,7 +79,7 @@ def load_encoder(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadR
     return _load(vit, checkpoint, source, new=("fc_norm.", "head."))
 
 
-def load_classifier(vit: VisionTransformer | Beit, checkpoint: Checkpoint) -> LoadReport:
+def load_classifier(vit: ViT, checkpoint: Checkpoint) -> LoadReport:
     """Load a classifier, encoder and head, into a model of the same pooling and classes (`classifier_of` builds one).
     CheckpointError if the file has no such head or any tensor is missing or does not fit; the model is then unchanged.
     """
@@ -101,9 +99,7 @@ def _head(checkpoint: Checkpoint) -> Tensor:
     return checkpoint.classifier["head.weight"]
 
 
-def _load(
-    vit: VisionTransformer | Beit, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]
-) -> LoadReport:
+def _load(vit: ViT, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]) -> LoadReport:
     wanted = vit.state_dict()
     source = registered(source, wanted)
     missing = tuple(name for name in wanted if name not in source and name.startswith(new))

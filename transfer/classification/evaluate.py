@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae_core import distributed
@@ -14,6 +13,7 @@ from mae_core.data import Images, Normalization, loader, normalize
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.progress import Progress
+from mae_core.vit import ViT
 from transfer.classification.transforms import eval_transform
 from transfer.data.split import Split
 
@@ -113,7 +113,7 @@ def score(logits: Tensor, targets: Tensor) -> np.ndarray:
     return torch.stack([loss.double(), ranked[:, 0].double(), ranked.any(dim=1).double()], dim=1).cpu().numpy()
 
 
-def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:
     """The ViT of a checkpoint with a head, ready to evaluate, and its input size (0: the one it was trained at)."""
     if "head.weight" not in checkpoint.classifier:
         raise UserError(f"{checkpoint.name} is no classifier: it has no head")

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core import distributed
@@ -13,6 +12,7 @@ from mae_core.checkpoint import load_encoder, metadata_of, model_of, save_weight
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.errors import UserError
 from mae_core.training import State
+from mae_core.vit import ViT
 from transfer.classification.evaluate import evaluate, trained_classifier
 from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
@@ -38,12 +38,13 @@ def images_of(job: Job) -> Reading:
     return replace(reading, train=reading.train.share(job.recipe.train_fraction, job.seed))
 
 
-def start_model(job: Job, classes: int | None = None) -> VisionTransformer:
+def start_model(job: Job, classes: int | None = None) -> ViT:
     """The encoder of the checkpoint, strictly loaded, under a new head (of ImageNet's classes by default)."""
     r = job.recipe
     torch.manual_seed(seed_for(job.seed) % 2**63)
     model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
     load_encoder(model, job.checkpoint)
+    assert isinstance(model.head, nn.Linear)  # of so many classes
     nn.init.trunc_normal_(model.head.weight, std=r.head_std)
     nn.init.zeros_(model.head.bias)
     return model
@@ -113,7 +114,7 @@ def linprobe(job: Job) -> Result:
     """Train a linear layer on the frozen encoder; prove by checksum that the encoder did not move."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes)
-    model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head)
+    model.add_module("head", nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     model = model.to(job.machine.device)

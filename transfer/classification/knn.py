@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.progress import Progress
 from mae_core.settings import bounded, check_ranges, choose
+from mae_core.vit import ViT
 from transfer.classification.evaluate import forward
 from transfer.classification.recipes import miniature_size
 from transfer.classification.transforms import eval_transform
@@ -49,8 +50,9 @@ class KnnRecipe:
 
 
 def knn_recipe(arch: str, name: str) -> KnnRecipe:
-    """k-NN as DINO evaluates it: no augmentation, no training; "mini" differs in the size of the images alone."""
-    return choose("recipe", name, {"paper": KnnRecipe(image_size=224), "mini": KnnRecipe(**miniature_size(arch))})
+    """k-NN as DINO evaluates it: no augmentation, no training; "mini" differs only in the size of the images."""
+    paper = KnnRecipe(image_size=224)
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **miniature_size(arch))})
 
 
 def knn_sources(arch: str) -> dict[str, str]:
@@ -60,9 +62,9 @@ def knn_sources(arch: str) -> dict[str, str]:
 class Representation(nn.Module):
     """Images -> [B, D] of a `model_of` encoder, after its final norm: the class token or the mean of the patches."""
 
-    def __init__(self, encoder: nn.Module, pool: str) -> None:
+    def __init__(self, encoder: ViT, pool: str) -> None:
         super().__init__()
-        self.encoder, self.pool = encoder, pool
+        self.encoder, self.pool, self.dim = encoder, pool, encoder.embed_dim
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.encoder.forward_features(images)
@@ -84,9 +86,9 @@ def knn(job: Job) -> Result:
             f"{folder}/train has {len(voters.files)} images{of_it}, fewer than k={job.recipe.k}: set a smaller k"
         )
     pool = job.checkpoint.pool
-    model = model_of(job.checkpoint, job.recipe.image_size)
-    summary = load_encoder(model, job.checkpoint).summary()
-    model = Representation(model, pool).to(job.machine.device).eval()
+    encoder = model_of(job.checkpoint, job.recipe.image_size)
+    summary = load_encoder(encoder, job.checkpoint).summary()
+    model = Representation(encoder, pool).to(job.machine.device).eval()
     store = feature_folder(job)
     read = (store / "train.safetensors").exists() and (store / "val.safetensors").exists()
     train_features, val_features = (
@@ -147,7 +149,7 @@ def feature_folder(job: Job) -> Path:
     return job.work.parent / f"features-{digest[:12]}"
 
 
-def features_of(job: Job, model: nn.Module, split: Split, path: Path) -> Tensor:
+def features_of(job: Job, model: Representation, split: Split, path: Path) -> Tensor:
     """[images, D] in float32, in the order of the split: read from the file, or computed and written to it.
 
     Every process computes some batches and leaves them as a file; the first one joins them. UserError for an image that
@@ -175,7 +177,7 @@ def features_of(job: Job, model: nn.Module, split: Split, path: Path) -> Tensor:
 
 @torch.inference_mode()
 def own_features(
-    job: Job, model: nn.Module, dataset: Images, batches: Sequence[list[int]], progress: Progress
+    job: Job, model: Representation, dataset: Images, batches: Sequence[list[int]], progress: Progress
 ) -> tuple[Tensor, list[str]]:
     found, seen = [], 0
     for images, _, bad in loader(dataset, batches, job.machine.workers, job.machine.device):
@@ -186,7 +188,7 @@ def own_features(
         progress.update(min(len(dataset), seen * distributed.world_size()), len(images))
         if not found[-1].isfinite().all():
             raise UserError(f"{job.checkpoint.name} gives features that are not finite")
-    return torch.cat(found) if found else torch.empty(0, model.encoder.embed_dim), []
+    return torch.cat(found) if found else torch.empty(0, model.dim), []
 
 
 def part_file(path: Path, rank: int) -> Path:
@@ -197,8 +199,8 @@ def join(parts: Sequence[Path], count: int, path: Path) -> None:
     """Write the parts' rows at their places as one file, and remove the parts."""
     loaded = [load_file(part) for part in parts]
     whole = torch.empty(count, loaded[0]["features"].shape[1])
-    for part in loaded:
-        whole[part["index"].long()] = part["features"]
+    for tensors in loaded:
+        whole[tensors["index"].long()] = tensors["features"]
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({"features": whole}, temporary)
     temporary.replace(path)

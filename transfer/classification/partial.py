@@ -8,14 +8,15 @@ at their ordinary place. Each k between them is a training below this task's fol
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from mae_core import distributed
 from mae_core.errors import UserError
 from mae_core.settings import as_typed, write_json
 from mae_core.training import CHECKPOINT_FILE
-from mae_core.vit import get_arch
+from mae_core.vit import ViT, get_arch
 from transfer.classification.job import images_of, start_model, trained_result, validate
 from transfer.classification.picture import PICTURE_FILE, draw_curve
 from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
@@ -79,7 +80,7 @@ def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
         stderr,
         n_eval=len(images.val.files),
         images_seen=sum(one.images_seen for one in own),
-        seconds=sum(one.seconds for one in own),
+        seconds=sum(one.seconds or 0.0 for one in own),
         tables={"by_blocks": {f"{k:g}": described(one) for k, one in found.items()}},
         notes=tuple(notes),
     )
@@ -87,7 +88,7 @@ def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
 
 def described(one: Record | Result) -> dict:
     """What the record says of one k: whose training it was, its metrics, and what was found about the frozen part."""
-    values = {"task": one.task} if isinstance(one, Record) else {}
+    values: dict[str, Any] = {"task": one.task} if isinstance(one, Record) else {}
     values |= {"metrics": one.metrics, "seconds": one.seconds, "images_seen": one.images_seen}
     return values | {name: value for name, value in one.resolved.items() if name != "load"}
 
@@ -141,7 +142,7 @@ def tune(job: Job, k: float, images: Reading) -> Result:
     return result
 
 
-def freeze_all_but(model: VisionTransformer, k: float) -> frozenset[str]:
+def freeze_all_but(model: ViT, k: float) -> frozenset[str]:
     """Leave gradients to the last k blocks, the final norm and the head alone; the names of their parameters.
 
     What is frozen comes first, so no gradient passes through it: autograd keeps nothing of it, and it needs no
@@ -158,5 +159,5 @@ def freeze_all_but(model: VisionTransformer, k: float) -> frozenset[str]:
     return tuned
 
 
-def checksum_of_others(model: VisionTransformer, tuned: frozenset[str]) -> str:
+def checksum_of_others(model: nn.Module, tuned: frozenset[str]) -> str:
     return parameters_sha256((name, tensor) for name, tensor in model.state_dict().items() if name not in tuned)

@@ -44,9 +44,9 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
         label = f"published, ImageNet-1K: {name}"
         panel.plot(x, y, f"{marker}--", color=grey, markersize=5, linewidth=1, label=label, zorder=1)
     x = [places[k] for k in sorted(ours)]
-    y, errors = zip(*(ours[k] for k in sorted(ours)))
+    means, errors = zip(*(ours[k] for k in sorted(ours)))
     panel.errorbar(
-        x, y, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=textwrap.fill(about, 90), zorder=2
+        x, means, errors, fmt="o-", color="tab:blue", markersize=5, capsize=3, label=textwrap.fill(about, 90), zorder=2
     )
     panel.set_xticks(list(places.values()), [f"{k:g}" for k in places])
     panel.set_xlabel("blocks tuned, from the last one (0: linear probing; all: fine-tuning)")

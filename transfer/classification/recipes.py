@@ -1,6 +1,7 @@
 """The numbers of the classification tasks, each with its source; transfer/classification.py runs them."""
 
 from dataclasses import replace
+from typing import Any
 
 from mae_core.settings import choose, unknown
 from mae_core.vit import get_arch
@@ -199,7 +200,7 @@ def linprobe_sources(arch: str) -> dict[str, str]:
 
 # All that "mini" changes. Sizes, lengths and rates: images of 48 px, 800 of them, minutes on two cores. Augmentation:
 # one shape fills a miniature's image, and RandAugment, erasing and crops of 8 % leave too little of it to see.
-MINI_FINETUNE = {
+MINI_FINETUNE: dict[str, Any] = {
     "epochs": 30,
     "warmup_epochs": 3,
     "batch": 64,
@@ -213,10 +214,11 @@ MINI_FINETUNE = {
 }
 # 360 steps: an average over as large a part of them as 1 / (1 - 0.9999) is of ViT-B's 93,600.
 MINI_SCRATCH = MINI_FINETUNE | {"ema": 0.975}
-MINI_LINPROBE = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}  # the paper's absolute rate
+# base_lr: the paper's absolute rate.
+MINI_LINPROBE: dict[str, Any] = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}
 
 
-def miniature_size(arch: str) -> dict[str, int]:
+def miniature_size(arch: str) -> dict[str, Any]:
     """The miniature's 48 px, down to a multiple of the patch: a ViT-L runs through it on two cores too."""
     return {"image_size": 48 - 48 % get_arch(arch).patch}
 

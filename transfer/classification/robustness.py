@@ -8,13 +8,13 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from timm.models.vision_transformer import VisionTransformer
 
 from mae_core.checkpoint import Checkpoint
 from mae_core.data import PILLOW_PIXELS, Normalization
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.settings import choose
+from mae_core.vit import ViT
 from transfer.classification.checks import input_objections
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
 from transfer.classification.transforms import eval_transform
@@ -73,7 +73,7 @@ def sources(arch: str) -> dict[str, str]:
 
 
 @cache
-def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[VisionTransformer, int]:
+def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:
     """One model for all the sets that a process evaluates."""
     model, size = trained_classifier(checkpoint, image_size, device)
     if model.num_classes != len(wnids()):
@@ -81,7 +81,7 @@ def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[Vis
     return model, size
 
 
-def classifier(job: Job) -> tuple[VisionTransformer, int]:
+def classifier(job: Job) -> tuple[ViT, int]:
     return load_once(job.parent or job.checkpoint, job.recipe.image_size, job.machine.device)
 
 
@@ -89,11 +89,17 @@ def normalization_of(job: Job) -> Normalization:
     return (job.parent or job.checkpoint).normalization
 
 
+def split_of(job: Job) -> Split:
+    folder = folder_of(Path(job.data.root), job.task.name)
+    assert folder is not None  # or its data would not have been found
+    return read_split(folder)[0]
+
+
 def run_200(job: Job) -> Result:
     """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
     model, size = classifier(job)
     root, kept = Path(job.data.root), columns(job.task.name)
-    split, _ = read_split(folder_of(root, job.task.name))
+    split = split_of(job)
     transform = eval_transform(size, job.recipe.transform)
     scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name, kept)
     result = scored(scores, len(split.files), size)
@@ -113,7 +119,7 @@ def run_200(job: Job) -> Result:
 
 def run_sketch(job: Job) -> Result:
     model, size = classifier(job)
-    split, _ = read_split(folder_of(Path(job.data.root), job.task.name))
+    split = split_of(job)
     transform = eval_transform(size, job.recipe.transform)
     scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name)
     return scored(scores, len(split.files), size)

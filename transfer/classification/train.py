@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mae_core import distributed
 from mae_core.data import Images, normalize
@@ -18,20 +19,21 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
 from mae_core.settings import bounded, check_ranges, unknown
 from mae_core.training import State, Training
+from mae_core.vit import ViT
 from transfer.classification.transforms import train_transform
 from transfer.data.split import Split
 from transfer.task import Job
 
 # The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
 # on images that are cropped and flipped alone.
-UNUSED = {
+UNUSED: dict[str, dict[str, Any]] = {
     "adamw": {"momentum": 0.0, "trust_coefficient": 0.0},
     "lars": {"betas": (0.0, 0.0), "layer_decay": 1.0, "rand_augment": "", "random_erasing": 0.0},
 }
 POOLS = ("avg", "token")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
     """Every number of one classifier's training. Values and their sources: transfer/classification/recipes.py.
 
@@ -86,7 +88,7 @@ class RepeatedRecipe(ClassifierRecipe):
     repeated_augmentation: int = bounded(1)
 
 
-def train_classifier(job: Job, model: VisionTransformer, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
+def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
     """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
     evaluate: the moving average of the weights where the recipe has one."""
     r, machine, normalization = job.recipe, job.machine, job.checkpoint.normalization
@@ -102,10 +104,10 @@ def train_classifier(job: Job, model: VisionTransformer, split: Split, transform
                 f"mixup pairs images: {local_batch} a process in micro-batches of {wanted} need to be even numbers"
             )
         micro_batch = 2 * micro_batch_for(local_batch // 2, wanted // 2)
-    mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model_classes(model))
+    mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model.num_classes)
     loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
     if r.optimizer == "lars":
-        optimizer = lars(model.head, r.momentum, r.trust_coefficient, r.weight_decay)
+        optimizer: Optimizer = lars(model.head, r.momentum, r.trust_coefficient, r.weight_decay)
     else:
         optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
     model.set_grad_checkpointing(machine.activation_checkpointing)
@@ -151,11 +153,6 @@ def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return SoftTargetCrossEntropy()(logits, targets)
 
 
-def model_classes(model: VisionTransformer) -> int:
-    head = model.head[-1] if isinstance(model.head, nn.Sequential) else model.head
-    return head.out_features
-
-
 def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names and values."""
     digest = hashlib.sha256()
@@ -165,5 +162,5 @@ def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def backbone_tensors(model: VisionTransformer) -> Iterator[tuple[str, Tensor]]:
+def backbone_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in model.state_dict().items() if not name.startswith("head."))

@@ -33,7 +33,7 @@ def train_transform(
         _, augment, _ = create_transform(
             image_size,
             is_training=True,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm's own default for none, which its annotation forgets
             auto_augment=rand_augment,
             interpolation="bicubic",
             mean=normalization[0],

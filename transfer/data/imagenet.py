@@ -1,11 +1,11 @@
 """ImageNet-1k: its classes by WNID, the reader of its folders, and whether it is there, whole and the official one."""
 
 import os
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from transfer.data.findings import Data, against_official, label_of, preview, unusable
@@ -20,7 +20,7 @@ TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.")  # of the official training images
 @cache
 def wnids(which: str = "imagenet") -> tuple[str, ...]:
     """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each); timm's lists."""
-    return tuple(pkgutil.get_data("timm.data", f"_info/{which}_synsets.txt").decode().split())
+    return tuple((resources.files("timm.data") / "_info" / f"{which}_synsets.txt").read_text().split())
 
 
 @cache
@@ -39,9 +39,13 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     place = {wnid: i for i, wnid in enumerate(wnids())}
     files: list[Path] = []
     labels: list[int] = []
-    strange, broken, empty, loose, forks = [], [], [], [], 0
-    with os.scandir(folder) as entries:
-        entries = sorted(entries, key=lambda entry: entry.name)
+    strange: list[str] = []
+    broken: list[str] = []
+    empty: list[str] = []
+    loose: list[str] = []
+    forks = 0
+    with os.scandir(folder) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
         if not entry.is_dir():  # which asks the disk for links alone
             (broken if entry.is_symlink() and entry.name in place else loose).append(entry.name)
@@ -119,7 +123,8 @@ def inspect_imagenet(root: Path) -> Data:
     if problems:
         return Data(str(root), "incomplete", "; ".join(problems))
     counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
-    label, findings = label_of(folder, counts, IMAGENET_COUNTS), ()
+    label = label_of(folder, counts, IMAGENET_COUNTS)
+    findings: tuple[str, ...] = ()
     if label != "miniature":
         findings = against_official("imagenet", counts, IMAGENET_COUNTS, without(train.classes))
         if untested := sorted(wnids()[i] for i in train.classes - val.classes):
@@ -149,7 +154,8 @@ def inspect_imagenet_val(root: Path) -> Data:
     counts = {"classes": len(val.classes), "val": len(val.files)}
     official = {name: IMAGENET_COUNTS[name] for name in counts}
     detail = f"{counts['classes']} classes, {counts['val']} val"
-    label, findings = label_of(root / "imagenet", counts, official), ()
+    label = label_of(root / "imagenet", counts, official)
+    findings: tuple[str, ...] = ()
     if label != "miniature":
         findings = against_official("imagenet/val", counts, official, without(val.classes))
         findings += named_otherwise(Split((), ()), val)
@@ -163,7 +169,8 @@ def without(classes: frozenset[int], of: Iterable[int] = range(1000)) -> list[st
 
 def named_otherwise(train: Split, val: Split) -> tuple[str, ...]:
     """Findings from the official file names, which tell each image's split, and the class of a training image."""
-    found, seen = [], Counter()
+    found: list[str] = []
+    seen: Counter[str] = Counter()
     for split, name, foreign in ((train, "train", "validation"), (val, "val", "training")):
         names, other, wrong = [file.name for file in split.files], [], []
         for file, label in zip(names, split.labels):

@@ -134,7 +134,8 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
         except (ValueError, KeyError, TypeError) as e:
             problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
         splits.append(Split(tuple(files), tuple(labels)))
-    return checked(folder, *splits, classes, problems)
+    train, val = splits
+    return checked(folder, train, val, classes, problems)
 
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
@@ -209,7 +210,8 @@ def read_folder(folder: Path) -> Reading:
         splits.append(Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs)))
     if len(names) == 1:
         problems.append(f"{folder} has the one class {names[0]}: every guess would be right")
-    return checked(folder, *splits, len(names), problems)
+    train, val = splits
+    return checked(folder, train, val, len(names), problems)
 
 
 def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:
