@@ -33,22 +33,9 @@ from mae_core.data import IMAGENET_NORMALIZATION, Normalization
 from mae_core.loop import check_batch, micro_batch_for
 from mae_core.machine import Machine, suit_attention
 from transfer.data.coco import CATEGORIES, training_examples
+from transfer.detection import shared
 from transfer.detection.recipe import DetectionRecipe
-from transfer.detection.shared import (
-    ANCHOR_RATIOS,
-    ANCHOR_STRIDES,
-    DETECTIONS,
-    NMS_THRESHOLD,
-    SCORE_THRESHOLD,
-    Predictions,
-    RoIBatchNorm,
-    batchnorm_facts,
-    build_pyramid,
-    fit_long_side,
-    save_artifacts,
-    to_results,
-    validation_batches,
-)
+from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.detection.train_detectron2 import train
 from transfer.pyramid import ViTPyramid, load_pyramid, pretraining_grid
 from transfer.task import Job
@@ -143,7 +130,7 @@ def build_model(
     backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
     levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
     strides = [backbone.output_shape()[level].stride for level in levels]
-    ratios = list(ANCHOR_RATIOS)
+    ratios = list(shared.ANCHOR_RATIOS)
 
     def pooler(side: int) -> ROIPooler:
         scales = tuple(1 / stride for stride in pyramid.strides)
@@ -155,7 +142,7 @@ def build_model(
             in_features=levels,
             head=StandardRPNHead(in_channels=r.fpn_dim, num_anchors=len(ratios), conv_dims=[-1] * r.rpn_convs),
             anchor_generator=DefaultAnchorGenerator(
-                sizes=[[ANCHOR_STRIDES * stride] for stride in strides], aspect_ratios=ratios, strides=strides
+                sizes=[[shared.ANCHOR_STRIDES * stride] for stride in strides], aspect_ratios=ratios, strides=strides
             ),
             anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
             box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
@@ -182,9 +169,9 @@ def build_model(
                 ShapeSpec(channels=r.fc_dim),
                 box2box_transform=Box2BoxTransform(weights=(10, 10, 5, 5)),
                 num_classes=classes,
-                test_score_thresh=SCORE_THRESHOLD,
-                test_nms_thresh=NMS_THRESHOLD,
-                test_topk_per_image=DETECTIONS,
+                test_score_thresh=shared.SCORE_THRESHOLD,
+                test_nms_thresh=shared.NMS_THRESHOLD,
+                test_topk_per_image=shared.DETECTIONS,
             ),
             mask_in_features=levels[:4],
             mask_pooler=pooler(14),
@@ -206,7 +193,7 @@ def train_and_predict(job: Job) -> Predictions:
     r, machine = job.recipe, job.machine
     examples = training_examples(Path(job.data.root))
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
-    pyramid, loaded = build_pyramid(job)
+    pyramid, loaded = shared.build_pyramid(job)
     norm = head_norm(machine)
     model = build_model(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     suit_attention(model, machine)
@@ -214,8 +201,8 @@ def train_and_predict(job: Job) -> Predictions:
         pyramid.compile()  # not the heads, whose shapes change with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
     iterations, seconds = train(model, examples, job, micro_batch)
-    results, artifacts = save_artifacts(job, model, predict(model, job))
-    facts, notes = batchnorm_facts(r, machine, micro_batch, synchronised=norm is EmptySafeSyncBatchNorm)
+    results, artifacts = shared.save_artifacts(job, model, predict(model, job))
+    facts, notes = shared.batchnorm_facts(r, machine, micro_batch, synchronised=norm is EmptySafeSyncBatchNorm)
     return Predictions(results, iterations, seconds, notes, {"loaded": loaded, **facts}, artifacts)
 
 
@@ -224,8 +211,8 @@ def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
     """COCO results of this process's validation images."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
-    for batch in validation_batches(job, machine.micro_batch or 8):
-        images = [pil_to_tensor(fit_long_side(image, size)) for _, image in batch]
+    for batch in shared.validation_batches(job, machine.micro_batch or 8):
+        images = [pil_to_tensor(shared.fit_long_side(image, size)) for _, image in batch]
         inputs = [{"image": image, "height": e.height, "width": e.width} for (e, _), image in zip(batch, images)]
         with machine.autocast():
             outputs = model(inputs)
@@ -233,5 +220,5 @@ def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
             instances = output["instances"].to("cpu")
             boxes, scores = instances.pred_boxes.tensor.float().numpy(), instances.scores.float().numpy()
             masks = instances.pred_masks.numpy().astype("uint8")
-            found += to_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
+            found += shared.to_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
     return found

@@ -28,26 +28,9 @@ from mae_core.machine import Machine
 from mae_core.optim import adamw
 from mae_core.training import Training
 from transfer.data.coco import CATEGORIES, Examples, training_examples
+from transfer.detection import shared
 from transfer.detection.recipe import DetectionRecipe
-from transfer.detection.shared import (
-    ANCHOR_RATIOS,
-    ANCHOR_STRIDES,
-    DETECTIONS,
-    NMS_THRESHOLD,
-    SCORE_THRESHOLD,
-    Predictions,
-    RoIBatchNorm,
-    batchnorm_facts,
-    build_pyramid,
-    fit_long_side,
-    open_image,
-    pad_to_square,
-    parameter_groups,
-    save_artifacts,
-    schedule,
-    to_results,
-    validation_batches,
-)
+from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.pyramid import ViTPyramid
 from transfer.task import Job
 
@@ -90,7 +73,7 @@ class Jittered(Dataset):
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
         example, size = self.examples[sample.index], self.r.image_size
-        image = open_image(example)
+        image = shared.open_image(example)
         seed_all(self.seed, sample.position)
         image, masks = large_scale_jitter(image, example.masks(), size, (self.r.min_scale, self.r.max_scale))
         # As in detectron2's ViTDet: objects cropped away are dropped, and boxes fit what the crop left of the masks.
@@ -104,7 +87,7 @@ class Jittered(Dataset):
             "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
             "size": torch.tensor(image.size[::-1]),
         }
-        return pad_to_square(image, size), target, ""
+        return shared.pad_to_square(image, size), target, ""
 
 
 class MaskRCNN(nn.Module):
@@ -129,10 +112,10 @@ class MaskRCNN(nn.Module):
         self.body = body
         self.fpn = FeaturePyramidNetwork([body.channels] * 4, r.fpn_dim, LastLevelMaxPool(), norm)
         strides = (*body.strides, 2 * body.strides[-1])
-        sizes = tuple((ANCHOR_STRIDES * stride,) for stride in strides)
+        sizes = tuple((shared.ANCHOR_STRIDES * stride,) for stride in strides)
         self.rpn = RegionProposalNetwork(
-            AnchorGenerator(sizes, (ANCHOR_RATIOS,) * len(sizes)),
-            RPNHead(r.fpn_dim, len(ANCHOR_RATIOS), conv_depth=r.rpn_convs),
+            AnchorGenerator(sizes, (shared.ANCHOR_RATIOS,) * len(sizes)),
+            RPNHead(r.fpn_dim, len(shared.ANCHOR_RATIOS), conv_depth=r.rpn_convs),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=r.rpn_batch,
@@ -150,9 +133,9 @@ class MaskRCNN(nn.Module):
             batch_size_per_image=r.roi_batch,
             positive_fraction=0.25,
             bbox_reg_weights=None,
-            score_thresh=SCORE_THRESHOLD,
-            nms_thresh=NMS_THRESHOLD,
-            detections_per_img=DETECTIONS,
+            score_thresh=shared.SCORE_THRESHOLD,
+            nms_thresh=shared.NMS_THRESHOLD,
+            detections_per_img=shared.DETECTIONS,
             mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
             mask_head=MaskRCNNHeads(r.fpn_dim, [r.head_dim] * 4, 1, norm),
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
@@ -207,16 +190,16 @@ def train_and_predict(job: Job) -> Predictions:
     r, machine = job.recipe, job.machine
     examples = training_examples(Path(job.data.root))
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
-    pyramid, loaded = build_pyramid(job)
+    pyramid, loaded = shared.build_pyramid(job)
     norm = head_norm(machine)
     model = MaskRCNN(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     if machine.compile:
         model.body.compile()  # not the heads, whose shapes change with every image
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or 8)
-    _, rate = schedule(r, len(examples))
+    _, rate = shared.schedule(r, len(examples))
     state = fit(
         model,
-        adamw(parameter_groups(model, r.weight_decay), r.betas),
+        adamw(shared.parameter_groups(model, r.weight_decay), r.betas),
         Training(
             label=f"{job.task.name} {job.checkpoint.name}",
             work=job.work,
@@ -233,8 +216,8 @@ def train_and_predict(job: Job) -> Predictions:
         ),
     )
     distributed.broadcast_buffers(model)
-    results, artifacts = save_artifacts(job, model, predict(model, job))
-    facts, notes = batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
+    results, artifacts = shared.save_artifacts(job, model, predict(model, job))
+    facts, notes = shared.batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)
     return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
 
@@ -244,18 +227,19 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
     """COCO results of this process's validation images."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
-    for batch in validation_batches(job, machine.micro_batch or 8):
-        images = [fit_long_side(image, size) for _, image in batch]
+    for batch in shared.validation_batches(job, machine.micro_batch or 8):
+        images = [shared.fit_long_side(image, size) for _, image in batch]
         sizes = [{"size": torch.tensor(image.size[::-1])} for image in images]
+        squares = torch.stack([shared.pad_to_square(image, size) for image in images])
         with machine.autocast():
-            outputs = model(torch.stack([pad_to_square(image, size) for image in images]).to(machine.device), sizes)
+            outputs = model(squares.to(machine.device), sizes)
         for (example, _), image, output in zip(batch, images, outputs):
             scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
             limit = torch.tensor([example.width, example.height]).repeat(2)
             boxes = (output["boxes"].float().cpu() * scale).clamp(min=torch.zeros(4), max=limit)
             kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie wholly in the padding
             boxes, masks = boxes[kept], output["masks"].float().cpu()[kept]
-            masks = paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5
+            masks = (paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5).byte()
             labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))
-            found += to_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy().astype(np.uint8))
+            found += shared.to_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy())
     return found

@@ -25,15 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--unlabelled", type=int, default=0, metavar="N", help="also N unlabelled images (20000 is usual)"
     )
     args = parser.parse_args(arguments)
-    makers: list[Callable[..., Path]] = [
-        imagenet.imagenet,
-        imagenet.imagenet_a,
-        imagenet.imagenet_r,
-        imagenet.imagenet_sketch,
-        imagenet.imagenet_c,
-        dense.coco,
-        dense.ade20k,
-    ]
+    makers: list[Callable[..., Path]] = [imagenet.imagenet, imagenet.imagenet_a, imagenet.imagenet_r]
+    makers += [imagenet.imagenet_sketch, imagenet.imagenet_c, dense.coco, dense.ade20k]
     if args.unlabelled:
         makers.append(partial(imagenet.unlabelled, count=args.unlabelled))
     try:

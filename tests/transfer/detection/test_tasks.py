@@ -29,7 +29,7 @@ from tests.fixtures.detection import TASK, TINY, job_of
 from tests.fixtures.transfer import ARCH, kill_when
 from transfer import cli, jobs
 from transfer.data.coco import annotation_file, inspect_coco, read_split
-from transfer.detection import engine_torchvision, tasks
+from transfer.detection import engine_torchvision, shared, tasks
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE
 from transfer.detection.recipe import recipe
@@ -101,7 +101,7 @@ def ran(root, tmp_path_factory):
     work = tmp_path_factory.mktemp("ran")
     job = job_of(root, work)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_torchvision, "SCORE_THRESHOLD", 0.0)
+        patch.setattr(shared, "SCORE_THRESHOLD", 0.0)
         return job, run_job(job)
 
 
@@ -274,7 +274,7 @@ def test_a_stopped_job_goes_on_at_its_step_and_ends_with_the_same_weights(root, 
 def test_a_kill_after_the_training_costs_the_prediction_alone(root, tmp_path, monkeypatch):
     """The last checkpoint stands until the record is written; its normalisation predicts as the trained model's."""
     job = job_of(root, tmp_path)
-    monkeypatch.setattr(engine_torchvision, "SCORE_THRESHOLD", 0.0)
+    monkeypatch.setattr(shared, "SCORE_THRESHOLD", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(engine_torchvision, "predict", lambda model, job: 1 / 0)
         assert run_job(job).status == "failed"
