@@ -17,16 +17,7 @@ from mae_core.errors import UserError
 from tests.fixtures import SHARED
 from tests.fixtures.coco import FIRST_ID, NAMES, change, crowd, rectangle, runs, write_coco, write_split
 from transfer.data import coco
-from transfer.data.coco import (
-    CATEGORIES,
-    IDS,
-    LABELS,
-    Examples,
-    annotation_file,
-    inspect_coco,
-    read_split,
-    training_examples,
-)
+from transfer.data.coco import Examples, annotation_file, inspect_coco, read_split, training_examples
 
 FIRST = FIRST_ID["train"]
 TOO_LONG = mask_util.encode(np.asfortranarray(np.eye(96, 64, dtype=np.uint8)))  # for an image of 48 x 64
@@ -53,12 +44,12 @@ def problem_of(root: Path) -> str:
 
 
 def test_labels_are_0_to_79_for_ids_with_ten_gaps():
-    assert len(CATEGORIES) == 80
-    assert set(range(1, 91)) - set(CATEGORIES) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-    assert [LABELS[i] for i in (1, 11, 13, 90)] == [0, 10, 11, 79]
-    assert sorted(LABELS.values()) == list(range(80))
-    assert all(IDS[label] == category for category, label in LABELS.items())
-    assert (CATEGORIES[1], CATEGORIES[18], CATEGORIES[90]) == ("person", "dog", "toothbrush")
+    assert len(coco.CATEGORIES) == 80
+    assert set(range(1, 91)) - set(coco.CATEGORIES) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert [coco.LABELS[i] for i in (1, 11, 13, 90)] == [0, 10, 11, 79]
+    assert sorted(coco.LABELS.values()) == list(range(80))
+    assert all(coco.IDS[label] == category for category, label in coco.LABELS.items())
+    assert (coco.CATEGORIES[1], coco.CATEGORIES[18], coco.CATEGORIES[90]) == ("person", "dog", "toothbrush")
 
 
 def test_labels_do_not_depend_on_what_a_file_lists(tmp_path):
@@ -305,7 +296,7 @@ def test_objects_without_area_or_outline_are_dropped_and_counted(tmp_path, bad):
     good = rectangle(FIRST, 18, 5, 6, 20, 10)
     split = train_of(tmp_path, [rectangle(FIRST, 1, 5, 5, 9, 9) | bad, good])
     (example,) = split.examples
-    assert (example.labels.tolist(), len(example.boxes), len(example.rles)) == ([LABELS[18]], 1, 1)
+    assert (example.labels.tolist(), len(example.boxes), len(example.rles)) == ([coco.LABELS[18]], 1, 1)
     assert (split.objects, split.clipped, split.dropped, split.problems) == (2, 0, 1, ())
     assert split.notes == ("of 2 training objects 1 objects of no area or without a valid outline left out",)
 
@@ -404,7 +395,7 @@ def test_the_real_subset_is_read_as_pycocotools_reads_it():
         for example in ours.examples:
             own = truth.loadAnns(truth.getAnnIds(imgIds=example.id, iscrowd=False))
             kept += len(example.labels)
-            assert [IDS[label] for label in example.labels] == [a["category_id"] for a in own]
+            assert [coco.IDS[label] for label in example.labels] == [a["category_id"] for a in own]
             for mask, box, annotation in zip(example.masks(), example.boxes, own):
                 assert np.array_equal(mask, truth.annToMask(annotation))
                 x, y, w, h = annotation["bbox"]

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.fixtures import ROOT
+from tests.fixtures.transfer import kill_when
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
@@ -170,11 +169,9 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_synchronised_batchnorm_beside_a_process_without_a_roi(tmp_path):
     """The mean is that of the process that has some; an iteration in which nobody has any changes nothing."""
-    (tmp_path / "two.py").write_text(TWO_NORMS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "two.py")], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    program = tmp_path / "two.py"
+    program.write_text(TWO_NORMS)
+    finished([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)])
 
 
 def test_configs_build_the_same_backbone(tmp_path):
@@ -256,21 +253,20 @@ def test_gradients_of_micro_batches_are_averaged(tmp_path, root):
     assert model.w.item() == -4.0
 
 
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
-from transfer.detection.tasks import TASKS
-from transfer import cli
-sys.exit(cli.main(TASKS, sys.argv[1:]))
-"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(root: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
-    command += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0"]
-    command += ["--set", *(f"{k}={v}" for k, v in {**LITTLE, "epochs": 3}.items())]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+def command(root: Path, out: Path, *launcher: str, **changes) -> list[str]:
+    own = ["-m", "transfer.detection", "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
+    own += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0"]
+    return [sys.executable, *launcher, *own, "--set", *(f"{k}={v}" for k, v in {**LITTLE, **changes}.items())]
+
+
+def finished(arguments: list[str]) -> str:
+    """The output of a command that must succeed."""
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def detector(out: Path) -> dict[str, torch.Tensor]:
@@ -283,22 +279,13 @@ def detector(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
     """SIGKILL after a saved iteration of 18; the rest starts there, and no bit differs from a run in one piece."""
-    whole = start(root, tmp_path / "whole")
-    text = whole.communicate()[0]
-    assert whole.returncode == 0, text
-    killed = start(root, tmp_path / "killed")
-    deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed").rglob(CHECKPOINT_FILE)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    finished(command(root, tmp_path / "whole", epochs=3))
+    killed = command(root, tmp_path / "killed", epochs=3)
+    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), killed, ROOT, ENVIRONMENT)
     (saved,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     done = torch.load(saved, weights_only=True)["iteration"]
     assert 0 < done < 18
-    resumed = start(root, tmp_path / "killed")
-    text = resumed.communicate()[0]
-    assert resumed.returncode == 0, text
-    assert f"at iteration {done}/18" in text
+    assert f"at iteration {done}/18" in finished(killed)
     one, two = detector(tmp_path / "whole"), detector(tmp_path / "killed")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -322,13 +309,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
 @pytest.mark.slow
 def test_two_processes_train_and_predict(root, tmp_path):
     """gloo; BatchNorm is synchronised here on the CPU too. Every validation image is predicted once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "transfer.detection", "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
-    command += ["--engine", "detectron2", "--data", str(root), "--out", str(tmp_path)]
-    command += ["--set", *(f"{k}={v}" for k, v in LITTLE.items())]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finished(command(root, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     record = json.loads(next(tmp_path.rglob("record.json")).read_text())
     assert record["status"] == "ok"
     assert record["resolved"]["batchnorm"] == "synchronised"

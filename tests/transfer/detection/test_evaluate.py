@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tests.fixtures import SHARED
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, crowd, rectangle, write_split
+from tests.fixtures.detection import by_hand
 from transfer.data.coco import annotation_file, read_split
 from transfer.detection import evaluate as coco_eval
 from transfer.detection.evaluate import Matches, bootstrap, evaluate
@@ -39,19 +40,6 @@ def filled(box: list[float], shape: tuple[int, int]) -> np.ndarray:
 def write(path: Path, found: list[dict]) -> Path:
     path.write_text(json.dumps(found))
     return path
-
-
-def by_hand(annotations: Path, found: list[dict], kind: str) -> COCOeval:
-    """COCOeval as its demo runs it, on detections that have a box or a mask alone."""
-    key = {"bbox": "bbox", "segm": "segmentation"}[kind]
-    entries = [{k: one[k] for k in ("image_id", "category_id", "score", key)} for one in copy.deepcopy(found)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        evaluator = COCOeval(truth, truth.loadRes(entries), kind)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator
 
 
 @pytest.fixture(scope="module")

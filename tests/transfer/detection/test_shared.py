@@ -1,4 +1,4 @@
-"""What the engines share: schedule, BatchNorm, the seeded pyramid, validation batches."""
+"""What the engines share: the schedule, BatchNorm, the seeded pyramid, validation batches."""
 
 from dataclasses import replace
 
@@ -14,14 +14,7 @@ from tests.fixtures.coco import FIRST_ID
 from tests.fixtures.detection import job_of
 from transfer.detection import shared
 from transfer.detection.recipe import recipe
-from transfer.detection.shared import (
-    RoIBatchNorm,
-    batchnorm_facts,
-    build_pyramid,
-    pad_to_square,
-    schedule,
-    validation_batches,
-)
+from transfer.detection.shared import RoIBatchNorm
 
 
 def test_the_thresholds_are_detectron2_s():
@@ -30,7 +23,7 @@ def test_the_thresholds_are_detectron2_s():
 
 def test_the_schedule_of_the_paper():
     """117,266 images of train2017 have an object: 1832 iterations an epoch, half a cosine after 458 of warm-up."""
-    iterations, rate = schedule(recipe("vit_base_patch16", "paper"), 117266)
+    iterations, rate = shared.schedule(recipe("vit_base_patch16", "paper"), 117266)
     assert iterations == 183200
     assert rate(0) == 0
     assert rate(229) == pytest.approx(4e-5)
@@ -42,9 +35,9 @@ def test_the_schedule_of_the_paper():
 
 def test_batchnorm_facts_tell_where_it_saw_another_batch():
     r = recipe("vit_base_patch16", "paper")
-    facts, notes = batchnorm_facts(r, Machine(processes=32), 2, synchronised=True)
+    facts, notes = shared.batchnorm_facts(r, Machine(processes=32), 2, synchronised=True)
     assert (facts, notes) == ({"batchnorm": "synchronised", "batchnorm_images": 64}, ())
-    facts, notes = batchnorm_facts(r, Machine(processes=32), 2, synchronised=False)
+    facts, notes = shared.batchnorm_facts(r, Machine(processes=32), 2, synchronised=False)
     assert facts == {"batchnorm": "plain", "batchnorm_images": 2}
     assert notes == ("BatchNorm saw 2 images at a time, not 64",)
 
@@ -52,21 +45,22 @@ def test_batchnorm_facts_tell_where_it_saw_another_batch():
 def test_the_new_parts_of_the_pyramid_depend_only_on_the_seed(root, tmp_path):
     job = job_of(root, tmp_path)
     torch.manual_seed(99)
-    first, said = build_pyramid(job)
+    first, said = shared.build_pyramid(job)
     torch.manual_seed(5)
-    second, _ = build_pyramid(job)
-    third, _ = build_pyramid(replace(job, seed=1))
+    second, _ = shared.build_pyramid(job)
+    third, _ = shared.build_pyramid(replace(job, seed=1))
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
     assert not torch.equal(first.upsample_2x.weight, third.upsample_2x.weight)
     assert torch.equal(first.blocks[3].attn.qkv.weight, job.checkpoint.encoder["blocks.3.attn.qkv.weight"])
     assert "75 tensors loaded (pos_embed resized), 3 dropped" in said
     assert not first.activation_checkpointing
-    assert build_pyramid(replace(job, machine=Machine(activation_checkpointing=True)))[0].activation_checkpointing
+    job = replace(job, machine=Machine(activation_checkpointing=True))
+    assert shared.build_pyramid(job)[0].activation_checkpointing
 
 
 def test_the_square_has_the_image_in_its_upper_left_corner():
     pixels = np.random.default_rng(0).integers(1, 256, (30, 50, 3), dtype=np.uint8)
-    square = pad_to_square(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy()
+    square = shared.pad_to_square(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy()
     assert np.array_equal(square[:30, :50], pixels)
     assert not square[30:].any()
     assert not square[:, 50:].any()
@@ -78,7 +72,7 @@ def test_every_validation_image_is_predicted_once_over_all_processes(root, tmp_p
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        batches = list(validation_batches(job, 2))
+        batches = list(shared.validation_batches(job, 2))
         assert all(len(batch) <= 2 for batch in batches)
         seen += [example.id for batch in batches for example, _ in batch]
         for example, image in (pair for batch in batches for pair in batch):

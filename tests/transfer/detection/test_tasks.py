@@ -1,7 +1,5 @@
 """The choice of an engine, and whole jobs on a COCO of a few small images."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -15,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import transfer.detection
@@ -25,7 +21,7 @@ from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from tests.fixtures import ROOT
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
-from tests.fixtures.detection import TASK, TINY, job_of
+from tests.fixtures.detection import TASK, TINY, by_hand, job_of
 from tests.fixtures.transfer import ARCH, kill_when
 from transfer import cli, jobs
 from transfer.data.coco import annotation_file, inspect_coco, read_split
@@ -33,14 +29,7 @@ from transfer.detection import engine_torchvision, shared, tasks
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE
 from transfer.detection.recipe import recipe
-from transfer.detection.shared import (
-    DETECTOR_FILE,
-    RESULTS_FILE,
-    Predictions,
-    RoIBatchNorm,
-    build_pyramid,
-    to_results,
-)
+from transfer.detection.shared import DETECTOR_FILE, RESULTS_FILE, Predictions
 from transfer.run import read_record, run_job, with_work_folder
 
 KNOBS = [f"{knob}={value}" for knob, value in TINY.items()]
@@ -135,14 +124,7 @@ def test_the_results_file_is_what_pycocotools_scores(ran, root):
     assert {entry["image_id"] for entry in found} == {FIRST_ID["val"] + i for i in range(3)}
     assert {entry["category_id"] for entry in found} <= set(NAMES)
     for kind, name in (("bbox", "box"), ("segm", "mask")):
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(annotation_file(root, "val"))
-            key = {"bbox": "segmentation", "segm": "bbox"}[kind]
-            entries = [{k: v for k, v in entry.items() if k != key} for entry in found]
-            evaluator = COCOeval(truth, truth.loadRes(entries), kind)
-            evaluator.evaluate()
-            evaluator.accumulate()
-            evaluator.summarize()
+        evaluator = by_hand(annotation_file(root, "val"), found, kind)
         assert record.metrics[f"{name}_ap"] == pytest.approx(100 * evaluator.stats[0])
 
 
@@ -375,7 +357,7 @@ def test_two_processes_train_one_detector(root, tmp_path):
     assert weights["roi_heads.box_head.0.1.num_batches_tracked"] == 48
 
     job = job_of(data, tmp_path / "one")
-    model = engine_torchvision.MaskRCNN(build_pyramid(job)[0], job.recipe, RoIBatchNorm)
+    model = engine_torchvision.MaskRCNN(shared.build_pyramid(job)[0], job.recipe, shared.RoIBatchNorm)
     model.load_state_dict(weights)
     found, expected = json.loads((path.parent / RESULTS_FILE).read_text()), engine_torchvision.predict(model, job)
     for image in (FIRST_ID["val"] + i for i in range(3)):  # the second is the second process's
@@ -390,7 +372,7 @@ def test_predictions_of_an_engine_are_all_that_is_evaluated(root, tmp_path, monk
     job, entries = job_of(root, tmp_path), []
     for example in read_split(root, "val").examples:
         boxes, scores = example.boxes, np.linspace(0.9, 0.8, len(example.boxes))
-        entries += to_results(example, boxes, scores, example.labels, example.masks())
+        entries += shared.to_results(example, boxes, scores, example.labels, example.masks())
     results = tmp_path / RESULTS_FILE
     results.write_text(json.dumps(entries))
     made = Predictions(results, 7, 3.5, ("a departure",), {"batchnorm": "plain"}, {"x": "y"})
