@@ -54,7 +54,7 @@ def classifier_of(checkpoint: Checkpoint, image_size: int | tuple[int, int] | No
     """
     classes = len(_head(checkpoint))
     size = image_size or checkpoint.meta["image_size"]
-    vit: VisionTransformer | Beit = model_of(checkpoint, size, classes, checkpoint.pool)
+    vit: ViT = model_of(checkpoint, size, classes, checkpoint.pool)
     if "head_dist.weight" in checkpoint.classifier:
         vit = build_distilled(checkpoint.arch, size, classes)
     load_classifier(vit, checkpoint)
