@@ -45,8 +45,11 @@ WALL_CLOCK = Columns(
 )
 
 
-def published_rows(title: str) -> list[dict[str, str]]:
-    """{"label", "arch", column: number as printed} for every published cell of a table, in file order."""
+Printed = list[dict[str, str]]  # {"label", "arch", column: number as printed} of every published cell
+
+
+def published_rows(title: str) -> Printed:
+    """The published cells of a table, in file order."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for n in read_published("ablations"):
         if n.table == title:
@@ -67,7 +70,7 @@ def write_table(out: Path, name: str, table: Ablation, columns: Columns, rows: S
     return paths
 
 
-def write_csv(path: Path, columns: Columns, rows: Sequence[Row], published: Sequence[dict[str, str]]) -> None:
+def write_csv(path: Path, columns: Columns, rows: Sequence[Row], published: Printed) -> None:
     keys = list(dict.fromkeys((*columns.ours, *columns.published)))
     errors = [f"{key}_stderr" for key in TASKS if key in columns.ours]
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -97,12 +100,7 @@ def cell_text(row: Row, key: str) -> str:
 
 
 def markdown(
-    table: Ablation,
-    columns: Columns,
-    rows: Sequence[Row],
-    published: Sequence[dict[str, str]],
-    about: str,
-    picture: str,
+    table: Ablation, columns: Columns, rows: Sequence[Row], published: Printed, about: str, picture: str
 ) -> str:
     parts = [f"# {table.title}: {table.about}", f"![{table.about}]({picture})", f"## Ours: {about}"]
     ours = [[row.label, *(cell_text(row, key) for key in columns.ours)] for row in rows]
@@ -115,14 +113,7 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def plot(
-    path: Path,
-    table: Ablation,
-    columns: Columns,
-    rows: Sequence[Row],
-    published: Sequence[dict[str, str]],
-    about: str,
-) -> None:
+def plot(path: Path, table: Ablation, columns: Columns, rows: Sequence[Row], published: Printed, about: str) -> None:
     """Two panels, each with its own scale: ours with standard errors, and the published curve."""
     from matplotlib.figure import Figure  # imported late: it takes a second
 

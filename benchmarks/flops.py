@@ -35,17 +35,9 @@ def build_autoencoder(arch: str, r: PretrainRecipe, device: str, checkpointing: 
     width = {"pca": r.pca_components, "tokens": r.vocabulary}.get(r.target)
     target = WidthOnly(width) if width else None
     with torch.device(device):
+        decoder = (r.decoder_dim, r.decoder_depth, r.decoder_heads)
         return MaskedAutoencoder(
-            arch,
-            r.image_size,
-            r.decoder_dim,
-            r.decoder_depth,
-            r.decoder_heads,
-            r.norm_pix,
-            checkpointing,
-            target,
-            r.loss_on,
-            r.encoder_mask_tokens,
+            arch, r.image_size, *decoder, r.norm_pix, checkpointing, target, r.loss_on, r.encoder_mask_tokens
         )
 
 

@@ -55,36 +55,28 @@ def load(folder: Path, name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
+def encoder_arguments(arch: str, image_size: int) -> dict[str, Any]:
+    a, norm = get_arch(arch), partial(nn.LayerNorm, eps=1e-6)
+    sizes = {"img_size": image_size, "patch_size": a.patch, "embed_dim": a.dim, "depth": a.depth, "num_heads": a.heads}
+    return sizes | {"mlp_ratio": 4, "norm_layer": norm}
+
+
 def autoencoder(folder: Path, arch: str, r: PretrainRecipe) -> nn.Module:
     """Its MaskedAutoencoderViT with the sizes of our recipe."""
-    a, module = get_arch(arch), load(folder, "models_mae")
-    return module.MaskedAutoencoderViT(
-        img_size=r.image_size,
-        patch_size=a.patch,
-        embed_dim=a.dim,
-        depth=a.depth,
-        num_heads=a.heads,
+    return load(folder, "models_mae").MaskedAutoencoderViT(
+        **encoder_arguments(arch, r.image_size),
         decoder_embed_dim=r.decoder_dim,
         decoder_depth=r.decoder_depth,
         decoder_num_heads=r.decoder_heads,
-        mlp_ratio=4,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         norm_pix_loss=r.norm_pix,
     )
 
 
 def classifier(folder: Path, arch: str, image_size: int, classes: int, drop_path: float) -> nn.Module:
     """Its VisionTransformer with average pooling, and the forward pass that timm 0.3.2 gave it: features, then head."""
-    a, module = get_arch(arch), load(folder, "models_vit")
-    model = module.VisionTransformer(
-        img_size=image_size,
-        patch_size=a.patch,
-        embed_dim=a.dim,
-        depth=a.depth,
-        num_heads=a.heads,
-        mlp_ratio=4,
+    model = load(folder, "models_vit").VisionTransformer(
+        **encoder_arguments(arch, image_size),
         qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         num_classes=classes,
         drop_path_rate=drop_path,
         global_pool=True,

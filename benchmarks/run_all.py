@@ -40,15 +40,9 @@ def mae_mini() -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--ckpt",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="checkpoint files or folders, hf:NAME, timm:NAME or random:ARCH (default: the shipped mae_mini, and "
-        "random weights of its size)",
-    )
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    ckpt_help = "files, folders, hf:NAME, timm:NAME or random:ARCH (default: mae_mini, and random weights of its size)"
+    parser.add_argument("--ckpt", **several, metavar="FILE", help=ckpt_help)
     parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")
     parser.add_argument("--seeds", **several, type=non_negative_int, help="run every task once per seed (default: 0)")
     parser.add_argument("--set", **several, default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")

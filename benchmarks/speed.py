@@ -64,12 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=KINDS, metavar="WHAT", help=", ".join(KINDS))
     parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
-    parser.add_argument(
-        "--batch",
-        type=non_negative_int,
-        default=0,
-        help="images per step (default: 128 on a GPU, of mini and of `loader`; else 16)",
-    )
+    batch_help = "images per step (default: 128 on a GPU, of mini and of `loader`; else 16)"
+    parser.add_argument("--batch", type=non_negative_int, default=0, help=batch_help)
     parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files (ours only)")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")
     parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
