@@ -2,31 +2,33 @@
 microsoft/unilm (beit), open-mmlab/mmpretrain, huggingface/transformers, timm, google-research/vision_transformer."""
 
 import argparse
-import json
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from mae_core.checkpoint import CheckpointError, classifier_of, load_encoder, model_of, read_checkpoint
+from mae_core.checkpoint import CheckpointError, classifier_of, load_encoder, read_checkpoint
 from mae_core.checkpoint.convert import OURS, PREFIXED
 from mae_core.checkpoint.export import save_canonical
 from mae_core.checkpoint.formats import FORMATS
-from mae_core.data import MEAN, STD
+from mae_core.data import MEAN
 from mae_core.vit import PLAIN, Variant, build_vit
 from tests.fixtures.checkpoint import (
     HF_DINOV2,
     HF_NEW,
     HF_SWIGLU,
     MM,
+    PLAIN_VIT,
+    assert_same_output,
     beit,
     dinov2,
     distilled,
+    equal,
     flax,
+    folder,
     hf,
     hf_beit,
+    loaded,
     mm,
     prefixed,
     renamed,
@@ -39,7 +41,6 @@ SCALE = {"init_values": 1e-5}
 RUN = {"optimizer": {}, "epoch": 3}
 PROJECTOR = {"head.0.weight": torch.zeros(4, 128), "head.1.running_mean": torch.zeros(4)}
 MIM = {"mask_token": torch.zeros(1, 1, 128), "lm_head.weight": torch.zeros(8, 128)}
-PLAIN_VIT = vit().state_dict()
 
 
 def moco(state):
@@ -173,40 +174,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def put(tmp_path):
-    """Write a value as the kind of file that its name says."""
-
-    def write(content, name="f.pth"):
-        path = tmp_path / name
-        if name.endswith(".safetensors"):
-            save_file(content, path)
-        elif name.endswith(".npz"):
-            np.savez(path, **content)
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        return path
-
-    return write
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def loaded(checkpoint, size=48):
-    model = model_of(checkpoint, size).eval()
-    return model, load_encoder(model, checkpoint)
-
-
-def assert_same_output(one, other, atol=1e-5):
-    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(one(images), other(images), atol=atol, rtol=0)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_each_format_computes_what_its_own_model_computes(put, tmp_path, case):
     make, write, name, variant, (mean, eps, pool) = CASES[case]
@@ -230,7 +197,7 @@ def test_a_file_of_each_format_computes_what_its_own_model_computes(put, tmp_pat
 
 
 def test_every_format_of_the_table_has_a_case():
-    """mae-*: tests/test_checkpoint.py."""
+    """mae-*: test_read.py."""
     names = {f.name for f in (*FORMATS, PREFIXED) if not f.name.startswith("mae-")} - {OURS.name}
     tested = {case.partition(" ")[0] for case in CASES}
     assert names - tested == {"mm-linprobe", "moco-v3-linprobe"}  # below
@@ -302,43 +269,6 @@ def test_the_position_of_dinov2s_class_token_is_not_lost(put):
 # What travels with the weights
 
 
-def folder(tmp_path, state, config=None, preprocessor=None, name="model.safetensors"):
-    tmp_path.mkdir(exist_ok=True)
-    save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
-    for file, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-        if content is not None:
-            (tmp_path / file).write_text(json.dumps(content))
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
-    config = {"model_type": "vit", "layer_norm_eps": 1e-3, "num_attention_heads": 4}
-    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-    path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
-    whole, inside, alone = read_checkpoint(path), read_checkpoint(path / name), read_checkpoint(path.joinpath(name))
-    assert whole.normalization == inside.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (whole.eps, whole.name, inside.name, whole.path) == (1e-3, "my-vit", "my-vit", str(path))
-    assert_same_output(loaded(whole)[0].forward_features, vit(1e-3).forward_features)
-    with pytest.raises(AssertionError):  # the eps shows
-        assert_same_output(loaded(whole)[0].forward_features, vit(1e-12).forward_features)
-    assert whole.sha256 == alone.sha256
-    folder(path, hf(PLAIN_VIT), config, {**pixels, "image_mean": [0.0, 0.2, 0.3]}, name)
-    other = read_checkpoint(path)
-    assert other.sha256 == whole.sha256
-    assert other.identity != whole.identity  # other pixels are another experiment
-
-
-def test_timms_config_says_the_pixels(tmp_path):
-    config = {"architecture": "vit_mini", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
-    assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).normalization == (HALF, HALF)
-
-
-def test_vit_mae_without_its_decoder_is_known_by_its_config(tmp_path):
-    checkpoint = read_checkpoint(folder(tmp_path / "m", hf(PLAIN_VIT), {"model_type": "vit_mae"}))
-    assert (checkpoint.format, checkpoint.normalization) == ("hf-vit", (MEAN, STD))
-
-
 def small(heads):
     """ViT-S/16 on the meta device: 6 and 12 heads have the same shapes."""
     with torch.device("meta"):
@@ -367,33 +297,6 @@ def test_the_number_of_heads_comes_from_the_format_or_the_config(put, tmp_path):
 def test_google_s_imagenet_21k_head_says_its_pixels(put):
     state = {**PLAIN_VIT, "head.weight": torch.zeros(21843, 128), "head.bias": torch.zeros(21843)}
     assert read_checkpoint(put(state, "f.safetensors")).normalization == (HALF, HALF)
-
-
-# Other input sizes
-
-
-def test_registers_and_missing_class_positions_survive_another_input_size(put):
-    for case in ("dinov2-registers", "deit-distilled", "deit3"):
-        make, write, name, *_ = CASES[case]
-        checkpoint = read_checkpoint(put(write(make().state_dict()), name))
-        model, report = loaded(checkpoint, 64)
-        prefix = checkpoint.variant.positions
-        assert report.resized == ("pos_embed",)
-        assert model.pos_embed.shape[1] == prefix + 64
-        assert torch.equal(model.pos_embed[:, :prefix], checkpoint.encoder["pos_embed"][:, :prefix])
-        assert model(torch.zeros(1, 3, 64, 64)).isfinite().all()
-
-
-def test_beits_tables_are_resized_as_timm_resizes_them(put):
-    reference = beit()
-    model, report = loaded(read_checkpoint(put({"model": reference.state_dict()})), 64)
-    assert report.resized == tuple(f"blocks.{i}.attn.relative_position_bias_table" for i in range(6))
-    for block in reference.blocks:
-        block.attn.set_window_size((8, 8))
-    for ours, theirs in zip(model.blocks, reference.blocks):
-        table = theirs.attn.relative_position_bias_table
-        torch.testing.assert_close(ours.attn.relative_position_bias_table, table, atol=1e-6, rtol=0)
-        assert table.shape == (15 * 15 + 3, 4)
 
 
 # Several models in one file
@@ -480,41 +383,3 @@ def test_a_convolutional_stem_is_named(put):
     state["patch_embed.proj.0.weight"] = torch.zeros(16, 3, 3, 3)
     with pytest.raises(CheckpointError, match=r"no patch_embed\.proj\.weight"):
         read_checkpoint(put(moco(state), "f.tar"))
-
-
-def test_folders_without_usable_weights_are_refused(tmp_path):
-    for files, message in (
-        ((), "it holds no file"),
-        (("a.pth", "b.txt"), r"without model.safetensors or pytorch_model.bin \(it holds a.pth, b.txt\)"),
-        (("model.safetensors.index.json",), "weights in several files"),
-    ):
-        path = tmp_path / f"folder{len(files)}{''.join(files)[:5]}"
-        path.mkdir()
-        for name in files:
-            (path / name).write_text("{}")
-        with pytest.raises(CheckpointError, match=message):
-            read_checkpoint(path)
-    damaged = folder(tmp_path / "d", hf(PLAIN_VIT))
-    for content, message in (
-        ("{", "is no JSON file"),
-        ("[]", "holds no settings"),
-        ('{"image_mean": 1}', "is damaged"),
-    ):
-        (damaged / "config.json").write_text(content)
-        with pytest.raises(CheckpointError, match=message):
-            read_checkpoint(damaged)
-
-
-def test_arrays_that_are_no_numbers_are_refused(put):
-    with pytest.raises(CheckpointError, match="holds no plain arrays"):
-        read_checkpoint(put({"embedding/kernel": np.array([{}], dtype=object)}, "f.npz"))
-    path = put(flax(vit(num_classes=10).state_dict()), "f.npz")
-    path.write_bytes(path.read_bytes()[:-3000])
-    with pytest.raises(CheckpointError, match="cut short or damaged"):
-        read_checkpoint(path)
-
-
-def test_only_arrays_are_unpickled(put):
-    for thing, name in ((argparse.Namespace(), "argparse.Namespace"), (print, "builtins.print")):
-        with pytest.raises(CheckpointError, match=f"wants to run {name} while loading: refused"):
-            read_checkpoint(put(pickle.dumps({"model": {"a": np.zeros(2), "b": thing}}), "f.pkl"))

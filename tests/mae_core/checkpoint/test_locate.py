@@ -4,8 +4,8 @@ import timm
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from mae_core.checkpoint import CheckpointError, read_checkpoint
-from tests.fixtures.checkpoint import hf, vit
-from tests.mae_core.checkpoint.test_formats import folder
+from mae_core.data import MEAN, STD
+from tests.fixtures.checkpoint import PLAIN_VIT, assert_same_output, folder, hf, loaded, vit
 
 STATE = hf(vit().state_dict())
 
@@ -81,3 +81,54 @@ def test_timm_names_lead_to_timms_repositories(hub):
     assert {name for name, _ in found.asked} == {config.hf_hub_id} == {"timm/vit_base_patch16_224.mae"}
     with pytest.raises(CheckpointError, match=r"no weights of that name; the nearest are vit_base_patch16_224.mae,"):
         read_checkpoint("timm:vit_base_patch16_224.mea")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
+    config = {"model_type": "vit", "layer_norm_eps": 1e-3, "num_attention_heads": 4}
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
+    whole, inside, alone = read_checkpoint(path), read_checkpoint(path / name), read_checkpoint(path.joinpath(name))
+    assert whole.normalization == inside.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (whole.eps, whole.name, inside.name, whole.path) == (1e-3, "my-vit", "my-vit", str(path))
+    assert_same_output(loaded(whole)[0].forward_features, vit(1e-3).forward_features)
+    with pytest.raises(AssertionError):  # the eps shows
+        assert_same_output(loaded(whole)[0].forward_features, vit(1e-12).forward_features)
+    assert whole.sha256 == alone.sha256
+    folder(path, hf(PLAIN_VIT), config, {**pixels, "image_mean": [0.0, 0.2, 0.3]}, name)
+    other = read_checkpoint(path)
+    assert other.sha256 == whole.sha256
+    assert other.identity != whole.identity  # other pixels are another experiment
+
+
+def test_timms_config_says_the_pixels(tmp_path):
+    config = {"architecture": "vit_mini", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
+    assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).normalization == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_vit_mae_without_its_decoder_is_known_by_its_config(tmp_path):
+    checkpoint = read_checkpoint(folder(tmp_path / "m", hf(PLAIN_VIT), {"model_type": "vit_mae"}))
+    assert (checkpoint.format, checkpoint.normalization) == ("hf-vit", (MEAN, STD))
+
+
+def test_folders_without_usable_weights_are_refused(tmp_path):
+    for files, message in (
+        ((), "it holds no file"),
+        (("a.pth", "b.txt"), r"without model.safetensors or pytorch_model.bin \(it holds a.pth, b.txt\)"),
+        (("model.safetensors.index.json",), "weights in several files"),
+    ):
+        path = tmp_path / f"folder{len(files)}{''.join(files)[:5]}"
+        path.mkdir()
+        for name in files:
+            (path / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(path)
+    damaged = folder(tmp_path / "d", hf(PLAIN_VIT))
+    for content, message in (
+        ("{", "is no JSON file"),
+        ("[]", "holds no settings"),
+        ('{"image_mean": 1}', "is damaged"),
+    ):
+        (damaged / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(damaged)
