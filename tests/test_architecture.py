@@ -1,14 +1,17 @@
 """The rules that no single file can show: who imports whom, how long a file is, what is never written."""
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from benchmarks.suite import TASKS
 from tests.fixtures import ROOT
 
 PACKAGES = ("mae_core", "transfer", "benchmarks")
@@ -25,14 +28,22 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports_of(path: Path) -> set[str]:
     """Every module that a file names in an import, late ones included; `from a import b` counts as a and a.b."""
+    return modules_named_in(tree_of(path))
+
+
+def modules_named_in(tree: ast.AST) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
+            assert node.level == 0, f"a relative import of {node.module}"
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
@@ -103,6 +114,81 @@ def test_every_task_family_can_be_imported_without_the_engines():
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert {"imagenet_finetune", "imagenet_c"} <= set(done.stdout.split())
+
+
+def test_no_import_leads_back_to_where_it_came_from():
+    """Late imports count too; a package counts for each of its modules, since importing one runs its __init__."""
+    modules, graph = {module_of(path) for path in FILES}, {}
+    for path in FILES:
+        own, wanted = module_of(path), imports_of(path) & modules
+        # Of "from package import module" the package is run too, but not for the module's sake.
+        named = {name for name in wanted if not any(other.startswith(f"{name}.") for other in wanted)}
+        packages = {name.rsplit(".", depth)[0] for name in named for depth in range(1, name.count(".") + 1)}
+        graph[own] = {name for name in named | packages if not within(own, name)}
+    assert len(graph) > 80
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_imports_inside_functions_are_engines_and_heavy_or_optional_packages():
+    late = set()
+    for path in FILES:
+        functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
+        inside = ast.Module([part for function in functions for part in function.body], [])
+        late |= {(module_of(path), name) for name in modules_named_in(inside)}
+    allowed = {"matplotlib", "tensorboard", "huggingface_hub", "sklearn", "mmcv", "mmengine", "mmseg"}
+    strange = {(module, name) for module, name in late if not {*name.split(".")} & allowed}
+    engines = ("transfer.detection.engine_torchvision", "transfer.detection.engine_detectron2")
+    strange -= {("transfer.detection.tasks", "transfer.detection")}  # "import engine_..." from it
+    assert {(module, name) for module, name in strange if not name.startswith(engines)} == set()
+
+
+SHARED = [f"transfer/{name}.py" for name in ("task", "run", "jobs", "cli", "space")]
+SHARED += ["mae_core/settings.py", *(f"benchmarks/{name}.py" for name in ("run_all", "plan", "children", "suite"))]
+
+
+@pytest.mark.parametrize("file", SHARED)
+def test_what_all_tasks_share_names_no_familys_knob(file):
+    """Neither as an attribute nor as a word. Pre-training has epochs and warm-up too, a checkpoint has pool."""
+    knobs = {field.name for task in TASKS for field in fields(task.recipe("vit_base_patch16", "paper"))}
+    knobs -= {"epochs", "warmup_epochs", "pool"}
+    assert {"k", "taps", "blocks", "train_fraction", "mixup", "batch", "image_size"} <= knobs
+    nodes = list(ast.walk(tree_of(ROOT / file)))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    named |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert named & knobs == set()
+
+
+def test_the_top_of_transfer_fits_on_a_screen():
+    entries = {path.relative_to(ROOT / "transfer").parts[0] for path in FILES if path.is_relative_to(ROOT / "transfer")}
+    assert len(entries) <= 12
+
+
+def test_importing_our_modules_changes_nothing_global():
+    """Libraries are imported first; then what they and Python hold is compared before and after ours."""
+    modules = [module_of(path) for path in FILES if path.name != "__main__.py" and module_of(path) not in ENGINES]
+    libraries = sorted(name for name in set().union(*map(imports_of, FILES)) if name.split(".")[0] not in PACKAGES)
+    program = f"""
+import contextlib, importlib, os, pickle, random, signal, sys, warnings
+for name in {libraries!r}:
+    with contextlib.suppress(ImportError):  # a function, or an engine that is absent
+        importlib.import_module(name)
+import matplotlib, numpy, timm.data.auto_augment, timm.layers.config, torch
+from PIL import Image, ImageFile
+def held():
+    return (
+        dict(timm.data.auto_augment.NAME_TO_OP), timm.layers.config._USE_FUSED_ATTN, list(warnings.filters),
+        dict(os.environ), list(sys.path), [signal.getsignal(n) for n in signal.valid_signals()], sys.excepthook,
+        torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(), random.getstate(),
+        pickle.dumps(numpy.random.get_state()), Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES,
+        dict(matplotlib.rcParams),
+    )
+before = held()
+for name in {modules!r}:
+    importlib.import_module(name)
+print([number for number, (a, b) in enumerate(zip(before, held())) if a != b])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
