@@ -1,11 +1,11 @@
 """The pre-training recipe: which words and which combinations it takes."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from mae_core.errors import UserError
-from mae_core.recipe import PretrainRecipe, recipe
+from mae_core.recipe import MINI_FIELDS, PretrainRecipe, recipe
 from mae_core.settings import override
 
 PLAIN = replace(PretrainRecipe(), norm_pix=False)
@@ -60,3 +60,27 @@ def test_what_goes_together_is_taken(knobs):
 def test_words_with_commas_and_spaces_can_be_set():
     changed, knobs = override(recipe("vit_mini_patch8", "mini"), ["augmentation=crop, fixed size"])
     assert (changed.augmentation, knobs) == ("crop, fixed size", {"augmentation": "crop, fixed size"})
+
+
+def test_the_paper_s_recipe():
+    # MAE paper, Table 8, sections 3 and A.1; crop, decoder heads and final rate as in facebookresearch/mae.
+    paper = {
+        "image_size": 224, "mask_ratio": 0.75, "norm_pix": True, "decoder_dim": 512, "decoder_depth": 8,
+        "decoder_heads": 16, "epochs": 1600, "warmup_epochs": 40, "batch": 4096, "base_lr": 1.5e-4, "min_lr": 0.0,
+        "weight_decay": 0.05, "betas": (0.9, 0.95), "min_scale": 0.2, "masking": "random", "loss_on": "masked",
+        "encoder_mask_tokens": False, "target": "pixels", "augmentation": "crop, random size",
+        "repeated_augmentation": 1, "pca_components": 96, "tokenizer": "k-means", "vocabulary": 8192,
+        "fit_images": 10000,
+    }  # fmt: skip
+    for arch in ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"):
+        assert asdict(recipe(arch, "paper")) == paper
+
+
+def test_the_mini_recipe_differs_in_the_declared_fields_alone():
+    paper, mini = (asdict(recipe("vit_mini_patch8", name)) for name in ("paper", "mini"))
+    assert {knob for knob in paper if paper[knob] != mini[knob]} <= set(MINI_FIELDS)
+
+
+def test_unknown_recipe():
+    with pytest.raises(UserError, match=r"unknown recipe 'papr'; did you mean paper\?"):
+        recipe("vit_base_patch16", "papr")
