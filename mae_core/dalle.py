@@ -41,15 +41,9 @@ class Block(nn.Module):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         inner = n_out // 4
+        convolutions = ((n_in, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, n_out, 1))
         self.id_path = Convolution(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.res_path = nn.ModuleDict(
-            {
-                "conv_1": Convolution(n_in, inner, 3),
-                "conv_2": Convolution(inner, inner, 3),
-                "conv_3": Convolution(inner, inner, 3),
-                "conv_4": Convolution(inner, n_out, 1),
-            }
-        )
+        self.res_path = nn.ModuleDict({f"conv_{i}": Convolution(*shape) for i, shape in enumerate(convolutions, 1)})
 
     def forward(self, x: Tensor) -> Tensor:
         y = x

@@ -181,11 +181,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder, for tokenizer=dall-e")
     parser.add_argument(
-        "--eval-every",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="k-NN accuracy every N epochs (default: never)",
+        "--eval-every", type=non_negative_int, default=0, metavar="N", help="k-NN accuracy every N epochs"
     )
     parser.add_argument("--eval-data", type=Path, help="labelled train/ and val/ for it (default: --data)")
     parser.add_argument(

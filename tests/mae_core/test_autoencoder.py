@@ -223,18 +223,13 @@ def constant_prediction(model, value):
     return model
 
 
-def test_loss_is_the_mean_over_hidden_patches_alone(small_mae):
-    # Patch k has the value k; patches 0..8 stay visible; 2 is predicted everywhere. Hidden: k = 9..35.
+@pytest.mark.parametrize(("loss_on", "first"), [("masked", 9), ("all", 0)])
+def test_loss_is_the_mean_over_hidden_or_over_all_patches(small_mae, loss_on, first):
+    # Patch k has the value k; patches 0..8 stay visible; 2 is predicted everywhere.
     images = unpatchify(torch.arange(36.0)[None, :, None].expand(1, 36, 192), 8, (6, 6))
-    output = constant_prediction(small_mae(), 2.0)(images, torch.arange(36.0)[None])
-    assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(9, 36)) / 27)
-
-
-def test_loss_on_all_is_the_mean_over_all_patches(small_mae):
-    images = unpatchify(torch.arange(36.0)[None, :, None].expand(1, 36, 192), 8, (6, 6))
-    output = constant_prediction(small_mae(loss_on="all"), 2.0)(images, torch.rand(1, 36))
-    assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(36)) / 36)
-    assert output.predicted.sort().values.tolist() == [list(range(36))]
+    output = constant_prediction(small_mae(loss_on=loss_on), 2.0)(images, torch.arange(36.0)[None])
+    assert output.loss.item() == pytest.approx(sum((k - 2) ** 2 for k in range(first, 36)) / (36 - first))
+    assert output.predicted.sort().values.tolist() == [list(range(first, 36))]
 
 
 def test_normalised_target(small_mae):

@@ -47,13 +47,13 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len(TrainingStream(22, 6, 2, 3, 4, 9)) == len(list(TrainingStream(22, 6, 2, 3, 4, 9))) == 15
 
 
-def test_two_processes_share_each_batch(monkeypatch):
-    whole = list(TrainingStream(22, 8, 8, 0, 0, 4))
-    shares = []
+@pytest.mark.parametrize(("batch", "repeats"), [(8, 1), (12, 3)])
+def test_two_processes_share_each_batch(monkeypatch, batch, repeats):
+    whole, shares = list(TrainingStream(22, batch, batch, 0, 0, 5, repeats)), []
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        shares.append(list(TrainingStream(22, 8, 4, 0, 0, 4)))
+        shares.append(list(TrainingStream(22, batch, batch // 2, 0, 0, 5, repeats)))
     assert [first + second for first, second in zip(*shares)] == whole
 
 
@@ -113,7 +113,7 @@ def test_pretraining_crops_a_fifth_to_all_of_the_area_and_flips_half(coordinate_
     assert 150 < flips < 250  # five deviations of a fair coin
 
 
-def test_normalised_with_imagenet_s_mean_and_deviation(tmp_path):
+def test_images_are_normalised_with_imagenet_s_mean_and_deviation(tmp_path):
     Image.new("RGB", (40, 40), (255, 0, 128)).save(tmp_path / "flat.png")
     image = normalize(Images([tmp_path / "flat.png"], pretraining_transform(8, 0.2))[0][0][None])[0]
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
@@ -237,16 +237,6 @@ def test_repeated_augmentation_keeps_an_epoch_s_length_and_sees_everything_in_as
     first = [s.index for step in samples[:9] for s in step]
     assert sorted(first) == sorted(3 * sorted(set(first)))
     assert len(set(first)) == 18
-
-
-def test_two_processes_share_repeated_samples(monkeypatch):
-    whole = flat(TrainingStream(22, 12, 12, 0, 0, 5, repeats=3))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    parts = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        parts.append(list(TrainingStream(22, 12, 6, 0, 0, 5, repeats=3)))
-    assert [sample for chunks in zip(*parts) for chunk in chunks for sample in chunk] == whole
 
 
 def test_images_are_normalised_as_torchvision_s_first_transforms_did(noise_images):
