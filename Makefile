@@ -14,7 +14,7 @@ help:
 	@echo "make test     install, run all tests"
 	@echo "make check    install, lint, run the quick tests"
 	@echo "make install  set up .venv with the versions in uv.lock"
-	@echo "make lint     install, ruff, codespell, the lock files"
+	@echo "make lint     install, ruff, mypy, codespell, the lock files"
 	@echo "make lock     write uv.lock and requirements.lock after a change to pyproject.toml"
 	@echo "make clean    remove what demo and the tools left"
 
@@ -59,6 +59,7 @@ check: install lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/uv lock --quiet --check --offline
 	@$(EXPORT) | diff requirements.lock - || { echo "error: requirements.lock is not uv.lock's: make lock" >&2; exit 1; }

@@ -126,6 +126,8 @@ def test_beits_tables_are_resized_as_timm_resizes_them(put):
     reference = beit()
     model, report = loaded(read_checkpoint(put({"model": reference.state_dict()})), 64)
     assert report.resized == tuple(f"blocks.{i}.attn.relative_position_bias_table" for i in range(6))
+    if not hasattr(reference.blocks[0].attn, "set_window_size"):
+        pytest.skip("timm before 1.0.31 cannot resize these tables, so there is nothing to compare with")
     for block in reference.blocks:
         block.attn.set_window_size((8, 8))
     for ours, theirs in zip(model.blocks, reference.blocks):
