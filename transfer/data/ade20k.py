@@ -10,7 +10,7 @@ from PIL import Image
 from mae_core.data import EXTENSIONS
 from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
-from transfer.data.findings import Data, against_official, label_of, preview, spread
+from transfer.data.findings import Data, found, incomplete, missing, preview, spread
 
 FOLDER = "ADEChallengeData2016"
 CLASSES = 150
@@ -57,48 +57,46 @@ def inspect_ade20k(root: Path) -> Data:
     folder = root / FOLDER
     where = f"{folder}/{{images,annotations}}/{{training,validation}}/*.{{jpg,png}}"
     if not folder.is_dir():
-        return Data(str(root), "missing", f"no data: ADE20K must lie at {where}")
+        return missing(root, f"ADE20K must lie at {where}")
     folders = [f"{kind}/{name}" for kind in ("images", "annotations") for name in SPLITS.values()]
     absent = [name for name in folders if not (folder / name).is_dir()]
     if absent:
-        return Data(str(root), "incomplete", f"{folder} lacks {' and '.join(absent)}: ADE20K must lie at {where}")
+        return incomplete(root, f"{folder} lacks {' and '.join(absent)}: ADE20K must lie at {where}")
     listed = {split: pairs(folder, split) for split in SPLITS}
-    problems = [problem for split, found in listed.items() for problem in problems_of(folder, split, found)]
+    problems = [problem for split, files in listed.items() for problem in problems_of(folder, split, files)]
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
-    counts = {split: len(found) for split, found in listed.items()}
+        return incomplete(root, *problems)
+    counts = {split: len(files) for split, files in listed.items()}
     digest = hashlib.sha256()
-    for file in (file for found in listed.values() for pair in found for file in pair):
+    for file in (file for files in listed.values() for pair in files for file in pair):
         digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
     detail = f"{counts['train']} train, {counts['val']} val"
-    label = label_of(folder, counts, OFFICIAL_COUNTS)
-    findings = () if label == "miniature" else against_official(FOLDER, counts, OFFICIAL_COUNTS)
-    return Data(str(root), "found", detail, label, digest.hexdigest(), counts, findings=findings)
+    return found(root, folder, detail, digest.hexdigest(), counts, OFFICIAL_COUNTS)
 
 
-def problems_of(folder: Path, split: str, found: Sequence[tuple[Path, Path]]) -> list[str]:
+def problems_of(folder: Path, split: str, listed: Sequence[tuple[Path, Path]]) -> list[str]:
     """What is wrong with a split: no images, images of another kind, images without a label, or wrong labels in some
     pairs spread over it; the other pairs are checked as they are read."""
     images = folder / "images" / SPLITS[split]
     strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
     if strange:
         return [f"{images} has images that do not end in .jpg: {preview(strange)}"]
-    if not found:
+    if not listed:
         return [f"{images} has no image *.jpg"]
     labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
-    bare = [image.name for image, label in found if label.name not in labels]
+    bare = [image.name for image, label in listed if label.name not in labels]
     if bare:
         where = f"annotations/{SPLITS[split]}"
         return [f"{images} has {len(bare)} images without a label file in {where}: {preview(bare)}; unpack both again"]
-    if lone := sorted(labels - {label.name for _, label in found}):
+    if lone := sorted(labels - {label.name for _, label in listed}):
         where = f"annotations/{SPLITS[split]} of {folder}"
         return [f"{where} has {len(lone)} labels without an image: {preview(lone)}; unpack both again"]
-    looked, labelled, wrong = spread(len(found)), False, []
+    looked, labelled, wrong = spread(len(listed)), False, []
     for number in looked:
         try:
-            labelled |= check_pair(*found[number])
+            labelled |= check_pair(*listed[number])
         except UserError as e:
             wrong.append(str(e))
     if wrong:
-        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(found)}) cannot be used: {preview(wrong, 2)}"]
+        return [f"{len(wrong)} of {len(looked)} pairs looked at (of {len(listed)}) cannot be used: {preview(wrong, 2)}"]
     return [] if labelled else [f"{images}: no pixel of the label files has a label above 0; are they SceneParse150's?"]

@@ -17,7 +17,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mae_core.decode import UNREADABLE
 from mae_core.errors import UserError
-from transfer.data.findings import Data, against_official, label_of, preview
+from transfer.data.findings import Data, found, incomplete, missing, preview
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
@@ -84,10 +84,10 @@ class Split:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        found = f"{self.clipped} boxes cut to their image" if self.clipped else ""
-        found += " and " * bool(self.clipped and self.dropped)
-        found += f"{self.dropped} objects of no area or without a valid outline left out" if self.dropped else ""
-        return (f"of {self.objects} training objects {found}",) if found else ()
+        changed = f"{self.clipped} boxes cut to their image" if self.clipped else ""
+        changed += " and " * bool(self.clipped and self.dropped)
+        changed += f"{self.dropped} objects of no area or without a valid outline left out" if self.dropped else ""
+        return (f"of {self.objects} training objects {changed}",) if changed else ()
 
 
 def annotation_file(root: Path, split: str) -> Path:
@@ -169,13 +169,13 @@ def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]
 
 def unlike_official(path: Path, folder: Path, images: list[dict], categories: list[dict]) -> tuple[str, ...]:
     """Sentences on categories that the file lacks and images on disk that it does not list."""
-    found = []
+    findings = []
     if absent := [CATEGORIES[i] for i in IDS if i not in {c["id"] for c in categories}]:
-        found.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {preview(absent)}")
+        findings.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {preview(absent)}")
     listed = {image["file_name"] for image in images}
     if extra := sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpg", ".jpeg")) and n not in listed):
-        found.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {preview(extra)}")
-    return tuple(found)
+        findings.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {preview(extra)}")
+    return tuple(findings)
 
 
 def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
@@ -254,28 +254,20 @@ def inspect_coco(root: Path) -> Data:
     base = root / "coco"
     where = f"{base}/{{train,val}}2017/*.jpg and {base}/annotations/instances_{{train,val}}2017.json"
     if not base.is_dir():
-        return Data(str(root), "missing", f"no data: COCO must lie at {where}")
+        return missing(root, f"COCO must lie at {where}")
     absent = [str(p) for split in ("train", "val") if not (p := annotation_file(root, split)).is_file()]
     if absent:
-        return Data(str(root), "incomplete", f"{' and '.join(absent)} missing: COCO must lie at {where}")
+        return incomplete(root, f"{' and '.join(absent)} missing: COCO must lie at {where}")
     train, val = read_split(root, "train"), read_split(root, "val")
     problems = train.problems + val.problems
     if not problems and not training_examples(root):
         problems = (f"{annotation_file(root, 'train')} has no object to learn",)
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
+        return incomplete(root, *problems)
     counts = {"train": len(train.examples), "val": len(val.examples)}
-    label = label_of(base, counts, COUNTS)
-    findings = (*against_official("coco", counts, COUNTS), *train.findings, *val.findings)
-    return Data(
-        str(root),
-        "found",
-        f"{counts['train']} train, {counts['val']} val images",
-        label,
-        hashlib.sha256(f"{train.sha256} {val.sha256}".encode()).hexdigest(),
-        counts,
-        findings=() if label == "miniature" else findings,
-    )
+    detail = f"{counts['train']} train, {counts['val']} val images"
+    digest = hashlib.sha256(f"{train.sha256} {val.sha256}".encode()).hexdigest()
+    return found(root, base, detail, digest, counts, COUNTS, further=(*train.findings, *val.findings))
 
 
 @cache

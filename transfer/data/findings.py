@@ -4,7 +4,7 @@ A problem forbids the run; a finding goes with the number, into the plan, the re
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,20 +41,46 @@ def guarded(inspect: Callable[[Path], Data], root: Path) -> Data:
     try:
         return inspect(root)
     except PermissionError as e:
-        detail = f"no data: {e.filename or root} may not be read by this user: change its permissions (chmod)"
+        return missing(root, f"{e.filename or root} may not be read by this user: change its permissions (chmod)")
     except OSError as e:
-        detail = f"no data: {e.filename or root} cannot be read ({e.strerror or type(e).__name__}): mend or replace it"
-    return Data(str(root), "missing", detail)
+        why = e.strerror or type(e).__name__
+        return missing(root, f"{e.filename or root} cannot be read ({why}): mend or replace it")
+
+
+def missing(root: Path, what: str) -> Data:
+    return Data(str(root), "missing", f"no data: {what}")
+
+
+def incomplete(root: Path, *problems: str) -> Data:
+    return Data(str(root), "incomplete", "; ".join(problems))
+
+
+def found(
+    root: Path,
+    folder: Path,
+    detail: str,
+    fingerprint: str,
+    counts: dict[str, int],
+    official: Mapping[str, int],
+    absent: Sequence[str] = (),
+    chance: float | None = None,
+    further: Iterable[str] = (),
+) -> Data:
+    """A set that can be used: its label, and how it differs from the official one unless it is the miniature.
+
+    official: counts; none for a set without. absent: classes that are not there. further: more findings.
+    """
+    where = folder.relative_to(root)
+    generated = any((root / part / MINIATURE_MARKER).exists() for part in (where, *where.parents[:-1]))
+    label = "miniature" if generated else "official" if counts == official else "subset"
+    findings: tuple[str, ...] = ()
+    if official and not generated:
+        findings = (*against_official(str(where), counts, official, absent), *further)
+    return Data(str(root), "found", detail, label, fingerprint, counts, chance, findings)
 
 
 def preview(names: Sequence[object], shown: int = 3) -> str:
     return ", ".join(map(str, names[:shown])) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def label_of(folder: Path, counts: Mapping[str, int], official: Mapping[str, int]) -> str:
-    if (folder / MINIATURE_MARKER).exists():
-        return "miniature"
-    return "official" if counts == official else "subset"
 
 
 def against_official(
@@ -69,7 +95,7 @@ def against_official(
     if absent:
         found.append(
             f"{where}: {len(absent)} of the {official['classes']} classes are missing ({preview(absent)}): "
-            "the number is over the others alone"
+            "the number covers only the others"
         )
     off = {name: n - official[name] for name, n in counts.items() if name != "classes" and n != official[name]}
     if off:

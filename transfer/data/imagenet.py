@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from transfer.data.findings import Data, against_official, label_of, preview, unusable
+from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint, is_image
 
 VAL_NAME = "ILSVRC2012_val_"  # begins the names of the official validation images
@@ -103,63 +103,47 @@ def inspect_imagenet(root: Path) -> Data:
     folder = root / "imagenet"
     where = f"{folder}/train/WNID/*.JPEG and {folder}/val/WNID/*.JPEG"
     if not folder.is_dir():
-        return Data(str(root), "missing", f"no data: ImageNet must lie at {where}")
+        return missing(root, f"ImageNet must lie at {where}")
     absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
     if absent:
         lacks = f"{folder} lacks {' and '.join(absent)}: ImageNet must lie at {where}"
         kaggle = folder / "ILSVRC" / "Data" / "CLS-LOC"
         lacks += f"; move or link the folders from {kaggle}, where Kaggle's archive has them" * kaggle.is_dir()
-        return Data(str(root), "incomplete", lacks)
+        return incomplete(root, lacks)
     (train, train_problems), (val, val_problems) = read_split(folder / "train"), read_split(folder / "val")
     problems = train_problems + val_problems
     if not problems and all(f.name.startswith(VAL_NAME) for f in train.files):
-        problems.append(f"{folder}/train holds validation images alone ({VAL_NAME}*): are train and val swapped?")
-    unlearnt = sorted(wnids()[i] for i in val.classes - train.classes)
-    if unlearnt and not problems:
+        problems.append(f"{folder}/train holds only validation images ({VAL_NAME}*): are train and val swapped?")
+    if (unlearnt := without(train.classes, sorted(val.classes))) and not problems:
         problems.append(
             f"{folder}/val has classes that train lacks: {preview(unlearnt)}; add them there or take them out of val"
         )
     problems += unusable(train.files, "training images") + unusable(val.files, "validation images")
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
+        return incomplete(root, *problems)
     counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
-    label = label_of(folder, counts, IMAGENET_COUNTS)
-    findings: tuple[str, ...] = ()
-    if label != "miniature":
-        findings = against_official("imagenet", counts, IMAGENET_COUNTS, without(train.classes))
-        if untested := sorted(wnids()[i] for i in train.classes - val.classes):
-            findings += (f"imagenet/val lacks {len(untested)} classes of train: {preview(untested)}",)
-        findings += named_otherwise(train, val)
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} classes, {counts['train']} train, {counts['val']} val",
-        label,
-        fingerprint(root, train, val),
-        counts,
-        100 / len(val.classes),
-        findings,
-    )
+    further = named_otherwise(train, val)
+    if untested := without(val.classes, sorted(train.classes)):
+        further.insert(0, f"imagenet/val lacks {len(untested)} classes of train: {preview(untested)}")
+    detail = f"{counts['classes']} classes, {counts['train']} train, {counts['val']} val"
+    listing, chance = fingerprint(root, train, val), 100 / len(val.classes)
+    return found(root, folder, detail, listing, counts, IMAGENET_COUNTS, without(train.classes), chance, further)
 
 
 def inspect_imagenet_val(root: Path) -> Data:
-    """The validation images of ImageNet-1k alone: imagenet/val/WNID/*."""
+    """Only the validation images of ImageNet-1k: imagenet/val/WNID/*."""
     folder = root / "imagenet" / "val"
     if not folder.is_dir():
-        return Data(str(root), "missing", f"no data: ImageNet's validation images must lie at {folder}/WNID/*.JPEG")
+        return missing(root, f"ImageNet's validation images must lie at {folder}/WNID/*.JPEG")
     val, problems = read_split(folder)
     problems += unusable(val.files, "validation images")
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
+        return incomplete(root, *problems)
     counts = {"classes": len(val.classes), "val": len(val.files)}
     official = {name: IMAGENET_COUNTS[name] for name in counts}
-    detail = f"{counts['classes']} classes, {counts['val']} val"
-    label = label_of(root / "imagenet", counts, official)
-    findings: tuple[str, ...] = ()
-    if label != "miniature":
-        findings = against_official("imagenet/val", counts, official, without(val.classes))
-        findings += named_otherwise(Split((), ()), val)
-    return Data(str(root), "found", detail, label, fingerprint(root, val), counts, 100 / counts["classes"], findings)
+    detail, chance = f"{counts['classes']} classes, {counts['val']} val", 100 / counts["classes"]
+    absent, further = without(val.classes), named_otherwise(Split((), ()), val)
+    return found(root, folder, detail, fingerprint(root, val), counts, official, absent, chance, further)
 
 
 def without(classes: frozenset[int], of: Iterable[int] = range(1000)) -> list[str]:
@@ -167,9 +151,9 @@ def without(classes: frozenset[int], of: Iterable[int] = range(1000)) -> list[st
     return [wnids()[i] for i in of if i not in classes]
 
 
-def named_otherwise(train: Split, val: Split) -> tuple[str, ...]:
+def named_otherwise(train: Split, val: Split) -> list[str]:
     """Findings from the official file names, which tell each image's split, and the class of a training image."""
-    found: list[str] = []
+    strange: list[str] = []
     seen: Counter[str] = Counter()
     for split, name, foreign in ((train, "train", "validation"), (val, "val", "training")):
         names, other, wrong = [file.name for file in split.files], [], []
@@ -182,11 +166,11 @@ def named_otherwise(train: Split, val: Split) -> tuple[str, ...]:
             if of_class or file.startswith(VAL_NAME):
                 seen[file] += 1
         if other:
-            found.append(
+            strange.append(
                 f"imagenet/{name}: {len(other)} images have names of ImageNet's {foreign} images: {preview(other)}"
             )
         if wrong:
-            found.append(f"imagenet/{name}: {len(wrong)} images are named for another class: {preview(wrong)}")
+            strange.append(f"imagenet/{name}: {len(wrong)} images are named for another class: {preview(wrong)}")
     if twice := sorted(file for file, times in seen.items() if times > 1):
-        found.append(f"imagenet: {len(twice)} images are there twice, by their names: {preview(twice)}")
-    return tuple(found)
+        strange.append(f"imagenet: {len(twice)} images are there twice, by their names: {preview(twice)}")
+    return strange

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transfer.data.findings import Data, against_official, label_of, preview, unusable
+from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.imagenet import columns, read_split, without, wnids
 from transfer.data.split import Split, fingerprint
 
@@ -24,15 +24,15 @@ FOLDERS = {
 
 def folder_of(root: Path, name: str) -> Path | None:
     """The first of the usual folders that holds class folders."""
-    found = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
-    return next((f for f in found if any(d.name in wnids() for d in f.iterdir())), found[0] if found else None)
+    there = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
+    return next((f for f in there if any(d.name in wnids() for d in f.iterdir())), there[0] if there else None)
 
 
 def inspect_shift(name: str, root: Path) -> Data:
     """ImageNet-A, -R or -Sketch below root, as FOLDER/WNID/*."""
     folder = folder_of(root, name)
     if folder is None:
-        return Data(str(root), "missing", f"no data: it must lie at {root / name.replace('_', '-')}/WNID/*")
+        return missing(root, f"it must lie at {root / name.replace('_', '-')}/WNID/*")
     split, problems = read_split(folder)
     allowed = sorted(columns(name)) if name != "imagenet_sketch" else range(len(wnids()))
     foreign = sorted(wnids()[i] for i in split.classes.difference(allowed))
@@ -42,24 +42,13 @@ def inspect_shift(name: str, root: Path) -> Data:
         )
     problems += unusable(split.files)
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
+        return incomplete(root, *problems)
     counts = {"classes": len(split.classes), "images": len(split.files)}
     official = {"classes": len(allowed), "images": COUNTS[name]}
-    label, where = label_of(folder, counts, official), str(folder.relative_to(root))
-    findings = (
-        () if label == "miniature" else against_official(where, counts, official, without(split.classes, allowed))
-    )
     clean = clean_split(root) if name != "imagenet_sketch" else Split((), ())
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} classes, {counts['images']} images",
-        label,
-        fingerprint(root, split, clean),
-        counts,
-        100 / len(split.classes),
-        findings,
-    )
+    detail, listing = f"{counts['classes']} classes, {counts['images']} images", fingerprint(root, split, clean)
+    absent, chance = without(split.classes, allowed), 100 / len(split.classes)
+    return found(root, folder, detail, listing, counts, official, absent, chance)
 
 
 def clean_split(root: Path) -> Split:
@@ -78,15 +67,13 @@ def inspect_c(root: Path) -> Data:
     there would be another number."""
     base = root / "imagenet-c"
     if not base.is_dir():
-        return Data(str(root), "missing", f"no data: it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
-    missing = [c for c in CORRUPTIONS if not corruption_folder(root, c).is_dir()]
-    problems = (
-        [f"{base} lacks {len(missing)} of the 15 corruptions: {', '.join(missing)}; unpack their archives"]
-        if missing
-        else []
-    )
+        return missing(root, f"it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
+    absent = [c for c in CORRUPTIONS if not corruption_folder(root, c).is_dir()]
+    problems = []
+    if absent:
+        problems.append(f"{base} lacks {len(absent)} of the 15 corruptions: {', '.join(absent)}; unpack their archives")
     splits: dict[str, Split] = {}
-    for corruption in (c for c in CORRUPTIONS if c not in missing):
+    for corruption in (c for c in CORRUPTIONS if c not in absent):
         for severity in SEVERITIES:
             folder = corruption_folder(root, corruption) / str(severity)
             if not folder.is_dir():
@@ -108,21 +95,13 @@ def inspect_c(root: Path) -> Data:
             )
     problems += unusable([file for split in splits.values() for file in split.files])
     if problems:
-        return Data(str(root), "incomplete", "; ".join(problems))
+        return incomplete(root, *problems)
     ordered = [splits[name] for name in sorted(splits)]
     classes = ordered[0].classes
     counts = {"classes": len(classes), "images": sum(sizes.values())}
     official = {"classes": 1000, "images": 3750000}
-    label = label_of(base, counts, official)
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images",
-        label,
-        fingerprint(root, *ordered),
-        counts,
-        findings=() if label == "miniature" else against_official("imagenet-c", counts, official, without(classes)),
-    )
+    detail = f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images"
+    return found(root, base, detail, fingerprint(root, *ordered), counts, official, without(classes))
 
 
 def images_of(split: Split) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mae_core.data import EXTENSIONS
-from transfer.data.findings import Data, against_official, label_of, preview, unusable
+from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint
 
 
@@ -44,58 +44,48 @@ def inspect_set(known: LabelledSet, root: Path) -> Data:
     """The set below root/NAME."""
     folder = root / known.name
     if not folder.is_dir():
-        return Data(str(root), "missing", f"no data: {known.title} must lie at {folder}/{known.layout}")
+        return missing(root, f"{known.title} must lie at {folder}/{known.layout}")
     reading = known.read(folder)
     if reading.problems:
-        return Data(str(root), "incomplete", "; ".join(reading.problems))
+        return incomplete(root, *reading.problems)
     train, val = reading.train, reading.val
     counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
-    official = dict(zip(("classes", "train", "val"), known.counts))
-    label = label_of(folder, counts, official)
-    findings: tuple[str, ...] = ()
-    if label != "miniature" and any(known.counts):  # a folder of one's own has no official counts
-        absent = [str(c) for c in range(reading.classes) if c not in train.classes]
-        findings = against_official(known.name, counts, official, absent)
-        if untested := sorted(train.classes - val.classes):
-            findings += (f"{known.name}: validation lacks {len(untested)} classes of training: {preview(untested)}",)
-    return Data(
-        str(root),
-        "found",
-        f"{counts['classes']} of {reading.classes} classes, {counts['train']} train, {counts['val']} val",
-        label,
-        fingerprint(root, train, val),
-        counts,
-        100 / len(val.classes),
-        findings,
-    )
+    # A folder of the user's has no official counts.
+    official = dict(zip(("classes", "train", "val"), known.counts)) if any(known.counts) else {}
+    absent = [str(c) for c in range(reading.classes) if c not in train.classes]
+    untested = sorted(train.classes - val.classes)
+    lacks = f"{known.name}: validation lacks {len(untested)} classes of training: {preview(untested)}"
+    detail = f"{counts['classes']} of {reading.classes} classes, {counts['train']} train, {counts['val']} val"
+    listing, chance = fingerprint(root, train, val), 100 / len(val.classes)
+    return found(root, folder, detail, listing, counts, official, absent, chance, [lacks] if untested else ())
 
 
 def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iterable[str]) -> Reading:
     """The reading, with the problems that every set may have: no images, files that are not there, labels that no
     class has, images in both splits, classes that cannot be learnt."""
-    found = list(problems)
+    all_problems = list(problems)
     for name, split in (("training", train), ("validation", val)):
-        if not split.files and not found:
-            found.append(f"{folder} has no {name} images: unpack them there")
+        if not split.files and not all_problems:
+            all_problems.append(f"{folder} has no {name} images: unpack them there")
         absent = missing_files(split.files)
         if absent:
-            listed = preview([str(file) for file in absent])
+            listed = preview(absent)
             of_all = f"{len(absent)} of the {len(split.files)} {name} images"
-            found.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
+            all_problems.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
         else:
-            found += unusable(split.files, f"{name} images")
+            all_problems += unusable(split.files, f"{name} images")
         strange = sorted({label for label in split.labels if not 0 <= label < classes})
         if strange:
-            found.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview([str(s) for s in strange])}")
+            all_problems.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview(strange)}")
     both = set(train.files) & set(val.files)
     if both:
-        found.append(
+        all_problems.append(
             f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
         )
     unlearnt = sorted(val.classes - train.classes)
-    if unlearnt and not found:
-        found.append(f"{folder}: validation has classes that training lacks: {preview([str(c) for c in unlearnt])}")
-    return Reading(train, val, classes, tuple(found))
+    if unlearnt and not all_problems:
+        all_problems.append(f"{folder}: validation has classes that training lacks: {preview(unlearnt)}")
+    return Reading(train, val, classes, tuple(all_problems))
 
 
 def missing_files(files: Iterable[Path]) -> list[Path]:

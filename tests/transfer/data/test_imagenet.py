@@ -192,7 +192,7 @@ def from_a_mac(imagenet: Path) -> None:
         (flat, "ILSVRC2012_devkit_t12.tar.gz"),
         (tarred, "{root}/train has 1 archives of classes, packed still; in there: for f in n*.tar; do mkdir -p"),
         (in_words, "{root}/train has folders that are no ImageNet class: tench; rename each to the WNID of its class"),
-        (swapped, "{root}/train holds validation images alone (ILSVRC2012_val_*): are train and val swapped?"),
+        (swapped, "{root}/train holds only validation images (ILSVRC2012_val_*): are train and val swapped?"),
         (as_kaggle_packs, "move or link the folders from {root}/ILSVRC/Data/CLS-LOC"),
         (broken_class, "{root}/train has broken links for class folders: {tench}"),
         (broken_image, "1 of 4 validation images looked at (of 4) cannot be used: {root}/val/{tench}/"),
@@ -234,7 +234,7 @@ def test_no_findings_of_the_miniature_nor_of_the_official_set(root, monkeypatch)
     assert inspect_imagenet(root).findings == inspect_imagenet_val(root).findings == ()
     (root / "imagenet" / "miniature.json").unlink()
     monkeypatch.setattr(imagenet, "IMAGENET_COUNTS", {"classes": 4, "train": 8, "val": 4})
-    monkeypatch.setattr(imagenet, "without", lambda classes: [])
+    monkeypatch.setattr(imagenet, "without", lambda *_: [])
     assert inspect_imagenet(root).label == "official"
     assert inspect_imagenet(root).findings == inspect_imagenet_val(root).findings == ()
 
