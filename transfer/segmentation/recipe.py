@@ -34,31 +34,31 @@ class SegmentationRecipe:
     multi_scale: also test at 0.5 to 1.75 of the size, flipped and not, and average: miou_ms beside miou.
     """
 
-    image_size: int = bounded(1)
-    iterations: int = bounded(1)
-    warmup_iterations: int = bounded(0)
-    batch: int = bounded(1)
+    image_size: int = bounded(1, default=512)
+    iterations: int = bounded(1, default=160_000)  # 126.7 epochs of 20,210 images
+    warmup_iterations: int = bounded(0, default=1500)
+    batch: int = bounded(1, default=16)
     lr: float = bounded(0)
-    power: float = bounded(0)
-    betas: tuple[float, float] = bounded(0, 0.999999)
-    weight_decay: float = bounded(0)
+    power: float = bounded(0, default=1.0)
+    betas: tuple[float, float] = bounded(0, 0.999999, default=(0.9, 0.999))
+    weight_decay: float = bounded(0, default=0.05)
     layer_decay: float = bounded(1e-6, 1)
     drop_path: float = bounded(0, 0.99)
     taps: tuple[int, int, int, int]
-    pool_scales: tuple[int, int, int, int] = bounded(1)
+    pool_scales: tuple[int, int, int, int] = bounded(1, default=(1, 2, 3, 6))
     head_channels: int = bounded(1)
-    head_dropout: float = bounded(0, 0.99)
-    auxiliary_channels: int = bounded(1)
-    auxiliary_weight: float = bounded(0)
-    min_scale: float = bounded(0.01)
-    max_scale: float = bounded(0.01)
-    max_class_share: float = bounded(0.01, 1)
-    flip: float = bounded(0, 1)
-    photometric: bool
-    test_short_side: int = bounded(1)
-    test_long_side: int = bounded(1)
-    stride: int = bounded(1)
-    multi_scale: bool
+    head_dropout: float = bounded(0, 0.99, default=0.1)
+    auxiliary_channels: int = bounded(1, default=256)
+    auxiliary_weight: float = bounded(0, default=0.4)
+    min_scale: float = bounded(0.01, default=0.5)
+    max_scale: float = bounded(0.01, default=2.0)
+    max_class_share: float = bounded(0.01, 1, default=0.75)
+    flip: float = bounded(0, 1, default=0.5)
+    photometric: bool = True
+    test_short_side: int = bounded(1, default=512)
+    test_long_side: int = bounded(1, default=2048)
+    stride: int = bounded(1, default=341)
+    multi_scale: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -97,31 +97,7 @@ def recipe(arch: str, name: str) -> SegmentationRecipe:
     a = get_arch(arch)
     lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
     paper = SegmentationRecipe(
-        image_size=512,
-        iterations=160_000,  # 126.7 epochs of 20,210 images
-        warmup_iterations=1500,
-        batch=16,
-        lr=lr,
-        power=1.0,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        layer_decay=layer_decay,
-        drop_path=drop_path,
-        taps=thirds(a.depth),
-        pool_scales=(1, 2, 3, 6),
-        head_channels=a.dim,
-        head_dropout=0.1,
-        auxiliary_channels=256,
-        auxiliary_weight=0.4,
-        min_scale=0.5,
-        max_scale=2.0,
-        max_class_share=0.75,
-        flip=0.5,
-        photometric=True,
-        test_short_side=512,
-        test_long_side=2048,
-        stride=341,
-        multi_scale=False,
+        lr=lr, layer_decay=layer_decay, drop_path=drop_path, taps=thirds(a.depth), head_channels=a.dim
     )
     # For images of 72 to 120 px, a minute on two cores. The scales are narrower: at half size objects are hardly larger
     # than a patch. No photometric distortion: it turns hues by up to 36 degrees, which makes grass into ground and

@@ -15,7 +15,6 @@ from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.errors import UserError
 from mae_core.loop import batch_objections, batchnorm_objections, check_batch
 from mae_core.settings import as_typed
-from mae_core.training import State
 from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.data.findings import spread
@@ -69,6 +68,8 @@ def run(job: Job) -> Result:
         rows = [(image, metric.kept[image.name]) for image in shown]
         draw_predictions(rows, folder, metainfo["palette"], job.work / PICTURE_FILE)
         artifacts = save_artifacts(job, model.state_dict())
+    seen = state.micro_batch * (machine.processes if norm_of(machine) == "SyncBN" else 1)
+    notes = () if seen == r.batch else (f"BatchNorm saw batches of {seen}, not of {r.batch}",)
     return Result(
         metrics,
         stderr,
@@ -78,22 +79,13 @@ def run(job: Job) -> Result:
         tables={"per_class": by_class(metric.areas.sum(axis=0), metainfo["classes"])},
         resolved={
             "norm": norm_of(machine),
-            "batchnorm_batch": batchnorm_batch(job, state),
+            "batchnorm_batch": seen,
             "seconds_per_iteration": round(state.seconds / max(state.step, 1), 4),
             "test_images_per_second": round(len(validation) / test_seconds, 2),
         },
         artifacts=artifacts,
-        notes=state.notes + deviations(job, state),
+        notes=state.notes + notes,
     )
-
-
-def batchnorm_batch(job: Job, state: State) -> int:
-    return state.micro_batch * (job.machine.processes if norm_of(job.machine) == "SyncBN" else 1)
-
-
-def deviations(job: Job, state: State) -> tuple[str, ...]:
-    seen = batchnorm_batch(job, state)
-    return () if seen == job.recipe.batch else (f"BatchNorm saw batches of {seen}, not of {job.recipe.batch}",)
 
 
 def save_artifacts(job: Job, state: dict[str, Tensor]) -> dict[str, str]:
