@@ -84,18 +84,9 @@ def pretrain(
     images = Images(files, pretraining_transform(r.image_size, r.min_scale, r.augmentation), seed=seed)
     target = make_target(r, get_arch(arch).patch, images, seed, out, tokenizer)
     torch.manual_seed(seed_for(seed) % 2**63)
-    model = MaskedAutoencoder(
-        arch,
-        r.image_size,
-        r.decoder_dim,
-        r.decoder_depth,
-        r.decoder_heads,
-        r.norm_pix,
-        machine.activation_checkpointing,
-        target,
-        r.loss_on,
-        r.encoder_mask_tokens,
-    ).to(machine.device)
+    decoder = (r.decoder_dim, r.decoder_depth, r.decoder_heads)
+    knobs = (r.norm_pix, machine.activation_checkpointing, target, r.loss_on, r.encoder_mask_tokens)
+    model = MaskedAutoencoder(arch, r.image_size, *decoder, *knobs).to(machine.device)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
     grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
