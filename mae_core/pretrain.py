@@ -85,8 +85,10 @@ def pretrain(
     target = make_target(r, get_arch(arch).patch, images, seed, out, tokenizer)
     torch.manual_seed(seed_for(seed) % 2**63)
     decoder = (r.decoder_dim, r.decoder_depth, r.decoder_heads)
-    knobs = (r.norm_pix, machine.activation_checkpointing, target, r.loss_on, r.encoder_mask_tokens)
-    model = MaskedAutoencoder(arch, r.image_size, *decoder, *knobs).to(machine.device)
+    checkpointing = machine.activation_checkpointing
+    model = MaskedAutoencoder(
+        arch, r.image_size, *decoder, r.norm_pix, checkpointing, target, r.loss_on, r.encoder_mask_tokens
+    ).to(machine.device)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
     grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
