@@ -38,7 +38,7 @@ PAGES = {p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in [*PATHS, RO
 README = PAGES[Path("README.md")]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
-# Commands that tests run, with the words of `small` in place of the reader's, and what is added to make them small.
+# Commands that tests run with small files in place of the reader's (`run`), and what is added to make them short.
 LITTLE = "--recipe mini --workers 0 --device cpu"
 ONE_EPOCH = f"{LITTLE} --set epochs=1 warmup_epochs=0 batch=8"
 QUICK = {
@@ -53,7 +53,7 @@ QUICK = {
     "--out picture.png": "--limit 1",
     "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
     "mae-transfer plan --ckpt FILE --data DIR": LITTLE,
-    # Trained in tests/transfer/test_jobs.py and tests/benchmarks/test_ablations.py; here only planned.
+    # Only planned here: tests/transfer/data/test_labelled.py and tests/benchmarks/test_ablations.py train.
     "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": f"{LITTLE} --plan --out out",
     "python benchmarks/ablations.py --table 1a --recipe mini --out ablations": "--plan",
     "python -m benchmarks.report --out results": "",
