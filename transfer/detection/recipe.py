@@ -54,22 +54,9 @@ def recipe(arch: str, name: str) -> DetectionRecipe:
     paper = DetectionRecipe(drop_path=DROP_PATH.get(arch, 0.1), window=pretraining_grid(arch))
     # Images of 96 px that hold objects of 16 to 48 px, and heads that two cores train in half a minute.
     mini = replace(
-        paper,
-        image_size=96,
-        epochs=4,
-        warmup_epochs=0.5,
-        batch=2,
-        lr=1e-3,
-        drop_path=0.0,
-        min_scale=0.8,
-        max_scale=1.25,
-        fpn_dim=32,
-        head_dim=32,
-        fc_dim=128,
-        rpn_batch=64,
-        roi_batch=32,
-        proposals=100,
-    )
+        paper, image_size=96, epochs=4, warmup_epochs=0.5, batch=2, lr=1e-3, drop_path=0.0, min_scale=0.8,
+        max_scale=1.25, fpn_dim=32, head_dim=32, fc_dim=128, rpn_batch=64, roi_batch=32, proposals=100,
+    )  # fmt: skip
     return choose("recipe", name, {"paper": paper, "mini": mini})
 
 

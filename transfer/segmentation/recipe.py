@@ -103,22 +103,10 @@ def recipe(arch: str, name: str) -> SegmentationRecipe:
     # than a patch. No photometric distortion: it turns hues by up to 36 degrees, which makes grass into ground and
     # gives red discs another class's colour.
     mini = replace(
-        paper,
-        image_size=80,
-        iterations=300,
-        warmup_iterations=15,
-        batch=4,
-        lr=1.5e-3,
-        drop_path=0.0,
-        head_channels=32,
-        auxiliary_channels=32,
-        min_scale=0.8,
-        max_scale=1.25,
-        photometric=False,
-        test_short_side=80,
-        test_long_side=320,
-        stride=53,
-    )
+        paper, image_size=80, iterations=300, warmup_iterations=15, batch=4, lr=1.5e-3, drop_path=0.0, head_channels=32,
+        auxiliary_channels=32, min_scale=0.8, max_scale=1.25, photometric=False, test_short_side=80,
+        test_long_side=320, stride=53,
+    )  # fmt: skip
     return choose("recipe", name, {"paper": paper, "mini": mini})
 
 

@@ -17,10 +17,6 @@ from transfer.detection.recipe import recipe
 from transfer.detection.shared import RoIBatchNorm
 
 
-def test_the_thresholds_are_detectron2_s():
-    assert (shared.SCORE_THRESHOLD, shared.NMS_THRESHOLD, shared.DETECTIONS) == (0.05, 0.5, 100)
-
-
 def test_the_schedule_of_the_paper():
     """117,266 images of train2017 have an object: 1832 iterations an epoch, half a cosine after 458 of warm-up."""
     iterations, rate = shared.schedule(recipe("vit_base_patch16", "paper"), 117266)

@@ -12,11 +12,6 @@ from tests.fixtures.miniature import PUBLISHED_CORRUPTIONS, digests
 from transfer.miniature import imagenet, scenes
 
 
-def timm_list(name: str) -> list[str]:
-    folder = Path(importlib.util.find_spec("timm").origin).parent / "data" / "_info"
-    return (folder / name).read_text().split()
-
-
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -25,8 +20,9 @@ def test_classes_stand_under_wnids_that_every_dataset_lists():
     wnids = list(imagenet.class_wnids().values())
     assert wnids == sorted(set(wnids))
     assert len(wnids) == 16
+    folder = Path(importlib.util.find_spec("timm").origin).parent / "data" / "_info"
     for name in ("imagenet_synsets.txt", "imagenet_a_synsets.txt", "imagenet_r_synsets.txt"):
-        assert set(wnids) <= set(timm_list(name))
+        assert set(wnids) <= set((folder / name).read_text().split())
 
 
 @pytest.mark.parametrize(
