@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from mae_core.checkpoint import load_encoder, model_of, read_checkpoint, save_weights
+from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
 from mae_core.data import normalize
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
@@ -19,15 +19,9 @@ from transfer.classification import tasks as classification
 from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
-from transfer.jobs import obstacle
 from transfer.run import run_job
 
 KNN = next(task for task in classification.TASKS if task.name == "imagenet_knn")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_imagenet(tmp_path_factory.mktemp("data"), train=8, val=3)
 
 
 @pytest.fixture
@@ -215,25 +209,3 @@ def test_the_shifted_sets_are_shown_as_the_classifier_was_trained(root, tmp_path
     assert robustness.normalization_of(job) == job.checkpoint.normalization
     parent = replace(job.checkpoint, mean=(0.5, 0.5, 0.5))
     assert robustness.normalization_of(replace(job, parent=parent)) == parent.normalization
-
-
-def test_a_task_that_holds_plain_vits_alone_skips_the_others(root, tmp_path):
-    job = make_job(KNN, root, tmp_path / "w")
-    pyramid = replace(KNN, plain_vit=True)
-    assert obstacle(replace(job, task=pyramid)) == ("", "")
-    state, why = obstacle(replace(job, task=pyramid, checkpoint=beit_file(tmp_path)))
-    assert (state, why) == ("skipped", "not a plain ViT: beit has BEiT's relative positions and layer scale")
-
-
-def test_a_supervised_encoder_can_be_evaluated_as_the_classifier_it_is(root, tmp_path):
-    torch.manual_seed(0)
-    model = build_vit("vit_mini_patch8", num_classes=1000)
-    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
-    checkpoint = read_checkpoint(tmp_path / "deit.pth")
-    assert checkpoint.kind == "encoder"
-    task = classification.TASKS[2]
-    job = make_job(task, root, tmp_path / "w")
-    assert obstacle(replace(job, checkpoint=checkpoint)) == ("", "")
-    assert run_job(replace(job, checkpoint=checkpoint)).status == "ok"
-    save_weights(tmp_path / "e.safetensors", build_vit("vit_mini_patch8").state_dict(), {})
-    assert obstacle(replace(job, checkpoint=read_checkpoint(tmp_path / "e.safetensors")))[0] == "skipped"

@@ -10,14 +10,7 @@ from mae_core.data import EXTENSIONS, PILLOW_PIXELS
 from mae_core.decode import read_image
 from mae_core.errors import UserError
 from tests.fixtures import SHARED
-from tests.fixtures.transfer import (
-    CLASSES,
-    TableModel,
-    make_job,
-    one_hot_logits,
-    write_c,
-    write_code,
-)
+from tests.fixtures.transfer import CLASSES, TableModel, make_job, one_hot_logits, write_c, write_code
 from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform

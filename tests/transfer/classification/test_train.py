@@ -21,15 +21,7 @@ from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
-from tests.fixtures.transfer import (
-    ARCH,
-    TableModel,
-    kill_when,
-    make_job,
-    one_hot_logits,
-    write_code,
-    write_imagenet,
-)
+from tests.fixtures.transfer import ARCH, TableModel, kill_when, make_job, one_hot_logits, write_code, write_imagenet
 from transfer.classification import tasks as classification
 from transfer.classification.evaluate import Scores, evaluate, score
 from transfer.classification.job import start_model

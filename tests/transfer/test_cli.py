@@ -1,0 +1,141 @@
+"""The command line of the task families: exit codes, one sentence for a wrong call, one record for each task."""
+
+from pathlib import Path
+
+import pytest
+
+from mae_core.checkpoint import save_weights
+from mae_core.vit import build_vit
+from tests.fixtures.transfer import ARCH, raising, small_checkpoint, write_imagenet
+from transfer.classification.tasks import TASKS
+from transfer.cli import main
+from transfer.run import read_record
+from transfer.task import RECORD_FILE, Record
+
+
+@pytest.fixture
+def call(tmp_path, capsys):
+    """call(task, *flags) -> (exit code, output, errors) of the mini recipe with random weights."""
+
+    def run(task: str, *flags: str, data: Path | str = tmp_path) -> tuple[int, str, str]:
+        places = ["--data", str(data), "--out", str(tmp_path / "out")]
+        first = ["--task", task, "--ckpt", f"random:{ARCH}", "--recipe", "mini", "--device", "cpu", *places]
+        code = main(TASKS, [*first, *flags])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_imagenet(tmp_path / "data", train=2, val=1)
+
+
+def the_record(tmp_path: Path) -> Record:
+    (path,) = (tmp_path / "out").rglob(RECORD_FILE)
+    return read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (["--task", "imagenet_finetine"], "did you mean imagenet_finetune?"),
+        (["--set", "epoch=3"], "did you mean epochs?"),
+        (["--set", "epochs=many"], "epochs is of type int"),
+        (["--set", "epochs"], "write knob=value"),
+        (["--set", "optimizer=sgd"], "unknown optimizer 'sgd'"),
+        (["--set", "momentum=0.9"], "momentum does nothing"),
+        (["--ckpt", "random:vit_bas_patch16"], "did you mean vit_base_patch16?"),
+        (["--ckpt", "nowhere.pth"], "nowhere.pth does not exist"),
+        (["--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--micro-batch", "-1"], "--micro-batch -1"),
+    ],
+)
+def test_a_wrong_call_is_answered_by_one_sentence_and_exit_code_2(tmp_path, call, change, wrong):
+    code, _, err = call("imagenet_finetune", *change)
+    assert code == 2
+    assert wrong in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not list((tmp_path / "out").rglob(RECORD_FILE))
+
+
+@pytest.mark.parametrize("flag", ["--recipe", "--bogus"])
+def test_an_unknown_flag_or_choice_ends_with_exit_code_2(call, flag):
+    with pytest.raises(SystemExit, match="2"):
+        call("imagenet_finetune", flag, "x")
+
+
+def test_absent_data_is_skipped_and_named(tmp_path, call):
+    code, out, _ = call("imagenet_linprobe")
+    assert code == 1
+    assert "imagenet_linprobe: skipped: no data" in out
+    record = the_record(tmp_path)
+    assert record.status == "skipped"
+    assert "imagenet/train/WNID" in record.reason
+
+
+def test_incomplete_data_is_a_failure(tmp_path, call):
+    (tmp_path / "imagenet" / "val").mkdir(parents=True)
+    assert call("imagenet_linprobe")[0] == 1
+    record = the_record(tmp_path)
+    assert record.status == "failed"
+    assert "lacks train" in record.reason
+
+
+def write_classifier(path: Path, **metadata: str) -> Path:
+    save_weights(path, build_vit(ARCH, num_classes=1000, pool="avg").state_dict(), metadata)
+    return path
+
+
+def test_the_evaluation_of_a_released_file_wants_a_fine_tuned_file(tmp_path, data, call):
+    assert call("imagenet_eval", data=data)[0] == 1
+    assert the_record(tmp_path).status == "skipped"
+    assert "fine-tuned" in the_record(tmp_path).reason
+
+
+def test_fine_tuning_a_fine_tuned_file_is_skipped_and_named(tmp_path, data, call):
+    file = write_classifier(tmp_path / "tuned.safetensors")
+    assert call("imagenet_finetune", "--ckpt", str(file), data=data)[0] == 1
+    assert the_record(tmp_path).reason == "tuned is a fine-tuned classifier, not a pre-trained encoder"
+
+
+@pytest.fixture
+def imagenet_a(data) -> Path:
+    (data / "imagenet" / "val").rename(data / "imagenet-a")
+    return data
+
+
+def test_robustness_without_a_classifier_names_what_it_waits_for(tmp_path, imagenet_a, call):
+    assert call("imagenet_a", data=imagenet_a)[0] == 1
+    record = the_record(tmp_path)
+    assert record.status == "skipped"
+    assert record.reason.startswith("needs imagenet_finetune")
+
+
+@pytest.mark.parametrize("wrong", ["encoder_sha256", "recipe", "seed", None])
+def test_the_classifier_of_another_checkpoint_recipe_or_seed_is_refused(tmp_path, imagenet_a, call, wrong):
+    metadata = {"encoder_sha256": small_checkpoint().sha256, "recipe": "mini", "seed": "0"}
+    metadata |= {wrong: "other"} if wrong else {}
+    file = write_classifier(tmp_path / "c.safetensors", **metadata)
+    code, _, err = call("imagenet_a", "--classifier", str(file), data=imagenet_a)
+    if wrong:
+        assert code == 2
+        assert f"{wrong}: other -> " in err
+    else:
+        assert code == 0
+        assert the_record(tmp_path).identity["parent"]
+
+
+def test_a_second_call_finds_its_number_and_runs_nothing(tmp_path, data, call, monkeypatch):
+    knobs = ("--set", "batch=8", "epochs=1", "warmup_epochs=0")
+    code, first, _ = call("imagenet_linprobe", *knobs, data=data)
+    assert code == 0
+    before = the_record(tmp_path)
+    monkeypatch.setattr("transfer.cli.run_job", raising(AssertionError("ran again")))
+    code, second, _ = call("imagenet_linprobe", *knobs, data=data)
+    assert code == 0
+    assert the_record(tmp_path) == before
+    assert first.splitlines()[-1] == second.splitlines()[-1]
+    with pytest.raises(AssertionError, match="ran again"):
+        call("imagenet_linprobe", *knobs, "--seed", "1", data=data)

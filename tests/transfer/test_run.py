@@ -1,0 +1,202 @@
+"""Running a job: the record it leaves whatever happens, and which record is that of which experiment."""
+
+import json
+import multiprocessing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_core import settings
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from tests.fixtures.transfer import ARCH, make_job, raising
+from transfer.classification.tasks import FINETUNE
+from transfer.run import claim, finished, read_record, run_job, write_record
+from transfer.task import RECORD_FILE, Data, Job, Record, Result
+
+DATA = Data("root", "found", "4 classes", "subset", "f" * 64, {"classes": 4}, 25.0)
+
+
+def job_that(run, work: Path, **changes) -> Job:
+    """A job whose task is to call `run`."""
+    task = replace(FINETUNE, run=run, inspect=lambda root: DATA)
+    return replace(make_job(task, Path("root"), work), **changes)
+
+
+def succeed(job: Job) -> Result:
+    return Result({"top1": 71.25}, {"top1": 1.5}, n_eval=50, images_seen=200, seconds=4.0, notes=("odd",))
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    """A job that succeeds."""
+    return job_that(succeed, tmp_path)
+
+
+# Records
+
+
+def test_a_job_that_succeeds_leaves_a_record_with_its_biography(job):
+    record = run_job(job)
+    assert read_record(job.work / RECORD_FILE) == record
+    assert (record.status, record.reason, record.metrics) == ("ok", "", {"top1": 71.25})
+    assert (record.n_eval, record.chance, record.notes) == (50, 25.0, ("odd",))
+    assert record.images_per_second == 50.0  # 200 images in 4 seconds
+    assert record.checkpoint["sha256"] == job.checkpoint.sha256
+    assert record.recipe["epochs"] == 2
+    assert torch.__version__.startswith(record.versions["torch"])
+    assert record.peak_memory_gib > 0
+
+
+def test_a_users_mistake_is_the_reason_in_one_sentence(tmp_path):
+    record = run_job(job_that(raising(UserError("the batch is too large: make it smaller")), tmp_path))
+    assert (record.status, record.reason) == ("failed", "the batch is too large: make it smaller")
+    assert not (tmp_path / "error.txt").exists()
+    assert read_record(tmp_path / RECORD_FILE) == record
+
+
+def test_an_unexpected_error_leaves_its_traceback_beside_the_record_until_the_next_attempt(job):
+    record = run_job(job_that(raising(ZeroDivisionError("first line\nsecond line")), job.work))
+    file = job.work / "error.txt"
+    assert record.status == "failed"
+    assert record.reason.startswith("ZeroDivisionError: first line (")
+    assert str(file) in record.reason
+    assert "second line" in file.read_text()
+    assert "in run" in file.read_text()
+    assert run_job(job).status == "ok"
+    assert not file.exists()
+
+
+def test_an_error_without_a_message_has_its_name_for_a_reason(tmp_path):
+    assert run_job(job_that(raising(AssertionError()), tmp_path)).reason.startswith("AssertionError: ")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["metrics", "stderr"])
+def test_a_metric_that_is_not_finite_is_a_failure(tmp_path, bad, where):
+    result = {"metrics": {"top1": 1.0}, "stderr": {"top1": 1.0}} | {where: {"top1": bad}}
+    record = run_job(job_that(lambda job: Result(**result), tmp_path))
+    assert (record.status, record.metrics) == ("failed", {})
+    assert "top1 came out as infinite or NaN" in record.reason
+    json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=pytest.fail)
+
+
+def test_ctrl_c_leaves_no_record_not_even_an_earlier_one(tmp_path):
+    run_job(job_that(raising(UserError("no")), tmp_path))
+    assert (tmp_path / RECORD_FILE).exists()
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job_that(raising(KeyboardInterrupt()), tmp_path))
+    assert not (tmp_path / RECORD_FILE).exists()
+
+
+def test_a_record_comes_back_from_json_as_it_was(tmp_path):
+    recipe = {"betas": [0.9, 0.95], "epochs": 3}
+    record = Record("imagenet_c", "ok", metrics={"mce": 51.7}, chance=None, recipe=recipe, notes=("a", "ü"))
+    write_record(record, tmp_path)
+    assert read_record(tmp_path / RECORD_FILE) == record
+
+
+def test_a_live_record_equals_what_is_read_whatever_was_overridden(job):
+    """Tuples become lists in JSON: the label of the tables must not change with them."""
+    job = replace(job, overrides={"betas": (0.8, 0.95)})
+    record = run_job(job)
+    assert read_record(job.work / RECORD_FILE).recipe_label == record.recipe_label == job.recipe_label
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "x"}', '{"task": "x", "status": "ok", "colour": "red"}'])
+def test_a_file_that_is_not_a_record_is_refused_by_name(tmp_path, text):
+    (tmp_path / RECORD_FILE).write_text(text)
+    with pytest.raises(UserError, match=RECORD_FILE):
+        read_record(tmp_path / RECORD_FILE)
+
+
+def test_only_the_untouched_recipe_is_called_paper():
+    assert Record("t", "ok", recipe_name="paper").recipe_label == "paper"
+    touched = Record("t", "ok", recipe_name="paper", overrides={"epochs": 3, "batch": 8})
+    assert touched.recipe_label == "paper with batch=8, epochs=3"
+
+
+def test_the_sources_stand_only_beside_paper_numbers(job, tmp_path):
+    assert run_job(job).sources == {}
+    paper = run_job(replace(job, recipe_name="paper", recipe=FINETUNE.recipe(ARCH, "paper"), work=tmp_path / "paper"))
+    assert paper.sources.keys() == paper.recipe.keys()
+
+
+def write_again_and_again(path: Path, size: int) -> None:
+    for _ in range(60):
+        settings.write_json(path, {"values": [size] * size})
+
+
+def test_a_reader_never_sees_half_a_record(tmp_path):
+    path, fork = tmp_path / "r.json", multiprocessing.get_context("fork")
+    settings.write_json(path, {"values": []})
+    writers = [fork.Process(target=write_again_and_again, args=(path, size)) for size in (10, 20000)]
+    for writer in writers:
+        writer.start()
+    lengths = set()
+    while any(writer.is_alive() for writer in writers):
+        values = json.loads(path.read_text())["values"]
+        assert all(value == len(values) for value in values)
+        lengths.add(len(values))
+    assert {10, 20000} <= lengths
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+# Identity
+
+
+def test_a_folder_is_claimed_once_and_another_experiment_is_refused_with_the_differences(job):
+    claim(job)
+    claim(job)
+    other = replace(job, seed=3, recipe=replace(job.recipe, epochs=7))
+    with pytest.raises(UserError, match=r"recipe\.epochs: 2 -> 7; seed: 0 -> 3"):
+        claim(other)
+    with pytest.raises(UserError, match="another experiment"):
+        run_job(other)
+    assert not (job.work / RECORD_FILE).exists()
+
+
+CHANGES = {
+    "task": lambda job: replace(job, task=replace(job.task, name="other")),
+    "task_version": lambda job: replace(job, task=replace(job.task, version=job.task.version + 1)),
+    "checkpoint": lambda job: replace(job, checkpoint=replace(job.checkpoint, sha256="0" * 64)),
+    "recipe": lambda job: replace(job, recipe=replace(job.recipe, drop_path=0.3)),
+    "engine": lambda job: replace(job, engine="other"),
+    "seed": lambda job: replace(job, seed=1),
+    "precision": lambda job: replace(job, machine=Machine(precision="bf16")),
+    "data": lambda job: replace(job, data=replace(job.data, fingerprint="0" * 64)),
+    "parent": lambda job: replace(job, parent=job.checkpoint),
+}
+
+
+def test_every_field_of_the_identity_is_tried(job):
+    assert CHANGES.keys() == job.identity().keys()
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_number_answers_only_for_its_own_experiment(job, field):
+    record = run_job(job)
+    assert finished(job) == record
+    other = CHANGES[field](job)
+    assert [name for name, value in other.identity().items() if value != job.identity()[name]] == [field]
+    assert finished(other) is None
+
+
+@pytest.mark.parametrize("knob", [f.name for f in fields(type(FINETUNE.recipe(ARCH, "mini")))])
+def test_every_knob_is_part_of_the_identity(job, knob):
+    other = replace(job.recipe)
+    object.__setattr__(other, knob, "changed")
+    assert replace(job, recipe=other).identity() != job.identity()
+
+
+def test_of_the_machine_only_the_precision_is_part_of_the_experiment(job):
+    machine = Machine(micro_batch=4, workers=3, activation_checkpointing=True, processes=2, threads=7, save_minutes=0)
+    assert replace(job, machine=machine).identity() == job.identity()
+
+
+@pytest.mark.parametrize("status", ["failed", "skipped"])
+def test_a_job_that_gave_no_number_is_run_again(job, status):
+    write_record(Record("imagenet_finetune", status, "why", identity=job.identity()), job.work)
+    assert finished(job) is None
