@@ -17,8 +17,7 @@ from tests.fixtures import SHARED
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, crowd, rectangle, write_split
 from tests.fixtures.detection import by_hand
 from transfer.data.coco import annotation_file, read_split
-from transfer.detection import evaluate as coco_eval
-from transfer.detection.evaluate import Matches, bootstrap, evaluate
+from transfer.detection.evaluate import RESAMPLES, Matches, bootstrap, evaluate
 from transfer.detection.shared import to_results
 
 VAL = FIRST_ID["val"]
@@ -254,4 +253,4 @@ def test_resamples_without_an_object_do_not_count(tmp_path):
     annotations = write_split(tmp_path, "val", [(64, 48)] * 2, [rectangle(VAL, 1, 10, 10, 20, 20)])
     evaluator = by_hand(annotations, truth_as_detections(annotations), "bbox")
     assert bootstrap(evaluator, 0) == 0.0
-    assert coco_eval.RESAMPLES == 200
+    assert RESAMPLES == 200
