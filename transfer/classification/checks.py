@@ -1,4 +1,4 @@
-"""What is known of a classifier's job before it starts: what stands against it, and the space its files need."""
+"""What is known of a classifier's job before it starts: the objections to it, and the space its files need."""
 
 from collections.abc import Iterator
 
@@ -15,13 +15,13 @@ MOMENTS = {"adamw": 2, "lars": 1}
 
 
 def training_images(job: Job) -> int:
-    """As many as the recipe's share leaves: Split.share."""
+    """How many images the recipe's share leaves, as `Split.share` counts them."""
     images, fraction = job.data.counts.get("train", 0), job.recipe.train_fraction
     return images if fraction == 1 else max(int(images * fraction + 1e-9), job.data.counts.get("classes", 0))
 
 
 def detail(job: Job) -> str:
-    """What the plan says of the data."""
+    """What the plan says about the data."""
     share = f", of which {training_images(job)} are trained on" if job.recipe.train_fraction < 1 else ""
     return job.data.detail + share
 
@@ -51,8 +51,7 @@ def local_batch_objections(job: Job) -> Iterator[Objection]:
     if r.mixup or r.cutmix:
         if local_batch % 2:
             flag = "--gpus" if machine.processes > 1 else "batch"
-            why = f"mixup pairs images, but each process gets {local_batch} of batch={r.batch}: make that even"
-            yield flag, why
+            yield flag, f"mixup pairs images, but each process gets {local_batch} of batch={r.batch}: make that even"
         elif machine.micro_batch == 1:
             yield "--micro-batch", "mixup pairs images: give --micro-batch 2 or more"
     if r.optimizer == "lars":  # the linear probe has a BatchNorm
@@ -67,7 +66,7 @@ def knn_objections(job: Job) -> Iterator[Objection]:
 
 
 def partial_objections(job: Job) -> Iterator[Objection]:
-    """Beside those of a training: no block and all blocks are linear probing and fine-tuning by their own recipes."""
+    """Those of any training, and those of the curve's ends: linear probing and fine-tuning have their own recipes."""
     arch, blocks, images = job.checkpoint.arch, job.recipe.blocks, training_images(job)
     depth = get_arch(arch).depth
     if blocks[-1] > depth:
@@ -82,7 +81,7 @@ def partial_objections(job: Job) -> Iterator[Objection]:
 
 
 def classifier_space(job: Job, classes: int = 1000) -> Space:
-    """Of a training of the encoder and a linear layer on it, or of that layer only (LARS)."""
+    """The space for training the encoder and a linear layer on it, or only that layer (LARS)."""
     r, encoder = job.recipe, encoder_numbers(job.checkpoint)
     head = classes * (get_arch(job.checkpoint.arch).dim + 1)
     model, trained = encoder + head, head if r.optimizer == "lars" else encoder + head
@@ -90,7 +89,7 @@ def classifier_space(job: Job, classes: int = 1000) -> Space:
 
 
 def knn_space(job: Job) -> Space:
-    """k-NN writes its features in parts and joins them."""
+    """The space for the features of k-NN, which are written in parts and then joined."""
     if feature_folder(job).exists():
         return Space(0, 0)
     dim = get_arch(job.checkpoint.arch).dim

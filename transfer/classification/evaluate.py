@@ -1,6 +1,6 @@
-"""The evaluation of a classifier: one loop, one way to count."""
+"""Evaluation of a classifier: one loop over the images, one way to count."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +20,9 @@ from transfer.data.split import Split
 
 @dataclass(frozen=True)
 class EvalRecipe:
-    """How a trained classifier is shown its images. image_size 0: the size it was trained at.
+    """How images are prepared for a trained classifier. image_size 0: the size it was trained at.
 
-    transform: "resize_crop", "center_crop" or "resize" (transforms.py, eval_transform, which refuses others).
+    transform: "resize_crop", "center_crop" or "resize" (`eval_transform`, which refuses any other).
     """
 
     image_size: int = 0
@@ -34,7 +34,7 @@ class EvalRecipe:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per image, in the order of the data: cross-entropy [n], correct at 1 and at 5 [n]."""
+    """Per image, in the order of the split: cross-entropy [n], correct at 1 [n] and at 5 [n]."""
 
     loss: np.ndarray
     top1: np.ndarray
@@ -63,38 +63,49 @@ def evaluate(
 ) -> Scores:
     """Score every image of a split exactly once, whatever the number of processes.
 
-    transform: as eval_transform's. normalization: of the classifier's images.
-    kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are then over them.
+    transform: from `eval_transform`. normalization: the one the classifier was trained with.
+    kept: only these logits compete (the 200 classes of ImageNet-A or -R); loss and ranks are over them.
     """
-    size = machine.micro_batch or 128
-    batches = distributed.local_batches(len(split.files), size)
-    progress = Progress(f"evaluate {label}", len(split.files), enabled=distributed.is_main())
-    place = {c: i for i, c in enumerate(kept)} if kept is not None else None
-    labels = [place[c] for c in split.labels] if place is not None else split.labels
-    model.eval()
-    rows: list[np.ndarray] = []
-    unreadable: list[str] = []
+    labels: Sequence[int] = split.labels
+    if kept is not None:
+        column = {label: i for i, label in enumerate(kept)}
+        labels = [column[label] for label in split.labels]
     dataset = Images(split.files, transform, labels, pillow=True)
-    for number, (images, targets, bad) in enumerate(loader(dataset, batches, machine.workers, machine.device)):
-        if bad:
-            unreadable = bad
-            break
-        logits = forward(model, images, normalization, machine)
-        if kept is not None:
-            logits = logits[:, list(kept)]
-        rows.append(score(logits, targets.to(logits.device)))
-        progress.update(min(len(split.files), (number + 1) * size * distributed.world_size()), len(images))
-    # Every process hears of a bad file and stops with the others: one that stopped alone would fall out of step.
-    if bad := [name for names in distributed.gather_to_all(unreadable) for name in names]:
-        raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
+    rows = [
+        score(logits if kept is None else logits[:, list(kept)], targets.to(logits.device))
+        for logits, targets in outputs_of(model, dataset, normalization, machine, f"evaluate {label}")
+    ]
     loss, top1, top5 = np.concatenate(distributed.gather_in_turn(rows)).T
     if not np.isfinite(loss).all():
         raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(loss)))]} are not finite")
     return Scores(loss, top1.astype(bool), top5.astype(bool))
 
 
+@torch.inference_mode()
+def outputs_of(
+    model: nn.Module, dataset: Images, normalization: Normalization, machine: Machine, label: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The model's output and the labels, for each of this process's batches (`distributed.local_batches`). UserError in
+    every process if an image cannot be read in one."""
+    model.eval()
+    batches = distributed.local_batches(len(dataset), machine.micro_batch or 128)
+    progress = Progress(label, len(dataset), enabled=distributed.is_main())
+    unreadable: list[str] = []
+    done = 0
+    for images, labels, unreadable in loader(dataset, batches, machine.workers, machine.device):
+        if unreadable:
+            break
+        yield forward(model, images, normalization, machine), labels
+        done += len(images)
+        progress.update(min(len(dataset), done * distributed.world_size()), len(images))
+    # All processes stop together: one that stopped by itself would leave the others waiting.
+    if bad := [name for names in distributed.gather_to_all(unreadable) for name in names]:
+        raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
+
+
 def forward(model: nn.Module, images: Tensor, normalization: Normalization, machine: Machine) -> Tensor:
-    """Logits in float32 of uint8 images, normalised; out of GPU memory tries again in halves."""
+    """The model's output in float32 for uint8 images, which are normalised here; when GPU memory runs out, the batch is
+    halved and tried again."""
     try:
         images = images.to(machine.device, non_blocking=True)
         with machine.autocast():
@@ -107,15 +118,15 @@ def forward(model: nn.Module, images: Tensor, normalization: Normalization, mach
 
 
 def score(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """[n, 3]: cross-entropy, right at 1, right at 5 (or at all, with fewer classes)."""
+    """[n, 3]: cross-entropy, correct at 1, correct at 5 (with fewer classes: at all of them)."""
     loss = nn.functional.cross_entropy(logits, targets, reduction="none")
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     return torch.stack([loss.double(), ranked[:, 0].double(), ranked.any(dim=1).double()], dim=1).cpu().numpy()
 
 
 def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:
-    """The ViT of a checkpoint with a head, ready to evaluate, and its input size (0: the one it was trained at)."""
+    """The ViT of a checkpoint that has a head, and its input size. image_size 0: the size it was trained at."""
     if "head.weight" not in checkpoint.classifier:
-        raise UserError(f"{checkpoint.name} is no classifier: it has no head")
+        raise UserError(f"{checkpoint.name} is not a classifier: it has no head")
     vit = classifier_of(checkpoint, image_size)
     return vit.to(device), image_size or checkpoint.meta["image_size"]

@@ -1,5 +1,5 @@
-"""A classifier's jobs: fine-tuning, linear probing, the evaluation of a released classifier; and what all trainings
-share: the images, the model to start from, the scores, the files that stay."""
+"""Fine-tuning and linear probing, and what all trainings of a classifier share: the images, the initial model, the
+scores, the files that are saved."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,9 @@ from torch import nn
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, metadata_of, model_of, save_weights, sha256_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
-from mae_core.errors import UserError
 from mae_core.training import State
 from mae_core.vit import ViT
-from transfer.classification.evaluate import evaluate, trained_classifier
+from transfer.classification.evaluate import evaluate
 from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import read_split, wnids
@@ -25,8 +24,7 @@ Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard
 
 
 def images_of(job: Job) -> Reading:
-    """The training images (the recipe's share of them) and validation images of the job's task, and its number of
-    classes."""
+    """The task's training images (the recipe's share of them), its validation images and its number of classes."""
     root, known = Path(job.data.root), {known.name: known for known in SETS}
     if job.task.path:
         reading = read_folder(Path(job.task.path))
@@ -39,35 +37,31 @@ def images_of(job: Job) -> Reading:
 
 
 def start_model(job: Job, classes: int | None = None) -> ViT:
-    """The encoder of the checkpoint, strictly loaded, under a new head (of ImageNet's classes by default)."""
+    """The checkpoint's encoder, strictly loaded, with a new head (for ImageNet's classes by default)."""
     r = job.recipe
     torch.manual_seed(seed_for(job.seed) % 2**63)
     model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
     load_encoder(model, job.checkpoint)
-    assert isinstance(model.head, nn.Linear)  # of so many classes
+    assert isinstance(model.head, nn.Linear)  # not Identity: the number of classes is not 0
     nn.init.trunc_normal_(model.head.weight, std=r.head_std)
     nn.init.zeros_(model.head.bias)
     return model
 
 
 def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
-    """Metrics and their standard errors."""
+    """The metrics on the validation images, and their standard errors."""
     transform = eval_transform(job.recipe.image_size)
     return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
 
 
 def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
-    """Write trained weights into the work folder; {file name: SHA-256}."""
+    """Write trained weights to the work folder. Returns {file name: SHA-256}."""
     if not distributed.is_main():
         return {}
-    metadata = {
-        "format": "mae-transfer",
-        "arch": job.checkpoint.arch,
-        "image_size": str(image_size),
-        "task": job.task.name,
-    }
-    metadata |= {"encoder_sha256": job.checkpoint.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
-    save_weights(job.work / name, state, metadata | metadata_of(job.checkpoint, job.recipe.pool, state))
+    c, size, task = job.checkpoint, str(image_size), job.task.name
+    metadata = {"format": "mae-transfer", "arch": c.arch, "image_size": size, "task": task}
+    metadata |= {"encoder_sha256": c.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
+    save_weights(job.work / name, state, metadata | metadata_of(c, job.recipe.pool, state))
     return {name: sha256_of(job.work / name)}
 
 
@@ -89,7 +83,7 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
 
 
 def load_summary(job: Job, classes: int) -> str:
-    """What loading the encoder did, found again without taking memory for it."""
+    """What loading the encoder did, repeated on the meta device, which takes no memory."""
     r = job.recipe
     with torch.device("meta"):
         model = model_of(job.checkpoint, r.image_size, classes, r.pool)
@@ -97,7 +91,7 @@ def load_summary(job: Job, classes: int) -> str:
 
 
 def finetune(job: Job) -> Result:
-    """Train everything; leave the classifier as classifier.safetensors in the work folder."""
+    """Train all weights; save the classifier as classifier.safetensors in the work folder."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes).to(job.machine.device)
     transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
@@ -133,15 +127,3 @@ def linprobe(job: Job) -> Result:
     if state.micro_batch != official:
         notes += (f"BatchNorm saw batches of {state.micro_batch}, not of {official}",)
     return replace(result, notes=notes, resolved=resolved)
-
-
-def evaluate_released(job: Job) -> Result:
-    """A fine-tuned classifier given as the checkpoint, evaluated on the validation images without training."""
-    model, size = trained_classifier(job.checkpoint, job.recipe.image_size, job.machine.device)
-    if model.num_classes != len(wnids()):
-        raise UserError(f"{job.checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
-    val, _ = read_split(Path(job.data.root) / "imagenet" / "val")
-    transform, normalization = eval_transform(size, job.recipe.transform), job.checkpoint.normalization
-    metrics, stderr = evaluate(model, val, transform, normalization, job.machine, job.task.name).metrics()
-    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
-    return Result(metrics, stderr, len(val.files), len(val.files), resolved=resolved)

@@ -1,8 +1,7 @@
-"""Features of a frozen encoder, kept on disk; and k-nearest-neighbour classification by them."""
+"""Features of a frozen encoder, kept on disk, and k-nearest-neighbour classification with them."""
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of
-from mae_core.data import PILLOW_PIXELS, Images, loader
+from mae_core.data import PILLOW_PIXELS, Images
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
-from mae_core.progress import Progress
-from mae_core.settings import bounded, check_ranges, choose
+from mae_core.settings import bounded, check_ranges, choose, replacing
 from mae_core.vit import ViT
-from transfer.classification.evaluate import forward
+from transfer.classification.evaluate import outputs_of
 from transfer.classification.recipes import miniature_size
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split, wnids
@@ -33,8 +31,8 @@ VERSION = 1  # raised whenever the same inputs give other features
 
 @dataclass(frozen=True)
 class KnnRecipe:
-    """k and temperature of the vote; size (px) and transform (transforms.py, eval_transform) of the images;
-    train_fraction: the share of the training images that vote (Split.share)."""
+    """k and temperature of the vote; size (px) and transform (`eval_transform`) of the images; train_fraction: the
+    share of the training images that vote (`Split.share`)."""
 
     image_size: int = bounded(1)
     k: int = bounded(1, default=20)
@@ -46,11 +44,11 @@ class KnnRecipe:
         check_ranges(self)
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature:g}: it must be above 0")
-        eval_transform(self.image_size or 224, self.transform)
+        eval_transform(self.image_size, self.transform)
 
 
 def knn_recipe(arch: str, name: str) -> KnnRecipe:
-    """k-NN as DINO evaluates it: no augmentation, no training; "mini" differs only in the size of the images."""
+    """k-NN as DINO evaluates it: no augmentation, no training; "mini" changes only the size of the images."""
     paper = KnnRecipe(image_size=224)
     return choose("recipe", name, {"paper": paper, "mini": replace(paper, **miniature_size(arch))})
 
@@ -60,7 +58,7 @@ def knn_sources(arch: str) -> dict[str, str]:
 
 
 class Representation(nn.Module):
-    """Images -> [B, D] of a `model_of` encoder, after its final norm: the class token or the mean of the patches."""
+    """Images -> [B, D] from an encoder, after its final norm: the class token or the mean of the patch tokens."""
 
     def __init__(self, encoder: ViT, pool: str) -> None:
         super().__init__()
@@ -72,10 +70,10 @@ class Representation(nn.Module):
 
 
 def knn(job: Job) -> Result:
-    """Top-1 of the validation images by their nearest training images, at the recipe's k and at DINO's others.
+    """Top-1 of the validation images by their nearest training images, at the recipe's k and at the others of DINO.
 
-    The feature is what the checkpoint was trained to represent an image by: the class token after the final norm, or
-    BEiT's mean of the patch tokens.
+    The feature is the one the checkpoint was trained with: the class token after the final norm, or BEiT's mean of the
+    patch tokens.
     """
     folder = Path(job.data.root) / "imagenet"
     (train, _), (val, _) = read_split(folder / "train"), read_split(folder / "val")
@@ -88,40 +86,32 @@ def knn(job: Job) -> Result:
     pool = job.checkpoint.pool
     encoder = model_of(job.checkpoint, job.recipe.image_size)
     summary = load_encoder(encoder, job.checkpoint).summary()
-    model = Representation(encoder, pool).to(job.machine.device).eval()
-    store = feature_folder(job)
-    read = (store / "train.safetensors").exists() and (store / "val.safetensors").exists()
-    train_features, val_features = (
-        features_of(job, model, split, store / f"{name}.safetensors")
-        for name, split in (("train", train), ("val", val))
-    )
-    # The features of all are kept, whatever their share: other shares and other values of k read them too.
-    if voters is not train:  # of all images it would be a copy of gigabytes
-        place = {file: i for i, file in enumerate(train.files)}
-        train_features = train_features[[place[file] for file in voters.files]]
     device = job.machine.device
-    labels, truth = torch.tensor(voters.labels), np.array(val.labels)
+    model = Representation(encoder, pool).to(device)
+    store = feature_folder(job)
+    paths = [store / f"{name}.safetensors" for name in ("train", "val")]
+    cached = all(path.exists() for path in paths)
+    train_features, val_features = (features_of(job, model, s, path) for s, path in zip((train, val), paths))
+    # The store holds the features of all images, so that other shares and other values of k can read them too.
+    if voters is not train:  # else indexing would copy gigabytes for nothing
+        row = {file: i for i, file in enumerate(train.files)}
+        train_features = train_features[[row[file] for file in voters.files]]
+    train_features, val_features = train_features.to(device), val_features.to(device)
+    labels, truth = torch.tensor(voters.labels, device=device), np.array(val.labels)
     metrics, stderr = {}, {}
     usable = [k for k in OTHER_KS if k <= len(voters.files)]
     for k in dict.fromkeys((job.recipe.k, *usable)):
         name = "top1" if k == job.recipe.k else f"top1@{k}"
-        found = knn_predict(
-            train_features.to(device),
-            labels.to(device),
-            val_features.to(device),
-            len(wnids()),
-            k,
-            job.recipe.temperature,
-        )
-        right = (found.cpu().numpy() == truth).mean()
-        metrics[name] = 100 * float(right)
-        stderr[name] = 100 * float(np.sqrt(right * (1 - right) / len(truth)))
+        predicted = knn_predict(train_features, labels, val_features, len(wnids()), k, job.recipe.temperature)
+        accuracy = (predicted.cpu().numpy() == truth).mean()
+        metrics[name] = 100 * float(accuracy)
+        stderr[name] = 100 * float(np.sqrt(accuracy * (1 - accuracy) / len(truth)))
     feature = "class token after the final norm" if pool == "token" else "mean of the patch tokens after the final norm"
     return Result(
         metrics,
         stderr,
         n_eval=len(val.files),
-        images_seen=0 if read else len(train.files) + len(val.files),
+        images_seen=0 if cached else len(train.files) + len(val.files),
         resolved={
             "feature": feature,
             "features": store.name,
@@ -133,7 +123,8 @@ def knn(job: Job) -> Result:
 
 
 def feature_folder(job: Job) -> Path:
-    """Beside the task's runs, so that all of one checkpoint's share them; by what the features depend on."""
+    """The folder of the features, beside the task's runs so that those of one checkpoint share it, and named by a hash
+    of everything that the features depend on."""
     c = job.checkpoint
     depends = {
         "version": VERSION,
@@ -152,57 +143,37 @@ def feature_folder(job: Job) -> Path:
 def features_of(job: Job, model: Representation, split: Split, path: Path) -> Tensor:
     """[images, D] in float32, in the order of the split: read from the file, or computed and written to it.
 
-    Every process computes some batches and leaves them as a file; the first one joins them. UserError for an image that
-    cannot be read.
+    Every process computes some batches and writes them to a part file; the first one joins the parts. UserError for an
+    image that cannot be read.
     """
     if path.exists():
         return load_file(path)["features"]
     distributed.barrier()
     path.parent.mkdir(parents=True, exist_ok=True)
-    batches = distributed.local_batches(len(split.files), job.machine.micro_batch or 128)
     transform = eval_transform(job.recipe.image_size, job.recipe.transform)
-    progress = Progress(f"{job.task.name} features {path.stem}", len(split.files), enabled=distributed.is_main())
-    own, bad = own_features(job, model, Images(split.files, transform, pillow=True), batches, progress)
-    if broken := [name for names in distributed.gather_to_all(bad) for name in names]:
-        raise UserError(f"{broken[0]} cannot be read as an image: replace it; no number is given over part of the data")
-    mine = part_file(path, distributed.rank())
-    save_file({"features": own, "index": torch.tensor([i for batch in batches for i in batch])}, mine)
+    dataset, label = Images(split.files, transform, pillow=True), f"{job.task.name} features {path.stem}"
+    rows = [torch.empty(0, model.dim)]
+    for features, _ in outputs_of(model, dataset, job.checkpoint.normalization, job.machine, label):
+        if not features.isfinite().all():
+            raise UserError(f"{job.checkpoint.name} gives features that are not finite")
+        rows.append(features.cpu())
+    parts = [path.with_name(f".{path.stem}.{rank}.part") for rank in range(distributed.world_size())]
+    indices = [i for batch in distributed.local_batches(len(dataset), job.machine.micro_batch or 128) for i in batch]
+    save_file({"features": torch.cat(rows), "index": torch.tensor(indices)}, parts[distributed.rank()])
     distributed.barrier()
     if distributed.is_main():
-        parts = [part_file(path, rank) for rank in range(distributed.world_size())]
-        join(parts, len(split.files), path)
+        join(parts, len(dataset), path)
     distributed.barrier()
     return load_file(path)["features"]
 
 
-@torch.inference_mode()
-def own_features(
-    job: Job, model: Representation, dataset: Images, batches: Sequence[list[int]], progress: Progress
-) -> tuple[Tensor, list[str]]:
-    found, seen = [], 0
-    for images, _, bad in loader(dataset, batches, job.machine.workers, job.machine.device):
-        if bad:
-            return torch.empty(0), bad
-        found.append(forward(model, images, job.checkpoint.normalization, job.machine).cpu())
-        seen += len(images)
-        progress.update(min(len(dataset), seen * distributed.world_size()), len(images))
-        if not found[-1].isfinite().all():
-            raise UserError(f"{job.checkpoint.name} gives features that are not finite")
-    return torch.cat(found) if found else torch.empty(0, model.dim), []
-
-
-def part_file(path: Path, rank: int) -> Path:
-    return path.with_name(f".{path.stem}.{rank}.part")
-
-
-def join(parts: Sequence[Path], count: int, path: Path) -> None:
-    """Write the parts' rows at their places as one file, and remove the parts."""
+def join(parts: list[Path], count: int, path: Path) -> None:
+    """Write the rows of all parts to one file, in the order of their indices, and remove the parts."""
     loaded = [load_file(part) for part in parts]
     whole = torch.empty(count, loaded[0]["features"].shape[1])
     for tensors in loaded:
         whole[tensors["index"].long()] = tensors["features"]
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({"features": whole}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({"features": whole}, temporary)
     for part in parts:
         part.unlink()

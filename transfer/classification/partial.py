@@ -1,8 +1,8 @@
-"""Partial fine-tuning: how the accuracy grows with the number of blocks that are tuned (MAE paper, Figure 9).
+"""Partial fine-tuning: how accuracy grows with the number of blocks that are tuned (MAE paper, Figure 9).
 
-Of k blocks, the last k are tuned, with the final norm and the head; 0.5 is the second half of the last block: its norm
-and MLP. 0 is linear probing and the whole depth is fine-tuning: these two are the tasks of their own, found done or run
-at their ordinary place. Each k between them is a training below this task's folder, with a result of its own.
+For k blocks, the last k are tuned, with the final norm and the head; 0.5 is the second half of the last block: its norm
+and MLP. k = 0 is linear probing and k = depth is fine-tuning: these two are tasks already, whose records are read, or
+made in their usual folders. Each k between them is a training below this task's folder, with its own result file.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from transfer.task import Job, Record, Result, Task
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
 HEADLINE = 1.0
 RESULT_FILE = "result.json"
-# The knobs that linear probing and fine-tuning at the ends of the curve take over.
+# The knobs that linear probing and fine-tuning, the ends of the curve, take from this recipe.
 SHARED = ("image_size", "train_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartialRecipe(ClassifierRecipe):
-    """One training's numbers for every k, and blocks: the numbers k of blocks to tune, rising; 0, 0.5 or whole, 1 among
-    them. UserError for others."""
+    """The numbers of the training at every k. blocks: the values of k in rising order, each 0, 0.5 or a whole number; 1
+    must be among them. UserError for others."""
 
     blocks: tuple[float, ...]
 
@@ -48,23 +48,20 @@ class PartialRecipe(ClassifierRecipe):
         if HEADLINE not in self.blocks:
             raise UserError(f"{given}: {HEADLINE:g} must be among them, its accuracy is the headline of this task")
         if self.optimizer != "adamw":
-            raise UserError(f"optimizer={self.optimizer} trains the head alone: partial fine-tuning needs adamw")
+            raise UserError(f"optimizer={self.optimizer} trains only the head: partial fine-tuning needs adamw")
 
 
 def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
-    """Every k of the recipe, the ends first; the curve as partial.png in the work folder."""
+    """Run every k of the recipe, the ends first, and draw the curve as partial.png in the work folder."""
     r, depth = job.recipe, get_arch(job.checkpoint.arch).depth
     if r.blocks[-1] > depth:
         raise UserError(f"blocks: {r.blocks[-1]:g} blocks cannot be tuned, {job.checkpoint.arch} has {depth}")
     ends = {0.0: probe, float(depth): finetune}
-    found: dict[float, Record | Result] = {k: end_of_curve(job, ends[k]) for k in r.blocks if k in ends}
+    at_ends = {k: end_of_curve(job, ends[k]) for k in r.blocks if k in ends}
     images = images_of(job)
-    found |= {k: tune(part_of(job, k), k, images) for k in r.blocks if k not in ends}
-    found = {k: found[k] for k in r.blocks}
-    own = [one for k, one in found.items() if k not in ends]
-    metrics = {f"top1@{k:g}": one.metrics["top1"] for k, one in found.items()}
-    stderr = {f"top1@{k:g}": one.stderr["top1"] for k, one in found.items()}
-    notes = [f"{k:g} blocks: {note}" for k, one in found.items() for note in one.notes]
+    between = {k: tune(part_of(job, k), k, images) for k in r.blocks if k not in ends}
+    curve: dict[float, Record | Result] = dict(sorted((at_ends | between).items()))
+    notes = [f"{k:g} blocks: {note}" for k, outcome in curve.items() for note in outcome.notes]
     if job.recipe_name == "paper":
         notes.append(
             f"{r.epochs} epochs for every number of blocks from 0.5 to {depth - 1}; the paper took the best of 50, 100 "
@@ -73,30 +70,30 @@ def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
     if distributed.is_main():
         c = job.checkpoint
         about = f"ours: {c.name} ({c.arch}), {job.recipe_label} recipe, {job.data.label} data, seed {job.seed}"
-        curve = {k: (one.metrics["top1"], one.stderr["top1"]) for k, one in found.items()}
-        draw_curve(job.work / PICTURE_FILE, curve, about)
+        points = {k: (outcome.metrics["top1"], outcome.stderr["top1"]) for k, outcome in curve.items()}
+        draw_curve(job.work / PICTURE_FILE, points, about)
     return Result(
-        metrics,
-        stderr,
+        metrics={f"top1@{k:g}": outcome.metrics["top1"] for k, outcome in curve.items()},
+        stderr={f"top1@{k:g}": outcome.stderr["top1"] for k, outcome in curve.items()},
         n_eval=len(images.val.files),
-        images_seen=sum(one.images_seen for one in own),
-        seconds=sum(one.seconds or 0.0 for one in own),
-        tables={"by_blocks": {f"{k:g}": described(one) for k, one in found.items()}},
+        images_seen=sum(result.images_seen for result in between.values()),
+        seconds=sum(result.seconds or 0.0 for result in between.values()),
+        tables={"by_blocks": {f"{k:g}": described(outcome) for k, outcome in curve.items()}},
         notes=tuple(notes),
     )
 
 
-def described(one: Record | Result) -> dict:
-    """What the record says of one k: whose training it was, its metrics, and what was found about the frozen part."""
-    values: dict[str, Any] = {"task": one.task} if isinstance(one, Record) else {}
-    values |= {"metrics": one.metrics, "seconds": one.seconds, "images_seen": one.images_seen}
-    return values | {name: value for name, value in one.resolved.items() if name != "load"}
+def described(outcome: Record | Result) -> dict:
+    """What the record says of one k: which task trained it if it is an end, its metrics, and what the run resolved."""
+    values: dict[str, Any] = {"task": outcome.task} if isinstance(outcome, Record) else {}
+    values |= {"metrics": outcome.metrics, "seconds": outcome.seconds, "images_seen": outcome.images_seen}
+    return values | {name: value for name, value in outcome.resolved.items() if name != "load"}
 
 
 def end_of_curve(job: Job, task: Task) -> Record:
-    """Linear probing or fine-tuning by its own recipe of this name: its record, run now if it is not there."""
-    start = job.task.recipe(job.checkpoint.arch, job.recipe_name)
-    changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(start, knob)]
+    """The record of linear probing or fine-tuning by its own recipe of the same name; run now if there is none."""
+    unchanged = job.task.recipe(job.checkpoint.arch, job.recipe_name)
+    changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
     c, data, machine = job.checkpoint, job.data, job.machine
     end = make_job(task, c, job.recipe_name, settings, data, job.out, job.seed, machine)
@@ -107,7 +104,7 @@ def end_of_curve(job: Job, task: Task) -> Record:
 
 
 def part_of(job: Job, k: float) -> Job:
-    """The training of the last k blocks. Its folder does not depend on which other k are asked for."""
+    """The job of tuning the last k blocks. Its folder does not depend on which other k were asked for."""
     recipe = ClassifierRecipe(**{f.name: getattr(job.recipe, f.name) for f in dataclasses.fields(ClassifierRecipe)})
     overrides = {knob: value for knob, value in job.overrides.items() if knob != "blocks"}
     task = replace(job.task, name=f"{job.task.name}@{k:g}")
@@ -116,8 +113,8 @@ def part_of(job: Job, k: float) -> Job:
 
 
 def tune(job: Job, k: float, images: Reading) -> Result:
-    """Train the last k blocks and leave the result in the work folder; read it there if that was done before. The
-    frozen part is proven unchanged by checksum."""
+    """Tune the last k blocks and save the result in the work folder, or read it there if that was done before. A
+    checksum proves that the frozen part did not change."""
     claim(job)
     path = job.work / RESULT_FILE
     if path.exists():
@@ -143,10 +140,10 @@ def tune(job: Job, k: float, images: Reading) -> Result:
 
 
 def freeze_all_but(model: ViT, k: float) -> frozenset[str]:
-    """Leave gradients to the last k blocks, the final norm and the head alone; the names of their parameters.
+    """Freeze all but the last k blocks, the final norm and the head. Returns the names of the parameters still trained.
 
-    What is frozen comes first, so no gradient passes through it: autograd keeps nothing of it, and it needs no
-    torch.no_grad. Drop path acts in it as in the rest: the recipe is that of fine-tuning.
+    The frozen part comes first, so no gradient passes through it: autograd stores nothing for it, without
+    torch.no_grad. Drop path acts in it too: the recipe is that of fine-tuning.
     """
     depth = len(model.blocks)
     parts = [f"blocks.{i}." for i in range(depth - int(k), depth)]

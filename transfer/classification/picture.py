@@ -1,4 +1,4 @@
-"""The curve of partial fine-tuning as a picture, over the published ones."""
+"""A plot of partial fine-tuning's curve with the published ones."""
 
 import csv
 import textwrap
@@ -14,7 +14,7 @@ PUBLISHED = shipped("published/partial.csv")
 
 def published_curves() -> dict[str, dict[float, float]]:
     """{"MAE (vit_large_patch16, 800 ep, pixels)": {blocks tuned: top-1 in percent}, ...}: Figure 9 of the MAE paper.
-    UserError if the file of them is not there."""
+    UserError if their file is missing."""
     try:
         with open(PUBLISHED, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -30,9 +30,9 @@ def published_curves() -> dict[str, dict[float, float]]:
 
 
 def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str) -> None:
-    """Write a PNG: top-1 over the number of tuned blocks, evenly spaced as in the paper. ours: blocks -> (top-1 and its
-    standard error, both in percent)."""
-    from matplotlib.figure import Figure  # imported late: it takes a second
+    """Write a PNG: top-1 over the number of tuned blocks, evenly spaced as in the paper. ours: blocks -> (top-1, its
+    standard error), both in percent."""
+    from matplotlib.figure import Figure  # late: the import takes a second
 
     published = published_curves()
     places = {k: i for i, k in enumerate(sorted({*ours, *(k for curve in published.values() for k in curve)}))}
@@ -53,5 +53,5 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
     panel.set_ylabel("top-1 accuracy (%)")
     panel.grid(axis="y", color="0.9")
     panel.set_axisbelow(True)
-    figure.legend(fontsize=8, loc="outside lower center")  # beside the curves, however long a recipe's name is
+    figure.legend(fontsize=8, loc="outside lower center")  # never over the curves, however long a recipe's name is
     figure.savefig(path, dpi=130)

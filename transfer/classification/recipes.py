@@ -1,4 +1,4 @@
-"""The numbers of the classification tasks, each with its source; transfer/classification.py runs them."""
+"""The numbers of the classification tasks, each with its source."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which 
 
 # Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
 # Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
-# fine-tuned (Ti, S, the miniature) take B's.
+# fine-tuned (Ti, S, the miniature) use B's values.
 BY_SIZE = {
     "vit_large_patch16": (50, 1e-3, 0.75, 0.2),
     "vit_huge_patch14": (50, 1e-3, 0.75, 0.3),
@@ -27,8 +27,8 @@ BASE = (100, 5e-4, 0.65, 0.1)
 
 
 def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
-    """Fine-tuning end to end. "paper": the official repository's values, which the released classifiers were trained
-    with. "mini": for the generated 48 px images, MINI_FINETUNE replaced."""
+    """End-to-end fine-tuning. "paper": the official repository's values, with which the released classifiers were
+    trained. "mini": the same with MINI_FINETUNE, for the generated 48 px images."""
     epochs, base_lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
     paper = ClassifierRecipe(
         image_size=get_arch(arch).image_size,
@@ -39,8 +39,6 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
         min_lr=1e-6,
         optimizer="adamw",
         betas=(0.9, 0.999),
-        momentum=0.0,
-        trust_coefficient=0.0,
         weight_decay=0.05,
         layer_decay=layer_decay,
         drop_path=drop_path,
@@ -52,10 +50,9 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
         mixup=0.8,
         cutmix=1.0,
         label_smoothing=0.1,
-        ema=0.0,
     )
-    mini = MINI_FINETUNE | miniature_size(arch)
-    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
+    mini = replace(paper, **MINI_FINETUNE, **miniature_size(arch))
+    return choose("recipe", name, {"paper": paper, "mini": mini})
 
 
 def finetune_sources(arch: str) -> dict[str, str]:
@@ -71,8 +68,8 @@ def finetune_sources(arch: str) -> dict[str, str]:
 
 
 def partial_recipe(arch: str, name: str) -> PartialRecipe:
-    """Partial fine-tuning: the recipe of fine-tuning, for each of Figure 9's numbers of blocks that this size has, and
-    for all of its blocks."""
+    """Partial fine-tuning: the recipe of fine-tuning, at each number of blocks in Figure 9 that is below the depth, and
+    at the depth."""
     depth = float(get_arch(arch).depth)
     blocks = (*(k for k in FIGURE_9 if k < depth), depth)
     return PartialRecipe(**vars(finetune_recipe(arch, name)), blocks=blocks)
@@ -84,7 +81,7 @@ def partial_sources(arch: str) -> dict[str, str]:
     return sources | {"epochs": f"{unsaid} ({sources['epochs']})"}
 
 
-# From scratch: epochs, drop_path. Other sizes take ViT-B's.
+# From scratch: epochs, drop_path. Other sizes use ViT-B's values.
 SCRATCH_BY_SIZE = {"vit_large_patch16": (200, 0.2), "vit_huge_patch14": (200, 0.2)}
 SCRATCH_BASE = (300, 0.1)
 
@@ -106,8 +103,8 @@ def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
         random_erasing=0.0,
         ema=0.9999,
     )
-    mini = MINI_SCRATCH | miniature_size(arch)
-    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
+    mini = replace(paper, **MINI_SCRATCH, **miniature_size(arch))
+    return choose("recipe", name, {"paper": paper, "mini": mini})
 
 
 def scratch_sources(arch: str) -> dict[str, str]:
@@ -119,8 +116,8 @@ def scratch_sources(arch: str) -> dict[str, str]:
     return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")
 
 
-# Longer recipes for iNaturalist, by name: what an author of two other projects said they fine-tuned a ViT-B with. What
-# he did not say is DeiT's code.
+# Longer recipes for iNaturalist, by name: what an author of two other projects said he fine-tuned a ViT-B with. What he
+# left unsaid is taken from DeiT's code.
 UNSAID = {"min_lr": 1e-5, "layer_decay": 1.0, "pool": "token", "head_std": 0.02, "repeated_augmentation": 3}
 DEIT = UNSAID | {
     "epochs": 360,
@@ -137,7 +134,7 @@ STAND_INS = {"deit-360": (DEIT, DEIT_SAID), "dino-300": (DINO, DINO_SAID)}
 
 
 def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
-    """For iNaturalist, Places and folders: the recipe of ImageNet, or a longer one by name."""
+    """For iNaturalist, Places and folders: the ImageNet recipe, or a longer one by name."""
     if name in STAND_INS:
         values, _ = STAND_INS[name]
         return RepeatedRecipe(**vars(finetune_recipe(arch, "paper")) | values)
@@ -147,7 +144,7 @@ def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
 
 
 def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
-    """The paper adjusted its ImageNet recipe to each set and published no value."""
+    """The paper adjusted its ImageNet recipe to each set and did not publish the values."""
     if name in STAND_INS:
         _, said = STAND_INS[name]
         sources = dict.fromkeys(RepeatedRecipe.__dataclass_fields__, f"stand-in: {said}")
@@ -163,7 +160,8 @@ def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
 
 
 def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:
-    """Linear probing of the frozen encoder: class token, BatchNorm without affine, linear layer."""
+    """Linear probing of the frozen encoder: class token, BatchNorm without affine parameters, linear layer. It uses no
+    decay and no augmentation but crop and flip: ClassifierRecipe's defaults."""
     paper = ClassifierRecipe(
         image_size=get_arch(arch).image_size,
         epochs=90,
@@ -172,24 +170,14 @@ def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:
         base_lr=0.1,
         min_lr=0.0,
         optimizer="lars",
-        betas=(0.0, 0.0),
         momentum=0.9,
         trust_coefficient=0.001,
-        weight_decay=0.0,
-        layer_decay=1.0,
-        drop_path=0.0,
         pool="token",
         head_std=0.01,
         min_scale=0.08,
-        rand_augment="",
-        random_erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.0,
-        ema=0.0,
     )
-    mini = MINI_LINPROBE | miniature_size(arch)
-    return choose("recipe", name, {"paper": paper, "mini": replace(paper, **mini)})
+    mini = replace(paper, **MINI_LINPROBE, **miniature_size(arch))
+    return choose("recipe", name, {"paper": paper, "mini": mini})
 
 
 def linprobe_sources(arch: str) -> dict[str, str]:
@@ -198,8 +186,8 @@ def linprobe_sources(arch: str) -> dict[str, str]:
     return sources | dict.fromkeys(("betas", "layer_decay", "ema"), "not used")
 
 
-# All that "mini" changes. Sizes, lengths and rates: images of 48 px, 800 of them, minutes on two cores. Augmentation:
-# one shape fills a miniature's image, and RandAugment, erasing and crops of 8 % leave too little of it to see.
+# Everything that "mini" changes. Sizes, lengths and rates: 800 images of 48 px, minutes on two cores. Augmentation: one
+# shape fills a miniature's image, and RandAugment, erasing and crops of 8 % would leave too little of it.
 MINI_FINETUNE: dict[str, Any] = {
     "epochs": 30,
     "warmup_epochs": 3,
@@ -212,19 +200,19 @@ MINI_FINETUNE: dict[str, Any] = {
     "rand_augment": "",
     "random_erasing": 0.0,
 }
-# 360 steps: an average over as large a part of them as 1 / (1 - 0.9999) is of ViT-B's 93,600.
+# 360 steps: 1 / (1 - 0.975) is about the same share of them as 1 / (1 - 0.9999) is of ViT-B's 93,600.
 MINI_SCRATCH = MINI_FINETUNE | {"ema": 0.975}
 # base_lr: the paper's absolute rate.
 MINI_LINPROBE: dict[str, Any] = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}
 
 
 def miniature_size(arch: str) -> dict[str, Any]:
-    """The miniature's 48 px, down to a multiple of the patch: a ViT-L runs through it on two cores too."""
+    """The miniature's 48 px, rounded down to a multiple of the patch size: even a ViT-L runs on two cores."""
     return {"image_size": 48 - 48 % get_arch(arch).patch}
 
 
 def eval_recipe(arch: str, name: str) -> EvalRecipe:
-    """The official evaluation: one view, resized and cropped (main_finetune.py --eval)."""
+    """The official evaluation at the classifier's own size: one view, resized and cropped (main_finetune.py --eval)."""
     return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe()))
 
 

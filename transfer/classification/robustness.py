@@ -1,11 +1,14 @@
-"""A fine-tuned ImageNet classifier on ImageNet-A, -R, -C and -Sketch: inference only.
+"""A fine-tuned ImageNet classifier on ImageNet's validation images and on ImageNet-A, -R, -C and -Sketch: inference
+only.
 
 python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED --data DIR --out DIR
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +16,10 @@ from mae_core.checkpoint import Checkpoint
 from mae_core.data import PILLOW_PIXELS, Normalization
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.settings import choose
 from mae_core.vit import ViT
 from transfer.classification.checks import input_objections
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
+from transfer.classification.recipes import eval_recipe
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import columns, read_split, wnids
 from transfer.data.imagenet_shifts import (
@@ -31,8 +34,8 @@ from transfer.data.split import Split
 from transfer.miniature import imagenet as miniature
 from transfer.task import Job, Needs, Result, Task
 
-# Top-1 error of AlexNet, mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
-# another script lists the corruptions in another order.
+# AlexNet's top-1 error, the mean over the five severities: google-research/augmix imagenet.py. Keyed by name, because
+# other scripts list the corruptions in another order.
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -52,16 +55,11 @@ ALEXNET_ERROR = {
 }
 
 
-def recipe(arch: str, name: str) -> EvalRecipe:
-    """ImageNet-A, -R, -Sketch: the official evaluation transform at the classifier's own size."""
-    return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe()))
-
-
 def recipe_c(arch: str, name: str) -> EvalRecipe:
     """ImageNet-C: its files are 224 px already, and a classifier of that size gets them as they are, as in its authors'
-    script; another one gets them resized. The paper does not say what it did; --set imagenet_c.transform=resize_crop
-    is the other way in use."""
-    return choose("recipe", name, dict.fromkeys(("paper", "mini"), EvalRecipe(transform="resize")))
+    script; for any other size they are resized. The paper does not say what it did; --set
+    imagenet_c.transform=resize_crop is the other way in use."""
+    return replace(eval_recipe(arch, name), transform="resize")
 
 
 def sources(arch: str) -> dict[str, str]:
@@ -74,7 +72,7 @@ def sources(arch: str) -> dict[str, str]:
 
 @cache
 def load_once(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:
-    """One model for all the sets that a process evaluates."""
+    """The classifier and its input size, loaded once for all the sets that a process evaluates."""
     model, size = trained_classifier(checkpoint, image_size, device)
     if model.num_classes != len(wnids()):
         raise UserError(f"{checkpoint.name} has {model.num_classes} classes, ImageNet-1k has {len(wnids())}")
@@ -89,26 +87,41 @@ def normalization_of(job: Job) -> Normalization:
     return (job.parent or job.checkpoint).normalization
 
 
-def split_of(job: Job) -> Split:
+def scores_of(job: Job, split: Split, label: str = "", kept: Sequence[int] | None = None) -> Scores:
+    """A split scored by the job's classifier. kept: only these classes compete."""
+    model, size = classifier(job)
+    transform, label = eval_transform(size, job.recipe.transform), f"{job.task.name} {label}".strip()
+    return evaluate(model, split, transform, normalization_of(job), job.machine, label, kept)
+
+
+def resolved(job: Job) -> dict[str, Any]:
+    return {"image_size": classifier(job)[1], "val_pixels": PILLOW_PIXELS}
+
+
+def evaluate_split(job: Job, split: Split, kept: Sequence[int] | None = None) -> Result:
+    images = len(split.files)
+    return Result(*scores_of(job, split, kept=kept).metrics(), images, images, resolved=resolved(job))
+
+
+def shifted_split(job: Job) -> Split:
     folder = folder_of(Path(job.data.root), job.task.name)
     assert folder is not None  # or its data would not have been found
     return read_split(folder)[0]
 
 
+def run_released(job: Job) -> Result:
+    """ImageNet's own validation images."""
+    return evaluate_split(job, read_split(Path(job.data.root) / "imagenet" / "val")[0])
+
+
 def run_200(job: Job) -> Result:
     """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
-    model, size = classifier(job)
-    root, kept = Path(job.data.root), columns(job.task.name)
-    split = split_of(job)
-    transform = eval_transform(size, job.recipe.transform)
-    scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name, kept)
-    result = scored(scores, len(split.files), size)
-    clean = clean_split(root).of_classes(kept)
+    kept = columns(job.task.name)
+    result = evaluate_split(job, shifted_split(job), kept)
+    clean = clean_split(Path(job.data.root)).of_classes(kept)
     if not clean.files:
         return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
-    metrics, stderr = evaluate(
-        model, clean, transform, normalization_of(job), job.machine, f"{job.task.name} clean", kept
-    ).metrics()
+    metrics, stderr = scores_of(job, clean, "clean", kept).metrics()
     return replace(
         result,
         images_seen=result.images_seen + len(clean.files),
@@ -118,31 +131,18 @@ def run_200(job: Job) -> Result:
 
 
 def run_sketch(job: Job) -> Result:
-    model, size = classifier(job)
-    split = split_of(job)
-    transform = eval_transform(size, job.recipe.transform)
-    scores = evaluate(model, split, transform, normalization_of(job), job.machine, job.task.name)
-    return scored(scores, len(split.files), size)
-
-
-def scored(scores: Scores, images: int, size: int) -> Result:
-    metrics, stderr = scores.metrics()
-    resolved = {"image_size": size, "val_pixels": PILLOW_PIXELS}
-    return Result(metrics, stderr, n_eval=images, images_seen=images, resolved=resolved)
+    return evaluate_split(job, shifted_split(job))
 
 
 def run_c(job: Job) -> Result:
     """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
-    model, size = classifier(job)
-    transform = eval_transform(size, job.recipe.transform)
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
         splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
         if job.recipe.transform == "center_crop":
-            check_crop(splits[0].files[0], size)
+            check_crop(splits[0].files[0], classifier(job)[1])
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
-        label = f"{job.task.name} {number + 1}/15 {corruption}"
-        scores = evaluate(model, whole, transform, normalization_of(job), job.machine, label)
+        scores = scores_of(job, whole, f"{number + 1}/15 {corruption}")
         wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
     errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
     metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}
@@ -153,7 +153,7 @@ def run_c(job: Job) -> Result:
         n_eval=images,
         images_seen=images,
         tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
-        resolved={"image_size": size, "val_pixels": PILLOW_PIXELS},
+        resolved=resolved(job),
     )
 
 
@@ -171,7 +171,7 @@ def check_crop(file: Path, size: int) -> None:
 
 def mce(errors: dict[str, list[float]]) -> float:
     """Mean corruption error in percent: the mean over the 15 corruptions of the model's error, summed over the five
-    severities, over AlexNet's. errors: corruption -> five top-1 errors in 0..1. UserError if one is missing."""
+    severities, over AlexNet's. errors: corruption -> five top-1 errors in 0..1. UserError if any is missing."""
     missing = [c for c in ALEXNET_ERROR if len(errors.get(c, ())) != len(SEVERITIES)]
     if missing:
         raise UserError(f"no mCE without five severities of {', '.join(missing)}")
@@ -179,8 +179,8 @@ def mce(errors: dict[str, list[float]]) -> float:
 
 
 def mce_stderr(wrong: dict[str, list[np.ndarray]]) -> dict[str, float]:
-    """Standard errors of mce and mean_err over the images. The 75 versions of an image are not independent, so each
-    image's mean over them is the unit; the versions list the same images in the same order."""
+    """Standard errors of mce and mean_err over the images. The 75 versions of an image are not independent, so the
+    unit is each image's mean over them; all versions list the same images in the same order."""
     per_image = {c: np.mean(np.stack([part.astype(float) for part in parts]), axis=0) for c, parts in wrong.items()}
     n = len(next(iter(per_image.values())))
     if n < 2:
@@ -197,7 +197,7 @@ IMAGENET_A = Task(
     metric="top1",
     version=1,
     cost=41,
-    recipe=recipe,
+    recipe=eval_recipe,
     sources=sources,
     inspect=partial(inspect_shift, "imagenet_a"),
     run=run_200,

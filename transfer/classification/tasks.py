@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from transfer.classification import checks, recipes, robustness
-from transfer.classification.job import evaluate_released, finetune, linprobe
+from transfer.classification.job import finetune, linprobe
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
 from transfer.data.findings import Data
@@ -89,7 +89,7 @@ EVAL = Task(
     recipe=recipes.eval_recipe,
     sources=recipes.eval_sources,
     inspect=inspect_imagenet_val,
-    run=evaluate_released,
+    run=robustness.run_released,
     miniature=miniature.imagenet,
     objections=checks.input_objections,
     needs=Needs.FINE_TUNED_FILE,
@@ -97,7 +97,7 @@ EVAL = Task(
 
 
 def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
-    """Fine-tuning on a labelled set beside ImageNet."""
+    """Fine-tuning on a labelled set other than ImageNet."""
     return replace(
         FINETUNE,
         name=known.name,
@@ -112,7 +112,7 @@ def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
 
 
 def folder_task(path: str) -> Task:
-    """Fine-tuning on a folder of the user's: "folder:" and its last name, in tables."""
+    """Fine-tuning on the user's own folder, named "folder:" and the folder's last name in tables."""
     folder = Path(path).expanduser().resolve()
     known = LabelledSet(folder.name, f"Folder {folder.name}", (0, 0, 0), "{train,val}/CLASS/*.jpg", read_folder)
 

@@ -1,4 +1,4 @@
-"""The training of a classifier: one recipe, one loop."""
+"""Training a classifier: one recipe, one loop."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -24,8 +24,8 @@ from transfer.classification.transforms import train_transform
 from transfer.data.split import Split
 from transfer.task import Job
 
-# The knobs that a training with this optimizer does not use, and the values they keep. LARS trains the probe alone,
-# on images that are cropped and flipped alone.
+# The knobs that a training with this optimizer does not use, and the values they must keep. LARS trains only the probe,
+# on images that are only cropped and flipped.
 UNUSED: dict[str, dict[str, Any]] = {
     "adamw": {"momentum": 0.0, "trust_coefficient": 0.0},
     "lars": {"betas": (0.0, 0.0), "layer_decay": 1.0, "rand_augment": "", "random_erasing": 0.0},
@@ -35,12 +35,13 @@ POOLS = ("avg", "token")
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe:
-    """Every number of one classifier's training. Values and their sources: transfer/classification/recipes.py.
+    """Every number of one classifier's training; the defaults switch things off. Values and their sources:
+    transfer/classification/recipes.py.
 
     optimizer: "adamw" (layer-wise decay of the learning rate) or "lars" (head only). pool: "avg" or "token".
     rand_augment: timm's string, "" for none. ema: decay of the weights' moving average, 0 for none. train_fraction:
-    the share of the training images that is used (Split.share).
-    UserError for an unknown name, and for a knob that would do nothing.
+    the share of the training images that is used (`Split.share`).
+    UserError for an unknown name, and for a knob that would have no effect.
     """
 
     image_size: int = bounded(1)
@@ -50,21 +51,21 @@ class ClassifierRecipe:
     base_lr: float = bounded(0)
     min_lr: float = bounded(0)
     optimizer: str
-    betas: tuple[float, float] = bounded(0, 1, below=True)
-    momentum: float = bounded(0, 1, below=True)
-    trust_coefficient: float = bounded(0)
-    weight_decay: float = bounded(0)
-    layer_decay: float = bounded(0, 1)
-    drop_path: float = bounded(0, 1, below=True)
+    betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.0, 0.0))
+    momentum: float = bounded(0, 1, below=True, default=0.0)
+    trust_coefficient: float = bounded(0, default=0.0)
+    weight_decay: float = bounded(0, default=0.0)
+    layer_decay: float = bounded(0, 1, default=1.0)
+    drop_path: float = bounded(0, 1, below=True, default=0.0)
     pool: str
     head_std: float = bounded(0)
     min_scale: float = bounded(0, 1)
-    rand_augment: str
-    random_erasing: float = bounded(0, 1)
-    mixup: float = bounded(0)
-    cutmix: float = bounded(0)
-    label_smoothing: float = bounded(0, 1, below=True)
-    ema: float = bounded(0, 1, below=True)
+    rand_augment: str = ""
+    random_erasing: float = bounded(0, 1, default=0.0)
+    mixup: float = bounded(0, default=0.0)
+    cutmix: float = bounded(0, default=0.0)
+    label_smoothing: float = bounded(0, 1, below=True, default=0.0)
+    ema: float = bounded(0, 1, below=True, default=0.0)
     train_fraction: float = bounded(1e-6, 1, default=1.0)
 
     def __post_init__(self) -> None:
@@ -77,35 +78,35 @@ class ClassifierRecipe:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
         try:
             train_transform(224, self.min_scale, self.rand_augment)
-        except Exception as e:  # timm parses the string, and fails in any way
+        except Exception as e:  # timm parses the string, and may raise anything
             raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatedRecipe(ClassifierRecipe):
-    """repeated_augmentation: augmented samples of each image in a batch."""
+    """repeated_augmentation: how many augmented samples of each image a batch holds."""
 
     repeated_augmentation: int = bounded(1)
 
 
 def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
-    """Train by job.recipe on the split, resuming what lies in job.work. Returns the final state and the model to
-    evaluate: the moving average of the weights where the recipe has one."""
+    """Train by job.recipe on the split, resuming from the checkpoint in job.work if there is one. Returns the final
+    state and the model to evaluate: the moving average of the weights if the recipe has one."""
     r, machine, normalization = job.recipe, job.machine, job.checkpoint.normalization
     check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
     local_batch = r.batch // machine.processes
     mixes = r.mixup > 0 or r.cutmix > 0
-    # 512: what one GPU of the official probe takes, so that its BatchNorm sees the same batch.
+    # 512: the batch of one GPU in the official probe, so that BatchNorm sees the same.
     wanted = machine.micro_batch or (512 if r.optimizer == "lars" else 128)
     micro_batch = micro_batch_for(local_batch, wanted)
     if mixes:
         if local_batch % 2 or wanted < 2:
             raise UserError(
-                f"mixup pairs images: {local_batch} a process in micro-batches of {wanted} need to be even numbers"
+                f"mixup pairs images: {local_batch} per process in micro-batches of {wanted} must both be even numbers"
             )
         micro_batch = 2 * micro_batch_for(local_batch // 2, wanted // 2)
     mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model.num_classes)
-    loss_function = soft_loss if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
+    loss_function = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
     if r.optimizer == "lars":
         optimizer: Optimizer = lars(model.head, r.momentum, r.trust_coefficient, r.weight_decay)
     else:
@@ -144,17 +145,13 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
 
 
 def erased(images: Tensor, probability: float) -> Tensor:
-    """Random erasing, by timm: with that probability an image gets a rectangle of normal noise, so after normalisation.
-    In place, on the images' device."""
+    """Random erasing by timm, in place: with that probability an image gets a rectangle of normal noise, so it follows
+    normalisation."""
     return RandomErasing(probability, mode="pixel", device=images.device)(images) if probability else images
 
 
-def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return SoftTargetCrossEntropy()(logits, targets)
-
-
 def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names and values."""
+    """SHA-256 over the names and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(name.encode())

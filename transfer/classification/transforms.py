@@ -1,4 +1,4 @@
-"""What a classifier's images go through: augmentation in training, one view in evaluation."""
+"""Transforms of a classifier's images: augmentation in training, one view in evaluation."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from mae_core.settings import choose
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keep that many bits of each channel; none leaves black.
+    """Keep that many bits of each channel; 0 gives black.
 
-    RandAugment asks for 0 bits where its random magnitude reaches 10. Pillow made that black when MAE was fine-tuned
-    and refuses it since version 13.
+    RandAugment asks for 0 bits when its random magnitude reaches 10. Pillow made that black when MAE was fine-tuned,
+    and has refused it since version 13.
     """
     return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
 
@@ -24,22 +24,22 @@ def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
 def train_transform(
     image_size: int, min_scale: float, rand_augment: str, normalization: Normalization = IMAGENET_NORMALIZATION
 ) -> v2.Compose:
-    """What fine-tuning augments with, on uint8 tensors: random resized crop (bicubic), flip, and timm's RandAugment,
-    whose operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
-    string, or "" for none. normalization: its mean fills what RandAugment shifts in."""
+    """Fine-tuning's augmentation of uint8 tensors: random resized crop (bicubic), flip, and timm's RandAugment, whose
+    operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
+    string, or "" for none. normalization: its mean fills the borders that RandAugment's shifts open."""
     crop = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     steps: list[Callable] = [crop, v2.RandomHorizontalFlip()]
     if rand_augment:
         _, augment, _ = create_transform(
             image_size,
             is_training=True,
-            color_jitter=None,  # type: ignore[arg-type]  # timm's own default for none, which its annotation forgets
+            color_jitter=None,  # type: ignore[arg-type]  # timm's default, missing from its annotation
             auto_augment=rand_augment,
             interpolation="bicubic",
             mean=normalization[0],
             separate=True,
         )
-        for operation in getattr(augment.transforms[0], "ops", ()):  # none in AutoAugment, which has no such operation
+        for operation in getattr(augment.transforms[0], "ops", ()):  # AutoAugment has no `ops`, nor this operation
             if operation.name == "PosterizeIncreasing":
                 operation.aug_fn = posterize
         steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
@@ -47,8 +47,8 @@ def train_transform(
 
 
 class LoopFreeCrop(v2.RandomResizedCrop):
-    """Random resized crop that takes its first draw, cut to the image where it is too large, instead of drawing again:
-    what MAE's probe trains with, to match its TensorFlow original (official code, util/crop.py)."""
+    """Random resized crop that keeps its first draw, clipped to the image if too large, instead of drawing again: MAE's
+    probe trains with it to match its TensorFlow original (official code, util/crop.py)."""
 
     def make_params(self, flat_inputs: list) -> dict[str, int]:
         height, width = v2.functional.get_size(flat_inputs[0])
@@ -63,18 +63,18 @@ class LoopFreeCrop(v2.RandomResizedCrop):
 
 
 def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
-    """What the linear probe augments with, on uint8 tensors: loop-free random resized crop (bicubic) and flip."""
+    """The linear probe's augmentation of uint8 tensors: loop-free random resized crop (bicubic) and flip."""
     crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
-    """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. By Pillow, as the
-    published numbers were made: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
+    """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. Pillow resizes, as for the
+    published numbers: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
-    the official evaluation does. "center_crop": centre crop alone. "resize": short side to the size, bicubic, then
-    centre crop; nothing at all for an image of that size. UserError for another name.
+    the official evaluation does. "center_crop": only the centre crop. "resize": short side to the size, bicubic, then
+    centre crop; an image of that size stays as it is. UserError for another name.
     """
     # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
     resized = {

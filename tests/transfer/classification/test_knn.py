@@ -14,7 +14,6 @@ from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
 from transfer.classification import evaluate, robustness, train
-from transfer.classification import knn as features
 from transfer.classification import tasks as classification
 from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
 from transfer.classification.transforms import eval_transform
@@ -28,13 +27,13 @@ KNN = next(task for task in classification.TASKS if task.name == "imagenet_knn")
 def images_shown(monkeypatch):
     """Every image that a model is shown, in order."""
     shown = []
-    forward = features.forward
+    forward = evaluate.forward
 
     def look(model, images, normalization, machine):
         shown.extend(normalize(images, normalization))
         return forward(model, images, normalization, machine)
 
-    monkeypatch.setattr(features, "forward", look)
+    monkeypatch.setattr(evaluate, "forward", look)
     return shown
 
 
