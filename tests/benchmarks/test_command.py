@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import command, run_all
 from tests.fixtures import ROOT
+from transfer.task import read_record
 
 
 def call(monkeypatch, *arguments):
@@ -80,13 +81,18 @@ def test_the_wheel_holds_the_packages_and_what_they_read(tmp_path):
     assert not [line for line in metadata.get_all("Requires-Dist") if "@" in line], "an index refuses direct URLs"
     assert "mae-transfer = benchmarks.command:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
 
-    # From there, in a folder of its own: its own copy of mae_mini through one task, to a table with published rows.
+    # From there, in a folder of its own: its own mae_mini through one task, to tables, with its own published numbers.
     work = tmp_path / "work"
     work.mkdir()
     env = {**os.environ, "PYTHONPATH": str(site)}
-    program = "from benchmarks.command import main; import sys; sys.exit(main())"
+    program = "import sys; from benchmarks import command; from benchmarks.tables import PUBLISHED; print(PUBLISHED); "
     flags = ["run", "--recipe", "mini", "--tasks", "imagenet_knn", "--device", "cpu"]
-    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=work, env=env, capture_output=True, text=True)
+    call = [sys.executable, "-c", program + "sys.exit(command.main())", *flags]
+    done = subprocess.run(call, cwd=work, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert str(site / "transfer" / "results" / "miniature") in done.stdout + (work / "results/summary.csv").read_text()
+    assert done.stdout.splitlines()[0] == str(inside / "published")
+    (path,) = work.glob("results/runs/mae_mini-*/imagenet_knn/*/record.json")
+    record = read_record(path)
+    assert record.checkpoint["path"] == str(inside / "miniature" / "mae_mini.safetensors")
+    assert record.commit == ""
     assert "mae_mini" in (work / "results" / "summary.md").read_text(encoding="utf-8")
