@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import command, run_all
 from tests.fixtures import ROOT
-from transfer.task import read_record
+from transfer.run import read_record
 
 
 def call(monkeypatch, *arguments):
