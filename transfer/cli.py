@@ -1,4 +1,4 @@
-"""The command line of every task family: its flags, and running some of its tasks on one checkpoint."""
+"""The command line of every task family: its flags, and its main, which runs some of its tasks on one checkpoint."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from transfer.task import RECORD_FILE, Needs, Record, Task
 
 
 def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
-    """--recipe, --data, --out, --engine where a task has a choice, and the machine's flags."""
+    """--recipe, --data, --out, the machine's flags, and --engine if a task has several."""
     parser.add_argument("--recipe", default="paper", choices=RECIPES, help="default: paper")
     parser.add_argument(
         "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
@@ -38,38 +38,33 @@ def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> 
 
 
 def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
-    """The root of the datasets; the mini recipe without --data gets the generated miniature, written if need be."""
+    """The root of the datasets. The mini recipe without --data uses the miniature, which is generated if missing."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: give a folder")
-    if args.data is not None:
-        if not args.data.is_dir():
-            raise UserError(f"--data {args.data} is not a folder")
-        return readable(args.data)
-    if args.recipe != "mini":
-        root = Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
-        if not root.is_dir() and not all(task.path for task in tasks):
-            named = "$MAE_TRANSFER_DATA" if "MAE_TRANSFER_DATA" in os.environ else "--data"
-            raise UserError(
-                f"no data: there is no folder {root}; let {named} name the folder that holds imagenet/, coco/ and the "
-                "others (docs/data.md), or take --recipe mini, which generates its own"
-            )
-        return readable(root)
-    root = args.out / "data"
-    if distributed.is_main():
-        for write in dict.fromkeys(task.miniature for task in tasks):
-            write(root)
-    distributed.barrier()
-    return root
-
-
-def readable(root: Path) -> Path:
+    if args.data is None and args.recipe == "mini":
+        root = args.out / "data"
+        if distributed.is_main():
+            for write in dict.fromkeys(task.miniature for task in tasks):
+                write(root)
+        distributed.barrier()
+        return root
+    root = args.data or Path(os.environ.get("MAE_TRANSFER_DATA", "datasets"))
+    if args.data and not root.is_dir():
+        raise UserError(f"--data {root} is not a folder")
+    if not root.is_dir() and not all(task.path for task in tasks):
+        named = "$MAE_TRANSFER_DATA" if "MAE_TRANSFER_DATA" in os.environ else "--data"
+        raise UserError(
+            f"no data: there is no folder {root}; set {named} to the folder that holds imagenet/, coco/ and the "
+            "others (docs/data.md), or use --recipe mini, which generates its own data"
+        )
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
         raise UserError(f"no data: {root} may not be read by this user: change its permissions (chmod)")
     return root
 
 
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
-    """Run some of a family's tasks on one checkpoint. Exit code: 0 all gave a number, 1 not all, 2 a wrong call."""
+    """Run some of a family's tasks on one checkpoint. Exit code: 0 if all gave a number, 1 if not, 2 for a
+    wrong call, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog=f"python -m {tasks[0].module}")
     parser.add_argument(
         "--task", nargs="+", action="extend", required=True, metavar="TASK", help=", ".join(t.name for t in tasks)
@@ -80,7 +75,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
     if any(task.needs is Needs.CLASSIFIER for task in tasks):
-        parser.add_argument("--classifier", type=Path, help="classifier.safetensors that imagenet_finetune left")
+        parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_common_flags(parser, tasks)
     args = parser.parse_args(arguments)
     try:
@@ -104,9 +99,11 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
     root = data_root(args, tasks)
     records = []
     for task in tasks:
-        own = parent if task.needs is Needs.CLASSIFIER and checkpoint.kind != "classifier" else None
+        evaluated = parent if task.needs is Needs.CLASSIFIER and checkpoint.kind != "classifier" else None
         data = guarded(task.inspect, root)
-        job = make_job(task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, own)
+        job = make_job(
+            task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, evaluated
+        )
         record = cached_or_skipped(job)
         if record is None:
             check_space([job], args.out)

@@ -1,4 +1,4 @@
-"""From names and settings to jobs, and what stands against running one."""
+"""From names and settings to jobs, and the reasons why a job cannot run."""
 
 import hashlib
 import importlib.util
@@ -22,7 +22,7 @@ RECIPES = ("paper", "mini")  # of every task
 
 
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
-    """The tasks of these names; "NAME:PATH" is the task NAME on that folder."""
+    """The tasks with these names; "NAME:PATH" is the task NAME on that folder."""
     known = {task.name: task for task in tasks}
     found: list[Task] = []
     for name in dict.fromkeys(names):
@@ -31,7 +31,7 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
         if family not in known or (colon and not of):
             raise unknown("task", name, known)
         if of and not path:
-            raise UserError(f"--tasks {name}: say which, as {family}:/path/to/images")
+            raise UserError(f"--tasks {name}: say which folder, as {family}:/path/to/images")
         task = of(path) if of else known[family]
         if other := next((t for t in found if t.name == task.name and t.path != task.path), None):
             raise UserError(
@@ -43,20 +43,20 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
 
 
 def task_argument(task: Task) -> str:
-    """What find_tasks makes this task of."""
+    """The name from which `find_tasks` makes this task."""
     return f"{task.name.partition(':')[0]}:{task.path}" if task.path else task.name
 
 
 def installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # a module that another one has barred
+    except ValueError:  # another package has blocked the module
         return False
 
 
 def choose_engine(task: Task, asked: str = "auto") -> str:
-    """The engine that a task runs on: the one asked for where the task has it, else the first that is installed, else
-    the first. UserError if the one asked for is not installed."""
+    """The engine that a task runs on: the one asked for if the task has it, else the first that is installed, else the
+    first. UserError if the one asked for is not installed."""
     if asked in task.engines:
         if not installed(task.engines[asked]):
             raise UserError(f"--engine {asked}: it is not installed here; {task.install}")
@@ -86,11 +86,11 @@ def make_job(
 
 
 def resolve(task: Task, arch: str, name: str, settings: Sequence[str]) -> tuple[Task, str, Any, dict[str, Any]]:
-    """The recipe with its settings applied: (the task with that recipe's sources, the recipe's name, the recipe, what
-    differs from it). The setting recipe=NAME takes one of the task's own recipes instead of that of --recipe."""
-    own = [setting.removeprefix("recipe=") for setting in settings if setting.startswith("recipe=")]
-    if own:
-        name = own[-1]
+    """The recipe with its settings applied: (the task with that recipe's sources, the recipe's name, the recipe, the
+    overridden values). The setting recipe=NAME selects one of the task's further recipes instead of --recipe's."""
+    names = [setting.removeprefix("recipe=") for setting in settings if setting.startswith("recipe=")]
+    if names:
+        name = names[-1]
         if name in RECIPES:
             raise UserError(f"--set recipe={name}: --recipe chooses that, for all tasks")
         task = replace(task, sources=partial(task.sources, name=name))
@@ -102,29 +102,29 @@ def resolve(task: Task, arch: str, name: str, settings: Sequence[str]) -> tuple[
 
 
 def scratch_of(arch: str, seed: int) -> Checkpoint:
-    """Random weights that are called by their size, so that all checkpoints of one size share what starts from them."""
+    """Random weights named by their size, so that all checkpoints of one size share the same run from scratch."""
     name = f"scratch:{arch}"
     sha256 = hashlib.sha256(name.encode()).hexdigest()
     return replace(read_checkpoint(f"random:{arch}", seed), name=name, sha256=sha256)
 
 
 def classifier_of(checkpoint: Checkpoint, path: Path, recipe_name: str, seed: int) -> Checkpoint:
-    """The classifier in a file; UserError unless imagenet_finetune made it of this checkpoint, recipe and seed: its
-    numbers will stand in this checkpoint's row."""
+    """The classifier in a file; UserError unless imagenet_finetune made it from this checkpoint with this recipe and
+    seed: its numbers go into this checkpoint's row."""
     classifier = read_checkpoint(path)
     wanted = {"encoder_sha256": checkpoint.sha256, "recipe": recipe_name, "seed": str(seed)}
     changed = differences({name: classifier.meta.get(name) for name in wanted}, wanted)
     if changed:
         raise UserError(
-            f"--classifier {path} is not what imagenet_finetune made of {checkpoint.name} ({'; '.join(changed)}): "
-            "give that one, or evaluate this one as --ckpt"
+            f"--classifier {path} was not made by imagenet_finetune from {checkpoint.name} ({'; '.join(changed)}): "
+            "give the one that was, or evaluate this one as --ckpt"
         )
     return classifier
 
 
 def obstacle(job: Job) -> tuple[str, str]:
-    """("skipped" or "failed", why) where the job cannot run at all; ("", "") where it can. UserError where it cannot
-    because of a knob or flag that the call gave."""
+    """("skipped" or "failed", why) if the job cannot run; ("", "") if it can. UserError if a knob or flag given by the
+    user is why it cannot."""
     task, kind = job.task, job.checkpoint.kind
     found = list(task.objections(job))
     for knob, why in found:
@@ -151,7 +151,7 @@ def obstacle(job: Job) -> tuple[str, str]:
 
 
 def cached_or_skipped(job: Job) -> Record | None:
-    """The record of a job that is done or cannot run (the latter is written now); None if it is to be run."""
+    """The record of a job that is done or cannot run (in which case it is written now); None if it must run."""
     record = finished(job)
     if record is None:
         status, reason = obstacle(job)

@@ -1,4 +1,4 @@
-"""Running one job: its work folder, the claim on it, and the record that it leaves whatever happens."""
+"""Running one job: its work folder, the claim on it, and the record that is written whatever happens."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ def write_record(record: Record, work: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """The Record in that file; UserError if it is not one."""
+    """The Record in a file; UserError if it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return Record(**{**values, "notes": tuple(values.get("notes", ()))})
@@ -46,7 +46,7 @@ def checkpoint_folder(out: Path, checkpoint: Checkpoint) -> Path:
 
 
 def with_work_folder(job: Job) -> Job:
-    """The job with the work folder below its --out: readable names for people, the identity's hash so that different
+    """The job with its work folder below --out: readable names for people, and the identity's hash so that different
     experiments never collide."""
     digest = hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:8]
     run = f"{slug(job.recipe_label)[:40]}-seed{job.seed}-{digest}"
@@ -54,7 +54,7 @@ def with_work_folder(job: Job) -> Job:
 
 
 def claim(job: Job) -> None:
-    """Mark the work folder as this experiment's; UserError with the differences if it is another's."""
+    """Mark the work folder as this experiment's; UserError with the differences if it belongs to another."""
     marker = job.work / "job.json"
     if marker.exists():
         changed = differences(json.loads(marker.read_text()), job.identity())
@@ -65,25 +65,22 @@ def claim(job: Job) -> None:
 
 
 def finished(job: Job) -> Record | None:
-    """The successful record of exactly this job in its work folder, which makes running it unnecessary."""
+    """The successful record of exactly this job in its work folder, if there is one: the job need not run again."""
     path = job.work / RECORD_FILE
-    if path.exists():
-        record = read_record(path)
-        if record.status == "ok" and record.identity == job.identity():
-            return record
-    return None
+    record = read_record(path) if path.exists() else None
+    return record if record and record.status == "ok" and record.identity == job.identity() else None
 
 
 def run_job(job: Job) -> Record:
-    """Run a job in its work folder and write its record, whatever happens; Ctrl-C alone leaves none.
+    """Run a job in its work folder and write its record whatever happens, except after Ctrl-C.
 
-    With several processes a failure ends them all (SystemExit): one that failed alone would leave the others waiting
-    for it, or mixing its next job's numbers with theirs.
+    With several processes a failure ends them all (SystemExit): if only one stopped, the others would wait for it, or
+    mix the numbers of its next job with theirs.
     """
     started = time.monotonic()
     claim(job)
     if distributed.is_main():
-        for name in (RECORD_FILE, TRACEBACK_FILE):  # of an earlier attempt
+        for name in (RECORD_FILE, TRACEBACK_FILE):  # from an earlier attempt
             (job.work / name).unlink(missing_ok=True)
     distributed.barrier()
     if job.machine.device.startswith("cuda"):
@@ -92,7 +89,7 @@ def run_job(job: Job) -> Record:
         result, status, reason = job.task.run(job), "ok", ""
         numbers = (*result.metrics.items(), *result.stderr.items())
         if bad := [name for name, value in numbers if not math.isfinite(value)]:
-            raise UserError(f"{', '.join(dict.fromkeys(bad))} came out as infinite or NaN: no number is given")
+            raise UserError(f"{', '.join(dict.fromkeys(bad))} came out infinite or NaN, so there is no number")
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
@@ -110,7 +107,7 @@ def run_job(job: Job) -> Record:
         **vars(replace(result, seconds=round(seconds, 1))),
     )
     if status == "failed" and distributed.world_size() > 1:
-        # The first reason stands: the other processes fail because this one is gone.
+        # The first reason is the one to keep: the others only fail because this process is gone.
         if not (job.work / RECORD_FILE).exists():
             write_record(record, job.work)
         raise SystemExit(f"error: {job.task.name}: {reason}")
@@ -122,7 +119,7 @@ def run_job(job: Job) -> Record:
 
 
 def describe(job: Job, **outcome: Any) -> Record:
-    """The record of a job: what it was, where it ran, and the outcome given by name."""
+    """The record of a job: what it was, where it ran, and its outcome, given by field name."""
     c = job.checkpoint
     return Record(
         task=job.task.name,

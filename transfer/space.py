@@ -1,4 +1,4 @@
-"""The space that jobs need below --out, against what is free there."""
+"""The disk space that jobs need below --out, and what is free there."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from mae_core.training import CHECKPOINT_FILE
 from transfer.task import Job, Space
 
 GIB = 2**30
-FLOAT = 4  # bytes of a number: weights, moments and features are all written as float32
+FLOAT = 4  # bytes: weights, moments and features are all written as float32
 
 
 def needed(jobs: Sequence[Job]) -> Space:
-    """What the jobs need, run one after the other."""
+    """The space for jobs that run one after the other."""
     peak = stays = 0
     for space in (job.task.space(job) for job in jobs):
         peak = max(peak, stays + space.peak)
@@ -23,16 +23,16 @@ def needed(jobs: Sequence[Job]) -> Space:
 
 
 def training_space(job: Job, model: int, trained: int, moments: int = 2, averaged: int = 0) -> Space:
-    """What a training needs: it writes its state beside the one before it, and leaves the trained weights. Pictures,
+    """The space for a training, which writes each checkpoint beside the last one and keeps the trained weights. Images,
     logs and COCO's results are not counted.
 
-    model, trained: numbers in the model, and those of them that are trained. moments: what the optimizer keeps for
-    each of these. averaged: numbers in the moving average of the weights.
+    model, trained: parameters in the model, and how many of them are trained. moments: numbers that the optimizer keeps
+    for each trained one. averaged: parameters in the moving average of the weights.
     """
     state = FLOAT * (model + moments * trained + averaged)
-    before = job.work / CHECKPOINT_FILE
-    there = before.stat().st_size if before.exists() else 0
-    return Space(max(2 * state - there, 0), FLOAT * trained)
+    last = job.work / CHECKPOINT_FILE
+    written = last.stat().st_size if last.exists() else 0
+    return Space(max(2 * state - written, 0), FLOAT * trained)
 
 
 def encoder_numbers(checkpoint: Checkpoint) -> int:
@@ -40,13 +40,13 @@ def encoder_numbers(checkpoint: Checkpoint) -> int:
 
 
 def free_below(out: Path) -> int:
-    """Bytes that are free where the folder lies or will lie."""
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk where the folder is or will be."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def space_line(jobs: Sequence[Job], out: Path) -> str:
-    """What the jobs need and what is free, in GiB."""
+    """The space that the jobs need and what is free, in GiB."""
     space = needed(jobs)
     return (
         f"up to {space.peak / GIB:.2f} GiB needed below {out} ({space.stays / GIB:.2f} GiB of it to stay), "
@@ -55,6 +55,6 @@ def space_line(jobs: Sequence[Job], out: Path) -> str:
 
 
 def check_space(jobs: Sequence[Job], out: Path) -> None:
-    """UserError if the jobs' files will not fit."""
+    """UserError if the jobs' files would not fit."""
     if needed(jobs).peak > free_below(out):
         raise UserError(f"the disk is too small: {space_line(jobs, out)}; free some, or choose another --out")

@@ -14,57 +14,57 @@ from mae_core.settings import as_typed
 from transfer.data.findings import Data
 
 RECORD_FILE = "record.json"
-CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning leaves in its work folder
+CLASSIFIER_FILE = "classifier.safetensors"  # what fine-tuning saves in its work folder
 
 
 @dataclass(frozen=True)
 class Result:
-    """What running a job gives. Metrics and standard errors in the metric's own unit (accuracies in percent)."""
+    """The outcome of running a job. A standard error has its metric's unit (accuracies: percent)."""
 
     metrics: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
     n_eval: int = 0
     images_seen: int = 0
-    seconds: float | None = None  # over all resumed parts; None: this process's own wall time
+    seconds: float | None = None  # over all resumed parts; None: the wall time of this process
     tables: dict[str, Any] = field(default_factory=dict)  # e.g. error per corruption and severity
-    resolved: dict[str, Any] = field(default_factory=dict)  # what the recipe left open and the run decided
+    resolved: dict[str, Any] = field(default_factory=dict)  # what the recipe leaves open and the run decides
     artifacts: dict[str, str] = field(default_factory=dict)  # file name in the work folder -> sha256
-    notes: tuple[str, ...] = ()  # deviations from the recipe that the reader of the number must know
+    notes: tuple[str, ...] = ()  # deviations from the recipe, for the reader of the number
 
 
 class Needs(Enum):
-    """What a task is run on."""
+    """What a task runs on."""
 
     ENCODER = "encoder"  # a pre-trained encoder
-    CLASSIFIER = "classifier"  # a fine-tuned classifier, or the one that imagenet_finetune made of the encoder
+    CLASSIFIER = "classifier"  # a fine-tuned classifier, or the one that imagenet_finetune made from the encoder
     FINE_TUNED_FILE = "fine-tuned file"  # a fine-tuned classifier given as the checkpoint
 
 
 class Space(NamedTuple):
-    """Bytes on disk that a job needs below its --out: the most at any time, and those that stay."""
+    """Bytes that a job needs below its --out: at most at any time, and after it has ended."""
 
     peak: int
     stays: int
 
 
-Objection = tuple[str, str]  # (knob or flag, why the job would fail by it and what to do)
+Objection = tuple[str, str]  # (knob or flag, why it would make the job fail and what to do)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One transfer experiment, and all that the rest of the program has to know of its family.
+    """One transfer experiment, and everything that the rest of the program needs to know about its family.
 
-    recipe: (arch, "paper", "mini" or a name of its own) -> the recipe, a frozen dataclass. sources: (arch[, name of its
-    own]) -> where each value comes from. inspect: data root -> what lies there. miniature: writes its generated data
-    below a root. objections: why a job would fail, said before anything starts; its data may be missing. space: what
-    the files of a job need; its data were found.
+    recipe: (arch, "paper", "mini" or the name of a further recipe) -> the recipe, a frozen dataclass. sources: (arch[,
+    name of the further recipe]) -> where each value comes from. inspect: data root -> what it holds. miniature: writes
+    the generated data below a root. objections: why a job would fail, checked before anything starts; its data may be
+    missing. space: what the files of a job need; called only if its data were found.
     """
 
     name: str
     title: str
     module: str  # python -m MODULE runs it
-    metric: str  # the headline
-    version: int  # raised whenever the same inputs give another number
+    metric: str  # the headline metric
+    version: int  # raised whenever the same inputs would give another number
     cost: int  # rank for "cheapest first"
     recipe: Callable[[str, str], Any]
     sources: Callable[..., dict[str, str]]
@@ -73,14 +73,14 @@ class Task:
     miniature: Callable[[Path], Path]
     objections: Callable[["Job"], Iterable[Objection]] = lambda job: ()
     space: Callable[["Job"], Space] = lambda job: Space(0, 0)
-    detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says of the data
+    detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says about the data
     needs: Needs = Needs.ENCODER
     higher_is_better: bool = True
     engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
     install: str = ""  # how to install an engine that is absent
-    packages: tuple[str, ...] = ()  # further distributions whose versions the record names
-    plain_vit: bool = False  # its model holds no encoder but a plain ViT
-    opt_in: bool = False  # run only if it is named
+    packages: tuple[str, ...] = ()  # further packages whose versions go into the record
+    plain_vit: bool = False  # only plain ViTs fit its model
+    opt_in: bool = False  # runs only if it is named
     from_scratch: bool = False  # it uses only the size of a checkpoint
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
@@ -108,8 +108,8 @@ class Job:
         return recipe_label(self.recipe_name, self.overrides)
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a number to be this job's number: the fields that make two runs the same experiment, as
-        plain JSON values."""
+        """The fields that make two runs the same experiment, as plain JSON values: a number is this job's only if all
+        agree."""
         fields = {
             "task": self.task.name,
             "task_version": self.task.version,
@@ -126,7 +126,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """The outcome of one job and its biography: the only source of the tables. One JSON file, written atomically."""
+    """The outcome of one job and how it came about, in one JSON file: the only source of the tables."""
 
     task: str
     status: str  # "ok", "failed" or "skipped"
@@ -173,6 +173,6 @@ class Record:
 
 
 def recipe_label(name: str, overrides: dict[str, Any]) -> str:
-    """ "paper" only for the untouched recipe; else "paper with knob=value, ..."."""
+    """ "paper" for the recipe without overrides, else "paper with knob=value, ..."."""
     knobs = ", ".join(f"{knob}={as_typed(value)}" for knob, value in sorted(overrides.items()))
     return f"{name} with {knobs}" if overrides else name

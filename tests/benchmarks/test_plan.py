@@ -58,10 +58,10 @@ def test_a_root_that_is_not_there_is_one_sentence(tmp_path, capsys, monkeypatch)
     monkeypatch.delenv("MAE_TRANSFER_DATA", raising=False)
     code, lines, error = call(capsys, tmp_path / "out", "--recipe", "paper", "--plan")
     assert (code, lines, error.count("\n")) == (2, [], 1)
-    assert "there is no folder datasets; let --data name the folder that holds imagenet/" in error
+    assert "there is no folder datasets; set --data to the folder that holds imagenet/" in error
     monkeypatch.setenv("MAE_TRANSFER_DATA", str(tmp_path / "sets"))
     _, _, error = call(capsys, tmp_path / "out", "--recipe", "paper")
-    assert f"there is no folder {tmp_path}/sets; let $MAE_TRANSFER_DATA name" in error
+    assert f"there is no folder {tmp_path}/sets; set $MAE_TRANSFER_DATA to" in error
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     code, lines, error = call(capsys, tmp_path / "out", "--data", str(tmp_path), "--plan")
     assert (code, lines) == (2, [])

@@ -13,7 +13,8 @@ from mae_core.vit import Variant, build_vit
 from tests.fixtures import segmentation
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import ARCH, assert_objection_is_right, make_job, write_imagenet
-from transfer.classification.tasks import EVAL, FINETUNE, KNN, TASKS
+from transfer.classification.robustness import EVAL
+from transfer.classification.tasks import FINETUNE, KNN, TASKS
 from transfer.jobs import find_tasks, obstacle
 from transfer.run import run_job
 
@@ -27,7 +28,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("folder", "say which, as folder:/path/to/images"),
+        ("folder", "say which folder, as folder:/path/to/images"),
         ("folders:/x", "did you mean folder"),
         ("inat2018:/x", "unknown task 'inat2018:/x'"),
     ],

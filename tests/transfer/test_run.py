@@ -79,7 +79,7 @@ def test_a_metric_that_is_not_finite_is_a_failure(tmp_path, bad, where):
     result = {"metrics": {"top1": 1.0}, "stderr": {"top1": 1.0}} | {where: {"top1": bad}}
     record = run_job(job_that(lambda job: Result(**result), tmp_path))
     assert (record.status, record.metrics) == ("failed", {})
-    assert "top1 came out as infinite or NaN" in record.reason
+    assert "top1 came out infinite or NaN" in record.reason
     json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=pytest.fail)
 
 

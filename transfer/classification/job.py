@@ -66,28 +66,23 @@ def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor], image_si
 
 
 def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
+    r = job.recipe
+    with torch.device("meta"):  # to say what loading the encoder did, without taking memory for it again
+        model = model_of(job.checkpoint, r.image_size, images.classes, r.pool)
     return Result(
         *scores,
         len(images.val.files),
-        images_seen=state.step * job.recipe.batch,
+        images_seen=state.step * r.batch,
         seconds=state.seconds,
         artifacts=artifacts,
         notes=state.notes,
         resolved={
-            "load": load_summary(job, images.classes),
+            "load": load_encoder(model, job.checkpoint).summary(),
             "train_images": len(images.train.files),
             "train_pixels": TORCHVISION_PIXELS,
             "val_pixels": PILLOW_PIXELS,
         },
     )
-
-
-def load_summary(job: Job, classes: int) -> str:
-    """What loading the encoder did, repeated on the meta device, which takes no memory."""
-    r = job.recipe
-    with torch.device("meta"):
-        model = model_of(job.checkpoint, r.image_size, classes, r.pool)
-    return load_encoder(model, job.checkpoint).summary()
 
 
 def finetune(job: Job) -> Result:
@@ -105,7 +100,7 @@ def finetune(job: Job) -> Result:
 
 
 def linprobe(job: Job) -> Result:
-    """Train a linear layer on the frozen encoder; prove by checksum that the encoder did not move."""
+    """Train a linear layer on the frozen encoder; a checksum proves that the encoder did not change."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes)
     model.add_module("head", nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head))

@@ -15,13 +15,10 @@ PUBLISHED = shipped("published/partial.csv")
 def published_curves() -> dict[str, dict[float, float]]:
     """{"MAE (vit_large_patch16, 800 ep, pixels)": {blocks tuned: top-1 in percent}, ...}: Figure 9 of the MAE paper.
     UserError if their file is missing."""
-    try:
-        with open(PUBLISHED, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError:
-        raise UserError(
-            f"{PUBLISHED} is missing: restore it from the repository (git checkout results/published)"
-        ) from None
+    if not PUBLISHED.exists():
+        raise UserError(f"{PUBLISHED} is missing: restore it from the repository (git checkout results/published)")
+    with open(PUBLISHED, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
     curves: dict[str, dict[float, float]] = {}
     for row in rows:
         curve = curves.setdefault(f"{row['method']} ({row['arch']}, {row['pretrain']})", {})

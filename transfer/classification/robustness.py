@@ -19,9 +19,9 @@ from mae_core.errors import UserError
 from mae_core.vit import ViT
 from transfer.classification.checks import input_objections
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
-from transfer.classification.recipes import eval_recipe
+from transfer.classification.recipes import eval_recipe, eval_sources
 from transfer.classification.transforms import eval_transform
-from transfer.data.imagenet import columns, read_split, wnids
+from transfer.data.imagenet import columns, inspect_imagenet_val, read_split, wnids
 from transfer.data.imagenet_shifts import (
     SEVERITIES,
     clean_split,
@@ -190,19 +190,30 @@ def mce_stderr(wrong: dict[str, list[np.ndarray]]) -> dict[str, float]:
     return {name: 100 * float(v.std(ddof=1) / np.sqrt(n)) for name, v in (("mce", ce), ("mean_err", err))}
 
 
-IMAGENET_A = Task(
-    name="imagenet_a",
-    title="ImageNet-A",
+EVAL = Task(
+    name="imagenet_eval",
+    title="ImageNet-1k, evaluation of a fine-tuned checkpoint",
     module="transfer.classification",
     metric="top1",
     version=1,
-    cost=41,
+    cost=10,
     recipe=eval_recipe,
+    sources=eval_sources,
+    inspect=inspect_imagenet_val,
+    run=run_released,
+    miniature=miniature.imagenet,
+    objections=input_objections,
+    needs=Needs.FINE_TUNED_FILE,
+)
+IMAGENET_A = replace(
+    EVAL,
+    name="imagenet_a",
+    title="ImageNet-A",
+    cost=41,
     sources=sources,
     inspect=partial(inspect_shift, "imagenet_a"),
     run=run_200,
     miniature=miniature.imagenet_a,
-    objections=input_objections,
     needs=Needs.CLASSIFIER,
 )
 TASKS = (

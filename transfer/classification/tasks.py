@@ -14,11 +14,11 @@ from transfer.classification.job import finetune, linprobe
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
 from transfer.data.findings import Data
-from transfer.data.imagenet import inspect_imagenet, inspect_imagenet_val
+from transfer.data.imagenet import inspect_imagenet
 from transfer.data.labelled import SETS, LabelledSet, inspect_set, read_folder
 from transfer.miniature import imagenet as miniature
 from transfer.miniature.labelled import MAKERS
-from transfer.task import Needs, Task
+from transfer.task import Task
 
 FINETUNE = Task(
     name="imagenet_finetune",
@@ -79,21 +79,6 @@ SCRATCH = replace(
     opt_in=True,
     from_scratch=True,
 )
-EVAL = Task(
-    name="imagenet_eval",
-    title="ImageNet-1k, evaluation of a fine-tuned checkpoint",
-    module="transfer.classification",
-    metric="top1",
-    version=1,
-    cost=10,
-    recipe=recipes.eval_recipe,
-    sources=recipes.eval_sources,
-    inspect=inspect_imagenet_val,
-    run=robustness.run_released,
-    miniature=miniature.imagenet,
-    objections=checks.input_objections,
-    needs=Needs.FINE_TUNED_FILE,
-)
 
 
 def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
@@ -133,7 +118,7 @@ FOLDER = replace(
     of=folder_task,
 )
 TASKS = (
-    *(FINETUNE, LINPROBE, EVAL, KNN, PARTIAL, SCRATCH),
+    *(FINETUNE, LINPROBE, robustness.EVAL, KNN, PARTIAL, SCRATCH),
     *(task_of(known, MAKERS[known.name]) for known in SETS),
     FOLDER,
     *robustness.TASKS,

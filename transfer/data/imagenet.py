@@ -1,4 +1,4 @@
-"""ImageNet-1k: its classes by WNID, the reader of its folders, and whether it is there, whole and the official one."""
+"""ImageNet-1k: its classes by WNID, the reader of its folders, and the check that it is complete and official."""
 
 import os
 import re
@@ -11,32 +11,32 @@ from pathlib import Path
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint, is_image
 
-VAL_NAME = "ILSVRC2012_val_"  # begins the names of the official validation images
+VAL_NAME = "ILSVRC2012_val_"  # prefix of the official validation images' names
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").
 IMAGENET_COUNTS = {"classes": 1000, "train": 1281167, "val": 50000}
-TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.")  # of the official training images
+TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.")  # the official training images' names
 
 
 @cache
 def wnids(which: str = "imagenet") -> tuple[str, ...]:
-    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each); timm's lists."""
+    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each), from timm."""
     return tuple((resources.files("timm.data") / "_info" / f"{which}_synsets.txt").read_text().split())
 
 
 @cache
 def columns(which: str) -> tuple[int, ...]:
     """Which of the 1000 logits the 200 classes of "imagenet_a" or "imagenet_r" are, in WNID order."""
-    place = {wnid: i for i, wnid in enumerate(wnids())}
-    return tuple(place[wnid] for wnid in sorted(wnids(which)))
+    label = {wnid: i for i, wnid in enumerate(wnids())}
+    return tuple(label[wnid] for wnid in sorted(wnids(which)))
 
 
 def read_split(folder: Path) -> tuple[Split, list[str]]:
-    """The images of folder/WNID/*, and what is wrong with the folder (empty: nothing). One listing a folder.
+    """The images of folder/WNID/*, and the problems of the folder. Each folder is listed once.
 
-    The label comes from the folder's name, never from its rank: a folder of ten classes still means 1000 logits. All
-    usual extensions in any case and names with spaces are found.
+    The label comes from the folder's name, never from its rank: a set of ten classes still means 1000 logits. All usual
+    extensions in any case and names with spaces are found.
     """
-    place = {wnid: i for i, wnid in enumerate(wnids())}
+    label = {wnid: i for i, wnid in enumerate(wnids())}
     files: list[Path] = []
     labels: list[int] = []
     strange: list[str] = []
@@ -47,16 +47,16 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     with os.scandir(folder) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     for entry in entries:
-        if not entry.is_dir():  # which asks the disk for links alone
-            (broken if entry.is_symlink() and entry.name in place else loose).append(entry.name)
-        elif entry.name not in place:
+        if not entry.is_dir():  # which asks the disk only for links
+            (broken if entry.is_symlink() and entry.name in label else loose).append(entry.name)
+        elif entry.name not in label:
             strange.append(entry.name)
         else:
-            # Names, not paths: of a million files they are sorted in a tenth of the time.
+            # Names, not paths: a million of them are sorted in a tenth of the time.
             names = sorted(name for name in os.listdir(entry.path) if is_image(name))
             forks += sum(name.startswith("._") for name in names)
             files += map((folder / entry.name).joinpath, names)
-            labels += [place[entry.name]] * len(names)
+            labels += [label[entry.name]] * len(names)
             if not names:
                 empty.append(entry.name)
     problems = misplaced(folder, loose)
@@ -79,7 +79,7 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
 
 
 def misplaced(folder: Path, names: list[str]) -> list[str]:
-    """What is wrong with files beside the class folders: as the official archives unpack, there are some."""
+    """The problems of files beside the class folders, which the official archives leave when unpacked."""
     images = [name for name in names if is_image(name)]
     archives = [name for name in names if re.fullmatch(r"n\d{8}\.tar", name)]
     problems = []
@@ -142,17 +142,17 @@ def inspect_imagenet_val(root: Path) -> Data:
     counts = {"classes": len(val.classes), "val": len(val.files)}
     official = {name: IMAGENET_COUNTS[name] for name in counts}
     detail, chance = f"{counts['classes']} classes, {counts['val']} val", 100 / counts["classes"]
-    absent, further = without(val.classes), named_otherwise(Split((), ()), val)
+    absent, further = without(val.classes), named_otherwise(Split(), val)
     return found(root, folder, detail, fingerprint(root, val), counts, official, absent, chance, further)
 
 
 def without(classes: frozenset[int], of: Iterable[int] = range(1000)) -> list[str]:
-    """The WNIDs of the classes that are not there."""
+    """The WNIDs of those classes in `of` that are missing from `classes`."""
     return [wnids()[i] for i in of if i not in classes]
 
 
 def named_otherwise(train: Split, val: Split) -> list[str]:
-    """Findings from the official file names, which tell each image's split, and the class of a training image."""
+    """Findings from the official file names, which give an image's split and, for training, its class."""
     strange: list[str] = []
     seen: Counter[str] = Counter()
     for split, name, foreign in ((train, "train", "validation"), (val, "val", "training")):

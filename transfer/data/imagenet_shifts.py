@@ -1,4 +1,4 @@
-"""ImageNet-A, -R, -Sketch and -C on disk: whether they are there, whole and the official ones."""
+"""ImageNet-A, -R, -Sketch and -C on disk, and the check that they are complete and official."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ CORRUPTIONS = (
 SEVERITIES = (1, 2, 3, 4, 5)
 # The released archives unpack into groups (noise/gaussian_noise/1/...); others lay the corruptions side by side.
 GROUPS = ("", "noise", "blur", "weather", "digital")
-# Sketch: its README says 50,000, its archive holds 50,889.
+# Sketch's README says 50,000; its archive holds 50,889.
 COUNTS = {"imagenet_a": 7500, "imagenet_r": 30000, "imagenet_sketch": 50889}
 FOLDERS = {
     "imagenet_a": ("imagenet-a",),
@@ -23,7 +23,7 @@ FOLDERS = {
 
 
 def folder_of(root: Path, name: str) -> Path | None:
-    """The first of the usual folders that holds class folders."""
+    """The first of the usual folders that holds class folders, else the first that exists."""
     there = [root / f for f in FOLDERS[name] if (root / f).is_dir()]
     return next((f for f in there if any(d.name in wnids() for d in f.iterdir())), there[0] if there else None)
 
@@ -45,16 +45,16 @@ def inspect_shift(name: str, root: Path) -> Data:
         return incomplete(root, *problems)
     counts = {"classes": len(split.classes), "images": len(split.files)}
     official = {"classes": len(allowed), "images": COUNTS[name]}
-    clean = clean_split(root) if name != "imagenet_sketch" else Split((), ())
+    clean = clean_split(root) if name != "imagenet_sketch" else Split()
     detail, listing = f"{counts['classes']} classes, {counts['images']} images", fingerprint(root, split, clean)
     absent, chance = without(split.classes, allowed), 100 / len(split.classes)
     return found(root, folder, detail, listing, counts, official, absent, chance)
 
 
 def clean_split(root: Path) -> Split:
-    """ImageNet's own validation images, if they are there: next to A and R stands the accuracy on them."""
+    """ImageNet's own validation images, if present: the accuracy on them is reported beside that on A and R."""
     folder = root / "imagenet" / "val"
-    return read_split(folder)[0] if folder.is_dir() else Split((), ())
+    return read_split(folder)[0] if folder.is_dir() else Split()
 
 
 def corruption_folder(root: Path, corruption: str) -> Path:
@@ -63,8 +63,8 @@ def corruption_folder(root: Path, corruption: str) -> Path:
 
 
 def inspect_c(root: Path) -> Data:
-    """ImageNet-C below root: 15 corruptions x 5 severities; a tree with holes is incomplete, and an mCE over what is
-    there would be another number."""
+    """ImageNet-C below root: 15 corruptions x 5 severities. A tree with holes is incomplete: an mCE over the rest would
+    be a different number."""
     base = root / "imagenet-c"
     if not base.is_dir():
         return missing(root, f"it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")

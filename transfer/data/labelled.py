@@ -1,24 +1,23 @@
-"""Labelled image sets beside ImageNet: iNaturalist 2017, 2018 and 2019, Places205 and Places365, a folder of your own.
+"""Labelled image sets other than ImageNet: iNaturalist 2017, 2018 and 2019, Places205 and Places365, your own folder.
 
-Each is read as its official archives unpack. Labels are the official ones, whatever part of the classes is there.
+Each is read as its official archives unpack. Labels are the official ones, however many classes are present.
 """
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from mae_core.data import EXTENSIONS
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
-from transfer.data.split import Split, fingerprint
+from transfer.data.split import Split, fingerprint, is_image
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read of a set. classes: of the classifier, official where the set has an official number. problems: why
-    it cannot be used."""
+    """What was read of a set. classes: how many the classifier has, the official number if the set has one. problems:
+    why it cannot be used."""
 
     train: Split
     val: Split
@@ -28,16 +27,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """One set: name is its folder below the data root, counts are official (classes, train, val images)."""
+    """One set. name: its folder below the data root. counts: the official ones (classes, train and val images)."""
 
     name: str
     title: str
     counts: tuple[int, int, int]
     layout: str
     read: Callable[[Path], Reading]
-
-
-EMPTY = Split((), ())
 
 
 def inspect_set(known: LabelledSet, root: Path) -> Data:
@@ -50,7 +46,7 @@ def inspect_set(known: LabelledSet, root: Path) -> Data:
         return incomplete(root, *reading.problems)
     train, val = reading.train, reading.val
     counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
-    # A folder of the user's has no official counts.
+    # The user's own folder has no official counts.
     official = dict(zip(("classes", "train", "val"), known.counts)) if any(known.counts) else {}
     absent = [str(c) for c in range(reading.classes) if c not in train.classes]
     untested = sorted(train.classes - val.classes)
@@ -61,8 +57,8 @@ def inspect_set(known: LabelledSet, root: Path) -> Data:
 
 
 def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iterable[str]) -> Reading:
-    """The reading, with the problems that every set may have: no images, files that are not there, labels that no
-    class has, images in both splits, classes that cannot be learnt."""
+    """The reading, with the problems that any set may have: no images, missing files, labels out of range, images in
+    both splits, classes without training images."""
     all_problems = list(problems)
     for name, split in (("training", train), ("validation", val)):
         if not split.files and not all_problems:
@@ -88,21 +84,17 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
     return Reading(train, val, classes, tuple(all_problems))
 
 
-def missing_files(files: Iterable[Path]) -> list[Path]:
-    """Those that are not on disk. One listing a folder: a question a file takes minutes for millions."""
-    by_folder = defaultdict(list)
-    for file in files:
-        by_folder[file.parent].append(file)
-    absent = []
-    for folder, members in by_folder.items():
-        there = set(os.listdir(folder)) if folder.is_dir() else set()
-        absent += [file for file in members if file.name not in there]
-    return absent
+def missing_files(files: Sequence[Path]) -> list[Path]:
+    """The files that are not on disk. Each folder is listed once: to ask for millions of files takes minutes."""
+    listings: dict[Path, set[str]] = {}
+    for folder in {file.parent for file in files}:
+        listings[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [file for file in files if file.name not in listings[file.parent]]
 
 
 def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
-    """FOLDER/{train,val}YEAR.json and the images at the `file_name`s that these give. Both splits share one tree of
-    folders, so the json alone decides who is where; the label is the annotation's category_id, joined on the image."""
+    """FOLDER/{train,val}YEAR.json, and the images at the `file_name`s given there. Both splits share one tree of
+    folders, so only the json says which split an image is in; its label is the category_id of its annotation."""
     splits, problems = [], []
     for name in ("train", "val"):
         path = folder / f"{name}{year}.json"
@@ -129,39 +121,39 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
 
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
-    """Lines of `relative/path label`, the path perhaps with a leading slash, the folders perhaps nested."""
+    """A list of lines `relative/path label`; the path may begin with a slash, and the folders may be nested."""
     files, labels = [], []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         problems.append(f"{path} is missing: unpack the archive that holds it")
-        return EMPTY
+        return Split()
     except UnicodeDecodeError:
         problems.append(f"{path} is no text: unpack the list from its archive")
-        return EMPTY
+        return Split()
     for number, line in enumerate(lines, 1):
         file, _, label = line.rpartition(" ")
         if not file or not label.isdecimal():
             problems.append(f"{path}, line {number}, is not `path label`: {line[:60]!r}")
-            return EMPTY
+            return Split()
         files.append(images / PurePosixPath(file.strip().lstrip("/")))
         labels.append(int(label))
     return Split(tuple(files), tuple(labels))
 
 
 def first_of(folder: Path, names: tuple[str, ...]) -> Path:
-    """The first that is there; the first of all if none is, for the message that it is missing."""
+    """The first that exists, else the first name, for the message that it is missing."""
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def read_places365(folder: Path) -> Reading:
-    """Places365-Standard; the 256 px images where both sizes are there."""
+    """Places365-Standard; the 256 px images if both sizes are present."""
     problems: list[str] = []
     lists = ("", "filelist_places365-standard/")
     train_list = first_of(folder, tuple(f"{d}places365_train_standard.txt" for d in lists))
     val_list = first_of(folder, tuple(f"{d}places365_val.txt" for d in lists))
     train = read_list(train_list, first_of(folder, ("data_256_standard", "data_large_standard")), problems)
-    # Validation images lie flat in a folder of their own: their list has names alone.
+    # Validation images lie flat in one folder: their list gives only names.
     val = read_list(val_list, first_of(folder, ("val_256", "val_large")), problems)
     return checked(folder, train, val, 365, problems)
 
@@ -178,43 +170,34 @@ def read_places205(folder: Path) -> Reading:
 def read_folder(folder: Path) -> Reading:
     """FOLDER/{train,val}/CLASS/*: the label is the rank of the class's name among those of train."""
     problems, splits = [], []
-    names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()) if (folder / "train").is_dir() else []
-    for split in ("train", "val"):
-        if not (folder / split).is_dir():
-            problems.append(f"{folder / split} is missing: images must lie at {folder}/{{train,val}}/CLASS/*.jpg")
-            splits.append(EMPTY)
+    labels: dict[str, int] = {}
+    for part in (folder / "train", folder / "val"):
+        if not part.is_dir():
+            problems.append(f"{part} is missing: images must lie at {folder}/{{train,val}}/CLASS/*.jpg")
+            splits.append(Split())
             continue
-        there = sorted(p.name for p in (folder / split).iterdir() if p.is_dir())
-        foreign = sorted(set(there) - set(names))
-        if foreign:
-            problems.append(
-                f"{folder / split} has classes that train lacks: {preview(foreign)}; add them there or remove them"
-            )
-        pairs = [
-            (file, label)
-            for label, name in enumerate(names)
-            if name in there
-            for file in sorted((folder / split / name).iterdir())
-            if file.suffix.lower() in EXTENSIONS
-        ]
-        splits.append(Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs)))
-    if len(names) == 1:
-        problems.append(f"{folder} has the one class {names[0]}: every guess would be right")
+        names = sorted(p.name for p in part.iterdir() if p.is_dir())
+        if part.name == "train":
+            labels = {name: label for label, name in enumerate(names)}
+        if foreign := [name for name in names if name not in labels]:
+            problems.append(f"{part} has classes that train lacks: {preview(foreign)}; add them there or remove them")
+        classes = [part / name for name in names if name in labels]
+        files = [file for class_folder in classes for file in sorted(class_folder.iterdir()) if is_image(file.name)]
+        splits.append(Split(tuple(files), tuple(labels[file.parent.name] for file in files)))
+    if len(labels) == 1:
+        problems.append(f"{folder} has the one class {next(iter(labels))}: every guess would be right")
     train, val = splits
-    return checked(folder, train, val, len(names), problems)
+    return checked(folder, train, val, len(labels), problems)
 
 
 def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:
     images = "train_val_images/SUPERCATEGORY/CATEGORY" if year == 2017 else f"train_val{year}/SUPERCATEGORY/ID"
     layout = f"{{train{year}.json, val{year}.json, {images}/*.jpg}}"
-
-    def read(folder: Path) -> Reading:
-        return read_inaturalist(folder, year, classes)
-
+    read = partial(read_inaturalist, year=year, classes=classes)
     return LabelledSet(f"inat{year}", f"iNaturalist {year}", (classes, train, val), layout, read)
 
 
-# Counts: visipedia/inat_comp; the Places365 devkit; for Places205 two notes that agree.
+# Counts: visipedia/inat_comp; the Places365 devkit; for Places205, two sources that agree.
 SETS = (
     inaturalist(2017, 5089, 579184, 95986),
     inaturalist(2018, 8142, 437513, 24426),

@@ -1,4 +1,4 @@
-"""Image files and their labels: one split of a labelled set, part of it, and its fingerprint."""
+"""One split of a labelled set: its image files and labels, parts of it, and its fingerprint."""
 
 import hashlib
 import os
@@ -13,25 +13,25 @@ from mae_core.data import EXTENSIONS, seed_for
 
 @dataclass(frozen=True)
 class Split:
-    """Image files and their ImageNet-1k labels (0..999), sorted by WNID and file name."""
+    """Image files and their labels, in a fixed order (ImageNet's sets: by WNID and file name, labels 0..999)."""
 
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
+    files: tuple[Path, ...] = ()
+    labels: tuple[int, ...] = ()
 
     @property
     def classes(self) -> frozenset[int]:
         return frozenset(self.labels)
 
     def of_classes(self, kept: Iterable[int]) -> "Split":
-        """Only the images whose label is among `kept`."""
+        """Only the images of these classes."""
         kept = frozenset(kept)
         pairs = [(f, c) for f, c in zip(self.files, self.labels) if c in kept]
         return Split(tuple(f for f, _ in pairs), tuple(c for _, c in pairs))
 
     def share(self, fraction: float, seed: int) -> "Split":
-        """That share of the images, balanced over the classes as the 1 % and 10 % subsets of ImageNet are
-        (tensorflow_datasets imagenet2012_subset): as many of each class, one more of the larger ones where that does
-        not come out even, all of a class that has fewer; at least one of each. The seed draws which."""
+        """That share of the images, balanced over the classes like the 1 % and 10 % subsets of ImageNet
+        (tensorflow_datasets imagenet2012_subset): equally many of each class, with the remainder from the largest
+        classes; all images of a class that has fewer; at least one of each. The seed decides which."""
         if fraction == 1:
             return self
         members: dict[int, list[int]] = {}
@@ -52,9 +52,9 @@ def is_image(name: str) -> bool:
 
 
 def fingerprint(root: Path, *splits: Split) -> str:
-    """SHA-256 over the listing (paths below root and labels) of the splits."""
+    """SHA-256 over the splits' listings: paths relative to root, and labels."""
     digest = hashlib.sha256()
-    above = os.path.join(root, "")  # cut off as text: of a million files, relative_to takes a third of the whole look
+    above = os.path.join(root, "")  # as text: for a million files, relative_to would take half as long again
     for split in splits:
         for file, label in zip(split.files, split.labels):
             digest.update(f"{str(file).removeprefix(above)} {label}\n".encode(errors="surrogateescape"))
