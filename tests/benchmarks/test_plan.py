@@ -16,8 +16,6 @@ from mae_core.errors import UserError
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, write_imagenet, write_split
 
-KNN = ["--tasks", "imagenet_knn"]
-
 
 @pytest.fixture
 def root(tmp_path) -> Path:
@@ -94,7 +92,7 @@ def test_a_reason_stands_once(tmp_path, capsys):
     assert any(line.split() == ["imagenet_linprobe", "mini", "torch", "failed", "as", "imagenet_knn"] for line in lines)
 
 
-def test_a_recipe_too_large_for_the_data_fails_alone(root, tmp_path, capsys):
+def test_only_a_recipe_too_large_for_the_data_fails(root, tmp_path, capsys):
     code, lines, _ = call(capsys, tmp_path / "out", "--data", str(root), "--plan")
     assert code == 0
     stated = {line.split()[0]: line for line in lines if line.startswith("    ") and line[4] != " "}
@@ -105,8 +103,7 @@ def test_a_recipe_too_large_for_the_data_fails_alone(root, tmp_path, capsys):
 def test_a_full_disk_is_said_by_the_plan_and_refused_by_the_run(root, tmp_path, capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10, 10))
-    train = ["--data", str(root), "--tasks", "imagenet_finetune"]
-    train += ["--set", "imagenet_finetune.batch=8", "imagenet_finetune.epochs=1", "imagenet_finetune.warmup_epochs=0"]
+    train = ["--data", str(root), "--tasks", "imagenet_finetune", "--set", "imagenet_finetune.batch=8"]
     for plan in (["--plan"], []):
         code, lines, error = call(capsys, tmp_path / "out", *train, *plan)
         said = lines[-1].removeprefix("  disk: ")
@@ -120,7 +117,7 @@ def test_a_folder_that_may_not_be_read_is_skipped_as_missing_data_are(root, tmp_
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("os.listdir", refuse)  # of the class folders
-    code, lines, error = call(capsys, tmp_path / "out", "--data", str(root), *KNN)
+    code, lines, error = call(capsys, tmp_path / "out", "--data", str(root), "--tasks", "imagenet_knn")
     assert (code, error) == (2, "")
     assert "skipped  no data: " in lines[2]
     assert "/imagenet/train/n01498041 may not be read by this user" in lines[2]

@@ -59,10 +59,7 @@ def test_summary_csv_has_every_record_and_every_metric(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "{",
-        "[1]",
-        "null",
-        '{"task": "x"}',
+        *("{", "[1]", "null", '{"task": "x"}'),
         '{"task": "x", "status": "ok", "no_such_field": 1}',
         '{"task": "x", "status": "done"}',
         '{"task": "x", "status": "ok", "metrics": {"top1": "high"}}',
@@ -72,8 +69,8 @@ def test_summary_csv_has_every_record_and_every_metric(tmp_path):
 )
 def test_an_unreadable_record_is_named_and_the_others_are_tabled(tmp_path, text, capsys):
     made(tmp_path, ok("imagenet_finetune", top1=61.0))
-    (tmp_path / "runs" / "bad").mkdir()
     bad = tmp_path / "runs" / "bad" / "record.json"
+    bad.parent.mkdir()
     bad.write_text(text)
     shutil.rmtree(tmp_path / "tables")
     assert main(["--out", str(tmp_path)]) == 1

@@ -62,16 +62,16 @@ def test_a_seed_that_failed_is_named_beside_the_mean_of_the_others(tmp_path):
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
 def test_ok_beats_failed_beats_skipped_then_the_latest_counts(tmp_path, order):
-    def at(record, hour):
-        identity = {**record.identity, "task_version": hour}
-        return replace(record, finished=f"2026-05-01T{hour}:00:00+00:00", identity=identity)
-
+    by_hour = {
+        10: ok("imagenet_finetune", top1=50.0),
+        11: ok("imagenet_finetune", top1=51.0),
+        13: broken("imagenet_finetune", "failed", "newest failure"),
+        14: broken("imagenet_linprobe", "skipped", "newest skip"),
+        12: broken("imagenet_linprobe", "failed", "older failure"),
+    }
     records = [
-        at(ok("imagenet_finetune", top1=50.0), 10),
-        at(ok("imagenet_finetune", top1=51.0), 11),
-        at(broken("imagenet_finetune", "failed", "newest failure"), 13),
-        at(broken("imagenet_linprobe", "skipped", "newest skip"), 14),
-        at(broken("imagenet_linprobe", "failed", "older failure"), 12),
+        replace(record, finished=f"2026-05-01T{hour}:00:00+00:00", identity={**record.identity, "task_version": hour})
+        for hour, record in by_hour.items()
     ]
     out = made(tmp_path, *(records[i] for i in order), records[4])
     text, row = (out / "summary.md").read_text(), grid(out)[0]
@@ -105,16 +105,12 @@ def test_seeds_with_their_own_fine_tuned_classifier_are_one_experiment(tmp_path)
 
 def test_numbers_of_different_meaning_share_no_row(tmp_path):
     base = ok("imagenet_finetune", top1=50.0)
-    others = [
-        replace(base, machine=PRECISION),
-        replace(base, engine="other"),
-        replace(base, recipe={"image_size": 448}),
-        replace(base, resolved={"image_size": 96}),
-        replace(base, checkpoint={**CHECKPOINT, "sha256": "cd" * 32}),
-        replace(base, overrides={"epochs": 1}),
-        replace(base, data={**DATA, "label": "subset", "root": "/home/someone/pets"}),
-    ]
-    out = made(tmp_path, base, *others)
+    changes = {
+        "machine": PRECISION, "engine": "other", "recipe": {"image_size": 448}, "resolved": {"image_size": 96},
+        "checkpoint": {**CHECKPOINT, "sha256": "cd" * 32}, "overrides": {"epochs": 1},
+        "data": {**DATA, "label": "subset", "root": "/home/someone/pets"},
+    }  # fmt: skip
+    out = made(tmp_path, base, *(replace(base, **{name: value}) for name, value in changes.items()))
     found = cells(out, "imagenet")
     assert len(found) == 8
     assert set(found["imagenet_finetune.top1.seeds"]) == {1}

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,31 +17,23 @@ from mae_core.settings import override
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import Variant, build_vit
 from tests.fixtures import ROOT
-from tests.fixtures.transfer import ARCH, kill_when, small_checkpoint, write_imagenet
+from tests.fixtures.classification import Command, tampering
+from tests.fixtures.transfer import ARCH, small_checkpoint, write_imagenet
 from transfer.classification import partial
-from transfer.classification import tasks as classification
 from transfer.classification.picture import PICTURE_FILE, draw_curve, published_curves
+from transfer.classification.tasks import FINETUNE, LINPROBE, PARTIAL
 from transfer.jobs import make_job
 from transfer.run import read_record, run_job, with_work_folder
 
-TASKS = {task.name: task for task in classification.TASKS}
-PARTIAL, PROBE, FINETUNE = (TASKS[name] for name in ("imagenet_partial", "imagenet_linprobe", "imagenet_finetune"))
 SMALL = {"epochs": 2, "batch": 8, "warmup_epochs": 1}
 LAST = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 MLP_HALF = ("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
 ATTENTION_HALF = ("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias")
 ATTENTION_HALF += ("attn.proj.weight", "attn.proj.bias")
+BLOCK = (*ATTENTION_HALF, *MLP_HALF)
 # Of the six blocks, by number of blocks tuned.
-TUNED = {
-    0.5: {f"blocks.5.{name}" for name in MLP_HALF} | LAST,
-    1.0: {f"blocks.5.{name}" for name in (*ATTENTION_HALF, *MLP_HALF)} | LAST,
-    4.0: {f"blocks.{i}.{name}" for i in (2, 3, 4, 5) for name in (*ATTENTION_HALF, *MLP_HALF)} | LAST,
-}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_imagenet(tmp_path_factory.mktemp("data"), train=8, val=3)
+TUNED = {0.5: {f"blocks.5.{name}" for name in MLP_HALF} | LAST}
+TUNED |= {float(k): {f"blocks.{i}.{name}" for i in range(6 - k, 6) for name in BLOCK} | LAST for k in (1, 2, 4)}
 
 
 def small(task):
@@ -65,6 +54,10 @@ def tune(job, k):
 # What moves
 
 
+def moved(model, start) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+
+
 @pytest.fixture
 def models(monkeypatch):
     """Every model that is made, with the weights it started from."""
@@ -79,8 +72,8 @@ def models(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("k", sorted(TUNED))
-def test_the_last_blocks_move_and_nothing_else_has_a_gradient_or_a_state(root, tmp_path, models, k):
+@pytest.mark.parametrize("k", [0.5, 1.0, 4.0])
+def test_only_the_last_blocks_move_and_have_gradients_and_states(root, tmp_path, models, k):
     gradients, states = [], []
 
     def before_step(*_):
@@ -89,19 +82,14 @@ def test_the_last_blocks_move_and_nothing_else_has_a_gradient_or_a_state(root, t
     def after_step(optimizer, *_):
         states.append({id(p) for p in optimizer.state})
 
-    hooks = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
-    try:
+    with register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step):
         result = tune(job_of(root, tmp_path), k)
-    finally:
-        for hook in hooks:
-            hook.remove()
     model, start = models[0]
     assert len(gradients) == 8
     assert all(names == TUNED[k] for names in gradients)
     own = {id(p) for name, p in model.named_parameters() if name in TUNED[k]}
     assert states[-1] == own
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
-    assert moved == TUNED[k]
+    assert moved(model, start) == TUNED[k]
     assert result.resolved["trained_parameters"] == sum(start[name].numel() for name in TUNED[k])
     assert len(result.resolved["frozen_sha256"]) == 64
 
@@ -156,40 +144,27 @@ def test_the_frozen_blocks_are_not_in_the_graph_and_take_no_memory_for_it():
 
 
 def test_activation_checkpointing_and_bf16_tune_the_same_tensors(root, tmp_path, models):
-    machines = {
-        "fp32": Machine(),
-        "recomputed": Machine(activation_checkpointing=True),
-        "bf16": Machine(precision="bf16"),
-    }
+    machines = {"fp32": Machine(), "bf16": Machine(precision="bf16")}
+    machines |= {"recomputed": Machine(activation_checkpointing=True)}
     results = {name: tune(job_of(root, tmp_path / name, machine), 2.0) for name, machine in machines.items()}
     for model, start in models:
-        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
-        assert moved == {f"blocks.{i}.{name}" for i in (4, 5) for name in (*ATTENTION_HALF, *MLP_HALF)} | LAST
+        assert moved(model, start) == TUNED[2.0]
     assert results["recomputed"].metrics == results["fp32"].metrics
     assert len({result.resolved["frozen_sha256"] for result in results.values()}) == 1
 
 
 @pytest.mark.parametrize("part", ["blocks.4.mlp.fc1.weight", "pos_embed", "blocks.5.norm1.bias"])
 def test_a_frozen_tensor_that_moves_is_a_failure(root, tmp_path, monkeypatch, part):
-    fit = partial.train_classifier
-
-    def tampering(job, model, *rest):
-        state, trained = fit(job, model, *rest)
-        with torch.no_grad():
-            model.get_parameter(part).view(-1)[0] += 1e-6
-        return state, trained
-
-    monkeypatch.setattr(partial, "train_classifier", tampering)
+    monkeypatch.setattr(partial, "train_classifier", tampering(part))
     with pytest.raises(RuntimeError, match="frozen part changed"):
         tune(job_of(root, tmp_path, epochs=1, warmup_epochs=0), 0.5)
     assert not list(tmp_path.rglob(partial.RESULT_FILE))
 
 
-def test_the_checksum_is_of_the_checkpoints_own_tensors(tmp_path):
+def test_the_checksum_is_of_the_checkpoints_own_tensors(root, tmp_path):
     mini = read_checkpoint(ROOT / "results" / "miniature" / "mae_mini.safetensors")
-    root = write_imagenet(tmp_path, train=8, val=3)
-    job = replace(job_of(root, tmp_path / "out", epochs=1, warmup_epochs=0), checkpoint=mini)
-    result = tune(with_work_folder(replace(job, out=tmp_path / "out")), 1.0)
+    job = replace(job_of(root, tmp_path, epochs=1, warmup_epochs=0), checkpoint=mini)
+    result = tune(with_work_folder(job), 1.0)
     frozen = {n: t for n, t in mini.encoder.items() if not n.startswith(("norm.", "blocks.5."))}
     order = [n for n in build_vit(ARCH, num_classes=1000, pool="avg").state_dict() if n in frozen]
     assert result.resolved["frozen_sha256"] == partial.parameters_sha256((n, frozen[n]) for n in order)
@@ -203,7 +178,7 @@ def curve(root, tmp_path_factory):
     """0, 1 and 6 blocks of six, the probe done before; the job, its record and the probe's."""
     out = tmp_path_factory.mktemp("curve")
     job = job_of(root, out, blocks="0,1,6")
-    probe, finetune = small(PROBE), small(FINETUNE)
+    probe, finetune = small(LINPROBE), small(FINETUNE)
     data = probe.inspect(root)
     before = run_job(make_job(probe, job.checkpoint, "mini", [], data, out, 0, job.machine))
     task = replace(job.task, run=lambda job: partial.partial_finetune(job, probe, finetune))
@@ -263,34 +238,18 @@ def test_another_choice_of_blocks_takes_what_is_there(curve, monkeypatch):
 
 def test_an_end_that_fails_fails_the_curve_by_name(root, tmp_path):
     job = job_of(root, tmp_path, blocks="0,1")
-    probe = replace(PROBE, recipe=lambda arch, name: replace(PROBE.recipe(arch, name), batch=64))
+    probe = replace(LINPROBE, recipe=lambda arch, name: replace(LINPROBE.recipe(arch, name), batch=64))
     with pytest.raises(UserError, match=r"imagenet_linprobe, one end of the curve, .* less than one batch of 64"):
         partial.partial_finetune(job, probe, FINETUNE)
 
 
 def test_the_input_size_and_the_share_of_the_images_hold_for_the_ends_too(root, tmp_path):
-    record = partial.end_of_curve(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(PROBE))
+    record = partial.end_of_curve(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(LINPROBE))
     assert record.recipe_label == "mini with image_size=32, train_fraction=0.5"
     assert (record.recipe["epochs"], record.images_seen, record.resolved["train_images"]) == (2, 32, 16)
 
 
 # The recipe
-
-
-@pytest.mark.parametrize(
-    ("arch", "blocks", "epochs"),
-    [
-        ("vit_mini_patch8", (0, 0.5, 1, 2, 4, 6), 100),
-        ("vit_base_patch16", (0, 0.5, 1, 2, 4, 6, 12), 100),
-        ("vit_large_patch16", (0, 0.5, 1, 2, 4, 6, 12, 18, 24), 50),
-        ("vit_huge_patch14", (0, 0.5, 1, 2, 4, 6, 12, 18, 24, 32), 50),
-    ],
-)
-def test_the_recipe_is_fine_tunings_for_the_blocks_of_figure_9(arch, blocks, epochs):
-    recipe, tuning = vars(PARTIAL.recipe(arch, "paper")), vars(FINETUNE.recipe(arch, "paper"))
-    assert recipe == tuning | {"blocks": blocks}
-    assert recipe["epochs"] == epochs
-    assert "best of 50, 100 and 200" in PARTIAL.sources(arch)["epochs"]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +281,7 @@ def test_the_paper_recipe_says_what_the_paper_did_not(root, tmp_path, monkeypatc
     monkeypatch.setattr(partial, "tune", lambda *_: partial.Result({"top1": 1.0}, {"top1": 0.1}, seconds=1.0))
     monkeypatch.setattr(partial, "draw_curve", lambda *_: None)
     job = job_of(root, tmp_path, blocks="0.5,1")
-    found = partial.partial_finetune(replace(job, recipe_name="paper"), PROBE, FINETUNE)
+    found = partial.partial_finetune(replace(job, recipe_name="paper"), LINPROBE, FINETUNE)
     assert any("best of 50, 100 and 200" in note for note in found.notes)
     assert found.seconds == 2.0
 
@@ -345,35 +304,25 @@ def test_the_picture_is_drawn_from_the_numbers(curve, tmp_path):
     other = Image.open(tmp_path / "other.png").convert("RGB")
     assert min(drawn.size) > 500
     assert drawn.tobytes() != other.tobytes()
-    blue = (np.asarray(drawn) == (31, 119, 180)).all(axis=2)  # tab:blue, ours alone
+    blue = (np.asarray(drawn) == (31, 119, 180)).all(axis=2)  # tab:blue, only ours
     assert blue.sum() > 500
 
 
 # The real command
 
 
-def command(root, out, *more):
-    arguments = ["--task", "imagenet_partial", "--ckpt", f"random:{ARCH}", "--recipe", "mini", "--data", str(root)]
-    knobs = ["blocks=0.5,1", "batch=16", "epochs=5", "drop_path=0.1", "mixup=0.8", "ema=0.9"]
-    return ["-m", "transfer.classification", *arguments, "--out", str(out), "--device", "cpu", *more, "--set", *knobs]
-
-
 @pytest.mark.slow
 def test_killed_within_one_number_of_blocks_it_goes_on_and_ends_with_the_same_numbers(tmp_path):
-    root = write_imagenet(tmp_path, train=32, val=8)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([sys.executable, *command(root, whole)], cwd=ROOT, env=env, check=True, timeout=300)
-    arguments = [sys.executable, *command(root, killed, "--save-minutes", "0")]
-    kill_when(lambda: list(killed.rglob(f"imagenet_partial/1/*/{CHECKPOINT_FILE}")), arguments, ROOT, env)
-    (checkpoint,) = killed.rglob(CHECKPOINT_FILE)
-    assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 40
+    data, whole, killed = write_imagenet(tmp_path, train=32, val=8), tmp_path / "whole", tmp_path / "killed"
+    knobs = ["blocks=0.5,1", "batch=16", "epochs=5", "drop_path=0.1", "mixup=0.8", "ema=0.9"]
+    command = Command("imagenet_partial", data, knobs)
+    command.run(whole)
+    command.kill(killed, lambda: list(killed.rglob(f"imagenet_partial/1/*/{CHECKPOINT_FILE}")))
     (first,) = killed.rglob(f"imagenet_partial/0.5/*/{partial.RESULT_FILE}")
     before = first.read_bytes(), first.stat().st_mtime_ns
-
-    again = subprocess.run(arguments, cwd=ROOT, env=env, check=True, timeout=300, capture_output=True, text=True)
-    assert "resuming imagenet_partial@1" in again.stdout
-    assert "imagenet_partial@0.5" not in again.stdout
+    printed = command.run(killed, "--save-minutes", "0")
+    assert "resuming imagenet_partial@1" in printed
+    assert "imagenet_partial@0.5" not in printed
     assert (first.read_bytes(), first.stat().st_mtime_ns) == before
     results = [sorted(out.rglob(partial.RESULT_FILE)) for out in (whole, killed)]
     assert [path.parts[-3] for path in results[0]] == ["0.5", "1"]
@@ -385,17 +334,9 @@ def test_killed_within_one_number_of_blocks_it_goes_on_and_ends_with_the_same_nu
 
 @pytest.mark.slow
 def test_two_processes_tune_the_same_blocks(tmp_path):
-    root = write_imagenet(tmp_path, train=16, val=5)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = []
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])):
-        arguments = command(root, tmp_path / name)
-        arguments = arguments[: arguments.index("--set")] + ["--set", "blocks=0.5,1", "batch=16", "epochs=3"]
-        subprocess.run([sys.executable, *launcher, *arguments], cwd=ROOT, env=env, check=True, timeout=300)
-        (path,) = (tmp_path / name).rglob("record.json")
-        found.append(read_record(path))
-    one, two = found
-    assert (one.machine["processes"], two.machine["processes"]) == (1, 2)
+    data = write_imagenet(tmp_path, train=16, val=5)
+    command = Command("imagenet_partial", data, ["blocks=0.5,1", "batch=16", "epochs=3"])
+    found = command.by_one_and_two_processes(tmp_path)
     for k in ("0.5", "1"):
         a, b = (record.tables["by_blocks"][k] for record in found)
         assert b["metrics"]["loss"] == pytest.approx(a["metrics"]["loss"], rel=1e-3)

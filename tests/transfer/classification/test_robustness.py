@@ -10,7 +10,7 @@ from mae_core.data import EXTENSIONS, PILLOW_PIXELS
 from mae_core.decode import read_image
 from mae_core.errors import UserError
 from tests.fixtures import SHARED
-from tests.fixtures.transfer import CLASSES, TableModel, make_job, one_hot_logits, write_c, write_code
+from tests.fixtures.transfer import CLASSES, TableModel, make_job, one_hot_logits, small_checkpoint, write_c, write_code
 from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
@@ -21,22 +21,11 @@ A, R, SKETCH, C = robustness.TASKS
 
 # Errors of AlexNet among 5 severities x 50000 images, by the names that its authors give the corruptions.
 ALEXNET_WRONG = {
-    "brightness": 141148,
-    "contrast": 213301,
-    "defocus_blur": 204970,
-    "elastic_transform": 161514,
-    "fog": 204831,
-    "frost": 206643,
-    "gaussian_noise": 221607,
-    "glass_blur": 206567,
-    "impulse_noise": 230660,
-    "jpeg_compression": 151625,
-    "motion_blur": 196487,
-    "pixelate": 179460,
-    "shot_noise": 223617,
-    "snow": 216704,
+    "brightness": 141148, "contrast": 213301, "defocus_blur": 204970, "elastic_transform": 161514, "fog": 204831,
+    "frost": 206643, "gaussian_noise": 221607, "glass_blur": 206567, "impulse_noise": 230660,
+    "jpeg_compression": 151625, "motion_blur": 196487, "pixelate": 179460, "shot_noise": 223617, "snow": 216704,
     "zoom_blur": 199590,
-}
+}  # fmt: skip
 
 
 def alexnet() -> dict[str, list[float]]:
@@ -186,11 +175,11 @@ def test_two_hundred_classes_compete_among_themselves(tmp_path, loads):
 
 
 def test_each_set_has_its_own_two_hundred(tmp_path, loads):
-    """A model that prefers a class of A alone is right on R and wrong on A."""
+    """A model that prefers a class which only A has is right on R and wrong on A."""
     label = CLASSES[0]
-    of_a_alone = next(c for c in columns("imagenet_a") if c not in columns("imagenet_r"))
+    only_in_a = next(c for c in columns("imagenet_a") if c not in columns("imagenet_r"))
     table = torch.zeros(1, 1000)
-    table[0, of_a_alone], table[0, label] = 9.0, 5.0
+    table[0, only_in_a], table[0, label] = 9.0, 5.0
     for folder in ("imagenet-a", "imagenet-r"):
         coded_set(tmp_path / folder, {label: [0]})
     loads(table)
@@ -220,14 +209,11 @@ def test_all_sets_share_one_loading_of_a_classifier(tmp_path, loads):
     for folder in ("imagenet-a", "imagenet-r", "imagenet-sketch"):
         coded_set(tmp_path / folder, {CLASSES[0]: [0]})
     calls = loads(one_hot_logits([CLASSES[0]]))
-    first = make_job(A, tmp_path, tmp_path / "first")
-    second = replace(first.checkpoint)
+    first = small_checkpoint()
     for task in (A, R, SKETCH):
-        job = replace(make_job(task, tmp_path, tmp_path / task.name), checkpoint=first.checkpoint)
-        assert run_job(job).status == "ok"
-    assert calls == [first.checkpoint]
-    job = replace(make_job(A, tmp_path, tmp_path / "second"), checkpoint=second)
-    run_job(job)
+        assert run_job(replace(make_job(task, tmp_path, tmp_path / task.name), checkpoint=first)).status == "ok"
+    assert calls == [first]
+    run_job(replace(make_job(A, tmp_path, tmp_path / "second"), checkpoint=replace(first)))
     assert len(calls) == 2
 
 
@@ -248,20 +234,10 @@ def test_a_classifier_without_a_thousand_classes_is_refused(tmp_path, loads):
     assert "200 classes" in record.reason
 
 
-# The sets on disk
-
-
-# Real images, where they are
-
-
-REAL = SHARED
-needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside this checkout")
-
-
-@needs_real_images
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images beside this checkout")
 def test_real_images_go_through_every_transform():
     """Greyscale and tiny ones among them."""
-    files = sorted((REAL / "imagenet_samples").rglob("*.*"))
+    files = sorted((SHARED / "imagenet_samples").rglob("*.*"))
     images = [read_image(file) for file in files if file.suffix.lower() in EXTENSIONS]
     assert len(images) > 50
     for transform in (

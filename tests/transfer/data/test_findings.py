@@ -1,4 +1,4 @@
-"""How a set differs from the official one, in sentences; and what the system does not let a look read."""
+"""How a set differs from the official one, in sentences; and what the system does not let the reader read."""
 
 import os
 import shutil
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.suite import TASKS
-from transfer.data.findings import Data, against_official, guarded, spread, unusable
+from tests.fixtures.transfer import raising
+from transfer.data.findings import against_official, guarded, spread, unusable
 from transfer.data.imagenet import inspect_imagenet
 
 OFFICIAL = {"classes": 1000, "train": 1281167, "val": 50000}
@@ -21,9 +22,8 @@ def test_a_part_is_told_with_its_missing_classes_and_its_counts():
     names = [f"n{i:08}" for i in range(990)]
     classes, images = against_official("imagenet", {"classes": 10, "train": 1000, "val": 50000}, OFFICIAL, names)
     assert classes.startswith("imagenet: 990 of the 1000 classes are missing (n00000000, n00000001, n00000002 and 987 ")
-    assert images == (
-        "imagenet: 1000 train images, 1280167 fewer than the official 1281167: not the official set"
-    )  # nothing of val, whose count is right
+    # Nothing of val, whose count is right.
+    assert images == "imagenet: 1000 train images, 1280167 fewer than the official 1281167: not the official set"
 
 
 def test_a_damaged_copy_is_told_from_another_set():
@@ -82,9 +82,7 @@ def everything(root: Path) -> None:
 def test_a_folder_that_may_not_be_read_is_a_sentence_for_every_task(task, tmp_path, monkeypatch):
     everything(tmp_path)
 
-    def refuse(self, *arguments, **options):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "locked"))
-
+    refuse = raising(PermissionError(13, "Permission denied", str(tmp_path / "locked")))
     for owner, name in ((os, "scandir"), (os, "listdir"), (Path, "iterdir"), (Path, "read_text"), (Path, "read_bytes")):
         monkeypatch.setattr(owner, name, refuse)
     data = guarded(task.inspect, tmp_path)
@@ -93,12 +91,9 @@ def test_a_folder_that_may_not_be_read_is_a_sentence_for_every_task(task, tmp_pa
 
 
 def test_another_error_of_the_disk_is_a_sentence_too(tmp_path):
-    def look(root: Path) -> Data:
-        raise OSError(116, "Stale file handle", "/data/imagenet")
-
-    assert guarded(look, tmp_path).detail == (
-        "no data: /data/imagenet cannot be read (Stale file handle): mend or replace it"
-    )
+    stale = raising(OSError(116, "Stale file handle", "/data/imagenet"))
+    said = "no data: /data/imagenet cannot be read (Stale file handle): mend or replace it"
+    assert guarded(stale, tmp_path).detail == said
     (tmp_path / "imagenet").write_text("a file where the folder must be")
     assert guarded(inspect_imagenet, tmp_path).status == "missing"
     shutil.rmtree(tmp_path)

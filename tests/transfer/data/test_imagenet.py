@@ -105,14 +105,11 @@ def test_a_part_of_imagenet_is_a_subset_and_chance_counts_the_classes_that_occur
 
 def test_only_the_published_counts_are_official(tmp_path, monkeypatch):
     write_imagenet(tmp_path, train=2, val=1)
+    assert imagenet.IMAGENET_COUNTS == {"classes": 1000, "train": 1281167, "val": 50000}  # ILSVRC 2012
     monkeypatch.setattr(imagenet, "IMAGENET_COUNTS", {"classes": 4, "train": 8, "val": 4})
     assert inspect_imagenet(tmp_path).label == "official"
     (tmp_path / "imagenet" / "miniature.json").write_text("{}")
     assert inspect_imagenet(tmp_path).label == "miniature"
-
-
-def test_the_official_counts_are_those_of_ilsvrc_2012():
-    assert imagenet.IMAGENET_COUNTS == {"classes": 1000, "train": 1281167, "val": 50000}
 
 
 def test_the_fingerprint_follows_the_listing_and_not_the_place(tmp_path):
@@ -121,14 +118,13 @@ def test_the_fingerprint_follows_the_listing_and_not_the_place(tmp_path):
     moved = root.rename(tmp_path / "two")
     assert inspect_imagenet(moved).fingerprint == seen[0]
 
-    train = moved / "imagenet" / "train"
-    first = train / wnids()[CLASSES[0]]
-    write_noise_image(first / "added.JPEG", (1, 2, 3), 7)
+    train, added = moved / "imagenet" / "train", "added.JPEG"
+    write_noise_image(train / TENCH / added, (1, 2, 3), 7)
     seen.append(inspect_imagenet(moved).fingerprint)
-    (first / "added.JPEG").rename(first / "renamed.JPEG")
-    seen.append(inspect_imagenet(moved).fingerprint)
-    (first / "renamed.JPEG").rename(train / wnids()[CLASSES[1]] / "renamed.JPEG")
-    seen.append(inspect_imagenet(moved).fingerprint)
+    for place in (train / TENCH / "renamed.JPEG", train / GOLDFISH / "renamed.JPEG"):
+        next(train.rglob(added)).rename(place)
+        added = place.name
+        seen.append(inspect_imagenet(moved).fingerprint)
     assert len(set(seen)) == 4
 
 
@@ -150,18 +146,9 @@ def flat(imagenet: Path) -> None:
         shutil.rmtree(file.parent)
 
 
-def tarred(imagenet: Path) -> None:
-    (imagenet / "train" / f"{TENCH}.tar").write_bytes(b"")
-
-
-def in_words(imagenet: Path) -> None:
-    (imagenet / "train" / TENCH).rename(imagenet / "train" / "tench")
-
-
 def swapped(imagenet: Path) -> None:
-    (imagenet / "train").rename(imagenet / "held")
-    (imagenet / "val").rename(imagenet / "train")
-    (imagenet / "held").rename(imagenet / "val")
+    for old, new in (("train", "held"), ("val", "train"), ("held", "val")):
+        (imagenet / old).rename(imagenet / new)
 
 
 def as_kaggle_packs(imagenet: Path) -> None:
@@ -180,24 +167,26 @@ def broken_image(imagenet: Path) -> None:
     file.symlink_to("nowhere.JPEG")
 
 
-def from_a_mac(imagenet: Path) -> None:
-    (imagenet / "val" / TENCH / "._ILSVRC2012_val_00000000.JPEG").write_bytes(b"Mac OS X")
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (flat, "4 images lie in {root}/val itself, not in class folders named by WNID: the official archive is flat"),
         (flat, "valprep.sh of soumith/imagenetloader.torch"),
         (flat, "ILSVRC2012_devkit_t12.tar.gz"),
-        (tarred, "{root}/train has 1 archives of classes, packed still; in there: for f in n*.tar; do mkdir -p"),
-        (in_words, "{root}/train has folders that are no ImageNet class: tench; rename each to the WNID of its class"),
+        (
+            lambda d: (d / f"train/{TENCH}.tar").touch(),
+            "{root}/train has 1 archives of classes, packed still; in there: for f in n*.tar; do mkdir -p",
+        ),
+        (
+            lambda d: (d / "train" / TENCH).rename(d / "train" / "tench"),
+            "{root}/train has folders that are no ImageNet class: tench; rename each to the WNID of its class",
+        ),
         (swapped, "{root}/train holds only validation images (ILSVRC2012_val_*): are train and val swapped?"),
         (as_kaggle_packs, "move or link the folders from {root}/ILSVRC/Data/CLS-LOC"),
         (broken_class, "{root}/train has broken links for class folders: {tench}"),
         (broken_image, "1 of 4 validation images looked at (of 4) cannot be used: {root}/val/{tench}/"),
         (
-            from_a_mac,
+            lambda d: (d / "val" / TENCH / "._ILSVRC2012_val_00000000.JPEG").write_bytes(b"Mac OS X"),
             "{root}/val has 1 files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete",
         ),
     ],
@@ -259,8 +248,8 @@ def test_images_of_the_other_split_and_of_another_class_are_known_by_their_names
     )
 
 
-def test_a_look_asks_the_disk_for_listings_and_never_for_every_file(tmp_path, monkeypatch):
-    """A question a file takes minutes for millions: a hundred of each split are looked at."""
+def test_inspecting_lists_folders_and_never_asks_for_every_file(tmp_path, monkeypatch):
+    """One question for each of millions of files takes minutes: a hundred of each split are looked at."""
     for split, per_class in (("train", 300), ("val", 200)):
         for label in CLASSES:
             folder = tmp_path / "imagenet" / split / wnids()[label]
@@ -277,15 +266,10 @@ def test_a_look_asks_the_disk_for_listings_and_never_for_every_file(tmp_path, mo
     assert len(asked) < 450
 
 
-# Real images, where they are
-
-REAL = SHARED
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real images beside this checkout")
 def test_the_real_part_tells_that_its_splits_are_not_the_official_ones():
     """Ten classes, whose images were dealt out anew: the published validation images are among those for training."""
-    found = " | ".join(inspect_imagenet(REAL).findings)
+    found = " | ".join(inspect_imagenet(SHARED).findings)
     assert "990 of the 1000 classes are missing" in found
-    moved = list((REAL / "imagenet" / "train").rglob("ILSVRC2012_val_*"))
+    moved = list((SHARED / "imagenet" / "train").rglob("ILSVRC2012_val_*"))
     assert f"imagenet/train: {len(moved)} images have names of ImageNet's validation images" in found

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 
 import pytest
 
@@ -71,29 +72,32 @@ def test_an_empty_image_is_told(tmp_path):
     write_split(tmp_path / "imagenet-a", 1)
     file = next((tmp_path / "imagenet-a").rglob("*.JPEG"))
     file.write_bytes(b"")
-    assert (
-        f"1 of 4 images looked at (of 4) cannot be used: {file} is empty"
-        in inspect_shift("imagenet_a", tmp_path).detail
-    )
+    detail = inspect_shift("imagenet_a", tmp_path).detail
+    assert f"1 of 4 images looked at (of 4) cannot be used: {file} is empty" in detail
 
 
-def test_no_tree_is_missing_and_says_where_it_must_lie(tmp_path):
-    data = inspect_c(tmp_path)
+@pytest.mark.parametrize(
+    ("inspect", "where"),
+    [
+        (inspect_c, "imagenet-c/CORRUPTION/SEVERITY/WNID"),
+        (partial(inspect_shift, "imagenet_r"), "imagenet-r/WNID"),
+    ],
+)
+def test_an_absent_set_says_where_it_must_lie(tmp_path, inspect, where):
+    data = inspect(tmp_path)
     assert data.status == "missing"
-    assert f"{tmp_path}/imagenet-c/CORRUPTION/SEVERITY/WNID" in data.detail
+    assert f"{tmp_path}/{where}" in data.detail
 
 
-def test_what_lacks_is_listed(tmp_path):
+def test_what_is_missing_is_listed(tmp_path):
     base = write_c(tmp_path) / "imagenet-c"
     (base / "fog").rename(base / "foggy")
     (base / "snow" / "3").rename(base / "snow" / "6")
-    for file in (base / "frost" / "2" / wnids()[CLASSES[1]]).iterdir():
-        file.unlink()
+    shutil.rmtree(base / "frost" / "2" / wnids()[CLASSES[1]])
     data = inspect_c(tmp_path)
     assert data.status == "incomplete"
     assert re.search(r"lacks 1 of the 15 corruptions: fog\b", data.detail)
     assert str(base / "snow" / "3") in data.detail
-    assert "frost/2" in data.detail
     assert "fewer than 4 images in frost/2 (2)" in data.detail
 
 
@@ -123,17 +127,11 @@ def test_sketch_is_found_under_its_usual_names(tmp_path, folder):
     assert (data.status, data.counts) == ("found", {"classes": 2, "images": 2})
 
 
-def test_an_absent_set_says_where_it_must_lie(tmp_path):
-    data = inspect_shift("imagenet_r", tmp_path)
-    assert data.status == "missing"
-    assert f"{tmp_path}/imagenet-r/WNID" in data.detail
-
-
 def test_the_clean_images_beside_a_set_are_part_of_its_data(tmp_path):
     write_split(tmp_path / "imagenet-a", 1)
-    alone = inspect_shift("imagenet_a", tmp_path).fingerprint
+    before = inspect_shift("imagenet_a", tmp_path).fingerprint
     write_imagenet(tmp_path, train=1, val=1)
-    assert inspect_shift("imagenet_a", tmp_path).fingerprint != alone
+    assert inspect_shift("imagenet_a", tmp_path).fingerprint != before
 
 
 @pytest.mark.parametrize(("name", "images"), [("imagenet_a", 7500), ("imagenet_r", 30000)])
@@ -144,31 +142,27 @@ def test_a_part_of_a_set_is_not_official(tmp_path, monkeypatch, name, images):
     assert inspect_shift(name, tmp_path).label == "subset"
 
 
-# Real images, where they are
-
-
-REAL = SHARED
-needs_real_images = pytest.mark.skipif(not REAL.is_dir(), reason="no real images beside this checkout")
+needs_real_images = pytest.mark.skipif(not SHARED.is_dir(), reason="no real images beside this checkout")
 
 
 @needs_real_images
 def test_real_images_are_found_whatever_their_names():
-    assert inspect_shift("imagenet_a", REAL).counts == {"classes": 2, "images": 2}
-    assert inspect_shift("imagenet_sketch", REAL).counts == {"classes": 9, "images": 36}
-    assert any(" " in path.name for path in (REAL / "imagenet-a").rglob("*"))
+    assert inspect_shift("imagenet_a", SHARED).counts == {"classes": 2, "images": 2}
+    assert inspect_shift("imagenet_sketch", SHARED).counts == {"classes": 9, "images": 36}
+    assert any(" " in path.name for path in (SHARED / "imagenet-a").rglob("*"))
 
 
 @needs_real_images
 def test_six_real_corruptions_are_no_imagenet_c():
-    data = inspect_c(REAL)
+    data = inspect_c(SHARED)
     assert data.status == "incomplete"
-    there = {path.name for path in (REAL / "imagenet-c").iterdir()}
-    assert data.detail.startswith(f"{REAL / 'imagenet-c'} lacks 9 of the 15 corruptions: ")
+    there = {path.name for path in (SHARED / "imagenet-c").iterdir()}
+    assert data.detail.startswith(f"{SHARED / 'imagenet-c'} lacks 9 of the 15 corruptions: ")
     assert all((c in data.detail) != (c in there) for c in CORRUPTIONS)
 
 
 @needs_real_images
 def test_the_real_parts_tell_what_they_lack():
-    classes, counts = inspect_shift("imagenet_sketch", REAL).findings
+    classes, counts = inspect_shift("imagenet_sketch", SHARED).findings
     assert classes.startswith("imagenet-sketch: 991 of the 1000 classes are missing (n01440764, ")
     assert counts == "imagenet-sketch: 36 images, 50853 fewer than the official 50889: not the official set"

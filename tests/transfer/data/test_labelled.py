@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mae_core.checkpoint import read_checkpoint
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import make_job, write_noise_image
 from transfer.classification.tasks import TASKS, folder_task
 from transfer.data.labelled import SETS, inspect_set
+from transfer.data.split import Split
 from transfer.jobs import find_tasks, task_argument
 from transfer.miniature import labelled as miniature_sets
 from transfer.run import run_job
 
 KNOWN = {known.name: known for known in SETS}
-PLACES_DATA = SHARED
 
 
 def touch(path: Path) -> None:
@@ -52,7 +53,7 @@ def edit(path: Path, change) -> None:
 
 
 def test_official_counts():
-    """Written down a second time, from the sources that labelled_sets.py names."""
+    """Written down a second time, from the sources that labelled.py names."""
     assert {name: known.counts for name, known in KNOWN.items()} == {
         "inat2017": (5089, 579184, 95986),
         "inat2018": (8142, 437513, 24426),
@@ -60,10 +61,10 @@ def test_official_counts():
         "places205": (205, 2448873, 20500),
         "places365": (365, 1803460, 36500),
     }
-    assert 3 * 8142 == 24426
-    assert 3 * 1010 == 3030
-    assert 100 * 205 == 20500
-    assert 100 * 365 == 36500
+
+
+def labels_of(split: Split) -> dict[str, int]:
+    return {file.name: label for file, label in zip(split.files, split.labels)}
 
 
 def test_inaturalist_takes_the_split_and_the_label_from_the_json(tmp_path):
@@ -75,12 +76,8 @@ def test_inaturalist_takes_the_split_and_the_label_from_the_json(tmp_path):
     reading = KNOWN["inat2018"].read(folder)
     assert not reading.problems
     assert reading.classes == 8142
-    read = {file.name: label for file, label in zip(reading.train.files, reading.train.labels)}
-    assert read == {"a.jpg": 7477, "b.jpg": 12, "c.jpg": 9}
-    assert {file.name: label for file, label in zip(reading.val.files, reading.val.labels)} == {
-        "d.jpg": 7477,
-        "e.jpg": 9,
-    }
+    assert labels_of(reading.train) == {"a.jpg": 7477, "b.jpg": 12, "c.jpg": 9}
+    assert labels_of(reading.val) == {"d.jpg": 7477, "e.jpg": 9}
     data = inspect_set(KNOWN["inat2018"], tmp_path)
     assert (data.status, data.label, data.chance) == ("found", "subset", 50.0)
 
@@ -89,7 +86,7 @@ def test_inaturalist_2017_has_names_for_folders(tmp_path):
     folder = write_inat(tmp_path, 2017, {"Aves/Turdus merula/a.jpg": 5088}, {"Aves/Turdus merula/b.jpg": 5088})
     reading = KNOWN["inat2017"].read(folder)
     assert not reading.problems
-    assert reading.train.labels == (5088,)
+    assert labels_of(reading.train) == {"a.jpg": 5088}
     assert reading.train.files[0].parent.name == "Turdus merula"
 
 
@@ -115,13 +112,16 @@ def test_inaturalist_with_a_wrong_json(tmp_path, change, message):
 def test_inaturalist_with_files_that_are_not_there(tmp_path):
     train = {f"x/3/{i}.jpg": 3 for i in range(6)}
     write_inat(tmp_path, 2019, train, {"x/3/v.jpg": 3}, skip=("x/3/1.jpg", "x/3/4.jpg"))
-    detail = inspect_set(KNOWN["inat2019"], tmp_path).detail
-    assert "2 of the 6 training images are not there" in detail
-    assert "x/3/1.jpg" in detail
+
+    def detail() -> str:
+        return inspect_set(KNOWN["inat2019"], tmp_path).detail
+
+    assert "2 of the 6 training images are not there" in detail()
+    assert "x/3/1.jpg" in detail()
     (tmp_path / "inat2019" / "val2019.json").unlink()
-    assert "val2019.json is missing" in inspect_set(KNOWN["inat2019"], tmp_path).detail
+    assert "val2019.json is missing" in detail()
     (tmp_path / "inat2019" / "val2019.json").write_text("{not json")
-    assert "is no annotation file of iNaturalist (JSONDecodeError" in inspect_set(KNOWN["inat2019"], tmp_path).detail
+    assert "is no annotation file of iNaturalist (JSONDecodeError" in detail()
 
 
 def write_places365(root: Path, images: str = "data_256_standard", val: str = "val_256", lists: str = "") -> Path:
@@ -154,16 +154,21 @@ def test_places365_nested_classes_flat_validation_leading_slash(tmp_path, sizes,
     }
 
 
-def test_places365_with_a_wrong_list(tmp_path):
-    folder = write_places365(tmp_path)
-    (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 0\nPlaces365_val_00000002.jpg\n")
-    assert "line 2, is not `path label`" in inspect_set(KNOWN["places365"], tmp_path).detail
-    (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 365\n")
-    assert "validation labels outside 0..364: 365" in inspect_set(KNOWN["places365"], tmp_path).detail
-    (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg 7\n")
-    assert "classes that training lacks: 7" in inspect_set(KNOWN["places365"], tmp_path).detail
-    (folder / "places365_val.txt").unlink()
-    assert "places365_val.txt is missing" in inspect_set(KNOWN["places365"], tmp_path).detail
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Places365_val_00000001.jpg 0\nPlaces365_val_00000002.jpg\n", "line 2, is not `path label`"),
+        (b"Places365_val_00000001.jpg,0\n", "line 1, is not `path label`"),  # commas, as the name .csv suggests
+        (b"\x1f\x8b\x08\xff", "places365_val.txt is no text: unpack the list"),  # gzip
+        (b"Places365_val_00000001.jpg 365\n", "validation labels outside 0..364: 365"),
+        (b"Places365_val_00000001.jpg 7\n", "classes that training lacks: 7"),
+        (None, "places365_val.txt is missing"),
+    ],
+)
+def test_places365_with_a_wrong_list(tmp_path, content, said):
+    file = write_places365(tmp_path) / "places365_val.txt"
+    file.write_bytes(content) if content else file.unlink()
+    assert said in inspect_set(KNOWN["places365"], tmp_path).detail
 
 
 def test_places205_lists_are_separated_by_spaces(tmp_path):
@@ -179,27 +184,25 @@ def test_places205_lists_are_separated_by_spaces(tmp_path):
     assert reading.train.files == (images / "a/abbey/gsun_1.jpg",)
 
 
-@pytest.mark.skipif(not (PLACES_DATA / "places365").is_dir(), reason="no real images here")
+@pytest.mark.skipif(not (SHARED / "places365").is_dir(), reason="no real images here")
 def test_the_real_part_of_places365():
-    data = inspect_set(KNOWN["places365"], PLACES_DATA)
+    data = inspect_set(KNOWN["places365"], SHARED)
     assert data.counts == {"classes": 10, "train": 300, "val": 100}
     assert (data.status, data.label) == ("found", "subset")
-    reading = KNOWN["places365"].read(PLACES_DATA / "places365")
-    names = dict(line.split() for line in (PLACES_DATA / "places365/categories_places365.txt").read_text().splitlines())
+    reading = KNOWN["places365"].read(SHARED / "places365")
+    names = dict(line.split() for line in (SHARED / "places365/categories_places365.txt").read_text().splitlines())
     for file, label in zip(reading.train.files, reading.train.labels):
-        assert names["/" + str(file.parent.relative_to(PLACES_DATA / "places365/data_256_standard"))] == str(label)
+        assert names["/" + str(file.parent.relative_to(SHARED / "places365/data_256_standard"))] == str(label)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (PLACES_DATA / "places365").is_dir(), reason="no real images here")
+@pytest.mark.skipif(not (SHARED / "places365").is_dir(), reason="no real images here")
 def test_the_real_part_is_learnt_under_a_head_of_365(tmp_path):
     """Ten classes whose ids have gaps: the head keeps all 365, and chance counts the ten."""
     (task,) = find_tasks(["places365"], TASKS)
-    record = run_job(make_job(task, PLACES_DATA, tmp_path / "work", batch=50, epochs=1, warmup_epochs=0))
+    record = run_job(make_job(task, SHARED, tmp_path / "work", batch=50, epochs=1, warmup_epochs=0))
     assert record.status == "ok", record.reason
     assert (record.n_eval, record.chance) == (100, 10.0)
-    from mae_core.checkpoint import read_checkpoint
-
     head = read_checkpoint(tmp_path / "work" / "classifier.safetensors").classifier["head.weight"]
     assert head.shape[0] == 365
     assert any("355 of the 365 classes are missing (0, 1, 3 and 352 more)" in f for f in record.data["findings"])
@@ -225,14 +228,6 @@ def test_the_256_px_images_are_taken_where_both_sizes_are_there(tmp_path):
     reading = KNOWN["places365"].read(folder)
     assert {f.relative_to(folder).parts[0] for f in reading.train.files} == {"data_256_standard"}
     assert {f.relative_to(folder).parts[0] for f in reading.val.files} == {"val_256"}
-
-
-def test_a_list_that_is_no_list_is_named(tmp_path):
-    folder = write_places365(tmp_path)
-    (folder / "places365_val.txt").write_text("Places365_val_00000001.jpg,0\n")  # commas, as the name .csv suggests
-    assert "line 1, is not `path label`" in inspect_set(KNOWN["places365"], tmp_path).detail
-    (folder / "places365_val.txt").write_bytes(b"\x1f\x8b\x08\xff")  # gzip
-    assert "places365_val.txt is no text: unpack the list" in inspect_set(KNOWN["places365"], tmp_path).detail
 
 
 def test_images_that_are_empty_or_broken_links_are_told(tmp_path):
@@ -263,11 +258,8 @@ def test_a_missing_set_says_where_it_must_lie(tmp_path):
 
 @pytest.mark.parametrize("task", [t for t in TASKS if t.name in KNOWN], ids=lambda task: task.name)
 def test_miniatures_are_read_by_the_official_readers(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(miniature_sets, "MOST", 8)
-    monkeypatch.setattr(miniature_sets, "LEAST", 2)
-    monkeypatch.setattr(miniature_sets, "VAL", 1)
-    monkeypatch.setattr(miniature_sets, "PLACES_TRAIN", 2)
-    monkeypatch.setattr(miniature_sets, "PLACES_VAL", 1)
+    for name, count in {"MOST": 8, "LEAST": 2, "VAL": 1, "PLACES_TRAIN": 2, "PLACES_VAL": 1}.items():
+        monkeypatch.setattr(miniature_sets, name, count)
     task.miniature(tmp_path)
     data = task.inspect(tmp_path)
     assert (data.status, data.label) == ("found", "miniature"), data.detail
@@ -277,8 +269,7 @@ def test_miniatures_are_read_by_the_official_readers(task, tmp_path, monkeypatch
         assert (max(counts.values()), min(counts.values()), len(counts)) == (8, 2, 16)
     else:
         assert set(counts.values()) == {2}
-    first = reading.train.files[0].read_bytes()
-    assert first[:2] == b"\xff\xd8"
+    assert reading.train.files[0].read_bytes()[:2] == b"\xff\xd8"  # JPEG
 
 
 def write_flowers(root: Path) -> Path:
@@ -305,18 +296,18 @@ def test_a_folder_of_ones_own(tmp_path):
 def test_folders_that_cannot_be_used(tmp_path):
     flowers = write_flowers(tmp_path)
 
-    def detail(task=None) -> str:
-        return folder_task(str(flowers)).inspect(tmp_path).detail
+    def detail(path: Path) -> str:
+        return folder_task(str(path)).inspect(tmp_path).detail
 
     (flowers / "val" / "daisy").rename(flowers / "val" / "dandelion")
-    assert "has classes that train lacks: dandelion" in detail()
+    assert "has classes that train lacks: dandelion" in detail(flowers)
     (flowers / "val").rename(flowers / "test")
-    assert f"{flowers}/val is missing" in detail()
+    assert f"{flowers}/val is missing" in detail(flowers)
     one = tmp_path / "one"
     write_noise_image(one / "train" / "a" / "0.jpg", (0, 0, 0), 0)
     write_noise_image(one / "val" / "a" / "0.jpg", (0, 0, 0), 1)
-    assert "has the one class a" in folder_task(str(one)).inspect(tmp_path).detail
-    assert "no data" in folder_task(str(tmp_path / "nowhere")).inspect(tmp_path).detail
+    assert "has the one class a" in detail(one)
+    assert "no data" in detail(tmp_path / "nowhere")
 
 
 def test_the_head_has_the_official_classes(tmp_path):
@@ -325,8 +316,5 @@ def test_the_head_has_the_official_classes(tmp_path):
     (task,) = find_tasks(["places365"], TASKS)
     record = run_job(make_job(task, tmp_path, tmp_path / "work", batch=2))
     assert record.status == "ok", record.reason
-    from mae_core.checkpoint import read_checkpoint
-
-    left = read_checkpoint(tmp_path / "work" / "classifier.safetensors")
-    assert left.classifier["head.weight"].shape[0] == 365
-    assert record.n_eval == 2
+    head = read_checkpoint(tmp_path / "work" / "classifier.safetensors").classifier["head.weight"]
+    assert (len(head), record.n_eval) == (365, 2)

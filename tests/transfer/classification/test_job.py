@@ -1,8 +1,9 @@
+"""Fine-tuning, the linear probe, training from scratch and the evaluation of a released file, as whole jobs."""
+
 import hashlib
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,29 +13,21 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mae_core.checkpoint import read_checkpoint, save_weights
-from mae_core.data import IMAGENET_NORMALIZATION, PILLOW_PIXELS, normalize
-from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
+from mae_core.data import PILLOW_PIXELS, normalize
+from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
-from tests.fixtures.transfer import ARCH, CLASSES, make_job, small_checkpoint, write_imagenet, write_split
+from tests.fixtures.classification import tampering
+from tests.fixtures.transfer import ARCH, CLASSES, make_job, raising, small_checkpoint, write_imagenet, write_split
 from transfer import run
 from transfer.classification import job as classifier_job
-from transfer.classification import recipes
-from transfer.classification import tasks as classification
-from transfer.classification.evaluate import evaluate, trained_classifier
+from transfer.classification.evaluate import trained_classifier
+from transfer.classification.tasks import EVAL, FINETUNE, LINPROBE, TASKS
 from transfer.classification.transforms import eval_transform
 from transfer.cli import main
 from transfer.data.imagenet import read_split, wnids
 from transfer.run import run_job
 from transfer.task import CLASSIFIER_FILE
-
-FINETUNE, LINPROBE, EVAL, KNN = classification.TASKS[:4]
-B, L, H = "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_imagenet(tmp_path_factory.mktemp("data"), train=8, val=3)
 
 
 @pytest.fixture(scope="module")
@@ -46,75 +39,12 @@ def finetuned(root, tmp_path_factory):
     return job, record
 
 
-# The published recipes
-
-
-@pytest.mark.parametrize(
-    ("arch", "lr", "layer_decay", "drop_path", "epochs"),
-    [(B, 2e-3, 0.65, 0.1, 100), (L, 4e-3, 0.75, 0.2, 50), (H, 4e-3, 0.75, 0.3, 50)],
-)
-def test_fine_tuning_is_the_official_repositorys(arch, lr, layer_decay, drop_path, epochs):
-    """facebookresearch/mae FINETUNE.md; the absolute rate is base_lr * 1024 / 256."""
-    r = recipes.finetune_recipe(arch, "paper")
-    assert learning_rate(r.base_lr, r.batch) == pytest.approx(lr)
-    assert (r.layer_decay, r.drop_path, r.epochs) == (layer_decay, drop_path, epochs)
-    assert (r.image_size, r.batch, r.warmup_epochs, r.min_lr) == (224, 1024, 5, 1e-6)
-    assert (r.optimizer, r.betas, r.weight_decay) == ("adamw", (0.9, 0.999), 0.05)
-    assert (r.mixup, r.cutmix, r.label_smoothing, r.random_erasing) == (0.8, 1.0, 0.1, 0.25)
-    assert (r.rand_augment, r.pool, r.head_std, r.ema) == ("rand-m9-mstd0.5-inc1", "avg", 2e-5, 0.0)
-
-
-@pytest.mark.parametrize("arch", [B, L, H])
-def test_linear_probing_is_the_papers(arch):
-    """Table 10: LARS, base rate 0.1 at batch 16384, so 6.4; 90 epochs; nothing but crop and flip."""
-    r = recipes.linprobe_recipe(arch, "paper")
-    assert learning_rate(r.base_lr, r.batch) == pytest.approx(6.4)
-    assert (r.batch, r.epochs, r.warmup_epochs, r.min_lr) == (16384, 90, 10, 0.0)
-    assert (r.optimizer, r.momentum, r.trust_coefficient, r.weight_decay) == ("lars", 0.9, 0.001, 0.0)
-    assert (r.image_size, r.pool, r.head_std) == (224, "token", 0.01)
-    assert r.mixup == r.cutmix == r.label_smoothing == r.drop_path == r.random_erasing == 0.0
-    assert r.rand_augment == ""
-
-
-def test_the_rate_of_vit_b_over_its_hundred_epochs():
-    """Per iteration, 1281167 // 1024 = 1251 of them an epoch: 0 -> 2e-3 over 5 epochs, then half a cosine to 1e-6."""
-    r = recipes.finetune_recipe(B, "paper")
-    lr = learning_rate(r.base_lr, r.batch)
-    at = [half_cosine(step, 1251, lr, r.epochs, r.warmup_epochs, r.min_lr) for step in range(125100)]
-    assert at[0] == 0.0
-    assert at[1251] == pytest.approx(4e-4)
-    assert max(at) == at[5 * 1251] == pytest.approx(2e-3)
-    # Half way through the 95 epochs of cosine: the mean of both ends.
-    assert at[int(52.5 * 1251)] == pytest.approx((2e-3 + 1e-6) / 2, rel=1e-4)
-    assert at[-1] == pytest.approx(1e-6, abs=1e-9)
-
-
-@pytest.mark.parametrize(("arch", "depth"), [(B, 12), (L, 24), (H, 32)])
-def test_layer_decay_and_drop_path_of_the_real_sizes(arch, depth):
-    """depth + 2 distinct scales, decay ** (depth + 1 - layer); drop path linear from 0 at the first block."""
-    r = recipes.finetune_recipe(arch, "paper")
-    with torch.device("meta"):
-        model = build_vit(arch, r.image_size, 1000, r.pool, r.drop_path)
-    scales = {}
-    for group in layer_decay_groups(model, r.weight_decay, r.layer_decay):
-        for p in group["params"]:
-            scales[id(p)] = group["lr_scale"]
-    named = {name: scales[id(p)] for name, p in model.named_parameters()}
-    assert len(set(named.values())) == depth + 2
-    for name, layer in (("patch_embed.proj.weight", 0), ("pos_embed", 0), ("cls_token", 0), ("blocks.0.norm1.bias", 1)):
-        assert named[name] == pytest.approx(r.layer_decay ** (depth + 1 - layer))
-    for name in (f"blocks.{depth - 1}.mlp.fc2.weight", "fc_norm.weight", "head.weight"):
-        assert named[name] == pytest.approx(r.layer_decay if "blocks" in name else 1.0)
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
-    np.testing.assert_allclose(rates, np.linspace(0, r.drop_path, depth), atol=1e-9)
-
-
 # The start
 
 
-@pytest.mark.parametrize(("which", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
-def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, which, std):
-    job = make_job(which, root, tmp_path)
+@pytest.mark.parametrize(("task", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
+def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, task, std):
+    job = make_job(task, root, tmp_path)
     model = classifier_job.start_model(job)
     assert model.head.weight.shape == (1000, 128)  # a thousand classes, though the folder has four
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.02)
@@ -173,37 +103,30 @@ def test_the_optimizer_state_is_gone_after_success(finetuned):
 def test_a_kill_just_before_the_record_costs_no_training(root, tmp_path, monkeypatch):
     job = make_job(LINPROBE, root, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "write_record", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             run_job(job)
     assert (tmp_path / CHECKPOINT_FILE).exists()
     steps = []
-    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
-    try:
+    with register_optimizer_step_pre_hook(lambda *_: steps.append(1)):
         record = run_job(job)
-    finally:
-        hook.remove()
     assert (record.status, record.images_seen, steps) == ("ok", 64, [])
     assert not (tmp_path / CHECKPOINT_FILE).exists()
 
 
 def test_the_left_classifier_evaluates_to_the_recorded_numbers(finetuned, root, tmp_path):
     job, record = finetuned
-    other = replace(make_job(EVAL, root, tmp_path), checkpoint=read_checkpoint(job.work / CLASSIFIER_FILE))
-    again = run_job(other)
+    again = run_job(replace(make_job(EVAL, root, tmp_path), checkpoint=read_checkpoint(job.work / CLASSIFIER_FILE)))
     assert again.status == "ok", again.reason
-    assert again.metrics == record.metrics
-    assert again.stderr == record.stderr
+    assert (again.metrics, again.stderr) == (record.metrics, record.stderr)
     assert again.resolved == {"image_size": 48, "val_pixels": PILLOW_PIXELS}
 
 
 def test_a_class_token_classifier_comes_back_too(root, tmp_path):
-    job = make_job(FINETUNE, root, tmp_path / "a", pool="token", epochs=1)
-    record = run_job(job)
-    left = read_checkpoint(job.work / CLASSIFIER_FILE)
+    record = run_job(make_job(FINETUNE, root, tmp_path / "a", pool="token", epochs=1))
+    left = read_checkpoint(tmp_path / "a" / CLASSIFIER_FILE)
     assert left.kind == "classifier"
-    again = run_job(replace(make_job(EVAL, root, tmp_path / "b"), checkpoint=left))
-    assert again.metrics == record.metrics
+    assert run_job(replace(make_job(EVAL, root, tmp_path / "b"), checkpoint=left)).metrics == record.metrics
 
 
 def test_a_larger_input_resizes_the_positions_and_the_crop(root, tmp_path, monkeypatch):
@@ -215,9 +138,8 @@ def test_a_larger_input_resizes_the_positions_and_the_crop(root, tmp_path, monke
     torch.testing.assert_close(start.pos_embed.detach(), torch.cat([old[:, :1], grid], dim=1))
 
     sides = []
-    monkeypatch.setattr(
-        classifier_job, "start_model", lambda *_: (start.register_forward_pre_hook(look(sides)), start)[1]
-    )
+    start.register_forward_pre_hook(lambda module, arguments: sides.append(tuple(arguments[0].shape[-2:])))
+    monkeypatch.setattr(classifier_job, "start_model", lambda *_: start)
     record = run_job(job)
     assert record.status == "ok", record.reason
     assert set(sides) == {(96, 96)}
@@ -225,22 +147,6 @@ def test_a_larger_input_resizes_the_positions_and_the_crop(root, tmp_path, monke
     assert left.encoder["pos_embed"].shape == (1, 145, 128)
     assert trained_classifier(left, 0, "cpu")[1] == 96
     assert trained_classifier(left, 48, "cpu")[0].pos_embed.shape == (1, 37, 128)
-
-
-def look(sides: list):
-    return lambda module, arguments: sides.append(tuple(arguments[0].shape[-2:]))
-
-
-def test_a_part_of_imagenet_is_scored_among_all_thousand_classes(root, tmp_path):
-    """A model that always answers a class outside the folder is never right."""
-    model = build_vit(ARCH, num_classes=1000)
-    torch.nn.init.zeros_(model.head.weight)
-    val, _ = read_split(root / "imagenet" / "val")
-    for answer, right in ((999, 0.0), (CLASSES[0], 0.25)):
-        torch.nn.init.zeros_(model.head.bias)
-        model.head.bias.data[answer] = 1.0
-        job = make_job(FINETUNE, root, tmp_path)
-        assert evaluate(model, val, eval_transform(48), IMAGENET_NORMALIZATION, job.machine, "x").top1.mean() == right
 
 
 def test_data_smaller_than_a_batch_is_refused_in_numbers(root, tmp_path):
@@ -264,12 +170,12 @@ def test_an_unreadable_validation_image_costs_the_number(tmp_path):
 
 
 def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, capsys):
-    """Of a checkpoint the size alone counts: nothing of its weights is in what is trained."""
+    """Only the size of a checkpoint counts: nothing of its weights is in what is trained."""
     save_weights(tmp_path / "other.safetensors", build_vit(ARCH).state_dict(), {"format": "mae-transfer"})
     common = ["--task", "imagenet_scratch", "--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out")]
     common += ["--device", "cpu", "--set", "epochs=1", "batch=8", "warmup_epochs=0", "ema=0.5"]
     for checkpoint in (str(tmp_path / "other.safetensors"), f"random:{ARCH}"):
-        assert main(classification.TASKS, ["--ckpt", checkpoint, *common]) == 0
+        assert main(TASKS, ["--ckpt", checkpoint, *common]) == 0
     (path,) = (tmp_path / "out").rglob("record.json")
     record = run.read_record(path)
     assert capsys.readouterr().out.count("imagenet_scratch: top1 ") == 2
@@ -288,7 +194,7 @@ def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, 
 # The probe
 
 
-def test_the_probe_moves_its_layer_alone(root, tmp_path, monkeypatch):
+def test_the_probe_moves_only_its_layer(root, tmp_path, monkeypatch):
     job = make_job(LINPROBE, root, tmp_path)
     model = classifier_job.start_model(job)
     monkeypatch.setattr(classifier_job, "start_model", lambda *_: model)
@@ -298,11 +204,8 @@ def test_the_probe_moves_its_layer_alone(root, tmp_path, monkeypatch):
     def before_step(*_):
         gradients.append({name for name, p in model.named_parameters() if p.grad is not None})
 
-    hook = register_optimizer_step_pre_hook(before_step)
-    try:
+    with register_optimizer_step_pre_hook(before_step):
         record = run_job(job)
-    finally:
-        hook.remove()
     assert record.status == "ok", record.reason
     assert len(gradients) == 8
     assert all(names == {"head.1.weight", "head.1.bias"} for names in gradients)
@@ -335,15 +238,7 @@ def test_the_probe_is_batchnorm_without_affine_over_the_class_token(root, tmp_pa
 
 @pytest.mark.parametrize("part", ["blocks.3.mlp.fc1.weight", "pos_embed", "norm.bias"])
 def test_an_encoder_that_moves_under_its_probe_is_a_failure(root, tmp_path, monkeypatch, part):
-    fit = classifier_job.train_classifier
-
-    def tampering(job, model, *rest):
-        state, trained = fit(job, model, *rest)
-        with torch.no_grad():
-            model.get_parameter(part).view(-1)[0] += 1e-6
-        return state, trained
-
-    monkeypatch.setattr(classifier_job, "train_classifier", tampering)
+    monkeypatch.setattr(classifier_job, "train_classifier", tampering(part))
     record = run_job(make_job(LINPROBE, root, tmp_path, epochs=1))
     assert record.status == "failed"
     assert "frozen encoder changed" in record.reason
@@ -381,3 +276,27 @@ def test_training_images_are_not_evaluated(root, tmp_path):
     first = EVAL.run(replace(job, checkpoint=checkpoint))
     second = EVAL.run(replace(job, checkpoint=checkpoint, data=replace(job.data, root=str(tmp_path / "data"))))
     assert first == second
+
+
+def test_a_probe_says_when_its_batchnorm_saw_another_batch(root, tmp_path):
+    whole = run_job(make_job(LINPROBE, root, tmp_path / "whole"))
+    assert whole.resolved["batchnorm_batch"] == 8
+    assert not whole.notes
+    split = run_job(make_job(LINPROBE, root, tmp_path / "split", Machine(micro_batch=4)))
+    assert split.resolved["batchnorm_batch"] == 4
+    assert any("BatchNorm" in note and "4" in note and "8" in note for note in split.notes)
+
+
+@pytest.mark.slow
+def test_both_accuracies_are_kept_with_a_moving_average(root, tmp_path):
+    """The average of nearly 1 stays where it started, so that the two differ."""
+    job = make_job(FINETUNE, root, tmp_path, ema=0.999999, epochs=8, base_lr=0.03)
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.metrics["top1_without_ema"] > record.metrics["top1"] + 20
+    name = "blocks.0.attn.qkv.weight"
+    left, start = (
+        read_checkpoint(job.work / CLASSIFIER_FILE).encoder[name],
+        classifier_job.start_model(job).state_dict(),
+    )
+    torch.testing.assert_close(left, start[name], atol=1e-4, rtol=0)
