@@ -92,12 +92,20 @@ def test_a_reason_stands_once(tmp_path, capsys):
     assert any(line.split() == ["imagenet_linprobe", "mini", "torch", "failed", "as", "imagenet_knn"] for line in lines)
 
 
-def test_only_a_recipe_too_large_for_the_data_fails(root, tmp_path, capsys):
+def test_every_task_has_a_state_and_nothing_is_run(root, tmp_path, capsys):
+    write_split(root / "imagenet-c" / "fog" / "1", 1)
     code, lines, _ = call(capsys, tmp_path / "out", "--data", str(root), "--plan")
     assert code == 0
     stated = {line.split()[0]: line for line in lines if line.startswith("    ") and line[4] != " "}
     assert "failed   32 training images are less than one batch=64: set a smaller batch" in stated["imagenet_finetune"]
-    assert "to do" in stated["imagenet_knn"]
+    for task, state, why in (
+        ("imagenet_knn", "to do", "4 classes, 32 train, 4 val"),
+        ("imagenet_c", "failed", "lacks 14 of the 15 corruptions"),
+        ("imagenet_a", "skipped", str(root / "imagenet-a")),
+    ):
+        assert state in stated[task]
+        assert why in stated[task]
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_a_full_disk_is_said_by_the_plan_and_refused_by_the_run(root, tmp_path, capsys, monkeypatch):

@@ -95,21 +95,6 @@ def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plan_names_data_and_runs_nothing(tmp_path: Path, data: Path, mini: list[str]) -> None:
-    write_split(data / "imagenet-c" / "fog" / "1", 1, TWO)
-    done = call(tmp_path, *mini, "--plan", *QUICK)
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("    ")}
-    assert done.returncode == 0
-    assert "to do" in lines["imagenet_finetune"]
-    assert "2 classes, 8 train, 6 val" in lines["imagenet_finetune"]
-    assert "failed" in lines["imagenet_c"]
-    assert "lacks 14 of the 15 corruptions" in lines["imagenet_c"]
-    assert "skipped" in lines["imagenet_a"]
-    assert str(data / "imagenet-a") in lines["imagenet_a"]
-    assert not (tmp_path / "out" / "runs").exists()
-
-
-@pytest.mark.slow
 def test_interrupt_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, mini: list[str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen(**command(*mini, *LONG, "--save-minutes", "0"), cwd=tmp_path, **pipes)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -142,22 +143,26 @@ def test_equals_timm_s_blocks_on_the_patch_tokens(monkeypatch, window, depth, ta
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "windowed"),
+    ("size", "options", "windowed", "shown"),
     [
-        ((48, 48), {"window": 3}, {1, 4}),
-        ((48, 48), {"window": 4}, {1, 4}),  # 6 patches are padded to 8
-        ((48, 48), {"window": 8}, {1, 4}),  # more than there are
-        ((48, 80), {"window": 4}, {1, 4}),
-        ((48, 80), {}, set()),
-        ((48, 48), {"window": 4, "bias": "per_block"}, {1, 4}),
-        ((48, 48), {"window": 2, "taps": (2, 3, 4, 5)}, {0, 1}),
-        ((32, 48), {"bias": "per_block"}, set()),
+        ((48, 48), {"window": 3}, {1, 4}, None),
+        ((48, 48), {"window": 4}, {1, 4}, None),  # 6 patches are padded to 8
+        ((48, 48), {"window": 8}, {1, 4}, None),  # more than there are
+        ((48, 80), {"window": 4}, {1, 4}, None),
+        ((48, 80), {}, set(), None),
+        ((48, 48), {"window": 4, "bias": "per_block"}, {1, 4}, None),
+        ((48, 48), {"window": 2, "taps": (2, 3, 4, 5)}, {0, 1}, None),
+        ((32, 48), {"bias": "per_block"}, set(), None),
+        # Positions and tables are interpolated.
+        ((48, 48), {"window": 4, "bias": "shared"}, {1, 4}, (64, 96)),
+        ((48, 48), {"window": 4, "bias": "per_block"}, {1, 4}, (64, 96)),
     ],
     ids=str,
 )
-def test_equals_attention_in_a_loop_over_padded_windows(size, options, windowed):
-    """With biases: which blocks are windowed, which table each takes, what is padded and when."""
-    pyramid, x = pyramid_of(size, biased=True, **options), images(*size)
+def test_equals_attention_in_a_loop_over_padded_windows(size, options, windowed, shown):
+    """With biases: which blocks are windowed, which table each takes, what is padded and when. shown: another input
+    size than that of the pyramid."""
+    pyramid, x = pyramid_of(size, biased=True, **options), images(*(shown or size))
     with torch.no_grad():
         expected = by_hand(pyramid, x, windowed)
         maps = pyramid(x)
@@ -165,15 +170,6 @@ def test_equals_attention_in_a_loop_over_padded_windows(size, options, windowed)
     taps = options.get("taps", (0, 2, 3, 5))
     assert_close(maps[2], expected[taps[2]].permute(0, 3, 1, 2))
     assert_close(maps[3], F.max_pool2d(expected[taps[3]].permute(0, 3, 1, 2), 2))
-
-
-@pytest.mark.parametrize("bias", ["shared", "per_block"])
-def test_positions_and_tables_are_interpolated_at_another_input_size(bias):
-    pyramid, x = pyramid_of(48, biased=True, window=4, bias=bias), images(64, 96, count=1)
-    with torch.no_grad():
-        expected, maps = by_hand(pyramid, x, {1, 4}), pyramid(x)
-    assert_close(maps[2], expected[3].permute(0, 3, 1, 2))
-    assert_close(maps[3], F.max_pool2d(expected[5].permute(0, 3, 1, 2), 2))
 
 
 def test_taps_are_the_last_blocks_of_four_equal_subsets():
@@ -189,13 +185,9 @@ def test_the_bias_is_the_textbook_s_on_a_grid_that_is_no_square():
     table = torch.randn(2, 5, 7)
     bias = relative_position_bias(table, (height, width))
     assert bias.shape == (2, 12, 12)
-    for head in range(2):
-        for y in range(height):
-            for x in range(width):
-                for y2 in range(height):
-                    for x2 in range(width):
-                        entry = table[head, y - y2 + height - 1, x - x2 + width - 1]
-                        assert bias[head, y * width + x, y2 * width + x2] == entry
+    for head, y, x, y2, x2 in product(range(2), *[range(height), range(width)] * 2):
+        entry = table[head, y - y2 + height - 1, x - x2 + width - 1]
+        assert bias[head, y * width + x, y2 * width + x2] == entry
 
 
 def test_tables_are_shared_or_per_block_and_zero_at_the_start():

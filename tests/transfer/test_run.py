@@ -35,9 +35,6 @@ def job(tmp_path) -> Job:
     return job_that(succeed, tmp_path)
 
 
-# Records
-
-
 def test_a_job_that_succeeds_leaves_a_record_with_its_biography(job):
     record = run_job(job)
     assert read_record(job.work / RECORD_FILE) == record
@@ -142,9 +139,6 @@ def test_a_reader_never_sees_half_a_record(tmp_path):
         lengths.add(len(values))
     assert {10, 20000} <= lengths
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
-
-
-# Identity
 
 
 def test_a_folder_is_claimed_once_and_another_experiment_is_refused_with_the_differences(job):

@@ -39,9 +39,6 @@ def finetuned(root, tmp_path_factory):
     return job, record
 
 
-# The start
-
-
 @pytest.mark.parametrize(("task", "std"), [(FINETUNE, 2e-5), (LINPROBE, 0.01)], ids=["finetune", "probe"])
 def test_the_head_starts_small_over_a_strictly_loaded_encoder(root, tmp_path, task, std):
     job = make_job(task, root, tmp_path)
@@ -61,9 +58,6 @@ def test_the_head_depends_on_the_seed(root, tmp_path):
     heads = [classifier_job.start_model(make_job(FINETUNE, root, tmp_path, seed=s)).head.weight for s in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
-
-
-# Fine-tuning
 
 
 def test_fine_tuning_learns_and_reports_what_it_counted(finetuned):
@@ -166,9 +160,6 @@ def test_an_unreadable_validation_image_costs_the_number(tmp_path):
     assert record.metrics == {}
 
 
-# From scratch
-
-
 def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, capsys):
     """Only the size of a checkpoint counts: nothing of its weights is in what is trained."""
     save_weights(tmp_path / "other.safetensors", build_vit(ARCH).state_dict(), {"format": "mae-transfer"})
@@ -189,9 +180,6 @@ def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, 
     for name in start.keys() - norms:
         assert torch.allclose(left[name], start[name], atol=0.02), name
         assert not torch.equal(left[name], start[name]), name
-
-
-# The probe
 
 
 def test_the_probe_moves_only_its_layer(root, tmp_path, monkeypatch):
@@ -252,9 +240,6 @@ def test_the_probe_records_the_encoder_it_was_laid_on(root, tmp_path):
     job = make_job(LINPROBE, root, tmp_path / "c", epochs=1)
     other = run_job(replace(job, checkpoint=small_checkpoint(5))).resolved["backbone_sha256"]
     assert first == same != other
-
-
-# Evaluation of a released file
 
 
 def test_a_classifier_of_other_classes_is_refused(root, tmp_path):

@@ -165,9 +165,6 @@ def test_the_recipe_is_dinos():
     assert KNN.metric == "top1"
 
 
-# The pixels of a checkpoint in the other tasks
-
-
 def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root, tmp_path, monkeypatch):
     asked = set()
 

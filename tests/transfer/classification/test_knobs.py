@@ -23,18 +23,14 @@ KNOBS = {
 }  # fmt: skip  # pool: "avg" where it is "token", and the reverse
 OWN = {
     "imagenet_finetune": {
-        "betas": (0.5, 0.9),
-        "layer_decay": 0.9,
-        "rand_augment": "rand-m9-mstd0.5-inc1",
-        "random_erasing": 0.9,
+        "betas": (0.5, 0.9), "layer_decay": 0.9, "rand_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.9,
         "optimizer": {"optimizer": "lars", "momentum": 0.9, "trust_coefficient": 0.001} | UNUSED["lars"],
     },
     "imagenet_linprobe": {
-        "momentum": 0.5,
-        "trust_coefficient": 0.01,
+        "momentum": 0.5, "trust_coefficient": 0.01,
         "optimizer": {"optimizer": "adamw", "betas": (0.9, 0.999)} | UNUSED["adamw"],
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -51,9 +51,6 @@ def tune(job, k):
     return partial.tune(partial.part_of(job, k), k, partial.images_of(job))
 
 
-# What moves
-
-
 def moved(model, start) -> set[str]:
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
 
@@ -107,12 +104,11 @@ def test_half_a_block_takes_its_own_layer_scale():
     assert {name for name in partial.freeze_all_but(beit, 0.5) if "gamma" in name} == {"blocks.5.gamma_2"}
 
 
-def kept_bytes(k, checkpointing=False):
+def kept_bytes(k):
     """Bytes that autograd keeps of one forward pass for its backward pass, without the parameters themselves."""
     model = build_vit(ARCH, num_classes=10, pool="avg").train()
     if k < 6:
         partial.freeze_all_but(model, k)
-    model.set_grad_checkpointing(checkpointing)
     parameters = {p.data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -249,9 +245,6 @@ def test_the_input_size_and_the_share_of_the_images_hold_for_the_ends_too(root, 
     assert (record.recipe["epochs"], record.images_seen, record.resolved["train_images"]) == (2, 32, 16)
 
 
-# The recipe
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -286,9 +279,6 @@ def test_the_paper_recipe_says_what_the_paper_did_not(root, tmp_path, monkeypatc
     assert found.seconds == 2.0
 
 
-# The picture
-
-
 def test_the_published_curves_are_figure_9s():
     mae, moco = published_curves().values()
     assert list(mae) == [0, 0.5, 1, 2, 4, 6, 12, 18, 24]
@@ -306,9 +296,6 @@ def test_the_picture_is_drawn_from_the_numbers(curve, tmp_path):
     assert drawn.tobytes() != other.tobytes()
     blue = (np.asarray(drawn) == (31, 119, 180)).all(axis=2)  # tab:blue, only ours
     assert blue.sum() > 500
-
-
-# The real command
 
 
 @pytest.mark.slow

@@ -33,20 +33,14 @@ def alexnet() -> dict[str, list[float]]:
     return {c: [n / 250000] * 5 for c, n in ALEXNET_WRONG.items()}
 
 
-# mCE
-
-
 def test_alexnets_errors_are_the_published_counts():
     assert {c: e * 250000 for c, e in ALEXNET_ERROR.items()} == pytest.approx(ALEXNET_WRONG, abs=1e-6)
     assert np.mean(list(ALEXNET_ERROR.values())) == pytest.approx(0.788993, abs=1e-6)
 
 
-def test_alexnet_has_an_mce_of_100():
-    assert mce(alexnet()) == pytest.approx(100.0, abs=1e-9)
-
-
-def test_halving_one_corruption_takes_a_thirtieth_off():
+def test_alexnet_has_an_mce_of_100_and_halving_one_corruption_takes_a_thirtieth_off():
     errors = alexnet()
+    assert mce(errors) == pytest.approx(100.0, abs=1e-9)
     errors["fog"] = [e / 2 for e in errors["fog"]]
     assert mce(errors) == pytest.approx(100 * (1 - 1 / 30))
 
@@ -80,9 +74,6 @@ def test_the_standard_error_takes_the_versions_of_an_image_together():
     deviation = np.std([1, 1, 0, 0], ddof=1) / 2
     assert stderr["mean_err"] == pytest.approx(100 * deviation)
     assert stderr["mce"] == pytest.approx(100 * deviation * np.mean([250000 / n for n in ALEXNET_WRONG.values()]))
-
-
-# Runs with a model whose answers are known
 
 
 @pytest.fixture
@@ -127,8 +118,7 @@ def test_imagenet_c_end_to_end(tmp_path, loads):
 def test_a_perfect_and_a_hopeless_model_on_imagenet_c(tmp_path, loads):
     root = write_c(tmp_path)
     loads(one_hot_logits([CLASSES[0], CLASSES[1]]))
-    record = run_job(make_job(C, root, tmp_path / "right"))
-    assert record.metrics == {"mce": 0.0, "mean_err": 0.0}
+    assert run_job(make_job(C, root, tmp_path / "right")).metrics == {"mce": 0.0, "mean_err": 0.0}
     loads(one_hot_logits([999, 999]))
     record = run_job(make_job(C, root, tmp_path / "wrong"))
     assert record.metrics["mean_err"] == 100.0
@@ -221,8 +211,7 @@ def test_the_classifier_of_the_job_is_the_one_that_is_loaded(tmp_path, loads):
     coded_set(tmp_path / "imagenet-a", {CLASSES[0]: [0]})
     calls = loads(one_hot_logits([CLASSES[0]]))
     job = make_job(A, tmp_path, tmp_path / "work")
-    parent = replace(job.checkpoint, name="fine-tuned")
-    run_job(replace(job, parent=parent))
+    run_job(replace(job, parent=replace(job.checkpoint, name="fine-tuned")))
     assert [c.name for c in calls] == ["fine-tuned"]
 
 

@@ -63,9 +63,6 @@ def assert_same_training(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor],
         assert (x - y).norm() <= rtol * y.norm() + 1e-7, name
 
 
-# What follows the augmentation
-
-
 def test_random_erasing_fills_a_quarter_of_the_images_with_noise():
     """Zeros in: what is not zero was erased. 0.25 of 400, give or take five standard errors; 2 % to a third of each."""
     seed_all(0)
@@ -81,29 +78,6 @@ def test_random_erasing_fills_a_quarter_of_the_images_with_noise():
 
 
 # Two processes equal one
-
-
-CHILD = """
-import multiprocessing, os, sys
-from pathlib import Path
-import torch
-sys.path.insert(0, CHECKOUT)
-from tests.transfer.classification.test_train import in_two_processes, only_second_fails
-from mae_core import distributed
-
-def child(rank):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT)
-    with distributed.process_group("cpu"):
-        torch.save(in_two_processes(Path(ROOT), Path(OUT)), f"{OUT}/rank{rank}.pt")
-        only_second_fails(Path(ROOT), Path(OUT))
-
-if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=child, args=(rank,)) for rank in (0, 1)]
-    for c in children: c.start()
-    for c in children: c.join()
-    print("exit codes", [c.exitcode for c in children])
-"""
 
 
 def scores_of_eleven(split: Split) -> dict[str, torch.Tensor]:
@@ -132,8 +106,8 @@ def trained_by(processes: int, root: Path, work: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def sixteen(tmp_path_factory):
-    """Sixteen training images of four classes, for several tests that write nothing there."""
-    return write_imagenet(tmp_path_factory.mktemp("sixteen"), train=4)
+    """Sixteen training and twelve validation images of four classes. Nothing is to be written there."""
+    return write_imagenet(tmp_path_factory.mktemp("sixteen"), train=4, val=3)
 
 
 def losses(work: Path) -> list[float]:
@@ -168,17 +142,17 @@ def only_second_fails(root: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(sixteen, tmp_path_factory):
     """The data, what each of two gloo processes found, and the folder in which they worked."""
-    root, out = write_imagenet(tmp_path_factory.mktemp("data"), train=4, val=3), tmp_path_factory.mktemp("two")
+    out = tmp_path_factory.mktemp("two")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        values = {"CHECKOUT": str(ROOT), "ROOT": str(root), "OUT": str(out), "PORT": str(s.getsockname()[1])}
-    script = out / "child.py"
-    script.write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()) + CHILD)
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert "exit codes [1, 1]" in done.stdout, done.stdout + done.stderr
-    return root, [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], out
+        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    line = [sys.executable, "-m", __name__, str(sixteen), str(out)]
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    processes = [subprocess.Popen(line, cwd=ROOT, env=env | rank) for rank in ranks]
+    assert [process.wait(timeout=300) for process in processes] == [1, 1]
+    return sixteen, [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], out
 
 
 def test_evaluation_by_two_processes_equals_one_exactly(two):
@@ -274,9 +248,6 @@ def test_mixup_refuses_an_odd_batch(sixteen, tmp_path):
         train(make_job(FINETUNE, sixteen, tmp_path, batch=9, mixup=0.8))
 
 
-# The real command
-
-
 @pytest.mark.slow
 def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_weights(tmp_path):
     data, whole, killed = write_imagenet(tmp_path, train=32, val=8), tmp_path / "whole", tmp_path / "killed"
@@ -305,3 +276,10 @@ def test_torchrun_of_the_real_command_gives_the_number_of_one_process(tmp_path):
     assert one.identity == two.identity
     assert two.n_eval == one.n_eval == 20
     assert two.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-3)
+
+
+if __name__ == "__main__":  # one of the fixture's two processes
+    data, work = map(Path, sys.argv[1:])
+    with distributed.process_group("cpu"):
+        torch.save(in_two_processes(data, work), work / f"rank{distributed.rank()}.pt")
+        only_second_fails(data, work)

@@ -10,17 +10,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core.data import MEAN, STD, normalize, seed_all
 from mae_core.errors import UserError
+from tests.fixtures.image import photograph
 from transfer.classification import transforms
 from transfer.classification.transforms import LoopFreeCrop, eval_transform, posterize, probe_transform, train_transform
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colour pattern with edges, so that interpolation and crop position both show."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / a + c) * np.cos(y / b) for a, b, c in rng.uniform(3, 40, (3, 3))]
-    pixels = np.stack(waves, axis=-1) * 100 + 128 + 40 * ((x // 17 + y // 23) % 2)[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def pixels_of(tensor: torch.Tensor) -> np.ndarray:
@@ -34,7 +26,7 @@ def pixels_of(tensor: torch.Tensor) -> np.ndarray:
 def test_evaluation_equals_the_official_resize_and_crop(size, side, resized):
     """util/datasets.py of facebookresearch/mae, in torchvision's first transforms: crop ratio 224/256 up to 224 px, 1
     above, the resized side truncated to an integer."""
-    image = picture(*size)
+    image = photograph(*size)
     reference = v1.Compose(
         [v1.Resize(resized, v1.InterpolationMode.BICUBIC), v1.CenterCrop(side), v1.ToTensor(), v1.Normalize(MEAN, STD)]
     )
@@ -44,19 +36,15 @@ def test_evaluation_equals_the_official_resize_and_crop(size, side, resized):
 
 
 def test_evaluation_equals_pillow_by_hand():
-    image = picture(512, 384)
+    image = photograph(512, 384)
     # Short side 384 -> 256, long side 512 * 256 / 384 = 341; the crop begins at (341 - 224) // 2 = 58, (256 - 224) / 2.
     by_hand = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 58 + 224, 16 + 224))
     np.testing.assert_array_equal(pixels_of(eval_transform(224)(image)), np.asarray(by_hand).astype(int))
 
 
-def test_centre_crop_leaves_a_file_of_that_size_as_it_is():
-    image = picture(224, 224)
+def test_centre_crop_leaves_a_file_of_that_size_and_resize_takes_the_whole_image_to_a_larger_input():
+    image = photograph(224, 224)
     np.testing.assert_array_equal(pixels_of(eval_transform(224, "center_crop")(image)), np.asarray(image).astype(int))
-
-
-def test_resize_takes_the_whole_image_to_a_larger_input():
-    image = picture(224, 224)
     by_hand = np.asarray(image.resize((448, 448), Image.Resampling.BICUBIC)).astype(int)
     np.testing.assert_array_equal(pixels_of(eval_transform(448, "resize")(image)), by_hand)
 
@@ -114,18 +102,18 @@ def test_the_probes_crop_draws_as_often_for_every_image():
     assert all(torch.equal(state, after[0]) for state in after)
 
 
-def test_the_probe_crops_and_flips_and_nothing_else():
-    """On an image of one colour all of it is invisible."""
+def test_the_probe_only_crops_and_flips():
+    """Neither shows on an image of one colour."""
     torch.manual_seed(0)
     out = pixels_of(probe_transform(48, 0.08)(pil_to_tensor(Image.new("RGB", (70, 50), (200, 30, 90)))))
     assert (out == [200, 30, 90]).all()
-    image = picture(48, 48)
+    image = photograph(48, 48)
     seen = {pixels_of(probe_transform(48, 1.0)(pil_to_tensor(image))).tobytes() for _ in range(40)}
     assert pixels_of(eval_transform(48, "center_crop")(ImageOps.mirror(image))).tobytes() in seen
 
 
 def test_posterize_with_no_bit_is_black_and_else_pillows():
-    image = picture(40, 30)
+    image = photograph(40, 30)
     assert not np.asarray(posterize(image, 0)).any()
     assert posterize(image, 0).size == (40, 30)
     for bits in range(1, 9):
@@ -145,7 +133,7 @@ def test_fine_tunings_augmentation_never_trips_over_posterize(monkeypatch, magni
     timms = auto_augment.NAME_TO_OP["PosterizeIncreasing"]
     monkeypatch.setattr(transforms, "posterize", spy)
     transform = train_transform(32, 0.08, f"rand-m{magnitude}-mstd0.5-inc1")
-    image = pil_to_tensor(picture(48, 40))
+    image = pil_to_tensor(photograph(48, 40))
     outputs = []
     for seed in range(300):
         seed_all(seed)
@@ -158,7 +146,7 @@ def test_fine_tunings_augmentation_never_trips_over_posterize(monkeypatch, magni
 
 
 def test_fine_tunings_augmentation_is_decided_by_the_seed():
-    transform, image = train_transform(32, 0.08, "rand-m9-mstd0.5-inc1"), pil_to_tensor(picture(48, 40))
+    transform, image = train_transform(32, 0.08, "rand-m9-mstd0.5-inc1"), pil_to_tensor(photograph(48, 40))
     first, second, third = [(seed_all(s), transform(image))[1] for s in (5, 5, 6)]
     assert torch.equal(first, second)
     assert not torch.equal(first, third)

@@ -128,9 +128,6 @@ def test_the_fingerprint_follows_the_listing_and_not_the_place(tmp_path):
     assert len(set(seen)) == 4
 
 
-# What is wrong with it
-
-
 @pytest.fixture
 def root(tmp_path) -> Path:
     """Four classes with two training images and one validation image each, named as the official ones."""
