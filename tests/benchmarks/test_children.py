@@ -20,7 +20,7 @@ from transfer.run import describe
 ARCH = "random:vit_mini_patch8"
 
 
-def test_a_recipe_by_name_holds_for_its_task_alone_and_reaches_the_child(tmp_path: Path) -> None:
+def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path: Path) -> None:
     data = write_imagenet(tmp_path / "data", train=4, val=3, classes=CLASSES[:2])
     common = ["--ckpt", ARCH, "--data", str(data), "--out", str(tmp_path / "out")]
     args = run_all.parse([*common, "--set", "inat2018.recipe=deit-360", "inat2018.batch=64"])

@@ -21,9 +21,9 @@ from transfer.task import Record
 RUN_ALL = Path(run_all.__file__).resolve()
 TWO = CLASSES[:2]
 ARCH = "random:vit_mini_patch8"
-QUICK = ["--set", "imagenet_finetune.epochs=1", "imagenet_finetune.batch=4", "imagenet_finetune.warmup_epochs=0"]
-QUICK += ["imagenet_linprobe.epochs=1", "imagenet_linprobe.batch=4", "imagenet_linprobe.warmup_epochs=0"]
-QUICK += ["imagenet_knn.k=2"]  # of the few images there are
+KNOBS = ("epochs=1", "batch=4", "warmup_epochs=0")
+QUICK = [f"{task}.{knob}" for task in ("imagenet_finetune", "imagenet_linprobe") for knob in KNOBS]
+QUICK = ["--set", *QUICK, "imagenet_knn.k=2"]  # of the few images there are
 LONG = ["--tasks", "imagenet_finetune", "--set", "imagenet_finetune.epochs=150", "imagenet_finetune.batch=8"]
 LONG += ["imagenet_finetune.warmup_epochs=0"]
 

@@ -180,7 +180,7 @@ def test_taps_are_the_last_blocks_of_four_equal_subsets():
 # Bias tables
 
 
-def test_the_bias_is_the_textbook_s_on_a_grid_that_is_no_square():
+def test_the_bias_is_the_textbook_s_on_a_grid_that_is_not_square():
     height, width = 3, 4
     table = torch.randn(2, 5, 7)
     bias = relative_position_bias(table, (height, width))
@@ -368,7 +368,7 @@ def test_activation_checkpointing_changes_neither_maps_nor_gradients(bias):
         torch.testing.assert_close(again[name], gradient, msg=name)
 
 
-def test_bf16_rounds_the_maps_and_no_more():
+def test_bf16_only_rounds_the_maps():
     pyramid, x = pyramid_of(window=4, biased=True), images()
     with torch.no_grad():
         expected = pyramid(x)
@@ -382,16 +382,10 @@ def test_bf16_rounds_the_maps_and_no_more():
 def test_layers_for_layer_wise_decay():
     pyramid = ViTPyramid(ARCH, 48, window=3, bias="per_block")
     names = {
-        "patch_embed.proj.weight": 0,
-        "pos_embed": 0,
-        "blocks.0.norm1.weight": 1,
-        "blocks.0.bias": 1,
-        "blocks.5.mlp.fc2.bias": 6,
-        "upsample_4x.0.weight": 7,
-        "upsample_2x.bias": 7,
-        "bias_global": 7,
+        "patch_embed.proj.weight": 0, "pos_embed": 0, "blocks.0.norm1.weight": 1, "blocks.0.bias": 1,
+        "blocks.5.mlp.fc2.bias": 6, "upsample_4x.0.weight": 7, "upsample_2x.bias": 7, "bias_global": 7,
         "blocks.11.attn.qkv.weight": 12,
-    }
+    }  # fmt: skip
     assert {name: layer_of(name, 6) for name in names} == names
     assert {layer_of(name, 6) for name, _ in pyramid.named_parameters()} == set(range(8))
 

@@ -17,14 +17,14 @@ from transfer.task import Space
 
 
 @pytest.mark.slow
-def test_a_detector(tmp_path):
+def test_space_of_a_detector(tmp_path):
     little = {"epochs": 1, "warmup_epochs": 0, "fpn_dim": 64, "head_dim": 48, "fc_dim": 128}
     job = detection.job_of(write_coco(tmp_path), tmp_path / "work", **little)
     assert_space_is_right(job, "detector.safetensors")
 
 
 @pytest.mark.slow
-def test_a_segmenter(tmp_path):
+def test_space_of_a_segmenter(tmp_path):
     root = segmentation.write_ade20k(tmp_path, train=4, val=2)
     knobs = {"iterations": 2, "head_channels": 40, "auxiliary_channels": 24}
     assert_space_is_right(segmentation.make_job(root, tmp_path / "work", **knobs), "segmenter.safetensors")

@@ -127,7 +127,7 @@ def test_a_part_of_imagenet_is_scored_among_all_thousand_classes(root):
         assert evaluated(model, val, size=48).top1.mean() == right
 
 
-def test_the_knobs_of_an_evaluation_move_its_images():
+def test_the_knobs_of_an_evaluation_are_those_of_its_transform():
     """image_size and transform end in eval_transform (test_transforms.py); the sets take them from the recipe."""
     assert {f.name for f in fields(EvalRecipe)} == {"image_size", "transform"}
     with pytest.raises(UserError, match="did you mean resize_crop"):

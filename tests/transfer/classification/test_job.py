@@ -160,7 +160,7 @@ def test_an_unreadable_validation_image_costs_the_number(tmp_path):
     assert record.metrics == {}
 
 
-def test_from_scratch_two_checkpoints_of_one_size_share_one_run(root, tmp_path, capsys):
+def test_two_checkpoints_of_one_size_share_one_run_from_scratch(root, tmp_path, capsys):
     """Only the size of a checkpoint counts: nothing of its weights is in what is trained."""
     save_weights(tmp_path / "other.safetensors", build_vit(ARCH).state_dict(), {"format": "mae-transfer"})
     common = ["--task", "imagenet_scratch", "--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out")]
@@ -234,7 +234,7 @@ def test_an_encoder_that_moves_under_its_probe_is_a_failure(root, tmp_path, monk
     assert not (tmp_path / "probe.safetensors").exists()
 
 
-def test_the_probe_records_the_encoder_it_was_laid_on(root, tmp_path):
+def test_the_probe_records_the_encoder_it_was_trained_on(root, tmp_path):
     first = run_job(make_job(LINPROBE, root, tmp_path / "a", epochs=1)).resolved["backbone_sha256"]
     same = run_job(make_job(LINPROBE, root, tmp_path / "b", epochs=1, base_lr=0.3)).resolved["backbone_sha256"]
     job = make_job(LINPROBE, root, tmp_path / "c", epochs=1)
@@ -251,7 +251,7 @@ def test_a_classifier_of_other_classes_is_refused(root, tmp_path):
 
 
 def test_training_images_are_not_evaluated(root, tmp_path):
-    """The number comes from val alone: other training images leave an evaluation as it is."""
+    """The number comes only from val: other training images leave an evaluation as it is."""
     job = make_job(EVAL, root, tmp_path / "a")
     write_split(tmp_path / "data" / "imagenet" / "train", 1, CLASSES[:2], seed=9)
     (tmp_path / "data" / "imagenet" / "val").symlink_to(root / "imagenet" / "val")

@@ -135,7 +135,7 @@ def test_a_beit_is_shown_its_own_pixels_and_averaged(root, tmp_path, images_show
     assert record.metrics["top1"] == pytest.approx(100 * by_scikit_learn(5, *independent(job, "avg")))
 
 
-def test_registers_are_no_patches():
+def test_registers_are_not_patches():
     model = build_vit("vit_mini_patch8", variant=Variant(4, 0, layer_scale=True)).eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():

@@ -115,7 +115,7 @@ def test_repeated_augmentation_shows_the_images_of_a_batch_again(tmp_path, monke
 
 
 @BOTH
-def test_the_processes_that_decode_move_nothing(trained, unchanged, task):
+def test_decoding_in_other_processes_changes_nothing(trained, unchanged, task):
     assert trained(task, machine=Machine(workers=2)) == unchanged[task.name]
 
 

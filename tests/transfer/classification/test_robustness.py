@@ -52,7 +52,7 @@ def test_severities_are_summed_before_dividing():
     assert mce(errors) == pytest.approx(100.0)
 
 
-def test_constants_go_by_name_and_not_by_place():
+def test_constants_are_found_by_name_not_by_position():
     errors = {c: [0.1 * i / 15] * 5 for i, c in enumerate(ALEXNET_WRONG)}
     by_hand = 100 * np.mean([0.1 * i / 15 / (n / 250000) for i, n in enumerate(ALEXNET_WRONG.values())])
     assert mce(errors) == pytest.approx(by_hand)

@@ -65,7 +65,7 @@ def test_a_split_without_a_labelled_pixel_or_with_a_lone_label_is_refused(root):
     assert "no pixel of the label files has a label above 0" in inspect_ade20k(root).detail
 
 
-def test_wrong_labels_are_counted_among_those_looked_at(root, monkeypatch):
+def test_wrong_labels_are_counted_among_those_inspected(root, monkeypatch):
     """Colours in two of the six training labels."""
     for number in (2, 5):
         label = root / FOLDER / f"annotations/training/ADE_train_0000000{number}.png"
@@ -83,7 +83,7 @@ def test_a_part_has_findings(whole, root, monkeypatch):
     assert inspect_ade20k(root).findings == ()
 
 
-def test_missing_data_are_told_where_they_must_lie(tmp_path):
+def test_missing_data_say_where_they_must_lie(tmp_path):
     data = inspect_ade20k(tmp_path)
     assert data.status == "missing"
     assert "ADEChallengeData2016/{images,annotations}/{training,validation}" in data.detail

@@ -116,13 +116,13 @@ def test_a_missing_annotation_file_is_named(root, split):
     b'{"images": 3, "annotations": [], "categories": []}', b'{"images": [1], "annotations": [], "categories": []}',
 ])  # fmt: skip
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_file_that_is_no_coco_json_is_named(root, split, content):
+def test_a_file_that_is_not_coco_json_is_named(root, split, content):
     path = annotation_file(root, split)
     path.write_bytes(content)
     assert f"{path} is no file of COCO instances" in problem_of(root)
 
 
-def test_captions_are_no_instances(root):
+def test_captions_are_not_instances(root):
     path = annotation_file(root, "val")
     change(path, annotations=[{"id": 1, "image_id": FIRST_ID["val"], "caption": "a dog"}])
     assert f"{path} is no file of COCO instances" in problem_of(root)
@@ -140,7 +140,7 @@ def test_captions_are_no_instances(root):
     ],
     ids=str,
 )
-def test_what_pycocotools_or_the_training_would_stumble_over_is_told_before(root, part, broken):
+def test_what_pycocotools_or_the_training_would_stumble_over_is_reported_first(root, part, broken):
     """A key that is missing, or a value that it cannot have: after a week of training would be too late."""
     path = annotation_file(root, "val")
     entries = json.loads(path.read_text())[part]

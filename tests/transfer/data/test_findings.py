@@ -18,7 +18,7 @@ def test_the_official_set_has_no_findings():
     assert against_official("imagenet", OFFICIAL, OFFICIAL) == ()
 
 
-def test_a_part_is_told_with_its_missing_classes_and_its_counts():
+def test_a_part_is_reported_with_its_missing_classes_and_its_counts():
     names = [f"n{i:08}" for i in range(990)]
     classes, images = against_official("imagenet", {"classes": 10, "train": 1000, "val": 50000}, OFFICIAL, names)
     assert classes.startswith("imagenet: 990 of the 1000 classes are missing (n00000000, n00000001, n00000002 and 987 ")
@@ -35,7 +35,7 @@ def test_a_damaged_copy_is_told_from_another_set():
     assert far.endswith("not the official set")
 
 
-def test_what_is_looked_at_is_spread_over_the_whole_list():
+def test_the_files_inspected_are_spread_over_the_whole_list():
     assert spread(0) == []
     assert spread(3) == [0, 1, 2]
     assert spread(1281167, 5) == [0, 320292, 640583, 960874, 1281166]
@@ -58,7 +58,7 @@ def test_files_that_cannot_be_used_are_counted(tmp_path):
     assert f"{files[4]} is not there" in said
 
 
-def test_a_file_that_may_not_be_read_is_one(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_cannot_be_used(tmp_path, monkeypatch):
     file = tmp_path / "a.jpg"
     file.write_bytes(b"x")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may read everything

@@ -264,7 +264,7 @@ def test_inspecting_lists_folders_and_never_asks_for_every_file(tmp_path, monkey
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images beside this checkout")
-def test_the_real_part_tells_that_its_splits_are_not_the_official_ones():
+def test_findings_of_the_real_part_say_that_its_splits_are_not_the_official_ones():
     """Ten classes, whose images were dealt out anew: the published validation images are among those for training."""
     found = " | ".join(inspect_imagenet(SHARED).findings)
     assert "990 of the 1000 classes are missing" in found

@@ -38,7 +38,7 @@ def test_the_released_archives_groups_are_found(tmp_path):
     assert data.counts["images"] == 300
 
 
-def test_corruptions_beyond_the_fifteen_play_no_part(tmp_path):
+def test_corruptions_beyond_the_fifteen_are_ignored(tmp_path):
     """The archive of extra corruptions, unpacked beside the others."""
     before = inspect_c(write_c(tmp_path))
     for extra in ("speckle_noise", "gaussian_blur", "spatter", "saturate", "clean"):
@@ -68,7 +68,7 @@ def test_findings_of_parts(tmp_path, monkeypatch):
     assert inspect_shift("imagenet_r", tmp_path).findings == ()
 
 
-def test_an_empty_image_is_told(tmp_path):
+def test_an_empty_image_is_reported(tmp_path):
     write_split(tmp_path / "imagenet-a", 1)
     file = next((tmp_path / "imagenet-a").rglob("*.JPEG"))
     file.write_bytes(b"")
@@ -153,7 +153,7 @@ def test_real_images_are_found_whatever_their_names():
 
 
 @needs_real_images
-def test_six_real_corruptions_are_no_imagenet_c():
+def test_six_real_corruptions_are_not_imagenet_c():
     data = inspect_c(SHARED)
     assert data.status == "incomplete"
     there = {path.name for path in (SHARED / "imagenet-c").iterdir()}
@@ -162,7 +162,7 @@ def test_six_real_corruptions_are_no_imagenet_c():
 
 
 @needs_real_images
-def test_the_real_parts_tell_what_they_lack():
+def test_findings_of_the_real_parts_say_what_they_lack():
     classes, counts = inspect_shift("imagenet_sketch", SHARED).findings
     assert classes.startswith("imagenet-sketch: 991 of the 1000 classes are missing (n01440764, ")
     assert counts == "imagenet-sketch: 36 images, 50853 fewer than the official 50889: not the official set"

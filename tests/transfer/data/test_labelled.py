@@ -230,7 +230,7 @@ def test_the_256_px_images_are_taken_where_both_sizes_are_there(tmp_path):
     assert {f.relative_to(folder).parts[0] for f in reading.val.files} == {"val_256"}
 
 
-def test_images_that_are_empty_or_broken_links_are_told(tmp_path):
+def test_images_that_are_empty_or_broken_links_are_reported(tmp_path):
     train = {f"x/3/{i}.jpg": 3 for i in range(4)}
     folder = write_inat(tmp_path, 2018, train, {"x/3/v.jpg": 3})
     (folder / "train_val2018/x/3/2.jpg").write_bytes(b"")
