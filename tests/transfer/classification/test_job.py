@@ -22,7 +22,8 @@ from tests.fixtures.transfer import ARCH, CLASSES, make_job, raising, small_chec
 from transfer import run
 from transfer.classification import job as classifier_job
 from transfer.classification.evaluate import trained_classifier
-from transfer.classification.tasks import EVAL, FINETUNE, LINPROBE, TASKS
+from transfer.classification.robustness import EVAL
+from transfer.classification.tasks import FINETUNE, LINPROBE, TASKS
 from transfer.classification.transforms import eval_transform
 from transfer.cli import main
 from transfer.data.imagenet import read_split, wnids

@@ -15,7 +15,8 @@ from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
 from transfer.classification import evaluate, robustness, train
 from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
-from transfer.classification.tasks import EVAL, FINETUNE, KNN, LINPROBE
+from transfer.classification.robustness import EVAL
+from transfer.classification.tasks import FINETUNE, KNN, LINPROBE
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
 from transfer.run import run_job
