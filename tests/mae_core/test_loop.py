@@ -13,63 +13,66 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
-from tests.fixtures.pretrain import assert_equal_to_rounding, command, differing, log, start, stop_at, train, weights
+from tests.fixtures import pretrain as runs
 
 
 def test_log_has_one_line_per_epoch(reference):
-    lines = log(reference)
+    lines = runs.log(reference)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (1, 8)]
     # base_lr 1.5e-3 at batch 16: 9.375e-5 at the peak. Step 3 is 3/4 of the warm-up, step 7 3/4 of the cosine's way.
     assert [line["lr"] for line in lines] == pytest.approx([0.75 * 9.375e-5, 9.375e-5 * (1 - 2**-0.5) / 2])
     assert (reference / "tensorboard").is_dir()
 
 
-def test_logged_loss_is_the_mean_over_the_epoch(noise_images, tmp_path, monkeypatch):
-    losses, original = [], MaskedAutoencoder.forward
-
-    def forward(self, images, noise, mask_ratio):
-        output = original(self, images, noise, mask_ratio)
-        losses.append(output.loss.item())
-        return output
-
-    monkeypatch.setattr(MaskedAutoencoder, "forward", forward)
-    train(noise_images, tmp_path / "a", Machine(micro_batch=8))
-    assert len(losses) == 16
-    assert [line["loss"] for line in log(tmp_path / "a")] == pytest.approx([sum(losses[:8]) / 8, sum(losses[8:]) / 8])
-
-
-def test_the_seed_decides_the_weights(noise_images, reference, tmp_path):
-    train(noise_images, tmp_path / "same", Machine(workers=1, save_minutes=60))
-    assert differing(weights(reference), weights(tmp_path / "same")) == []
-    train(noise_images, tmp_path / "other", seed=1)
-    assert len(differing(weights(reference), weights(tmp_path / "other"))) > 50
-
-
-@pytest.mark.parametrize("micro_batch", [4, 5])  # 5 does not divide 16: 4 is taken
-def test_accumulated_micro_batches_equal_the_whole_batch(noise_images, reference, tmp_path, micro_batch):
-    state = train(noise_images, tmp_path / "a", Machine(micro_batch=micro_batch))
-    assert state.micro_batch == 4
-    assert_equal_to_rounding(weights(reference), weights(tmp_path / "a"), rate_sum=5e-4)
-
-
-def out_of_memory_above(monkeypatch, limit, only_call=None):
+def on_forward(monkeypatch, change):
+    """Pass each output of the model through change(number of the call, images, output); the batch sizes, call by
+    call."""
     original, calls = MaskedAutoencoder.forward, []
 
     def forward(self, images, noise, mask_ratio):
         calls.append(len(images))
-        if len(images) > limit and only_call in (None, len(calls)):
-            raise torch.OutOfMemoryError("simulated")
-        return original(self, images, noise, mask_ratio)
+        return change(len(calls), images, original(self, images, noise, mask_ratio))
 
     monkeypatch.setattr(MaskedAutoencoder, "forward", forward)
     return calls
+
+
+def test_logged_loss_is_the_mean_over_the_epoch(noise_images, tmp_path, monkeypatch):
+    seen = []
+    on_forward(monkeypatch, lambda call, images, output: seen.append(output.loss.item()) or output)
+    runs.train(noise_images, tmp_path / "a", Machine(micro_batch=8))
+    assert len(seen) == 16
+    assert runs.losses(tmp_path / "a") == pytest.approx([0, sum(seen[:8]) / 8, 1, sum(seen[8:]) / 8])
+
+
+def test_the_seed_decides_the_weights(noise_images, reference, tmp_path):
+    runs.train(noise_images, tmp_path / "same", Machine(workers=1, save_minutes=60))
+    assert runs.differing(reference, tmp_path / "same") == []
+    runs.train(noise_images, tmp_path / "other", seed=1)
+    assert len(runs.differing(reference, tmp_path / "other")) > 50
+
+
+@pytest.mark.parametrize("micro_batch", [4, 5])  # 5 does not divide 16: 4 is taken
+def test_accumulated_micro_batches_equal_the_whole_batch(noise_images, reference, tmp_path, micro_batch):
+    state = runs.train(noise_images, tmp_path / "a", Machine(micro_batch=micro_batch))
+    assert state.micro_batch == 4
+    runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
+
+
+def out_of_memory_above(monkeypatch, limit, only_call=None):
+    def change(call, images, output):
+        if len(images) > limit and only_call in (None, call):
+            raise torch.OutOfMemoryError("simulated")
+        return output
+
+    return on_forward(monkeypatch, change)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     noise_images, reference, tmp_path, monkeypatch, capsys
 ):
     calls = out_of_memory_above(monkeypatch, limit=4)
-    state = train(noise_images, tmp_path / "a")
+    state = runs.train(noise_images, tmp_path / "a")
     assert calls == [16, 8] + [4] * 4 * 8
     assert state.micro_batch == 4
     assert [note.split(",")[0] for note in state.notes] == [
@@ -77,64 +80,54 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
         "out of GPU memory: micro-batch reduced to 4",
     ]
     assert "micro-batch reduced to 4, effective batch kept" in capsys.readouterr().out
-    assert_equal_to_rounding(weights(reference), weights(tmp_path / "a"), rate_sum=5e-4)
-    assert [line["loss"] for line in log(tmp_path / "a")] == pytest.approx([line["loss"] for line in log(reference)])
+    runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
+    assert runs.losses(tmp_path / "a") == pytest.approx(runs.losses(reference))
 
 
 def test_out_of_memory_after_part_of_a_step_counts_nothing_twice(noise_images, tmp_path, monkeypatch):
-    train(noise_images, tmp_path / "whole", Machine(micro_batch=8))
+    runs.train(noise_images, tmp_path / "whole", Machine(micro_batch=8))
     # The second half of the third step fails once: its first half has left gradients by then.
     calls = out_of_memory_above(monkeypatch, limit=4, only_call=6)
-    train(noise_images, tmp_path / "a", Machine(micro_batch=8))
+    runs.train(noise_images, tmp_path / "a", Machine(micro_batch=8))
     assert calls == [8] * 6 + [4] * 4 * 6
-    assert_equal_to_rounding(weights(tmp_path / "whole"), weights(tmp_path / "a"), rate_sum=5e-4)
+    runs.assert_equal_to_rounding(tmp_path / "whole", tmp_path / "a", rate_sum=5e-4)
 
 
 def test_out_of_memory_with_a_single_image_is_an_error(noise_images, tmp_path, monkeypatch):
     calls = out_of_memory_above(monkeypatch, limit=0)
     with pytest.raises(UserError, match=r"out of GPU memory at step 0 with a micro-batch of 1: .*--activation-check"):
-        train(noise_images, tmp_path / "a")
+        runs.train(noise_images, tmp_path / "a")
     assert calls == [16, 8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_after_the_step_under_way_and_the_rest_is_the_same(
-    noise_images, reference, tmp_path, monkeypatch, number
-):
+def test_a_signal_saves_after_the_current_step_and_the_rest_is_the_same(noise_images, reference, tmp_path, number):
     out, handlers = tmp_path / "a", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, number)
-        with pytest.raises(KeyboardInterrupt):
-            train(noise_images, out, Machine(save_minutes=60))
+    runs.train_until(5, noise_images, out, Machine(save_minutes=60), number=number)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
     assert not (out / pretrain.WEIGHTS_FILE).exists()
-    assert train(noise_images, out).step == 8
-    assert differing(weights(reference), weights(out)) == []
-    assert [line["loss"] for line in log(out)] == [line["loss"] for line in log(reference)]
+    assert runs.train(noise_images, out).step == 8
+    assert runs.differing(reference, out) == []
+    assert runs.losses(out) == runs.losses(reference)
 
 
 def test_a_finished_run_is_not_run_again(noise_images, reference, tmp_path, monkeypatch):
     out = shutil.copytree(reference, tmp_path / "a")
     (out / pretrain.WEIGHTS_FILE).unlink()  # as if killed between the last checkpoint and this file
     calls = out_of_memory_above(monkeypatch, limit=0)
-    train(noise_images, out)
+    runs.train(noise_images, out)
     assert calls == []
-    assert differing(weights(reference), weights(out)) == []
+    assert runs.differing(reference, out) == []
 
 
-def test_log_lines_after_the_checkpoint_are_made_again(noise_images, reference, tmp_path, monkeypatch):
+def test_log_lines_after_the_checkpoint_are_written_again(noise_images, reference, tmp_path):
     out = tmp_path / "a"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        with pytest.raises(KeyboardInterrupt):
-            train(noise_images, out)
+    runs.train_until(2, noise_images, out)
     # Killed after the first epoch was logged and while the second was, but before the next checkpoint.
     (out / LOG_FILE).write_text('{"epoch": 0, "loss": -1}\n{"epoch": 1, "lo')
-    train(noise_images, out)
-    assert [(line["epoch"], line["loss"]) for line in log(out)] == [
-        (line["epoch"], line["loss"]) for line in log(reference)
-    ]
+    runs.train(noise_images, out)
+    assert runs.losses(out) == runs.losses(reference)
 
 
 @pytest.mark.parametrize(
@@ -153,26 +146,22 @@ def test_a_work_folder_of_another_run_is_refused(noise_images, reference, tmp_pa
         (images / "00.png").unlink()
         change = {}
     with pytest.raises(UserError, match=rf"is of another run \({named}\): choose another --out"):
-        train(images, out, **change)
+        runs.train(images, out, **change)
     assert (out / CHECKPOINT_FILE).read_bytes() == before
 
 
 def test_a_changed_machine_is_named(noise_images, reference, tmp_path, capsys):
-    out = tmp_path / "a"
-    train(noise_images, out, Machine(threads=1, micro_batch=8))
+    out, change = tmp_path / "a", "micro_batch: 8 -> 4; threads: 1 -> 2"
+    runs.train(noise_images, out, Machine(threads=1, micro_batch=8))
     capsys.readouterr()
-    state = train(noise_images, out, Machine(threads=2, micro_batch=4))
-    assert "resuming pre-train vit_mini_patch8 at step 8/8; micro_batch: 8 -> 4; threads: 1 -> 2" in (
-        capsys.readouterr().out
-    )
+    state = runs.train(noise_images, out, Machine(threads=2, micro_batch=4))
+    assert f"resuming pre-train vit_mini_patch8 at step 8/8; {change}" in capsys.readouterr().out
     assert state.micro_batch == 4
-    assert state.notes == (
-        "resumed at step 8 on a changed machine (micro_batch: 8 -> 4; threads: 1 -> 2): equal only to rounding",
-    )
+    assert state.notes == (f"resumed at step 8 on a changed machine ({change}): equal only to rounding",)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_a_checkpoint_that_is_none_of_ours_is_refused(noise_images, tmp_path, content):
+def test_a_file_that_is_not_our_checkpoint_is_refused(noise_images, tmp_path, content):
     out = tmp_path / "a"
     out.mkdir()
     if content is None:
@@ -180,7 +169,7 @@ def test_a_checkpoint_that_is_none_of_ours_is_refused(noise_images, tmp_path, co
     else:
         (out / CHECKPOINT_FILE).write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint.pth is damaged or no training checkpoint of ours: delete it"):
-        train(noise_images, out)
+        runs.train(noise_images, out)
 
 
 def assert_good(out, step):
@@ -190,58 +179,49 @@ def assert_good(out, step):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(noise_images, tmp_path, monkeypatch):
-    original, calls = MaskedAutoencoder.forward, []
-
-    def forward(self, images, noise, mask_ratio):
-        output = original(self, images, noise, mask_ratio)
-        calls.append(1)
-        return output._replace(loss=output.loss * float("inf")) if len(calls) == 6 else output
-
-    monkeypatch.setattr(MaskedAutoencoder, "forward", forward)
-    with pytest.raises(
-        UserError, match=r"the loss is inf at step 5 \(epoch 1, lr .*checkpoint.pth holds the last good"
-    ):
-        train(noise_images, tmp_path / "a")
+    infinite = float("inf")
+    on_forward(monkeypatch, lambda call, _, out: out._replace(loss=out.loss * infinite) if call == 6 else out)
+    with pytest.raises(UserError, match=r"loss is inf at step 5 \(epoch 1, lr .*checkpoint.pth holds the last good"):
+        runs.train(noise_images, tmp_path / "a")
     assert_good(tmp_path / "a", 5)
     monkeypatch.undo()
-    assert train(noise_images, tmp_path / "a").step == 8
+    assert runs.train(noise_images, tmp_path / "a").step == 8
 
 
 def test_weights_that_are_not_finite_are_not_saved(noise_images, tmp_path, monkeypatch):
     # A finite loss with a gradient that is not: only the next loss would show it.
-    original, steps = loop.train_step, []
+    original, steps = loop.train_step, iter(range(8))
 
     def train_step(model, *args, **options):
         loss = original(model, *args, **options)
-        steps.append(1)
-        if len(steps) == 3:
+        if next(steps) == 2:
             model.cls_token.data[0, 0, 5] = float("nan")
         return loss
 
     monkeypatch.setattr(loop, "train_step", train_step)
     with pytest.raises(UserError, match=r"a weight became infinite or NaN at step 2 .*holds the last good state"):
-        train(noise_images, tmp_path / "a")
+        runs.train(noise_images, tmp_path / "a")
     assert_good(tmp_path / "a", 2)
 
 
 def test_an_absurd_rate_diverges_with_a_sentence(noise_images, tmp_path):
     with pytest.raises(UserError, match=r"at step [1-7] \(epoch [01], lr .*a lower base_lr, a longer warm-up"):
-        train(noise_images, tmp_path / "a", Machine(save_minutes=60), base_lr=1e30)
+        runs.train(noise_images, tmp_path / "a", Machine(save_minutes=60), base_lr=1e30)
     assert not (tmp_path / "a" / pretrain.WEIGHTS_FILE).exists()
 
 
 def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp_path, capsys):
     images = shutil.copytree(noise_images, tmp_path / "images")
-    for number in range(3):
-        (images / f"{number:02}.png").write_bytes(b"broken")
-    assert train(images, tmp_path / "a").step == 8
+    files = [images / f"{number:02}.png" for number in range(20)]
+    for file in files[:3]:
+        file.write_bytes(b"broken")
+    assert runs.train(images, tmp_path / "a").step == 8
     out = capsys.readouterr().out
-    for number in range(3):
-        assert out.count(f"unreadable image, replaced by black: {images}/{number:02}.png") == 1
-    for number in range(3, 20):
-        (images / f"{number:02}.png").write_bytes(b"broken")
+    assert [out.count(f"unreadable image, replaced by black: {file}") for file in files[:3]] == [1, 1, 1]
+    for file in files[3:]:
+        file.write_bytes(b"broken")
     with pytest.raises(UserError, match="images cannot be read"):
-        train(images, tmp_path / "b")
+        runs.train(images, tmp_path / "b")
 
 
 def wait_for_lines(path, count, process):
@@ -254,30 +234,28 @@ def wait_for_lines(path, count, process):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_weights(noise_images, tmp_path):
-    train(noise_images, tmp_path / "whole", epochs=12)
+    runs.train(noise_images, tmp_path / "whole", epochs=12)
     out = tmp_path / "killed"
     steps = []
     for lines, workers in ((2, 0), (6, 2)):
-        process = start(command(noise_images, out, "--save-minutes", 0, "--workers", workers, epochs=12))
+        process = runs.start(runs.command(noise_images, out, "--save-minutes", 0, "--workers", workers, epochs=12))
         wait_for_lines(out / LOG_FILE, lines, process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         steps.append(torch.load(out / CHECKPOINT_FILE)["state"]["step"])
     assert 4 <= steps[0] < steps[1] < 48
-    process = start(command(noise_images, out, epochs=12))
+    process = runs.start(runs.command(noise_images, out, epochs=12))
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert f"resuming pre-train vit_mini_patch8 at step {steps[1]}/48\n" in output
-    assert differing(weights(tmp_path / "whole"), weights(out)) == []
-    assert [(line["epoch"], line["loss"]) for line in log(out)] == [
-        (line["epoch"], line["loss"]) for line in log(tmp_path / "whole")
-    ]
+    assert runs.differing(tmp_path / "whole", out) == []
+    assert runs.losses(out) == runs.losses(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_with_130(noise_images, tmp_path):
-    process = start(command(noise_images, tmp_path, epochs=500))
+    process = runs.start(runs.command(noise_images, tmp_path, epochs=500))
     wait_for_lines(tmp_path / LOG_FILE, 1, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate()[0]
@@ -286,11 +264,11 @@ def test_ctrl_c_saves_and_exits_with_130(noise_images, tmp_path):
     assert "Traceback" not in output
     step = torch.load(tmp_path / CHECKPOINT_FILE)["state"]["step"]
     assert 4 <= step < 2000
-    assert len(log(tmp_path)) == step // 4
+    assert len(runs.log(tmp_path)) == step // 4
 
 
-# Run by torchrun: pre-train, with the second of two processes out of memory in its first forward passes, or stopped
-# alone in the sixth step.
+# Run by torchrun: pre-train, with only the second of two processes out of memory in its first forward passes, or told
+# to stop in the sixth step.
 MISHAP = """
 import os, signal, sys, torch
 from mae_core import pretrain
@@ -317,10 +295,10 @@ sys.exit(pretrain.main())
 """
 
 
-def torchrun(script, mishap, arguments):
-    process = start(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, mishap, *arguments[2:]]
-    )
+def torchrun(folder, mishap, arguments):
+    (folder / "mishap.py").write_text(MISHAP)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = runs.start([*two, folder / "mishap.py", mishap, *arguments[2:]])
     try:
         return process.communicate(timeout=240)[0], process.returncode
     finally:
@@ -330,42 +308,35 @@ def torchrun(script, mishap, arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("mishap", ["none", "memory", "stop"])
 def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, mishap):
-    script = tmp_path / "mishap.py"
-    script.write_text(MISHAP)
     out = tmp_path / "two"
-    output, code = torchrun(script, mishap, command(noise_images, out))
+    output, code = torchrun(tmp_path, mishap, runs.command(noise_images, out))
     if mishap == "stop":
         # One process was told to stop: both did, after the same step, and rank 0 has saved it.
         assert code != 0
         assert "Gloo" not in output
         assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
-        output, code = torchrun(script, "none", command(noise_images, out))
+        output, code = torchrun(tmp_path, "none", runs.command(noise_images, out))
         assert "resuming pre-train vit_mini_patch8 at step 6/8\n" in output
     assert code == 0, output
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["machine"]["processes"] == 2
     assert content["state"]["micro_batch"] == (2 if mishap == "memory" else 8)
-    assert_equal_to_rounding(weights(reference), weights(out), rate_sum=5e-4)
-    assert [line["loss"] for line in log(out)] == pytest.approx([line["loss"] for line in log(reference)], rel=1e-5)
+    runs.assert_equal_to_rounding(reference, out, rate_sum=5e-4)
+    assert runs.losses(out) == pytest.approx(runs.losses(reference), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_fitted_target_and_the_following(noise_images, tmp_path):
-    for split, files in (("train", slice(0, 40)), ("val", slice(40, 64))):
-        for number, file in enumerate(sorted(noise_images.iterdir())[files]):
-            (tmp_path / "labelled" / split / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, tmp_path / "labelled" / split / f"c{number % 2}" / file.name)
-    script = tmp_path / "mishap.py"
-    script.write_text(MISHAP)
-    flags = ["--eval-every", 2, "--eval-data", tmp_path / "labelled", "--keep-every", 1]
+    data = runs.labelled(noise_images, tmp_path / "labelled", val=24, classes=2)
+    flags = ["--eval-every", 2, "--eval-data", data, "--keep-every", 1]
     knobs = {"target": "pca", "pca_components": 5, "fit_images": 8, "repeated_augmentation": 2, "masking": "block"}
-    output, code = torchrun(script, "none", command(noise_images, tmp_path / "two", *flags, **knobs))
+    output, code = torchrun(tmp_path, "none", runs.command(noise_images, tmp_path / "two", *flags, **knobs))
     assert code == 0, output
-    process = start(command(noise_images, tmp_path / "one", *flags, **knobs))
+    process = runs.start(runs.command(noise_images, tmp_path / "one", *flags, **knobs))
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert "epoch 2/2: k-NN top-1 " in output
-    assert_equal_to_rounding(weights(tmp_path / "one"), weights(tmp_path / "two"), rate_sum=5e-4)
-    one, two = (log(tmp_path / name)[1]["knn_top1"] for name in ("one", "two"))
+    runs.assert_equal_to_rounding(tmp_path / "one", tmp_path / "two", rate_sum=5e-4)
+    one, two = (runs.log(tmp_path / name)[1]["knn_top1"] for name in ("one", "two"))
     assert abs(one - two) < 100 * 2 / 24  # a vote may turn by rounding
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
