@@ -20,13 +20,9 @@ def test_an_export_comes_back_bit_for_bit(put, tmp_path, form):
     again = read_checkpoint(tmp_path / OUT[form])
     assert again.format == READ_AS[form]
     assert equal(again.encoder, PLAIN_VIT)
-    assert (again.arch, again.mean, again.std, again.eps) == (
-        checkpoint.arch,
-        checkpoint.mean,
-        checkpoint.std,
-        checkpoint.eps,
-    )
-    # And a second time, to the same bytes where the form is a single safetensors file.
+    for value in ("arch", "mean", "std", "eps"):
+        assert getattr(again, value) == getattr(checkpoint, value), value
+    # And a second time.
     export(again, form, tmp_path / f"again-{OUT[form]}")
     assert equal(read_checkpoint(tmp_path / f"again-{OUT[form]}").encoder, PLAIN_VIT)
 
@@ -44,7 +40,7 @@ def test_exports_hold_what_their_readers_expect(put, tmp_path):
     assert equal(content["model"], {f"backbone.net.{n}": t for n, t in checkpoint.encoder.items()})
 
 
-def test_what_is_no_plain_vit_goes_to_timm_alone(put, tmp_path):
+def test_only_timms_form_holds_more_than_a_plain_vit(put, tmp_path):
     reference = beit()
     checkpoint = read_checkpoint(put({"model": reference.state_dict()}))
     export(checkpoint, "timm", tmp_path / "b.safetensors")
@@ -83,6 +79,3 @@ def test_the_export_of_a_masked_autoencoder_keeps_its_decoder(small_mae, put, tm
     assert equal({**again.encoder, **again.decoder}, {name: tensor.detach() for name, tensor in state.items()})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["decoder_hidden_size"], config["decoder_num_hidden_layers"]) == (32, 1)
-
-
-# The command

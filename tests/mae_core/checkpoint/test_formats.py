@@ -13,28 +13,8 @@ from mae_core.checkpoint.export import save_canonical
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.data import MEAN
 from mae_core.vit import PLAIN, Variant, build_vit
-from tests.fixtures.checkpoint import (
-    HF_DINOV2,
-    HF_NEW,
-    HF_SWIGLU,
-    MM,
-    PLAIN_VIT,
-    assert_same_output,
-    beit,
-    dinov2,
-    distilled,
-    equal,
-    flax,
-    folder,
-    hf,
-    hf_beit,
-    loaded,
-    mm,
-    prefixed,
-    renamed,
-    swiglu,
-    vit,
-)
+from tests.fixtures import checkpoint as small
+from tests.fixtures.checkpoint import HF_DINOV2, PLAIN_VIT, beit, distilled, equal, hf, mm, prefixed, renamed, vit
 
 HALF = (0.5, 0.5, 0.5)
 SCALE = {"init_values": 1e-5}
@@ -53,6 +33,10 @@ def shared(state):
     return {"model": {**state, **MIM, "rel_pos_bias.relative_position_index": torch.zeros(37, 37, dtype=torch.long)}}
 
 
+def beit_v2(state):
+    return {"module": {**state, **MIM, "cls_pt_layers.0.norm1.weight": torch.zeros(128)}}
+
+
 def deit3(state):
     return {"model": renamed(state, (r"ls([12])\.gamma", r"gamma_\1"))}
 
@@ -64,7 +48,7 @@ def dino(state):
 
 def dinov2_training(state):
     chunked = renamed(state, (r"^blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) // 3}.{m[1]}."))
-    return {"teacher": {**prefixed(dinov2(chunked), "backbone."), "dino_head.mlp.0.weight": torch.zeros(4, 4)}}
+    return {"teacher": {**prefixed(small.dinov2(chunked), "backbone."), "dino_head.mlp.0.weight": torch.zeros(4, 4)}}
 
 
 def numpy_pickle(state):
@@ -74,8 +58,13 @@ def numpy_pickle(state):
 IMAGENET = (MEAN, 1e-6, "token")
 GOOGLE = (HALF, 1e-6, "token")
 HUGGING_FACE = (HALF, 1e-12, "token")
-BEIT = (HALF, 1e-6, "avg")
+AVERAGE = (HALF, 1e-6, "avg")
 SCALED, REGISTERS = Variant(layer_scale=True), Variant(4, 0, layer_scale=True)
+GIANT, BEIT = Variant(layer_scale=True, swiglu=682), Variant(beit=True)
+
+
+def hf_model():
+    return vit(1e-12)
 
 
 def scaled():
@@ -96,7 +85,11 @@ def model(state):
 
 def hf_registers(state):
     names = (r"^(register_tokens|mask_token)$", r"embeddings.\1")
-    return prefixed(renamed(hf(dinov2(state), HF_DINOV2), names), "dinov2.")
+    return prefixed(renamed(hf(small.dinov2(state), HF_DINOV2), names), "dinov2.")
+
+
+def hf_mae(state):
+    return hf(state, prefix="vit.") | {"decoder.decoder_embed.weight": torch.zeros(32, 128)}
 
 
 def lightly(state):
@@ -117,56 +110,40 @@ CASES = {
     "mae-pretrain": case(vit, model),
     "timm": case(vit, lambda s: s, "f.safetensors"),
     "timm training": case(vit, lambda s: {"state_dict": prefixed(s, "module._orig_mod."), **RUN}, "f.tar"),
-    "hf-vit": case(lambda: vit(1e-12), lambda s: hf(s, prefix="vit."), "f.safetensors", PLAIN, HUGGING_FACE),
-    "hf-vit bare": case(lambda: vit(1e-12), hf, "pytorch_model.bin", PLAIN, HUGGING_FACE),
-    "hf-vit new names": case(lambda: vit(1e-12), lambda s: hf(s, HF_NEW), "f.bin", PLAIN, HUGGING_FACE),
-    "hf-vit-mae": case(
-        lambda: vit(1e-12),
-        lambda s: hf(s, prefix="vit.") | {"decoder.decoder_embed.weight": torch.zeros(32, 128)},
-        "f.safetensors",
-        conventions=(MEAN, 1e-12, "token"),
-    ),
+    "hf-vit": case(hf_model, lambda s: hf(s, prefix="vit."), "f.safetensors", PLAIN, HUGGING_FACE),
+    "hf-vit bare": case(hf_model, hf, "pytorch_model.bin", PLAIN, HUGGING_FACE),
+    "hf-vit new names": case(hf_model, lambda s: hf(s, small.HF_NEW), "f.bin", PLAIN, HUGGING_FACE),
+    "hf-vit-mae": case(hf_model, hf_mae, "f.safetensors", PLAIN, (MEAN, 1e-12, "token")),
     "hf-deit": case(
         lambda: distilled(1e-12), lambda s: hf(s, prefix="deit."), "f.bin", Variant(1, 2), (MEAN, 1e-12, "token")
     ),
-    "hf-beit": case(lambda: beit(1e-12), hf_beit, "f.bin", Variant(beit=True), (HALF, 1e-12, "avg")),
+    "hf-beit": case(lambda: beit(1e-12), small.hf_beit, "f.bin", BEIT, (HALF, 1e-12, "avg")),
     "hf-dinov2": case(scaled, lambda s: hf(s, HF_DINOV2), "f.safetensors", SCALED),
-    "hf-dinov2 giant": case(
-        swiglu, lambda s: hf(s, (*HF_DINOV2, *HF_SWIGLU)), "f.safetensors", Variant(layer_scale=True, swiglu=682)
-    ),
+    "hf-dinov2 giant": case(small.swiglu, lambda s: hf(s, small.HF_GIANT), "f.safetensors", GIANT),
     "hf-dinov2-registers": case(registers, hf_registers, "f.safetensors", REGISTERS),
     "mm": case(vit, lambda s: {"meta": {}, "state_dict": mm(s)}),
-    "mm older": case(vit, lambda s: {"state_dict": mm(s, (*MM, (r"\bln([12])\.", r"norm\1.")))}),
+    "mm older": case(vit, lambda s: {"state_dict": mm(s, (*small.MM, (r"\bln([12])\.", r"norm\1.")))}),
     "moco-v3": case(vit, moco, "f.pth.tar"),
-    "beit": case(beit, model, "f.pth", Variant(beit=True), BEIT),
+    "beit": case(beit, model, "f.pth", BEIT, AVERAGE),
     "beit shared table": case(
-        lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True), shared, "f.pth", Variant(beit=True), BEIT
+        lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True), shared, "f.pth", BEIT, AVERAGE
     ),
-    "beit-v2": case(
-        beit,
-        lambda s: {"module": {**s, **MIM, "cls_pt_layers.0.norm1.weight": torch.zeros(128)}},
-        variant=Variant(beit=True),
-        conventions=(MEAN, 1e-6, "avg"),
-    ),
+    "beit-v2": case(beit, beit_v2, "f.pth", BEIT, (MEAN, 1e-6, "avg")),
     "dino": case(vit, dino),
-    "dinov2": case(scaled, dinov2, variant=SCALED),
+    "dinov2": case(scaled, small.dinov2, variant=SCALED),
     "dinov2 training": case(scaled, dinov2_training, variant=SCALED),
     "dinov2 giant": case(
-        swiglu,
-        lambda s: renamed(s, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")),
-        variant=Variant(layer_scale=True, swiglu=682),
+        small.swiglu, lambda s: renamed(s, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")), variant=GIANT
     ),
-    "dinov2-registers": case(registers, dinov2, variant=REGISTERS),
+    "dinov2-registers": case(registers, small.dinov2, variant=REGISTERS),
     "dinov2 timm's registers": case(registers, lambda s: s, "f.safetensors", REGISTERS),
     "deit": case(classifier, model),
     "deit-distilled": case(distilled, model, variant=Variant(1, 2)),
     "deit3": case(
-        lambda: vit(**SCALE, no_embed_class=True, num_classes=10),
-        deit3,
-        variant=Variant(positions=0, layer_scale=True),
+        lambda: vit(**SCALE, no_embed_class=True, num_classes=10), deit3, "f.pth", Variant(0, 0, layer_scale=True)
     ),
-    "npz": case(classifier, flax, "f.npz", PLAIN, GOOGLE),
-    "npz optimizer": case(classifier, lambda s: flax(s, "opt/target/"), "f.npz", PLAIN, GOOGLE),
+    "npz": case(classifier, small.flax, "f.npz", PLAIN, GOOGLE),
+    "npz optimizer": case(classifier, lambda s: small.flax(s, "opt/target/"), "f.npz", PLAIN, GOOGLE),
     "detectron2": case(vit, lambda s: {"model": prefixed(s, "backbone.net.")}),
     "detectron2 pickle": case(vit, numpy_pickle, "f.pkl"),
     "prefixed": case(vit, solo, "solo.ckpt"),
@@ -184,9 +161,9 @@ def test_a_file_of_each_format_computes_what_its_own_model_computes(put, tmp_pat
     assert (checkpoint.mean, checkpoint.std == HALF, checkpoint.eps) == (mean, mean == HALF, eps)
     assert checkpoint.pool == ("token" if checkpoint.classifier else pool)
     assert checkpoint.meta["image_size"] == 48
-    model, report = loaded(checkpoint)
+    model, report = small.loaded(checkpoint)
     assert report.coverage == 100
-    assert_same_output(model.forward_features, reference.forward_features)
+    small.assert_same_output(model.forward_features, reference.forward_features)
     # And the canonical form gives all of it back, bit for bit.
     save_canonical(checkpoint, tmp_path / "canonical.safetensors")
     again = read_checkpoint(tmp_path / "canonical.safetensors")
@@ -208,7 +185,7 @@ CLASSIFIERS = {
     "deit-distilled": (distilled, model, "f.pth"),
     "mae-finetuned": (lambda: vit(num_classes=10, global_pool="avg"), model, "f.pth"),
     "beit": (lambda: beit(num_classes=10, global_pool="avg"), model, "f.pth"),
-    "npz": (classifier, flax, "f.npz"),
+    "npz": (classifier, small.flax, "f.npz"),
     "hf-vit": (
         lambda: vit(1e-12, num_classes=10),
         lambda s: renamed(hf(s, prefix="vit."), (r"^vit\.head\.", "classifier.")),
@@ -233,15 +210,11 @@ def test_a_head_computes_the_logits_of_its_own_model(put, case):
     reference = make()
     checkpoint = read_checkpoint(put(write(reference.state_dict()), name))
     assert checkpoint.format == case
-    assert_same_output(classifier_of(checkpoint), reference)
+    small.assert_same_output(classifier_of(checkpoint), reference)
 
 
 def test_mmpretrains_probe_keeps_its_batchnorm_apart(put):
-    probe = {
-        "head.0.running_mean": torch.randn(128),
-        "head.1.weight": torch.randn(10, 128),
-        "head.1.bias": torch.zeros(10),
-    }
+    probe = small.tensors({"head.0.running_mean": [128], "head.1.weight": [10, 128], "head.1.bias": [10]})
     named = renamed(probe, (r"^head\.0\.", "neck.bn."), (r"^head\.1\.", "head.fc."))
     checkpoint = read_checkpoint(put({"state_dict": {**mm(PLAIN_VIT), **named}}))
     assert (checkpoint.format, checkpoint.kind) == ("mm-linprobe", "linear-probe")
@@ -257,35 +230,30 @@ def test_a_head_over_more_than_one_token_is_dropped(put):
 
 def test_the_position_of_dinov2s_class_token_is_not_lost(put):
     reference = registers()
-    state = dinov2(reference.state_dict())
+    state = small.dinov2(reference.state_dict())
     state["pos_embed"] = torch.cat([torch.full((1, 1, 128), 0.3), state["pos_embed"][:, 1:]], dim=1)
-    model, report = loaded(read_checkpoint(put(state)))
+    model, report = small.loaded(read_checkpoint(put(state)))
     with torch.no_grad():
         reference.cls_token += 0.3
-    assert_same_output(model.forward_features, reference.forward_features)
+    small.assert_same_output(model.forward_features, reference.forward_features)
     assert set(report.converted) == {"cls_token", "pos_embed", "reg_token"}
 
 
 # What travels with the weights
 
 
-def small(heads):
-    """ViT-S/16 on the meta device: 6 and 12 heads have the same shapes."""
-    with torch.device("meta"):
-        state = build_vit("vit_small_patch16").state_dict()
-    return {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
-
-
 def test_the_number_of_heads_comes_from_the_format_or_the_config(put, tmp_path):
-    state = small(6)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_vit("vit_small_patch16").state_dict().items()}
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}  # the same for 6 and 12 heads
     assert read_checkpoint(put({"model": state})).arch == "vit_small_patch16"
     mocos = put(moco(state), "moco.pth.tar")
     assert read_checkpoint(mocos).arch == "vit_small_patch16_heads12"
     assert read_checkpoint(mocos, key="momentum_encoder").arch == "vit_small_patch16_heads12"
     config = {"num_attention_heads": 12}
-    assert read_checkpoint(folder(tmp_path / "h", hf(state), config)).arch == "vit_small_patch16_heads12"
+    assert read_checkpoint(small.folder(tmp_path / "h", hf(state), config)).arch == "vit_small_patch16_heads12"
     with pytest.raises(CheckpointError, match=r"8 attention heads, where .* has: vit_small_patch16 6, .*heads12 12"):
-        read_checkpoint(folder(tmp_path / "h", hf(state), {"num_attention_heads": 8}))
+        read_checkpoint(small.folder(tmp_path / "h", hf(state), {"num_attention_heads": 8}))
     # The canonical form remembers it, and a model of the other number is refused.
     checkpoint = read_checkpoint(mocos)
     save_canonical(checkpoint, tmp_path / "c.safetensors")
@@ -294,7 +262,7 @@ def test_the_number_of_heads_comes_from_the_format_or_the_config(put, tmp_path):
         load_encoder(build_vit("vit_small_patch16"), checkpoint)
 
 
-def test_google_s_imagenet_21k_head_says_its_pixels(put):
+def test_googles_imagenet_21k_head_tells_the_normalization(put):
     state = {**PLAIN_VIT, "head.weight": torch.zeros(21843, 128), "head.bias": torch.zeros(21843)}
     assert read_checkpoint(put(state, "f.safetensors")).normalization == (HALF, HALF)
 
@@ -324,9 +292,8 @@ def test_a_key_chooses_a_model(put):
     assert equal(read_checkpoint(put(two), key="target.vit").encoder, shifted)
     assert equal(read_checkpoint(put(dino(PLAIN_VIT)), key="student").encoder, PLAIN_VIT)
     assert equal(read_checkpoint(put(two), key="target").encoder, shifted)
-    wrapped = {
-        "state_dict": {**prefixed(dino(PLAIN_VIT)["teacher"], "teacher."), **prefixed(shifted, "student.module.")}
-    }
+    teacher, student = prefixed(dino(PLAIN_VIT)["teacher"], "teacher."), prefixed(shifted, "student.module.")
+    wrapped = {"state_dict": {**teacher, **student}}
     assert equal(read_checkpoint(put(wrapped), key="teacher").encoder, PLAIN_VIT)
     assert equal(read_checkpoint(put(wrapped), key="student").encoder, shifted)
     with pytest.raises(CheckpointError, match="no model under 'onlin'; did you mean online"):
@@ -339,23 +306,16 @@ def test_a_key_chooses_a_model(put):
 
 
 def test_an_incomplete_or_turned_file_of_another_format_is_refused(put):
-    complete = hf(PLAIN_VIT, prefix="vit.")
-    query = "vit.encoder.layer.2.attention.attention.query.weight"
-    fc1 = "vit.encoder.layer.0.intermediate.dense.weight"
-    without_block = {name: t for name, t in complete.items() if ".layer.3." not in name}
+    complete, layers = hf(PLAIN_VIT, prefix="vit."), "vit.encoder.layer."
+    query, fc1 = f"{layers}2.attention.attention.query.weight", f"{layers}0.intermediate.dense.weight"
+    projection = "vit.embeddings.patch_embeddings.projection.weight"
     for state, message in (
-        (without_block, "no blocks.3.norm1.weight"),
-        ({name: t for name, t in complete.items() if name != query}, "no blocks.2.attn.qkv.weight"),
-        ({**complete, fc1: complete[fc1].t().contiguous()}, r"blocks.0.mlp.fc1.weight is \[128, 512\]"),
+        (small.without(complete, f"{layers}3."), "no blocks.3.norm1.weight"),
+        (small.without(complete, query), "no blocks.2.attn.qkv.weight"),
+        ({**complete, fc1: torch.zeros(128, 512)}, r"blocks.0.mlp.fc1.weight is \[128, 512\]"),
         ({**complete, query: torch.zeros(128, 64)}, "no blocks.2.attn.qkv.weight"),
-        (
-            {**complete, "vit.embeddings.patch_embeddings.projection.weight": torch.zeros(128, 3, 12, 12)},
-            "unknown size, width/depth/patch 128/6/12",
-        ),
-        (
-            {**complete, "vit.encoder.layer.0.attention.q_norm.weight": torch.zeros(32)},
-            "which vit_mini_patch8 does not have",
-        ),
+        ({**complete, projection: torch.zeros(128, 3, 12, 12)}, "unknown size, width/depth/patch 128/6/12"),
+        ({**complete, f"{layers}0.attention.q_norm.weight": torch.zeros(32)}, "which vit_mini_patch8 does not have"),
         ({**complete, "layernorm.weight": torch.zeros(128)}, "both layernorm.weight and vit.layernorm.weight"),
     ):
         with pytest.raises(CheckpointError, match=message) as error:
@@ -367,7 +327,7 @@ def test_half_a_table_of_relative_positions_is_refused(put):
     state = beit().state_dict()
     table = "blocks.3.attn.relative_position_bias_table"
     with pytest.raises(CheckpointError, match=f"no {table}"):
-        read_checkpoint(put({"model": {name: t for name, t in state.items() if name != table}}))
+        read_checkpoint(put({"model": small.without(state, table)}))
     with pytest.raises(CheckpointError, match=rf"{table} is \[120, 4\] where vit_mini_patch8 has \[124, 4\]"):
         read_checkpoint(put({"model": {**state, table: state[table][:120]}}))
 
@@ -379,7 +339,7 @@ def test_a_trained_detector_is_named(put):
 
 
 def test_a_convolutional_stem_is_named(put):
-    state = {name: t for name, t in PLAIN_VIT.items() if not name.startswith("patch_embed")}
+    state = small.without(PLAIN_VIT, "patch_embed")
     state["patch_embed.proj.0.weight"] = torch.zeros(16, 3, 3, 3)
     with pytest.raises(CheckpointError, match=r"no patch_embed\.proj\.weight"):
         read_checkpoint(put(moco(state), "f.tar"))

@@ -7,11 +7,11 @@ from mae_core.checkpoint import CheckpointError, read_checkpoint
 from mae_core.data import MEAN, STD
 from tests.fixtures.checkpoint import PLAIN_VIT, assert_same_output, folder, hf, loaded, vit
 
-STATE = hf(vit().state_dict())
+STATE = hf(PLAIN_VIT)
 
 
 class Hub:
-    """Stands for the hub and its cache: serves a folder, or is out of reach."""
+    """A stand-in for the hub and its cache: serves a folder, or is out of reach."""
 
     def __init__(self, path, online=True, cached=()):
         self.path, self.online, self.cached, self.asked = path, online, cached, []
@@ -31,10 +31,8 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     def make(**options):
-        path = folder(
-            tmp_path / "snapshot", STATE, {"layer_norm_eps": 1e-5}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        )
-        found = Hub(path, **options)
+        pixels = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        found = Hub(folder(tmp_path / "snapshot", STATE, {"layer_norm_eps": 1e-5}, pixels), **options)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", found.download)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found.from_cache)
         return found
@@ -55,7 +53,7 @@ def test_offline_the_cache_is_enough(hub):
     assert read_checkpoint("hf:someone/vit").eps == 1e-5
 
 
-def test_offline_without_a_cache_is_said_so(hub):
+def test_offline_without_a_cache_is_an_error(hub):
     hub(online=False)
     with pytest.raises(CheckpointError, match=r"hf:someone/vit: it is not in the local cache and could not be fetched"):
         read_checkpoint("hf:someone/vit")
@@ -88,13 +86,13 @@ def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
     config = {"model_type": "vit", "layer_norm_eps": 1e-3, "num_attention_heads": 4}
     pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
-    whole, inside, alone = read_checkpoint(path), read_checkpoint(path / name), read_checkpoint(path.joinpath(name))
+    whole, inside = read_checkpoint(path), read_checkpoint(path / name)
     assert whole.normalization == inside.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (whole.eps, whole.name, inside.name, whole.path) == (1e-3, "my-vit", "my-vit", str(path))
     assert_same_output(loaded(whole)[0].forward_features, vit(1e-3).forward_features)
     with pytest.raises(AssertionError):  # the eps shows
         assert_same_output(loaded(whole)[0].forward_features, vit(1e-12).forward_features)
-    assert whole.sha256 == alone.sha256
+    assert whole.sha256 == inside.sha256
     folder(path, hf(PLAIN_VIT), config, {**pixels, "image_mean": [0.0, 0.2, 0.3]}, name)
     other = read_checkpoint(path)
     assert other.sha256 == whole.sha256
@@ -124,11 +122,8 @@ def test_folders_without_usable_weights_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(path)
     damaged = folder(tmp_path / "d", hf(PLAIN_VIT))
-    for content, message in (
-        ("{", "is no JSON file"),
-        ("[]", "holds no settings"),
-        ('{"image_mean": 1}', "is damaged"),
-    ):
+    contents = {"{": "is no JSON file", "[]": "holds no settings", '{"image_mean": 1}': "is damaged"}
+    for content, message in contents.items():
         (damaged / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(damaged)

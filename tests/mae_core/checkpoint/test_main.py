@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from mae_core.autoencoder import MaskedAutoencoder
-from mae_core.checkpoint import __main__ as checkpoint_report
 from mae_core.checkpoint import read_checkpoint, save_weights
-from mae_core.checkpoint.__main__ import KNOWN_SHA256, main
+from mae_core.checkpoint.__main__ import KNOWN_MD5, KNOWN_SHA256, main
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
@@ -34,22 +33,17 @@ def test_the_command_says_what_a_file_holds(put, capsys):
 
 
 def test_the_command_exits_with_2_and_one_sentence(tmp_path):
-    child = subprocess.run(
-        [sys.executable, "-m", "mae_core.checkpoint", str(tmp_path / "absent.pth")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    absent = tmp_path / "absent.pth"
+    command = [sys.executable, "-m", "mae_core.checkpoint", str(absent)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (child.returncode, child.stdout) == (2, "")
     forms = "give a checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH"
-    assert child.stderr.strip() == f"{tmp_path / 'absent.pth'} does not exist: {forms}"
+    assert child.stderr.strip() == f"{absent} does not exist: {forms}"
 
 
 def test_the_report_tells_the_fate_of_every_tensor(put, capsys):
-    state = {
-        **beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True).state_dict(),
-        "mask_token": torch.zeros(1, 1, 128),
-    }
+    state = beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True).state_dict()
+    state["mask_token"] = torch.zeros(1, 1, 128)
     assert main([str(put({"model": state}, "beit.pth"))]) == 0
     printed = capsys.readouterr().out
     for expected in (
@@ -81,16 +75,13 @@ def test_the_report_knows_released_files_and_what_others_are(put, tmp_path, caps
         path = put(content, name)
         assert main([str(path)]) == 0
         assert expected in capsys.readouterr().out
-    digest = read_checkpoint(put({"model": PLAIN_VIT}, "z.pth")).sha256
-    monkeypatch.setitem(KNOWN_SHA256, digest[:8], "a file of some fame")
-    main([str(tmp_path / "z.pth")])
-    assert "this is a file of some fame" in capsys.readouterr().out
-    monkeypatch.delitem(KNOWN_SHA256, digest[:8])
-    monkeypatch.setattr(
-        checkpoint_report, "KNOWN_MD5", {checkpoint_report.md5_of(tmp_path / "z.pth")[:6]: "the paper's"}
-    )
-    main([str(tmp_path / "z.pth")])
-    assert "this is the paper's" in capsys.readouterr().out
+    famous = put({"model": PLAIN_VIT}, "z.pth")
+    for table, algorithm, digits in ((KNOWN_SHA256, "sha256", 8), (KNOWN_MD5, "md5", 6)):
+        digest = hashlib.new(algorithm, famous.read_bytes()).hexdigest()
+        with monkeypatch.context() as patch:
+            patch.setitem(table, digest[:digits], f"known by its {algorithm}")
+            main([str(famous)])
+        assert f"this is known by its {algorithm}" in capsys.readouterr().out
 
 
 def test_convert_and_to_write_and_formats_lists(put, tmp_path, capsys):
@@ -111,20 +102,17 @@ def test_convert_and_to_write_and_formats_lists(put, tmp_path, capsys):
     assert "did you mean timm" in capsys.readouterr().err
 
 
-def test_what_a_form_does_not_hold_is_said(tmp_path, capsys):
+def test_the_command_says_what_a_form_does_not_hold(tmp_path, capsys):
     """A decoder, and pixels and eps that are not MAE's; the canonical form and transformers' hold all."""
     state = MaskedAutoencoder("vit_mini_patch8", decoder_dim=32, decoder_depth=1, decoder_heads=2).state_dict()
-    save_weights(
-        tmp_path / "a.safetensors",
-        state,
-        {"mean": "0.5 0.5 0.5", "std": "0.5 0.5 0.5", "eps": "1e-12", "pool": "token"},
-    )
-    for form, said in (
-        ("timm", "the decoder (20 tensors), mean 0.5 0.5 0.5"),
-        ("fair", "mean 0.5 0.5 0.5"),
-        ("hf", ""),
+    half = "0.5 0.5 0.5"
+    save_weights(tmp_path / "a.safetensors", state, {"mean": half, "std": half, "eps": "1e-12", "pool": "token"})
+    for form, name, said in (
+        ("timm", "b.safetensors", "the decoder (20 tensors), mean 0.5 0.5 0.5"),
+        ("fair", "b.pth", "mean 0.5 0.5 0.5"),
+        ("hf", "b", ""),
     ):
-        out = tmp_path / {"timm": "b.safetensors", "fair": "b.pth", "hf": "b"}[form]
+        out = tmp_path / name
         assert main([str(tmp_path / "a.safetensors"), "--to", form, str(out)]) == 0
         last = capsys.readouterr().out.splitlines()[-1]
         missing = f"; not in this form: {said}, std 0.5 0.5 0.5, eps 1e-12" if said else ""

@@ -41,23 +41,20 @@ def test_every_format_is_recognised_and_read_bit_by_bit(put, content, name, form
 
 def test_a_training_checkpoint_says_how_long_and_on_which_target_it_trained(put):
     content = {"model": {**ENCODER, **DECODER}, "args": ARGS, **RUN}
-    assert read_checkpoint(put(content)).meta == {
-        "image_size": 48,
-        "epochs": 800,
-        "norm_pix": True,
-        "epochs_done": 400,
-    }
+    expected = {"image_size": 48, "epochs": 800, "norm_pix": True, "epochs_done": 400}
+    assert read_checkpoint(put(content)).meta == expected
     # The arguments of a fine-tuning say nothing about the pre-training.
     assert read_checkpoint(put({"model": {**ENCODER, **HEAD}, "args": ARGS, **RUN})).meta == {"image_size": 48}
 
 
 def test_our_own_files_are_read(tmp_path, put):
     model = MaskedAutoencoder("vit_mini_patch8", decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     path = tmp_path / "mae.safetensors"
-    save_weights(path, model.state_dict(), {"epochs": "100", "norm_pix": "false"})
+    save_weights(path, state, {"epochs": "100", "norm_pix": "false"})
     training = {
         "format": "mae-transfer training",
-        "model": model.state_dict(),
+        "model": state,
         "optimizer": {},
         "state": {"step": 7},
         "fixed": {"arch": "vit_mini_patch8", "recipe": {"epochs": 100, "norm_pix": False, "betas": [0.9, 0.95]}},
@@ -68,9 +65,7 @@ def test_our_own_files_are_read(tmp_path, put):
     ):
         checkpoint = read_checkpoint(file)
         assert (checkpoint.format, checkpoint.kind, checkpoint.meta) == ("ours", "encoder", meta)
-        assert equal(
-            {**checkpoint.encoder, **checkpoint.decoder}, {k: v.detach() for k, v in model.state_dict().items()}
-        )
+        assert equal({**checkpoint.encoder, **checkpoint.decoder}, state)
 
 
 def test_random_weights_change_with_the_seed_and_keep_their_identity():
