@@ -1,4 +1,4 @@
-"""Files that are no plain photographs, and files that are none at all, through every way that images are read."""
+"""Images that are not plain photographs, and broken ones, through every way that images are read."""
 
 from pathlib import Path
 
@@ -69,17 +69,26 @@ def test_broken_files_are_named_by_the_worker_that_met_them(broken, way):
     assert bad == [str(file) for file in broken]
 
 
-def test_broken_files_end_an_evaluation_by_their_name(broken):
-    for file in broken:
-        split = Split((file,), (0,))
-        with pytest.raises(UserError, match=f"{file} cannot be read as an image: replace it; no number"):
-            evaluate(TableModel(one_hot_logits([0])), split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
+def evaluate_one(file: Path) -> None:
+    model, split = TableModel(one_hot_logits([0])), Split((file,), (0,))
+    evaluate(model, split, eval_transform(16), IMAGENET_NORMALIZATION, Machine(), "x")
 
 
-def test_broken_files_end_a_picture_by_their_name(broken):
+READERS = {
+    "evaluation": (evaluate_one, "cannot be read as an image: replace it; no number"),
+    "picture": (lambda file: load_images([file], 48), "cannot be read as an image"),
+    "COCO": (lambda file: open_image(example(file, 48, 48)), "cannot be read as an image .*: replace it"),
+    "ADE20K": (lambda file: check_pair(file, file.parent / "label.pgm"), "cannot be read as an image: replace it"),
+}
+
+
+@pytest.mark.parametrize("way", READERS)
+def test_broken_files_end_the_work_by_their_name(broken, way):
+    read, message = READERS[way]
+    Image.new("L", (48, 48), 7).save(broken[0].parent / "label.pgm")
     for file in broken:
-        with pytest.raises(UserError, match=f"{file} cannot be read as an image"):
-            load_images([file], 48)
+        with pytest.raises(UserError, match=f"{file} {message}"):
+            read(file)
 
 
 def test_coco_reads_odd_files_as_they_are_stored(odd):
@@ -88,10 +97,7 @@ def test_coco_reads_odd_files_as_they_are_stored(odd):
         np.testing.assert_allclose(np.asarray(image).reshape(-1, 3).mean(axis=0), colour, atol=1)
 
 
-def test_coco_names_broken_files_and_a_worker_says_it_in_one_sentence(broken):
-    for file in broken:
-        with pytest.raises(UserError, match=f"{file} cannot be read as an image .*: replace it"):
-            open_image(example(file, 48, 48))
+def test_a_worker_of_coco_names_a_broken_file_in_one_sentence(broken):
     dataset = Jittered(Examples([example(broken[0], 48, 48)]), DetectionRecipe(image_size=32), seed=0)
     with pytest.raises(UserError) as raised:
         next(iter(loader(dataset, [[Sample(0, 0)]], 1, "cpu")))
@@ -99,23 +105,11 @@ def test_coco_names_broken_files_and_a_worker_says_it_in_one_sentence(broken):
     assert str(raised.value).count("\n") == 0
 
 
-def write_label(folder: Path, width: int, height: int) -> Path:
-    Image.fromarray(np.full((height, width), 7, np.uint8)).save(folder / "label.png")
-    return folder / "label.png"
-
-
-def test_ade20k_names_broken_files(broken, tmp_path):
-    label = write_label(tmp_path, 48, 48)
-    for file in broken:
-        with pytest.raises(UserError, match=f"{file} cannot be read as an image: replace it"):
-            check_pair(file, label)
-
-
 def fails(image: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such crop")
 
 
-def test_whatever_fails_in_a_worker_the_file_is_named(tmp_path):
+def test_a_worker_names_the_file_whatever_fails(tmp_path):
     photograph(20, 20).save(tmp_path / "image.jpg")
     with pytest.raises(UserError) as raised:
         next(iter(loader(Images([tmp_path / "image.jpg"], fails), [[0]], 1, "cpu")))
