@@ -74,7 +74,7 @@ SLOW = {
         f"{LITTLE} --set iterations=2 warmup_iterations=1"
     ),
 }
-# What marks a command that no test here runs, and why. Its arguments are parsed all the same.
+# What marks a command that no test here runs, and why. Its arguments are still parsed.
 NOT_RUN = {
     "^make ": "sets up an environment, or runs these tests",
     "^pip |^uv |-m venv": "needs the network",
@@ -186,7 +186,7 @@ def test_the_task_of_contributing_runs_and_reaches_the_summary(data, tmp_path):
 
 
 class Stopped(BaseException):
-    """Raised with a parser in place of going on."""
+    """Raised instead of going on after the arguments are parsed."""
 
 
 def parser_of(words: list[str]) -> argparse.ArgumentParser:
@@ -326,12 +326,11 @@ def test_the_map_names_every_package_and_only_what_exists():
             named.add(within)
         else:
             within = top
-        found = [path for place in places for path in (within / place,)]
-        assert all(path.exists() for path in (top, within, *found)), line
+        assert all(path.exists() for path in (top, within, *(within / place for place in places))), line
     assert packages <= named
 
 
-def test_every_task_is_in_the_table_of_tasks_and_no_other():
+def test_the_table_of_tasks_names_exactly_the_tasks():
     rows = re.findall(r"^\| (`.*?) \|", section(README, "Tasks"), re.M)
     named = [name for row in rows for name in re.findall(r"`(\w+)", row)]
     assert sorted(named) == sorted(task.name for task in TASKS)

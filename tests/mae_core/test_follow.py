@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 class Brightness(nn.Module):
-    """An encoder of a test: the class token is (1, mean of the image)."""
+    """An encoder for tests: the class token is (1, mean of the image)."""
 
     def forward_features(self, images):
         assert not self.training

@@ -20,7 +20,7 @@ def hidden_of(masking, samples, grid, ratio, seed=0):
     return torch.ones(noise.shape, dtype=torch.bool).scatter_(1, visible, False).view(samples, *grid)
 
 
-def test_random_masking_is_uniform_noise_and_nothing_else():
+def test_random_masking_is_plain_uniform_noise():
     assert torch.equal(mask_noise("random", 5, (6, 6), 0.75, generator(3)), torch.rand(5, 36, generator=generator(3)))
 
 

@@ -36,7 +36,7 @@ PLAIN = replace(PretrainRecipe(), norm_pix=False)
         ({"pca_components": 0, "target": "pca"}, r"pca_components=0: it must be at least 1"),
     ],
 )
-def test_what_would_do_nothing_or_is_unknown_is_refused(knobs, sentence):
+def test_knobs_that_are_unknown_or_do_nothing_are_refused(knobs, sentence):
     with pytest.raises(UserError, match=sentence):
         replace(PLAIN, **knobs)
 
@@ -53,7 +53,7 @@ def test_what_would_do_nothing_or_is_unknown_is_refused(knobs, sentence):
         {"repeated_augmentation": 4},
     ],
 )
-def test_what_goes_together_is_taken(knobs):
+def test_knobs_that_go_together_are_accepted(knobs):
     assert replace(PLAIN, **knobs) != PLAIN
 
 
@@ -76,7 +76,7 @@ def test_the_paper_s_recipe():
         assert asdict(recipe(arch, "paper")) == paper
 
 
-def test_the_mini_recipe_differs_in_the_declared_fields_alone():
+def test_the_mini_recipe_differs_only_in_the_declared_fields():
     paper, mini = (asdict(recipe("vit_mini_patch8", name)) for name in ("paper", "mini"))
     assert {knob for knob in paper if paper[knob] != mini[knob]} <= set(MINI_FIELDS)
 

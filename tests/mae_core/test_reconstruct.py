@@ -86,6 +86,18 @@ def file(small_mae, tmp_path):
     return write
 
 
+@pytest.fixture
+def command(file, noise_images, tmp_path):
+    """Run the command with the small autoencoder and flags; later flags win."""
+
+    def run(*flags):
+        path = file(decoder_heads="2")
+        what = ["--ckpt", path, "--images", noise_images, "--out", tmp_path / "picture.png", *flags]
+        return main([str(word) for word in what])
+
+    return run
+
+
 def test_a_loaded_autoencoder_predicts_what_the_saved_one_did(file, small_mae):
     saved, images, noise = small_mae(), torch.randn(2, 3, 48, 48), torch.rand(2, 36)
     loaded = load_autoencoder(read_checkpoint(file(decoder_heads="2", norm_pix="false")))
@@ -99,7 +111,7 @@ def test_a_loaded_autoencoder_predicts_what_the_saved_one_did(file, small_mae):
     ("said", "flag", "norm_pix"),
     [("true", False, True), ("true", True, True), ("false", False, False), (None, True, True), (None, False, False)],
 )
-def test_the_file_says_what_was_the_target_else_the_flag(file, said, flag, norm_pix):
+def test_the_file_names_its_target_or_else_the_flag_does(file, said, flag, norm_pix):
     path = file(**({"norm_pix": said} if said else {}))
     assert load_autoencoder(read_checkpoint(path), flag).norm_pix is norm_pix
 
@@ -142,10 +154,9 @@ def test_a_decoder_that_is_not_whole_is_refused(small_mae, file, name, change, s
         load_autoencoder(read_checkpoint(file(state)))
 
 
-def test_the_picture_has_a_row_per_image_and_three_columns_per_ratio(file, noise_images, tmp_path, capsys):
+def test_the_picture_has_a_row_per_image_and_three_columns_per_ratio(command, tmp_path, capsys):
     out = tmp_path / "new" / "picture.png"
-    arguments = ["--ckpt", str(file(decoder_heads="2")), "--images", str(noise_images), "--out", str(out)]
-    assert main([*arguments, "--mask-ratio", ".75", ".9", "--limit", "3"]) == 0
+    assert command("--out", out, "--mask-ratio", ".75", ".9", "--limit", "3") == 0
     assert capsys.readouterr().out == f"{out}: 3 images at mask ratios 0.75, 0.9\n"
     with Image.open(out) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
@@ -157,32 +168,28 @@ def test_the_picture_has_a_row_per_image_and_three_columns_per_ratio(file, noise
 
 
 def test_several_checkpoints_stand_side_by_side_with_the_same_patches_hidden(
-    file, small_mae, noise_images, tmp_path, monkeypatch
+    command, file, small_mae, tmp_path, monkeypatch
 ):
-    paths = [file(decoder_heads="2").rename(tmp_path / "first.safetensors")]
-    paths.append(file(small_mae(seed=1).state_dict(), decoder_heads="2"))
+    other = file(small_mae(seed=1).state_dict(), decoder_heads="2").rename(tmp_path / "other.safetensors")
     drawn = []
     monkeypatch.setattr("mae_core.reconstruct.draw", lambda columns, *_: drawn.extend(columns))
-    arguments = ["--images", str(noise_images), "--out", str(tmp_path / "p.png"), "--limit", "2"]
-    assert main(["--ckpt", *map(str, paths), *arguments]) == 0
+    assert command("--limit", "2", "--ckpt", other, tmp_path / "mae.safetensors") == 0
     titles, images = zip(*drawn)
     parts = ("reconstruction", "pasted on visible")
-    assert titles == ("first\n75 % masked", *parts, "mae\n75 % masked", *parts, "original")
+    assert titles == ("other\n75 % masked", *parts, "mae\n75 % masked", *parts, "original")
     assert torch.equal(images[0], images[3])
     hidden = images[0] == 0
     assert torch.equal(images[2][~hidden], images[5][~hidden])
     assert not torch.isclose(images[2][hidden], images[5][hidden]).any()
 
 
-def test_the_picture_shows_the_originals_spread_over_the_folder(file, tmp_path):
+def test_the_picture_shows_the_originals_spread_over_the_folder(command, tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
     for number, colour in enumerate(colours):
         (tmp_path / "images" / f"class{number // 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (60, 50), colour).save(tmp_path / "images" / f"class{number // 2}" / f"{number}.png")
-    out = tmp_path / "picture.png"
-    arguments = ["--ckpt", str(file(decoder_heads="2")), "--images", str(tmp_path / "images"), "--out", str(out)]
-    assert main([*arguments, "--limit", "2"]) == 0
-    with Image.open(out) as picture:
+    assert command("--images", tmp_path / "images", "--limit", "2") == 0
+    with Image.open(tmp_path / "picture.png") as picture:
         last_column = np.asarray(picture.convert("RGB"))[:, int(picture.width * 0.9)]
     seen = {tuple(int(v) for v in pixel) for pixel in last_column}
     assert {colours[0], colours[2]} <= seen
@@ -204,22 +211,13 @@ def test_the_picture_shows_the_originals_spread_over_the_folder(file, tmp_path):
         (["--ckpt", "random:vit_mini_patch8"], "has no decoder"),
     ],
 )
-def test_the_command_line_refuses_in_one_sentence(file, noise_images, tmp_path, capsys, flags, sentence):
+def test_the_command_line_refuses_in_one_sentence(command, tmp_path, capsys, flags, sentence):
     for folder in ("EMPTY", "BROKEN"):
         (tmp_path / folder).mkdir()
     (tmp_path / "BROKEN" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    flags = [str(tmp_path / flag) if flag in ("EMPTY", "BROKEN") else flag for flag in flags]
-    arguments = [
-        "--ckpt",
-        str(file(decoder_heads="2")),
-        "--images",
-        str(noise_images),
-        "--out",
-        str(tmp_path / "p.png"),
-    ]
-    assert main([*arguments, *flags]) == 1
+    assert command(*(tmp_path / flag if flag in ("EMPTY", "BROKEN") else flag for flag in flags)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert sentence in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "p.png").exists()
+    assert not (tmp_path / "picture.png").exists()

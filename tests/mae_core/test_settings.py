@@ -19,8 +19,7 @@ class Recipe:
 
 
 def test_override_parses_by_the_knob_s_own_type():
-    settings = ["epochs=7", "base_lr=1", "norm_pix=False", "betas=.8,0.9", "pool=token"]
-    recipe, parsed = override(Recipe(), settings)
+    recipe, parsed = override(Recipe(), ["epochs=7", "base_lr=1", "norm_pix=False", "betas=.8,0.9", "pool=token"])
     assert recipe == Recipe(7, 1.0, False, (0.8, 0.9), "token")
     assert parsed == {"epochs": 7, "base_lr": 1.0, "norm_pix": False, "betas": (0.8, 0.9), "pool": "token"}
     assert type(recipe.base_lr) is float
@@ -101,7 +100,7 @@ def test_write_json(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_write_json_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_json_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "record.json"
     write_json(path, {"whole": True})
     before = path.read_bytes()
