@@ -1,8 +1,6 @@
 """The detectron2 engine against our own pyramid, against torchvision's, and against being killed."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.fixtures import ROOT
-from tests.fixtures.transfer import kill_when
+from tests.fixtures.miniature import write_few
+from tests.fixtures.transfer import ENVIRONMENT, assert_same_weights, finished, kill_when, record_samples
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
@@ -44,13 +44,7 @@ LITTLE = {"image_size": 64, "epochs": 1, "warmup_epochs": 0.5, "batch": 4, "roi_
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """24 training and 4 validation images of the miniature of COCO."""
-    root = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "TRAIN", 24)
-        patch.setattr(dense, "VAL", 4)
-        dense.coco(root)
-    return root
+    return write_few(dense.coco, tmp_path_factory.mktemp("data"), train=24, val=4)
 
 
 @pytest.fixture
@@ -87,8 +81,7 @@ def test_both_engines_see_the_pyramids_own_features(pyramid, r):
     ours = engine_detectron2.build_model(pyramid, r, RoIBatchNorm).eval()
     theirs = ours.backbone.bottom_up(ours.preprocess_image([{"image": image}]).tensor)
     assert list(theirs) == ["s2", "s4", "s8", "s16"]
-    for mine, map_ in zip(alone, theirs.values()):
-        torch.testing.assert_close(map_, mine, rtol=0, atol=1e-5)
+    torch.testing.assert_close(list(theirs.values()), alone, rtol=0, atol=1e-5)
 
     seen = []
     tv = engine_torchvision.MaskRCNN(pyramid, r, RoIBatchNorm).eval()
@@ -96,24 +89,23 @@ def test_both_engines_see_the_pyramids_own_features(pyramid, r):
     padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     padded[0, :, :40] = image
     tv(padded, [{"size": torch.tensor([40, 64])}])
-    for mine, map_ in zip(alone, seen):
-        torch.testing.assert_close(map_, mine, rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen, alone, rtol=0, atol=1e-5)
 
 
 def test_heads_are_those_of_the_recipe(pyramid):
     model = engine_detectron2.build_model(pyramid, recipe("vit_base_patch16", "paper"), RoIBatchNorm)
     rpn, heads = model.proposal_generator, model.roi_heads
-    convolutions = [m for m in rpn.rpn_head.conv.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == 2
-    assert not any(isinstance(m, RoIBatchNorm) for m in rpn.modules())
-    box = [
-        (type(m).__name__, m.weight.shape[0]) for m in heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)
-    ]
-    assert [width for _, width in box] == [256, 256, 256, 256, 1024]
-    assert sum(isinstance(m, RoIBatchNorm) for m in heads.box_head.modules()) == 4
-    assert sum(isinstance(m, RoIBatchNorm) for m in heads.mask_head.modules()) == 4
-    assert sum(isinstance(m, nn.ConvTranspose2d) for m in heads.mask_head.modules()) == 1
-    assert sum(isinstance(m, RoIBatchNorm) for m in model.backbone.modules()) == 8  # after each lateral and output conv
+
+    def count(module, kind):
+        return sum(isinstance(m, kind) for m in module.modules())
+
+    assert count(rpn.rpn_head.conv, nn.Conv2d) == 2
+    assert count(rpn, RoIBatchNorm) == 0
+    box = [m.weight.shape[0] for m in heads.box_head.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert box == [256, 256, 256, 256, 1024]
+    assert count(heads.box_head, RoIBatchNorm) == count(heads.mask_head, RoIBatchNorm) == 4
+    assert count(heads.mask_head, nn.ConvTranspose2d) == 1
+    assert count(model.backbone, RoIBatchNorm) == 8  # after each lateral and output conv
     assert heads.box_predictor.cls_score.out_features == 81
     # Anchors of 8 strides a side: 16 to 256 px at strides 2 to 32.
     cells = list(rpn.anchor_generator.cell_anchors)
@@ -171,15 +163,14 @@ def test_synchronised_batchnorm_beside_a_process_without_a_roi(tmp_path):
     """The mean is that of the process that has some; an iteration in which nobody has any changes nothing."""
     program = tmp_path / "two.py"
     program.write_text(TWO_NORMS)
-    finished([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)])
+    finished(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)])
 
 
 def test_configs_build_the_same_backbone(tmp_path):
     """A LazyConfig and a yacs config; weights are those of the checkpoint."""
     spec = f"random:{ARCH}"
-    lazy = instantiate(
-        LazyCall(engine_detectron2.build_backbone)(checkpoint=spec, image_size=64, fpn_dim=32, norm="BN")
-    )
+    call = LazyCall(engine_detectron2.build_backbone)
+    lazy = instantiate(call(checkpoint=spec, image_size=64, fpn_dim=32, norm="BN"))
     cfg = get_cfg()
     engine_detectron2.add_mae_vit_config(cfg)
     cfg.MODEL.MAE_VIT.CHECKPOINT, cfg.MODEL.MAE_VIT.IMAGE_SIZE, cfg.MODEL.MAE_VIT.WINDOW = spec, 64, 6
@@ -187,9 +178,8 @@ def test_configs_build_the_same_backbone(tmp_path):
     yacs = build_from_cfg(cfg)
     encoder = read_checkpoint(spec).encoder
     for backbone in (lazy, yacs):
-        assert {name: s.stride for name, s in backbone.output_shape().items()} == {
-            "p1": 2, "p2": 4, "p3": 8, "p4": 16, "p5": 32,
-        }  # fmt: skip
+        strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+        assert strides == {"p1": 2, "p2": 4, "p3": 8, "p4": 16, "p5": 32}
         weight = backbone.bottom_up.pyramid.blocks[3].mlp.fc1.weight
         assert torch.equal(weight, encoder["blocks.3.mlp.fc1.weight"])
         assert backbone(torch.zeros(1, 3, 64, 64))["p3"].shape == (1, 32, 8, 8)
@@ -200,12 +190,10 @@ def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
     monkeypatch.setattr(train_detectron2, "METRICS_EVERY", 2)
     record = run_job(make_job(root, tmp_path))
     assert record.status == "ok", record.reason
-    assert record.engine == "detectron2"
     assert {"box_ap", "mask_ap"} <= record.metrics.keys()
     assert "detectron2" in record.versions
-    assert record.resolved["iterations"] == 6
+    assert (record.engine, record.resolved["iterations"], record.images_seen) == ("detectron2", 6, 24)
     assert record.resolved["seconds_per_iteration"] > 0
-    assert record.images_seen == 24
     assert (tmp_path / "predictions.png").exists()
     assert not (tmp_path / CHECKPOINT_FILE).exists()
     assert not any(note.startswith("torchvision") for note in record.notes)
@@ -218,13 +206,7 @@ def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [4, 2])
 def test_micro_batches_take_the_images_of_the_batch(root, tmp_path, monkeypatch, micro_batch):
     """Whatever their size: each of the 24 once an epoch, at positions 0 to 23."""
-    taken, get = [], train_detectron2.MappedExamples.__getitem__
-
-    def recorded(self, sample):
-        taken.append(sample)
-        return get(self, sample)
-
-    monkeypatch.setattr(train_detectron2.MappedExamples, "__getitem__", recorded)
+    taken = record_samples(train_detectron2.MappedExamples, monkeypatch)
     job = make_job(root, tmp_path, Machine(micro_batch=micro_batch), batch=12)
     model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
     iterations, _ = train_detectron2.train(model, training_examples(root), job, micro_batch)
@@ -245,35 +227,15 @@ def test_gradients_of_micro_batches_are_averaged(tmp_path, root):
             return {"loss": self.w * data[0]}
 
     model = Linear()
-    loader = [[torch.tensor(3.0)], [torch.tensor(5.0)]]
-    trainer = train_detectron2.Trainer(
-        model, loader, torch.optim.SGD(model.parameters(), 1.0), make_job(root, tmp_path), 2
-    )
-    trainer.train(0, 1)
+    loader, sgd = [[torch.tensor(3.0)], [torch.tensor(5.0)]], torch.optim.SGD(model.parameters(), 1.0)
+    train_detectron2.Trainer(model, loader, sgd, make_job(root, tmp_path), 2).train(0, 1)
     assert model.w.item() == -4.0
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def command(root: Path, out: Path, *launcher: str, **changes) -> list[str]:
     own = ["-m", "transfer.detection", "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
     own += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0"]
-    return [sys.executable, *launcher, *own, "--set", *(f"{k}={v}" for k, v in {**LITTLE, **changes}.items())]
-
-
-def finished(arguments: list[str]) -> str:
-    """The output of a command that must succeed."""
-    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def detector(out: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    (path,) = out.rglob(DETECTOR_FILE)
-    return load_file(path)
+    return [*launcher, *own, "--set", *(f"{k}={v}" for k, v in {**LITTLE, **changes}.items())]
 
 
 @pytest.mark.slow
@@ -281,14 +243,13 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
     """SIGKILL after a saved iteration of 18; the rest starts there, and no bit differs from a run in one piece."""
     finished(command(root, tmp_path / "whole", epochs=3))
     killed = command(root, tmp_path / "killed", epochs=3)
-    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), killed, ROOT, ENVIRONMENT)
+    started = [sys.executable, *killed]
+    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), started, ROOT, ENVIRONMENT)
     (saved,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     done = torch.load(saved, weights_only=True)["iteration"]
     assert 0 < done < 18
     assert f"at iteration {done}/18" in finished(killed)
-    one, two = detector(tmp_path / "whole"), detector(tmp_path / "killed")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_weights(*(next((tmp_path / name).rglob(DETECTOR_FILE)) for name in ("whole", "killed")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other head"])
@@ -312,6 +273,5 @@ def test_two_processes_train_and_predict(root, tmp_path):
     finished(command(root, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     record = json.loads(next(tmp_path.rglob("record.json")).read_text())
     assert record["status"] == "ok"
-    assert record["resolved"]["batchnorm"] == "synchronised"
-    assert record["resolved"]["batchnorm_images"] == 4
-    assert detector(tmp_path)
+    assert (record["resolved"]["batchnorm"], record["resolved"]["batchnorm_images"]) == ("synchronised", 4)
+    assert load_file(next(tmp_path.rglob(DETECTOR_FILE)))

@@ -9,31 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tests.fixtures import SHARED
-from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, crowd, rectangle, write_split
+from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, crowd, detection, filled, rectangle, write_split
 from tests.fixtures.detection import by_hand
 from transfer.data.coco import annotation_file, read_split
 from transfer.detection.evaluate import RESAMPLES, Matches, bootstrap, evaluate
 from transfer.detection.shared import to_results
 
 VAL = FIRST_ID["val"]
-
-
-def detection(image: int, category: int, box: list[float], score: float, mask: np.ndarray) -> dict:
-    rle = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
-    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
-    return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": segmentation}
-
-
-def filled(box: list[float], shape: tuple[int, int]) -> np.ndarray:
-    x, y, w, h = (round(v) for v in box)
-    mask = np.zeros(shape, np.uint8)
-    mask[max(y, 0) : y + h, max(x, 0) : x + w] = 1
-    return mask
 
 
 def write(path: Path, found: list[dict]) -> Path:
@@ -54,13 +40,12 @@ def crowded(tmp_path_factory) -> Path:
     return write_split(tmp_path_factory.mktemp("crowded"), "val", sizes, objects)
 
 
-def truth_as_detections(annotations: Path, scores=lambda i: 1.0 - i / 1000) -> list[dict]:
+def truth_as_detections(annotations: Path, crowds: bool = False) -> list[dict]:
+    """The file's objects, or its crowds, the first with the highest score."""
     truth = COCO(str(annotations))
-    objects = [a for a in truth.anns.values() if not a["iscrowd"]]
-    return [
-        detection(a["image_id"], a["category_id"], a["bbox"], scores(i), truth.annToMask(a))
-        for i, a in enumerate(objects)
-    ]
+    objects = enumerate(a for a in truth.anns.values() if a["iscrowd"] == crowds)
+    scored = ((a, 1.0 - i / 1000) for i, a in objects)
+    return [detection(a["image_id"], a["category_id"], a["bbox"], s, truth.annToMask(a)) for a, s in scored]
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +62,15 @@ def noisy(crowded) -> list[dict]:
             mask = filled(box, (128, 160))
             mask[::2, : rng.integers(1, 40)] = 0
             found.append(detection(one["image_id"], category, box, score, mask))
-    for i in range(12):
-        found.append(detection(VAL + i, 44, [105, 25, 12, 12], 0.7, filled([105, 25, 12, 12], (128, 160))))
-    return found
+    inside = [105, 25, 12, 12]
+    return found + [detection(VAL + i, 44, inside, 0.7, filled(inside, (128, 160))) for i in range(12)]
 
 
 def test_ground_truth_fed_back_gives_100_and_crowds_are_respected(crowded, tmp_path):
     """Also with detections inside the crowds, which are neither right nor wrong; the same elsewhere are wrong."""
-    found = truth_as_detections(crowded)
     inside, outside = [105, 25, 12, 12], [0, 110, 12, 12]
-    for image in (VAL, VAL + 3):
-        found.append(detection(image, 44, inside, 1.0, filled(inside, (128, 160))))
+    found = [detection(image, 44, inside, 1.0, filled(inside, (128, 160))) for image in (VAL, VAL + 3)]
+    found = truth_as_detections(crowded) + found
     metrics = evaluate(crowded, write(tmp_path / "found.json", found)).metrics
     assert metrics["box_ap"] == metrics["mask_ap"] == 100.0
     assert metrics["box_ap75"] == metrics["mask_ap50"] == 100.0
@@ -105,15 +88,12 @@ def test_ground_truth_of_the_real_subset_gives_100(tmp_path):
     found, annotations = [], annotation_file(SHARED, "val")
     for example in read_split(SHARED, "val").examples:
         found += to_results(example, example.boxes, np.full(len(example.labels), 0.5), example.labels, example.masks())
-    truth = COCO(str(annotations))
-    crowds = [a for a in truth.anns.values() if a["iscrowd"]]
+    crowds = truth_as_detections(annotations, crowds=True)
     assert crowds
-    for a in crowds:
-        found.append(detection(a["image_id"], a["category_id"], a["bbox"], 1.0, truth.annToMask(a)))
+    found += [{**crowd, "score": 1.0} for crowd in crowds]
     metrics = evaluate(annotations, write(tmp_path / "found.json", found)).metrics
-    assert metrics["box_ap"] == pytest.approx(100.0)
-    assert metrics["mask_ap"] == pytest.approx(100.0)
-    assert metrics["box_ap_large"] == pytest.approx(100.0)
+    for name in ("box_ap", "mask_ap", "box_ap_large"):
+        assert metrics[name] == pytest.approx(100.0)
 
 
 def test_metrics_are_those_of_cocoeval(crowded, noisy, tmp_path):
@@ -147,10 +127,8 @@ def test_the_size_of_a_mask_is_its_area_not_its_box(tmp_path):
     annotations = write_split(tmp_path, "val", [(200, 200)], [rectangle(VAL, 1, 10, 10, 20, 20)])
     right = [10, 10, 20, 20]
     scattered = filled([40, 40, 10, 10], (200, 200)) + filled([180, 180, 10, 10], (200, 200))
-    found = [
-        detection(VAL, 1, right, 0.5, filled(right, (200, 200))),
-        detection(VAL, 1, [40, 40, 150, 150], 0.9, scattered),
-    ]
+    found = [detection(VAL, 1, right, 0.5, filled(right, (200, 200)))]
+    found.append(detection(VAL, 1, [40, 40, 150, 150], 0.9, scattered))
     metrics = evaluate(annotations, write(tmp_path / "found.json", found)).metrics
     assert metrics["mask_ap_small"] == pytest.approx(50.0)
     assert metrics["box_ap_small"] == pytest.approx(100.0)  # its box is large
@@ -241,7 +219,7 @@ def test_the_standard_error_is_that_of_200_resamples(tmp_path):
     assert evaluate(annotations, path, seed=7) == evaluation
 
 
-def test_images_that_are_all_alike_have_no_standard_error(tmp_path, crowded):
+def test_images_that_are_all_alike_have_no_standard_error(tmp_path):
     annotations, found = half_found(tmp_path, 6, 6)
     evaluation = evaluate(annotations, write(tmp_path / "found.json", found))
     assert evaluation.metrics["box_ap"] == 100.0

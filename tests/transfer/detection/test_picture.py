@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_util
 
-from tests.fixtures.coco import FIRST_ID, rectangle, write_coco, write_split
+from tests.fixtures.coco import FIRST_ID, detection, filled, rectangle, write_coco, write_split
 from transfer.data.coco import read_split
 from transfer.detection import picture
 from transfer.detection.picture import draw_predictions
@@ -24,16 +23,9 @@ def test_the_picture_shows_what_was_found(tmp_path):
         draw_predictions(examples, results, tmp_path / f"{name}.png")
         return np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
 
-    def entry(box, score):
-        x, y, w, h = box
-        mask = np.zeros((80, 160), np.uint8, order="F")
-        mask[y : y + h, x : x + w] = 1
-        rle = mask_util.encode(mask)
-        found = {"image_id": FIRST_ID["val"], "category_id": 18, "bbox": box, "score": score}
-        return {**found, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}}
-
-    plain = drawn([], "plain")
-    found = drawn([entry([100, 30, 40, 30], 0.9), entry([10, 10, 30, 30], 0.2)], "found")
+    boxes = {0.9: [100, 30, 40, 30], 0.2: [10, 10, 30, 30]}  # by their scores
+    entries = [detection(FIRST_ID["val"], 18, box, score, filled(box, (80, 160))) for score, box in boxes.items()]
+    plain, found = drawn([], "plain"), drawn(entries, "found")
     assert plain.shape == (320, 320, 3)
     assert (found[162:] == 255).all()  # 160 x 80 px fill the upper half of the square
     assert (plain[162:300] == 255).all()

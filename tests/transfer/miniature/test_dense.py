@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scipy import ndimage
 
-from tests.fixtures.miniature import digests
+from tests.fixtures.miniature import digests, write_few
 from transfer.miniature import dense
 from transfer.miniature.dense import ADE_IDS, SIZES
 from transfer.miniature.scenes import CLUTTER
@@ -20,13 +20,8 @@ from transfer.miniature.scenes import CLUTTER
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Both datasets, with fewer images."""
-    folder = tmp_path_factory.mktemp("dense")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "TRAIN", 40)
-        patch.setattr(dense, "VAL", 16)
-        dense.coco(folder)
-        dense.ade20k(folder)
-    return folder
+    folder = write_few(dense.coco, tmp_path_factory.mktemp("dense"), train=40, val=16)
+    return write_few(dense.ade20k, folder, train=40, val=16)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +29,18 @@ def train(root) -> COCO:
     return COCO(root / "coco/annotations/instances_train2017.json")
 
 
-def test_coco_has_the_official_layout_and_its_80_categories(root):
-    for split, count in (("train", 40), ("val", 16)):
-        content = json.loads((root / f"coco/annotations/instances_{split}2017.json").read_text())
+@pytest.fixture(scope="module")
+def contents(root) -> dict[str, dict]:
+    """What the two annotation files hold."""
+    folder = root / "coco/annotations"
+    return {split: json.loads((folder / f"instances_{split}2017.json").read_text()) for split in ("train", "val")}
+
+
+def test_coco_has_the_official_layout_and_its_80_categories(root, contents):
+    for split, content in contents.items():
         assert set(content) == {"info", "licenses", "images", "annotations", "categories"}
         assert {p.name for p in (root / f"coco/{split}2017").iterdir()} == {i["file_name"] for i in content["images"]}
-        assert len(content["images"]) == count
+        assert len(content["images"]) == {"train": 40, "val": 16}[split]
         for image in content["images"]:
             assert image["file_name"] == f"{image['id']:012d}.jpg"
             with Image.open(root / f"coco/{split}2017" / image["file_name"]) as picture:
@@ -49,16 +50,13 @@ def test_coco_has_the_official_layout_and_its_80_categories(root):
         assert len(categories) == 80
         # The official ids run to 90 and leave out ten.
         assert set(range(1, 91)) - set(categories) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-        assert categories[1] == ("person", "person")
-        assert categories[90] == ("toothbrush", "indoor")
-        assert categories[18] == ("dog", "animal")
-        assert categories[62] == ("chair", "furniture")
+        assert (categories[1], categories[90]) == (("person", "person"), ("toothbrush", "indoor"))
+        assert (categories[18], categories[62]) == (("dog", "animal"), ("chair", "furniture"))
 
 
-def test_image_ids_of_the_splits_and_annotation_ids_are_unique(root):
+def test_image_ids_of_the_splits_and_annotation_ids_are_unique(contents):
     ids = []
-    for split in ("train", "val"):
-        content = json.loads((root / f"coco/annotations/instances_{split}2017.json").read_text())
+    for content in contents.values():
         ids += [image["id"] for image in content["images"]]
         own = [a["id"] for a in content["annotations"]]
         assert len(own) == len(set(own))

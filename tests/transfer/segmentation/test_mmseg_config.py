@@ -51,12 +51,8 @@ def test_taps_beyond_the_last_block_are_refused(root, tmp_path):
         make_config(make_job(root, tmp_path, taps=(1, 2, 3, 6)))
 
 
-def test_drop_path_rises_linearly_from_nothing(runner):
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in runner.model.backbone.blocks]
-    assert rates == pytest.approx(np.linspace(0, 0.3, 6).tolist())
-
-
-def test_the_heads_are_those_of_the_recipe(runner):
+def test_the_parts_are_those_of_the_recipe(runner):
+    assert runner.model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     decode, auxiliary = runner.model.decode_head, runner.model.auxiliary_head
     assert type(decode).__name__ == "UPerHead"
     assert [type(p[0]).__name__ for p in decode.psp_modules] == ["AdaptiveAvgPool2d"] * 4
@@ -84,9 +80,8 @@ def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
     job = make_job(root, tmp_path)
     loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine)
     views = DATASETS.build(loader["dataset"])[0]  # 96 x 96 px, to be shown at 56
-    assert [tuple(view.shape) for view in views["inputs"]] == [
-        (3, side, side) for side in (28, 42, 56, 70, 84, 98) for _ in range(2)
-    ]
+    shown = [(3, side, side) for side in (28, 42, 56, 70, 84, 98) for _ in range(2)]
+    assert [tuple(view.shape) for view in views["inputs"]] == shown
     assert [bool(sample.flip) for sample in views["data_samples"]] == [False, True] * 6
     for plain, flipped in zip(views["inputs"][::2], views["inputs"][1::2]):
         assert torch.equal(plain, flipped.flip(2))

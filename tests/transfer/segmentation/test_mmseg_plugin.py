@@ -1,7 +1,5 @@
 """What mmsegmentation is told of this project, and the stand-in for mmcv's operators."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 from mae_core.errors import UserError
-from tests.fixtures import ROOT
 from tests.fixtures.segmentation import make_config, make_job
+from tests.fixtures.transfer import finished
 from transfer.data.ade20k import FOLDER
 from transfer.segmentation import mmseg_plugin
 
@@ -66,9 +64,7 @@ def test_nothing_leaks_into_a_process_that_does_not_segment():
         "import sys, transfer.segmentation, benchmarks.suite; "
         "print([m for m in sys.modules if m.split('.')[0] in ('mmcv', 'mmseg', 'mmengine')])"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert finished(["-c", program]).strip() == "[]"
 
 
 def test_the_stand_in_has_what_mmseg_imports_and_says_what_is_missing(mmseg):
