@@ -65,8 +65,9 @@ def test_odd_files_reach_the_batch(odd, way):
 @pytest.mark.parametrize("way", TRANSFORMS)
 def test_broken_files_are_named_by_the_worker_that_met_them(broken, way):
     dataset = Images(broken, TRANSFORMS[way], pillow=way == "evaluation")
-    _, _, bad = next(iter(loader(dataset, [range(len(broken))], 1, "cpu")))
+    images, _, bad = next(iter(loader(dataset, [range(len(broken))], 1, "cpu")))
     assert bad == [str(file) for file in broken]
+    assert not images.any()
 
 
 def evaluate_one(file: Path) -> None:

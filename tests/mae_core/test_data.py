@@ -109,17 +109,14 @@ def test_images_are_normalised_with_imagenet_s_mean_and_deviation(tmp_path):
 
 
 def test_unreadable_files_give_black_and_their_name(tmp_path, coordinate_image):
-    whole = coordinate_image.read_bytes()
-    contents = {"cut.png": whole[: len(whole) // 2], "empty.jpg": b"", "text.jpg": b"hello, I am not an image"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty.jpg").write_bytes(b"")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
-    files = [tmp_path / name for name in [*contents, "float.tif", "absent.png", "coordinates.png"]]
+    files = [tmp_path / name for name in ("empty.jpg", "float.tif", "absent.png", "coordinates.png")]
     dataset = Images(files, pretraining_transform(16, 0.2))
-    images, _, bad = next(iter(loader(dataset, [range(6)], 0, "cpu")))
-    assert bad == [str(f) for f in files[:5]]
-    assert not images[:5].any()
-    assert images[5].float().std() > 0.1
+    images, _, bad = next(iter(loader(dataset, [range(4)], 0, "cpu")))
+    assert bad == [str(f) for f in files[:3]]
+    assert not images[:3].any()
+    assert images[3].float().std() > 0.1
 
 
 def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys):

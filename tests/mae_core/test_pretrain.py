@@ -180,7 +180,7 @@ def test_fused_adamw_is_adamw(noise_images, reference, tmp_path):
         (["--data", "nowhere"], "error: nowhere is not a folder of images"),
         (["--set", "batch=16", "target=pca", "pca_components=500"], "error: pca_components=500: 1280 patches of 192"),
         (["--set", "batch=16", "target=tokens", "tokenizer=dall-e"], "error: --tokenizer FILE is needed by tokenizer="),
-        (["--tokenizer", "x.pth", "--set", "batch=16"], "error: --tokenizer FILE is needed by tokenizer=dall-e, and"),
+        (["--set", "batch=16", "--tokenizer", "x"], "error: --tokenizer FILE is needed by tokenizer=dall-e, and by"),
         (["--eval-data", "."], "error: --eval-data is used only with --eval-every N"),
         (["--eval-every", "1"], "has no folder train: k-NN needs"),
         (["--micro-batch", "-1"], "error: --micro-batch -1: give a positive number of images"),

@@ -47,7 +47,10 @@ BAD = {
         {"conv1.weight": torch.zeros(8, 3, 7, 7), "layer1.0.bn1.running_mean": torch.zeros(8)},
         "none of its 2 tensors is named like blocks.0.attn.qkv.weight, they are like conv1.weight",
     ),
-    "half a BEiT": ({**ENCODER, "blocks.0.attn.q_bias": torch.zeros(128)}, "no blocks.0.gamma_1, which vit_mini_"),
+    "half a BEiT": (
+        {**ENCODER, "blocks.0.attn.q_bias": torch.zeros(128)},
+        "no blocks.0.gamma_1, which vit_mini_patch8 needs",
+    ),
     "BEiT's shared table over plain attention": (
         {**ENCODER, "rel_pos_bias.relative_position_bias_table": torch.zeros(1)},
         "has rel_pos_bias.relative_position_bias_table, which none of the ViTs",
