@@ -84,7 +84,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("way", READERS)
-def test_broken_files_end_the_work_by_their_name(broken, way):
+def test_every_reader_names_broken_files(broken, way):
     read, message = READERS[way]
     Image.new("L", (48, 48), 7).save(broken[0].parent / "label.pgm")
     for file in broken:

@@ -93,7 +93,7 @@ def test_it_has_the_size_of_the_released_encoder_and_is_not_saved():
         ({"more": torch.zeros(1)}, "has more, which DALL-E's encoder does not have"),
     ],
 )
-def test_another_file_is_refused(tmp_path, change, sentence):
+def test_a_file_that_is_not_dall_e_s_encoder_is_refused(tmp_path, change, sentence):
     state = {name: tensor for name, tensor in (state_dict() | change).items() if tensor is not None}
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(UserError, match=sentence):

@@ -30,7 +30,7 @@ def test_torchvision_and_pillow_decode_a_jpeg_to_the_same_pixels(tmp_path, optio
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
 @pytest.mark.parametrize("pattern", ["imagenet/*/*/*", "imagenet_samples/*/*", "places365/*/*/*/*.jpg", "coco/*2017/*"])
-def test_the_same_of_real_photographs(pattern):
+def test_torchvision_and_pillow_decode_real_photographs_to_the_same_pixels(pattern):
     files = sorted(SHARED.glob(pattern))
     for file in files[:: max(1, len(files) // 12)]:
         assert torch.equal(read_pixels(file), by_pillow(file))
@@ -58,7 +58,7 @@ def test_torchvision_resizes_to_pillow_s_pixels_but_for_rounding(source):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
-def test_the_same_of_crops_of_real_photographs():
+def test_torchvision_resizes_crops_of_real_photographs_to_pillow_s_pixels_but_for_rounding():
     files, found = sorted(SHARED.glob("imagenet_samples/*/*"))[::4], []
     crop = v2.RandomResizedCrop(224, scale=(0.2, 1.0))
     for number, file in enumerate(files):
@@ -106,7 +106,7 @@ def test_a_jpeg_cut_anywhere_is_read_by_both_or_by_neither(tmp_path, options):
     assert read <= 1  # only the end of the image, if that, can be missed
 
 
-def test_an_image_of_a_size_beyond_reason_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_an_oversized_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     (tmp_path / "large.jpg").write_bytes(encoded(photograph(64, 64), "JPEG"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(Image.DecompressionBombError):

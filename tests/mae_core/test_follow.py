@@ -54,7 +54,7 @@ def test_large_folders_are_thinned_evenly(folder, monkeypatch):
     assert [f.name for f in files[:3]] == ["0.png", "2.png", "6.png"]  # sorted as text: 0 1 10 11 2 3 4 5 6 ...
 
 
-def test_splits_and_classes_must_be_there(folder):
+def test_splits_and_classes_must_exist(folder):
     write(folder, "train", "odd", 1, 9)
     with pytest.raises(UserError, match="train and val must have the same folders of classes, but only one has odd"):
         labelled_folder(folder)

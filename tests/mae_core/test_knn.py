@@ -41,6 +41,6 @@ def test_small_temperatures_do_not_overflow():
     assert knn.knn_predict(train, labels, torch.eye(3), classes=3, k=3, temperature=1e-3).tolist() == [0, 1, 2]
 
 
-def test_fewer_training_images_than_k():
+def test_fewer_training_images_than_k_are_refused():
     with pytest.raises(UserError, match="3 training images for k-NN with k=20: give more images"):
         knn.knn_predict(torch.eye(3), torch.arange(3), torch.eye(3), classes=3)

@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_are_not_saved(noise_images, tmp_path, monke
     assert_good(tmp_path / "a", 2)
 
 
-def test_an_absurd_rate_diverges_with_a_sentence(noise_images, tmp_path):
+def test_divergence_at_an_absurd_rate_is_explained_in_a_sentence(noise_images, tmp_path):
     with pytest.raises(UserError, match=r"at step [1-7] \(epoch [01], lr .*a lower base_lr, a longer warm-up"):
         runs.train(noise_images, tmp_path / "a", Machine(save_minutes=60), base_lr=1e30)
     assert not (tmp_path / "a" / pretrain.WEIGHTS_FILE).exists()

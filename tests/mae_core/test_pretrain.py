@@ -76,7 +76,7 @@ def one_epoch(noise_images, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_every_switch_moves_the_weights_and_stands_in_the_file(noise_images, one_epoch, tmp_path, name):
+def test_every_switch_moves_the_weights_and_is_written_to_the_file(noise_images, one_epoch, tmp_path, name):
     runs.train(noise_images, tmp_path / "a", Machine(), epochs=1, **SWITCHES[name])
     ours, theirs = runs.weights(tmp_path / "a"), runs.weights(one_epoch)
     assert not torch.equal(ours["blocks.0.attn.qkv.weight"], theirs["blocks.0.attn.qkv.weight"])
@@ -102,7 +102,7 @@ def test_a_fitted_target_is_fitted_once(noise_images, tmp_path, monkeypatch):
         runs.train(noise_images, tmp_path / "a", **(knobs | {"fit_images": 9}))
 
 
-def test_a_tokenizer_of_the_user_s_is_used_and_part_of_the_run(noise_images, tmp_path):
+def test_the_user_s_tokenizer_is_used_and_part_of_the_run(noise_images, tmp_path):
     files = []
     for seed in (0, 1):
         torch.manual_seed(seed)

@@ -122,7 +122,7 @@ def test_an_official_training_checkpoint_says_its_target(small_mae, tmp_path):
     assert load_autoencoder(read_checkpoint(tmp_path / "checkpoint-3.pth")).norm_pix
 
 
-def test_a_flag_against_the_file_is_refused(file):
+def test_a_flag_that_contradicts_the_file_is_refused(file):
     with pytest.raises(CheckpointError, match="says that it predicts plain pixels: leave out --norm-pix"):
         load_autoencoder(read_checkpoint(file(norm_pix="false")), norm_pix=True)
 
@@ -144,7 +144,7 @@ def test_a_file_without_a_decoder_is_refused(small_mae, file):
         ("decoder_extra", (3,), "has decoder_extra, which its decoder does not have"),
     ],
 )
-def test_a_decoder_that_is_not_whole_is_refused(small_mae, file, name, change, sentence):
+def test_a_decoder_that_does_not_fit_is_refused(small_mae, file, name, change, sentence):
     state = small_mae().state_dict()
     if change is None:
         del state[name]

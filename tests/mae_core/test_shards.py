@@ -70,7 +70,7 @@ def test_a_compressed_or_damaged_tar_is_refused(tmp_path):
         list_members([whole], EXTENSIONS)
 
 
-def test_nothing_in_it_or_loose_images_beside_it(tmp_path, noise_images):
+def test_empty_shards_and_loose_images_beside_shards_are_refused(tmp_path, noise_images):
     pack(tmp_path / "a.tar", [("note.txt", b"1")])
     with pytest.raises(UserError, match=r"no image \(.*\) in .*a.tar"):
         images_or_shards(tmp_path)

@@ -50,7 +50,7 @@ def test_only_timms_form_holds_more_than_a_plain_vit(put, tmp_path):
             export(checkpoint, form, tmp_path / "b")
 
 
-def test_a_class_that_transformers_has_not_is_refused(put, tmp_path):
+def test_exports_that_cannot_be_written_are_refused(put, tmp_path):
     checkpoint = read_checkpoint(put({"model": vit(num_classes=10, global_pool="avg").state_dict()}))
     with pytest.raises(CheckpointError, match="pools by average"):
         export(checkpoint, "hf", tmp_path / "b")

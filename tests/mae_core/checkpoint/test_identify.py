@@ -81,7 +81,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("wrapped", [True, False], ids=["model", "flat"])
-def test_a_state_dict_that_is_no_complete_plain_vit_is_refused(put, case, wrapped):
+def test_a_state_dict_that_is_not_a_complete_plain_vit_is_refused(put, case, wrapped):
     state, message = BAD[case]
     path = put({"model": state} if wrapped and isinstance(state, dict) else state)
     with pytest.raises(CheckpointError) as error:

@@ -57,7 +57,7 @@ def test_a_linear_probes_frozen_encoder_can_be_loaded(put):
     assert set(report.dropped) == set(PROBE)
 
 
-def test_a_load_that_does_not_fit_is_refused_and_leaves_the_model_alone(put):
+def test_a_load_that_does_not_fit_is_refused_and_leaves_the_model_unchanged(put):
     good = read_checkpoint(put({"model": ENCODER}))
     fine_tuned = read_checkpoint(put({"model": {**TRUNK, **FC_NORM, **HEAD}}, "ft.pth"))
 

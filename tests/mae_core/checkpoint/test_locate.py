@@ -82,7 +82,7 @@ def test_timm_names_lead_to_timms_repositories(hub):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
+def test_a_folders_config_sets_pixels_eps_and_heads(tmp_path, name):
     config = {"model_type": "vit", "layer_norm_eps": 1e-3, "num_attention_heads": 4}
     pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     path = folder(tmp_path / "my-vit", hf(PLAIN_VIT), config, pixels, name)
@@ -99,7 +99,7 @@ def test_a_folders_config_decides_about_pixels_eps_and_heads(tmp_path, name):
     assert other.identity != whole.identity  # other pixels are another experiment
 
 
-def test_timms_config_says_the_pixels(tmp_path):
+def test_timms_config_sets_the_normalization(tmp_path):
     config = {"architecture": "vit_mini", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 0}}
     assert read_checkpoint(folder(tmp_path / "t", PLAIN_VIT, config)).normalization == ((0.5,) * 3, (0.5,) * 3)
 

@@ -73,7 +73,7 @@ def test_parameters_come_back_as_plain_tensors(put):
         (b"\x80\x02", "cut short or damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_named(put, content, message):
+def test_files_that_are_not_checkpoints_are_named_for_what_they_are(put, content, message):
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(put(content))
     assert message in str(error.value)
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_always_a_checkpoint_error(put, name):
     assert not any("\n" in message for message in messages)
 
 
-def test_arrays_that_are_no_numbers_are_refused(put):
+def test_damaged_arrays_and_arrays_of_objects_are_refused(put):
     with pytest.raises(CheckpointError, match="holds no plain arrays"):
         read_checkpoint(put({"embedding/kernel": np.array([{}], dtype=object)}, "f.npz"))
     path = put(flax(vit(num_classes=10).state_dict()), "f.npz")
