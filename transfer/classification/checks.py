@@ -38,15 +38,12 @@ def input_objections(job: Job) -> Iterator[Objection]:
 
 
 def training_objections(job: Job) -> Iterator[Objection]:
+    r, machine = job.recipe, job.machine
     yield from input_objections(job)
     if job.data.status == "found":
-        yield from batch_objections(training_images(job), job.recipe.batch, job.machine.processes, of_all(job))
-    if job.recipe.batch % job.machine.processes == 0:
-        yield from local_batch_objections(job)
-
-
-def local_batch_objections(job: Job) -> Iterator[Objection]:
-    r, machine = job.recipe, job.machine
+        yield from batch_objections(training_images(job), r.batch, machine.processes, of_all(job))
+    if r.batch % machine.processes:
+        return
     local_batch = r.batch // machine.processes
     if r.mixup or r.cutmix:
         if local_batch % 2:
@@ -75,7 +72,7 @@ def partial_objections(job: Job) -> Iterator[Objection]:
         batch = recipe(arch, job.recipe_name).batch
         if k in blocks and job.data.status == "found" and images < batch:
             which = "linear probing" if k == 0 else "fine-tuning"
-            why = f"{k:g} blocks are {which} by its own recipe, of which one batch={batch} is more than the {images}"
+            why = f"{k:g} blocks means {which} by its own recipe, whose batch={batch} is larger than the {images}"
             yield "blocks", f"{why} training images: leave {k:g} out of blocks"
     yield from training_objections(job)
 

@@ -42,11 +42,9 @@ class Scores:
 
     def metrics(self) -> tuple[dict[str, float], dict[str, float]]:
         """top1, top5 (percent) and loss, and the standard error of each over the images."""
-        n = len(self.loss)
-        metrics = {"top1": 100 * self.top1.mean(), "top5": 100 * self.top5.mean(), "loss": self.loss.mean()}
-        stderr = {
-            k: 100 * np.sqrt(p * (1 - p) / n) for k, p in (("top1", self.top1.mean()), ("top5", self.top5.mean()))
-        }
+        n, accuracies = len(self.loss), {"top1": self.top1.mean(), "top5": self.top5.mean()}
+        metrics = {name: 100 * p for name, p in accuracies.items()} | {"loss": self.loss.mean()}
+        stderr = {name: 100 * np.sqrt(p * (1 - p) / n) for name, p in accuracies.items()}
         stderr["loss"] = self.loss.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
         return {k: float(v) for k, v in metrics.items()}, {k: float(v) for k, v in stderr.items()}
 

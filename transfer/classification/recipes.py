@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from mae_core.settings import choose, unknown
+from mae_core.settings import choose
 from mae_core.vit import get_arch
 from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
@@ -119,13 +119,8 @@ def scratch_sources(arch: str) -> dict[str, str]:
 # Longer recipes for iNaturalist, by name: what an author of two other projects said he fine-tuned a ViT-B with. What he
 # left unsaid is taken from DeiT's code.
 UNSAID = {"min_lr": 1e-5, "layer_decay": 1.0, "pool": "token", "head_std": 0.02, "repeated_augmentation": 3}
-DEIT = UNSAID | {
-    "epochs": 360,
-    "batch": 768,
-    "base_lr": 2.5e-5,  # * 768 / 256 = 7.5e-5
-    "drop_path": 0.1,
-    "random_erasing": 0.1,
-}
+# Both rates are before scaling: 2.5e-5 * 768 / 256 = 7.5e-5.
+DEIT = UNSAID | {"epochs": 360, "batch": 768, "base_lr": 2.5e-5, "drop_path": 0.1, "random_erasing": 0.1}
 DINO = DEIT | {"epochs": 300, "batch": 1024, "random_erasing": 0.25}  # his 5e-5 before scaling is for 512 images
 DEIT_SAID = "facebookresearch/deit issues 105 and 141, an author, for ViT-B on iNaturalist"
 DINO_SAID = "facebookresearch/dino issue 171, an author, for ViT-B on iNaturalist"
@@ -135,12 +130,9 @@ STAND_INS = {"deit-360": (DEIT, DEIT_SAID), "dino-300": (DINO, DINO_SAID)}
 
 def stand_in_recipe(arch: str, name: str) -> ClassifierRecipe:
     """For iNaturalist, Places and folders: the ImageNet recipe, or a longer one by name."""
-    if name in STAND_INS:
-        values, _ = STAND_INS[name]
-        return RepeatedRecipe(**vars(finetune_recipe(arch, "paper")) | values)
-    if name not in ("paper", "mini"):
-        raise unknown("recipe", name, ("paper", "mini", *STAND_INS))
-    return finetune_recipe(arch, name)
+    known = {base: finetune_recipe(arch, base) for base in ("paper", "mini")}
+    known |= {longer: RepeatedRecipe(**vars(known["paper"]) | values) for longer, (values, _) in STAND_INS.items()}
+    return choose("recipe", name, known)
 
 
 def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:

@@ -17,7 +17,7 @@ from mae_core.data import Images, normalize
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
-from mae_core.settings import bounded, check_ranges, unknown
+from mae_core.settings import bounded, check_ranges, choose, unknown
 from mae_core.training import State, Training
 from mae_core.vit import ViT
 from transfer.classification.transforms import train_transform
@@ -70,10 +70,9 @@ class ClassifierRecipe:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for knob, known in (("optimizer", tuple(UNUSED)), ("pool", POOLS)):
-            if getattr(self, knob) not in known:
-                raise unknown(knob, getattr(self, knob), known)
-        for knob, value in UNUSED[self.optimizer].items():
+        if self.pool not in POOLS:
+            raise unknown("pool", self.pool, POOLS)
+        for knob, value in choose("optimizer", self.optimizer, UNUSED).items():
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
         try:

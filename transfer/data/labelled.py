@@ -197,23 +197,13 @@ def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:
     return LabelledSet(f"inat{year}", f"iNaturalist {year}", (classes, train, val), layout, read)
 
 
+PLACES205_LAYOUT = "{trainvalsplit_places205/{train,val}_places205.csv, data/vision/torralba/deeplearning/images256/*}"
+PLACES365_LAYOUT = "{places365_train_standard.txt, places365_val.txt, data_256_standard/*, val_256/*}"
 # Counts: visipedia/inat_comp; the Places365 devkit; for Places205, two sources that agree.
 SETS = (
     inaturalist(2017, 5089, 579184, 95986),
     inaturalist(2018, 8142, 437513, 24426),
     inaturalist(2019, 1010, 265213, 3030),
-    LabelledSet(
-        "places205",
-        "Places205",
-        (205, 2448873, 20500),
-        "{trainvalsplit_places205/{train,val}_places205.csv, data/vision/torralba/deeplearning/images256/*}",
-        read_places205,
-    ),
-    LabelledSet(
-        "places365",
-        "Places365-Standard",
-        (365, 1803460, 36500),
-        "{places365_train_standard.txt, places365_val.txt, data_256_standard/*, val_256/*}",
-        read_places365,
-    ),
+    LabelledSet("places205", "Places205", (205, 2448873, 20500), PLACES205_LAYOUT, read_places205),
+    LabelledSet("places365", "Places365-Standard", (365, 1803460, 36500), PLACES365_LAYOUT, read_places365),
 )
