@@ -24,7 +24,7 @@ RECIPES = ("paper", "mini")  # of every task
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
     """The tasks with these names; "NAME:PATH" is the task NAME on that folder."""
     known = {task.name: task for task in tasks}
-    found: list[Task] = []
+    found: dict[str, Task] = {}
     for name in dict.fromkeys(names):
         family, colon, path = name.partition(":")
         of = known[family].of if family in known else None
@@ -33,13 +33,13 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
         if of and not path:
             raise UserError(f"--tasks {name}: say which folder, as {family}:/path/to/images")
         task = of(path) if of else known[family]
-        if other := next((t for t in found if t.name == task.name and t.path != task.path), None):
+        other = found.setdefault(task.name, task)
+        if other.path != task.path:
             raise UserError(
                 f"--tasks: {other.path} and {task.path} would both be called {task.name}: link one of them under "
                 "another name"
             )
-        found.append(task)
-    return list({task.name: task for task in found}.values())
+    return list(found.values())
 
 
 def task_argument(task: Task) -> str:
@@ -113,8 +113,7 @@ def classifier_of(checkpoint: Checkpoint, path: Path, recipe_name: str, seed: in
     seed: its numbers go into this checkpoint's row."""
     classifier = read_checkpoint(path)
     wanted = {"encoder_sha256": checkpoint.sha256, "recipe": recipe_name, "seed": str(seed)}
-    changed = differences({name: classifier.meta.get(name) for name in wanted}, wanted)
-    if changed:
+    if changed := differences({name: classifier.meta.get(name) for name in wanted}, wanted):
         raise UserError(
             f"--classifier {path} was not made by imagenet_finetune from {checkpoint.name} ({'; '.join(changed)}): "
             "give the one that was, or evaluate this one as --ckpt"

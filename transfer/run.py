@@ -57,8 +57,7 @@ def claim(job: Job) -> None:
     """Mark the work folder as this experiment's; UserError with the differences if it belongs to another."""
     marker = job.work / "job.json"
     if marker.exists():
-        changed = differences(json.loads(marker.read_text()), job.identity())
-        if changed:
+        if changed := differences(json.loads(marker.read_text()), job.identity()):
             raise UserError(f"{job.work} holds another experiment ({'; '.join(changed)}): choose another --out")
     elif distributed.is_main():
         write_json(marker, job.identity())

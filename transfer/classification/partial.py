@@ -95,8 +95,7 @@ def end_of_curve(job: Job, task: Task) -> Record:
     unchanged = job.task.recipe(job.checkpoint.arch, job.recipe_name)
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
-    c, data, machine = job.checkpoint, job.data, job.machine
-    end = make_job(task, c, job.recipe_name, settings, data, job.out, job.seed, machine)
+    end = make_job(task, job.checkpoint, job.recipe_name, settings, job.data, job.out, job.seed, job.machine)
     record = finished(end) or run_job(end)
     if record.status != "ok":
         raise UserError(f"{task.name}, one end of the curve, has no number: {record.reason}")

@@ -15,6 +15,7 @@ PAPER_10 = "MAE paper, Table 10"
 PROBE = "facebookresearch/mae main_linprobe.py"
 PAPER_11 = "MAE paper, Table 11"
 FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which issue 28 says to use"
+NO_SUCH_SIZE = "stand-in: ViT-B's value, MAE has no such size"
 
 # Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
 # Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
@@ -57,9 +58,7 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
 
 def finetune_sources(arch: str) -> dict[str, str]:
     """Where each value of the paper recipe comes from."""
-    sized = (
-        OFFICIAL if arch in BY_SIZE or arch == "vit_base_patch16" else "stand-in: ViT-B's value, MAE has no such size"
-    )
+    sized = OFFICIAL if arch in BY_SIZE or arch == "vit_base_patch16" else NO_SUCH_SIZE
     both = f"{PAPER_9}; {OFFICIAL}"
     sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, both)
     sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized)
@@ -110,7 +109,7 @@ def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
 def scratch_sources(arch: str) -> dict[str, str]:
     sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, PAPER_11)
     if arch not in SCRATCH_BY_SIZE and arch != "vit_base_patch16":
-        sources |= dict.fromkeys(("epochs", "drop_path"), "stand-in: ViT-B's value, MAE has no such size")
+        sources |= dict.fromkeys(("epochs", "drop_path"), NO_SUCH_SIZE)
     sources |= dict.fromkeys(("pool", "min_lr", "head_std", "min_scale"), FROM_SCRATCH)
     sources |= dict.fromkeys(("layer_decay", "random_erasing"), f"{PAPER_11} names none")
     return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")

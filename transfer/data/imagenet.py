@@ -104,8 +104,7 @@ def inspect_imagenet(root: Path) -> Data:
     where = f"{folder}/train/WNID/*.JPEG and {folder}/val/WNID/*.JPEG"
     if not folder.is_dir():
         return missing(root, f"ImageNet must lie at {where}")
-    absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
-    if absent:
+    if absent := [name for name in ("train", "val") if not (folder / name).is_dir()]:
         lacks = f"{folder} lacks {' and '.join(absent)}: ImageNet must lie at {where}"
         kaggle = folder / "ILSVRC" / "Data" / "CLS-LOC"
         lacks += f"; move or link the folders from {kaggle}, where Kaggle's archive has them" * kaggle.is_dir()

@@ -35,8 +35,7 @@ def inspect_shift(name: str, root: Path) -> Data:
         return missing(root, f"it must lie at {root / name.replace('_', '-')}/WNID/*")
     split, problems = read_split(folder)
     allowed = sorted(columns(name)) if name != "imagenet_sketch" else range(len(wnids()))
-    foreign = sorted(wnids()[i] for i in split.classes.difference(allowed))
-    if foreign:
+    if foreign := sorted(wnids()[i] for i in split.classes.difference(allowed)):
         problems.append(
             f"{folder} has classes that are not among its {len(allowed)}: {preview(foreign)}; move them away"
         )

@@ -63,18 +63,14 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
     for name, split in (("training", train), ("validation", val)):
         if not split.files and not all_problems:
             all_problems.append(f"{folder} has no {name} images: unpack them there")
-        absent = missing_files(split.files)
-        if absent:
-            listed = preview(absent)
+        if absent := missing_files(split.files):
             of_all = f"{len(absent)} of the {len(split.files)} {name} images"
-            all_problems.append(f"{of_all} are not there: {listed}; unpack their archive as it is")
+            all_problems.append(f"{of_all} are not there: {preview(absent)}; unpack their archive as it is")
         else:
             all_problems += unusable(split.files, f"{name} images")
-        strange = sorted({label for label in split.labels if not 0 <= label < classes})
-        if strange:
+        if strange := sorted({label for label in split.labels if not 0 <= label < classes}):
             all_problems.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview(strange)}")
-    both = set(train.files) & set(val.files)
-    if both:
+    if both := set(train.files) & set(val.files):
         all_problems.append(
             f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
         )
