@@ -13,6 +13,7 @@ from transfer.classification import checks, recipes, robustness
 from transfer.classification.job import finetune, linprobe
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
+from transfer.classification.robustness import EVAL
 from transfer.data.findings import Data
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.labelled import SETS, LabelledSet, inspect_set, read_folder
@@ -118,7 +119,7 @@ FOLDER = replace(
     of=folder_task,
 )
 TASKS = (
-    *(FINETUNE, LINPROBE, robustness.EVAL, KNN, PARTIAL, SCRATCH),
+    *(FINETUNE, LINPROBE, EVAL, KNN, PARTIAL, SCRATCH),
     *(task_of(known, MAKERS[known.name]) for known in SETS),
     FOLDER,
     *robustness.TASKS,
