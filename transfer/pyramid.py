@@ -22,7 +22,6 @@ from mae_core.errors import UserError
 from mae_core.vit import build_vit, get_arch
 
 group_norm = partial(nn.GroupNorm, 32)
-BIASES = ("shared", "per_block")
 
 
 def quarters(depth: int) -> tuple[int, int, int, int]:
@@ -73,8 +72,8 @@ class ViTPyramid(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if bias not in BIASES:
-            raise ValueError(f"bias '{bias}' is none of {BIASES}")
+        if bias not in ("shared", "per_block"):
+            raise ValueError(f"bias '{bias}' is neither 'shared' nor 'per_block'")
         a, patch = get_arch(arch), patch_side(arch)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch or width % patch:

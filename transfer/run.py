@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mae_core import distributed
-from mae_core.checkpoint import Checkpoint
+from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
 from mae_core.errors import UserError
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences, write_json
@@ -115,6 +116,22 @@ def run_job(job: Job) -> Record:
         if status == "ok":  # a kill before the record was written must not cost the training
             (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
     return record
+
+
+def save_trained(job: Job, name: str, state: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """Write trained weights to the work folder. Returns {file name: SHA-256}; on all processes but the main one, writes
+    nothing and returns {}."""
+    if not distributed.is_main():
+        return {}
+    save_weights(job.work / name, state, metadata)
+    return {name: sha256_of(job.work / name)}
+
+
+def origin(job: Job) -> dict[str, str]:
+    """Metadata of a file of trained weights: what they are and where they come from."""
+    c, size = job.checkpoint, str(job.recipe.image_size)
+    own = {"arch": c.arch, "image_size": size, "task": job.task.name, "encoder_sha256": c.sha256}
+    return {**own, "recipe": job.recipe_name, "seed": str(job.seed)}
 
 
 def describe(job: Job, **outcome: Any) -> Record:

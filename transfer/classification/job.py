@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mae_core import distributed
-from mae_core.checkpoint import load_encoder, metadata_of, model_of, save_weights, sha256_of
+from mae_core.checkpoint import load_encoder, metadata_of, model_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.training import State
 from mae_core.vit import ViT
@@ -18,6 +17,7 @@ from transfer.classification.transforms import eval_transform, probe_transform, 
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
 from transfer.data.split import Split
+from transfer.run import origin, save_trained
 from transfer.task import CLASSIFIER_FILE, Job, Result
 
 Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors
@@ -54,15 +54,9 @@ def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
     return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
 
 
-def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor], image_size: int) -> dict[str, str]:
+def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor]) -> dict[str, str]:
     """Write trained weights to the work folder. Returns {file name: SHA-256}."""
-    if not distributed.is_main():
-        return {}
-    c, size, task = job.checkpoint, str(image_size), job.task.name
-    metadata = {"format": "mae-transfer", "arch": c.arch, "image_size": size, "task": task}
-    metadata |= {"encoder_sha256": c.sha256, "recipe": job.recipe_name, "seed": str(job.seed)}
-    save_weights(job.work / name, state, metadata | metadata_of(c, job.recipe.pool, state))
-    return {name: sha256_of(job.work / name)}
+    return save_trained(job, name, state, origin(job) | metadata_of(job.checkpoint, job.recipe.pool, state))
 
 
 def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
@@ -95,7 +89,7 @@ def finetune(job: Job) -> Result:
     if r.ema:
         for values, without in zip((metrics, stderr), validate(job, model, images.val)):
             values["top1_without_ema"] = without["top1"]
-    artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict(), r.image_size)
+    artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict())
     return trained_result(job, state, images, (metrics, stderr), artifacts)
 
 
@@ -114,7 +108,7 @@ def linprobe(job: Job) -> Result:
         raise RuntimeError("the frozen encoder changed while its probe was trained")
     scores = validate(job, trained, images.val)
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
-    artifacts = save_artifacts(job, "probe.safetensors", head, r.image_size)
+    artifacts = save_artifacts(job, "probe.safetensors", head)
     result = trained_result(job, state, images, scores, artifacts)
     resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
     official = min(512, r.batch)  # one GPU's share of the official probe's batch

@@ -58,21 +58,19 @@ def load(truth: COCO, found: list[dict], name: str) -> COCO:
     the boxes, masks are sorted into sizes by their own area."""
     if not found:  # loadRes cannot read an empty list
         nothing = COCO()
-        nothing.dataset = {"images": truth.dataset["images"], "categories": truth.dataset["categories"]}
-        nothing.dataset["annotations"] = []
+        nothing.dataset = {**truth.dataset, "annotations": []}
         nothing.createIndex()
         return nothing
     left_out = "bbox" if name == "mask" else "segmentation"
     return truth.loadRes([{k: v for k, v in one.items() if k != left_out} for one in found])
 
 
-def bootstrap(evaluator: COCOeval, seed: int, resamples: int = RESAMPLES) -> float:
+def bootstrap(evaluator: COCOeval, seed: int) -> float:
     """Standard deviation (percent) of AP over resamples of the images, drawn with replacement. evaluate() has matched
     detections within each image; only the accumulation is repeated."""
-    matches = Matches(evaluator)
+    matches, images = Matches(evaluator), len(evaluator.params.imgIds)
     rng = np.random.default_rng(seed)
-    images = len(evaluator.params.imgIds)
-    drawn = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(resamples))
+    drawn = (np.bincount(rng.integers(images, size=images), minlength=images) for _ in range(RESAMPLES))
     values = [100 * matches.ap(counts) for counts in drawn]
     return float(np.nanstd(values, ddof=1)) if np.isfinite(values).sum() > 1 else 0.0
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
@@ -53,8 +54,7 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         tile = draw_bounding_boxes(
             tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True
         )
-    square = torch.full((3, SIDE, SIDE), 255, dtype=torch.uint8)
-    square[:, :height, :width] = tile
+    square = F.pad(tile, (0, SIDE - width, 0, SIDE - height), value=255)
     if not entries:  # else the picture would look as if drawing had failed
         image = v2.functional.to_pil_image(square)
         text = f"no detection of {SHOWN_SCORE} or more"

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_util
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core import distributed
-from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.data import seed_for
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
@@ -25,6 +25,7 @@ from mae_core.settings import write_json
 from transfer.data.coco import IDS, Example, read_split
 from transfer.detection.recipe import DetectionRecipe
 from transfer.pyramid import ViTPyramid, decays, load_pyramid
+from transfer.run import save_trained
 from transfer.task import Job
 
 RESULTS_FILE = "coco_results.json"
@@ -54,14 +55,11 @@ class Predictions:
 def save_artifacts(job: Job, model: nn.Module, found: list[dict]) -> tuple[Path, dict[str, str]]:
     """Gather the detections of all processes into one COCO-results file in the work folder, and save the detector's
     weights beside it. Returns the file's path and {file name of the weights: SHA-256}."""
-    results, artifacts = job.work / RESULTS_FILE, {}
-    everyone = distributed.gather_to_all(found)
+    results, everyone = job.work / RESULTS_FILE, distributed.gather_to_all(found)
     if distributed.is_main():
         write_json(results, [entry for part in everyone for entry in part])
-        metadata = {"format": "mae-transfer detector", "arch": job.checkpoint.arch, "engine": job.engine}
-        save_weights(job.work / DETECTOR_FILE, model.state_dict(), metadata)
-        artifacts = {DETECTOR_FILE: sha256_of(job.work / DETECTOR_FILE)}
-    return results, artifacts
+    metadata = {"arch": job.checkpoint.arch, "engine": job.engine}
+    return results, save_trained(job, DETECTOR_FILE, model.state_dict(), metadata)
 
 
 class RoIBatchNorm(nn.BatchNorm2d):
@@ -124,10 +122,7 @@ def fit_long_side(image: Image.Image, size: int) -> Image.Image:
 
 def pad_to_square(image: Image.Image, size: int) -> Tensor:
     """uint8 [3, size, size]: the image in the upper left corner, zeros elsewhere."""
-    square = torch.zeros(3, size, size, dtype=torch.uint8)
-    pixels = pil_to_tensor(image)
-    square[:, : pixels.shape[1], : pixels.shape[2]] = pixels
-    return square
+    return F.pad(pil_to_tensor(image), (0, size - image.width, 0, size - image.height))
 
 
 def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Image.Image]]]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from transfer.data.coco import CATEGORIES
 from transfer.miniature.crowded_scenes import CrowdedScene, crowded_scene, paint
-from transfer.miniature.scenes import CLASSES
+from transfer.miniature.scenes import CLASSES, with_noise
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
 TRAIN, VAL = 200, 60
@@ -50,7 +50,7 @@ def picture(seed: int, split: str, index: int) -> Picture:
     rng = rng_of(seed, f"crowded/{split}", 0, index)
     scene = crowded_scene(*SIZES[index % len(SIZES)], rng)
     clean, owner = paint(scene)
-    return Picture(scene, np.clip(np.rint(clean + rng.normal(0, 3, clean.shape)), 0, 255).astype(np.uint8), owner)
+    return Picture(scene, with_noise(clean, rng), owner)
 
 
 def coco_categories() -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def _imagenet_r_files(seed: int) -> Files:
         yield f"{wnid}/{style}_{index}.jpg", jpeg(image)
 
 
-def _imagenet_sketch_files(seed: int) -> Files:
+def _sketch_files(seed: int) -> Files:
     for wnid, label, index in _labelled(SKETCH):
         rng = rng_of(seed, "imagenet-sketch", label, index)
         drawing = scenes.line_drawing(scenes.plain_scene(scenes.CLASSES[label], rng), rng)
@@ -128,11 +128,9 @@ def imagenet_r(root: Path, seed: int = 0) -> Path:
 
 
 def imagenet_sketch(root: Path, seed: int = 0) -> Path:
-    """Write root/imagenet-sketch: line drawings without colour, 40 per class. The two disc classes look
-    the same here: they differ only by colour."""
-    return write_set(
-        root, "imagenet-sketch", seed, {"test": SKETCH * len(scenes.CLASSES)}, _imagenet_sketch_files(seed)
-    )
+    """Write root/imagenet-sketch: line drawings without colour, 40 per class. The two disc classes look the same here:
+    they differ only by colour."""
+    return write_set(root, "imagenet-sketch", seed, {"test": SKETCH * len(scenes.CLASSES)}, _sketch_files(seed))
 
 
 def imagenet_c(root: Path, seed: int = 0) -> Path:

@@ -42,18 +42,14 @@ def draw_filled(shape: str, fill: str, rng: np.random.Generator) -> np.ndarray:
     thing = replace(scene.objects[0], rotation=scene.objects[0].rotation / 2)
     image = scenes.render(replace(scene, objects=(thing,)))
     inside = Image.new("L", (SIZE * SUPERSAMPLE,) * 2)
-    ImageDraw.Draw(inside).polygon([tuple(p) for p in (scenes.outline(thing) * SUPERSAMPLE).tolist()], fill=255)
-    mask = np.asarray(inside.resize((SIZE, SIZE), Image.Resampling.BOX))[:, :, None] / 255
+    ImageDraw.Draw(inside).polygon(scenes.corners(thing), fill=255)
+    mask = scenes.shrunk(inside, SIZE)[:, :, None] / 255
     rows, columns = np.indices((SIZE, SIZE))
     period, start = 8, int(rng.integers(8))
     across, along = (rows + start) % period < 4, (columns + start) % period < 4
     drawn = {"plain": np.zeros_like(across), "rows": across, "columns": along, "squares": across ^ along}[fill]
     dark = np.where(drawn[:, :, None], 0.35, 1.0)
-    return add_noise(image * (1 - mask) + image * dark * mask, rng)
-
-
-def add_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.clip(np.rint(image + rng.normal(0, 3, image.shape)), 0, 255).astype(np.uint8)
+    return scenes.with_noise(image * (1 - mask) + image * dark * mask, rng)
 
 
 def draw_place(kind: int, rng: np.random.Generator) -> np.ndarray:
@@ -80,9 +76,8 @@ def draw_place(kind: int, rng: np.random.Generator) -> np.ndarray:
     centre = tuple(rng.uniform(0.25, 0.75, 2) * SIZE)
     thing = replace(thing, centre=centre, radius=thing.radius * 0.4)
     canvas = Image.fromarray(image).resize((SIZE * SUPERSAMPLE,) * 2, Image.Resampling.NEAREST)
-    corners = [tuple(p) for p in (scenes.outline(thing) * SUPERSAMPLE).tolist()]
-    ImageDraw.Draw(canvas).polygon(corners, fill=thing.colour)
-    return add_noise(np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX)).astype(float), rng)
+    ImageDraw.Draw(canvas).polygon(scenes.corners(thing), fill=thing.colour)
+    return scenes.with_noise(scenes.shrunk(canvas, SIZE), rng)
 
 
 def long_tail() -> list[int]:

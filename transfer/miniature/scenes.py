@@ -175,11 +175,13 @@ def _canvas(scene: Scene) -> Image.Image:
     return Image.fromarray(corners).resize((side, side), Image.Resampling.BILINEAR)
 
 
-def _polygon(thing: PlacedObject) -> Points:
+def corners(thing: PlacedObject) -> Points:
+    """`outline` on the supersampled canvas."""
     return [(float(x), float(y)) for x, y in outline(thing) * SUPERSAMPLE]
 
 
-def _shrunk(canvas: Image.Image, size: int) -> np.ndarray:
+def shrunk(canvas: Image.Image, size: int) -> np.ndarray:
+    """The canvas at `size` px, anti-aliased."""
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
@@ -187,13 +189,18 @@ def render(scene: Scene) -> np.ndarray:
     """The scene with filled, anti-aliased objects and nothing else: uint8 [size, size, 3]."""
     canvas = _canvas(scene)
     for thing in scene.objects:
-        ImageDraw.Draw(canvas).polygon(_polygon(thing), fill=thing.colour)
-    return _shrunk(canvas, scene.size)
+        ImageDraw.Draw(canvas).polygon(corners(thing), fill=thing.colour)
+    return shrunk(canvas, scene.size)
+
+
+def with_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8: an image of 0..255 with a little sensor noise (standard deviation 3)."""
+    return np.clip(np.rint(image + rng.normal(0, 3, image.shape)), 0, 255).astype(np.uint8)
 
 
 def photograph(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """`render` with a little sensor noise (standard deviation 3 of 255)."""
-    return np.clip(np.rint(render(scene) + rng.normal(0, 3, (scene.size, scene.size, 3))), 0, 255).astype(np.uint8)
+    """`render` with noise."""
+    return with_noise(render(scene), rng)
 
 
 def _closed(points: Points) -> Points:
@@ -221,7 +228,7 @@ def rendition(scene: Scene, style: str, rng: np.random.Generator) -> np.ndarray:
     canvas = Image.new("RGB", (size * px, size * px), ground)
     draw = ImageDraw.Draw(canvas)
     for thing in scene.objects:
-        points = _polygon(thing)
+        points = corners(thing)
         if style == "cartoon":
             draw.polygon(points, fill=thing.colour)
             draw.line(_closed(points), fill=(20, 20, 20), width=2 * px, joint="curve")
@@ -240,7 +247,7 @@ def rendition(scene: Scene, style: str, rng: np.random.Generator) -> np.ndarray:
             canvas.paste(thing.colour, mask=inside)
         else:
             raise ValueError(f"unknown style '{style}'; known: {', '.join(STYLES)}")
-    return _shrunk(canvas, size)
+    return shrunk(canvas, size)
 
 
 def line_drawing(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -254,4 +261,4 @@ def line_drawing(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             tremble = [(float(x), float(y)) for x, y in moved]
             shade = int(rng.integers(10, 90))
             ImageDraw.Draw(canvas).line(_closed(tremble), fill=(shade,) * 3, width=SUPERSAMPLE, joint="curve")
-    return _shrunk(canvas, scene.size)
+    return shrunk(canvas, scene.size)

@@ -1,4 +1,4 @@
-"""A recipe as one mmengine configuration of plain values: the model, the data, the optimizer, the tests."""
+"""A recipe as mmengine's configuration in plain values: the model, the data and the test."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,24 +25,16 @@ RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
 def config_of(
     checkpoint: Checkpoint, r: SegmentationRecipe, folder: Path, work: Path, machine: Machine, kept: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The arguments of mmengine's Runner, which silently ignores those that it does not know.
+    """The arguments of mmengine's Runner, which silently ignores unknown ones.
 
     folder: ADEChallengeData2016. kept: names of the validation images whose predictions the metric keeps.
     """
     return {
         "model": model_of(checkpoint, r, machine),
         "work_dir": str(work / "mmengine"),
-        "train_dataloader": {"dataset": dataset_of(folder, "train", train_pipeline(r))},
-        "train_cfg": {"type": "OurLoop"},
-        "optim_wrapper": {
-            "constructor": "MAELayerDecay",
-            "optimizer": {"lr": r.lr, "betas": r.betas, "weight_decay": r.weight_decay},
-            "paramwise_cfg": {"depth": get_arch(checkpoint.arch).depth, "layer_decay": r.layer_decay},
-        },
         "test_dataloader": test_loader(folder, test_pipeline(r), machine),
         "test_cfg": {"type": "PrecisionTestLoop", "machine": asdict(machine)},
         "test_evaluator": {"type": "ImageAreas", "kept": list(kept)},
-        # OurLoop sets the learning rate, saves and reports by itself.
         "default_hooks": dict.fromkeys(
             ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
         ),
@@ -67,12 +59,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
     def loss(weight: float) -> dict[str, Any]:
         return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
 
-    shared = {
-        "dropout_ratio": r.head_dropout,
-        "num_classes": CLASSES,
-        "norm_cfg": norm,
-        "align_corners": False,
-    }
+    shared = {"dropout_ratio": r.head_dropout, "num_classes": CLASSES, "norm_cfg": norm, "align_corners": False}
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": {

@@ -57,39 +57,20 @@ def absent_operator(name: str) -> Callable[..., None]:
     return call
 
 
-class LayerDecay:
-    """Optimizer constructor: AdamW with layer-wise decay of the learning rate. mmseg's own constructors leave every
-    block of an encoder with timm's names at scale 1.
+def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups of a segmentor whose `backbone` is a ViTPyramid, for layer-wise decay of the learning rate.
+    mmseg's own constructors leave every block of an encoder with timm's names at scale 1.
 
-    A group's lr_scale is layer_decay ** (depth + 1 - layer), where layer is `pyramid.layer_of`'s; the heads are layer
+    A group's lr_scale is layer_decay ** (depth + 1 - layer), with the layer of `pyramid.layer_of`; the heads are layer
     depth + 1. No weight decay on vectors, positions and bias tables.
     """
-
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
-        self.settings = {**optim_wrapper_cfg["optimizer"], **paramwise_cfg}
-
-    def __call__(self, model: nn.Module) -> Any:
-        from mmengine.optim import OptimWrapper
-
-        s = self.settings
-        groups = layer_groups(model, s["depth"], s["layer_decay"], s["weight_decay"])
-        return OptimWrapper(torch.optim.AdamW(groups, lr=s["lr"], betas=s["betas"]))
-
-
-def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups of a segmentor whose `backbone` is a ViTPyramid, each with its lr_scale and weight_decay."""
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         own = re.sub(r"^backbone\.", "", name)
         layer = layer_of(own, depth) if own != name else depth + 1
         decayed = decays(own, parameter)
-        default = {
-            "params": [],
-            "names": [],
-            "lr_scale": layer_decay ** (depth + 1 - layer),
-            "weight_decay": weight_decay if decayed else 0.0,
-        }
-        group = groups.setdefault((layer, decayed), default)
+        scaled = {"lr_scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decayed else 0.0}
+        group = groups.setdefault((layer, decayed), {"params": [], "names": [], **scaled})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -116,21 +97,9 @@ def register() -> None:
         provide_operators()
         import mmseg.datasets
         import mmseg.models  # noqa: F401
-        from mmengine.runner import BaseLoop, TestLoop
+        from mmengine.runner import TestLoop
         from mmseg.evaluation import IoUMetric
-        from mmseg.registry import DATASETS, LOOPS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
-
-    class OurLoop(BaseLoop):
-        """Hands the training to `run(runner, dataset)`. mmengine's own loops resume by decoding all earlier images and
-        lose their checkpoint if killed while saving."""
-
-        def __init__(self, runner: Any, dataloader: dict, run: Callable) -> None:
-            self._runner, self._run = runner, run
-            self.dataset = DATASETS.build(dataloader["dataset"])
-            self.iter, self.max_iters = 0, 0  # which the runner reads
-
-        def run(self) -> None:
-            self._run(self._runner, self.dataset)
+        from mmseg.registry import LOOPS, METRICS, MODELS, TRANSFORMS
 
     class PrecisionTestLoop(TestLoop):
         """mmengine's, in a Machine's precision; calls `each` with the number of images done."""
@@ -177,8 +146,6 @@ def register() -> None:
             return {}
 
     MODELS.register_module(name="MAEPyramid", module=make_pyramid)
-    OPTIM_WRAPPER_CONSTRUCTORS.register_module(name="MAELayerDecay", module=LayerDecay)
     TRANSFORMS.register_module(name="CheckPair", module=CheckPair)
-    LOOPS.register_module(name="OurLoop", module=OurLoop)
     LOOPS.register_module(name="PrecisionTestLoop", module=PrecisionTestLoop)
     METRICS.register_module(name="ImageAreas", module=ImageAreas)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mae_core import distributed
-from mae_core.checkpoint import save_weights, sha256_of
+from mae_core.checkpoint import sha256_of
 from mae_core.errors import UserError
 from mae_core.loop import batch_objections, batchnorm_objections, check_batch
 from mae_core.settings import as_typed
@@ -20,6 +19,7 @@ from transfer.data import ade20k
 from transfer.data.findings import spread
 from transfer.miniature import dense
 from transfer.pyramid import size_objections
+from transfer.run import origin, save_trained
 from transfer.segmentation.evaluate import by_class, scores
 from transfer.segmentation.mmseg_config import config_of, norm_of, weights_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
@@ -29,6 +29,7 @@ from transfer.space import training_space
 from transfer.task import Job, Objection, Result, Space, Task
 
 SEGMENTER_FILE = "segmenter.safetensors"
+TAKES_GPU = "--device cpu: mmengine takes the GPU wherever it sees one; hide it with CUDA_VISIBLE_DEVICES=-1"
 
 
 def segment(job: Job) -> Result:
@@ -45,9 +46,7 @@ def run(job: Job) -> Result:
     folder = Path(job.data.root) / ade20k.FOLDER
     check_batch(job.data.counts["train"], r.batch, f"the training split of {folder}")
     if machine.device == "cpu" and torch.cuda.is_available():
-        raise UserError(
-            "--device cpu: mmengine takes the GPU wherever it sees one; hide it with CUDA_VISIBLE_DEVICES=-1"
-        )
+        raise UserError(TAKES_GPU)
     validation = [image for image, _ in ade20k.pairs(folder, "val")]
     shown = [validation[i] for i in spread(len(validation), IMAGES)]
     config = config_of(job.checkpoint, r, folder, job.work, machine, [image.name for image in shown])
@@ -67,7 +66,8 @@ def run(job: Job) -> Result:
     if distributed.is_main():
         rows = [(image, metric.kept[image.name]) for image in shown]
         draw_predictions(rows, folder, metainfo["palette"], job.work / PICTURE_FILE)
-        artifacts = save_artifacts(job, model.state_dict())
+        artifacts = save_trained(job, SEGMENTER_FILE, model.state_dict(), origin(job))
+        artifacts[PICTURE_FILE] = sha256_of(job.work / PICTURE_FILE)
     seen = state.micro_batch * (machine.processes if norm_of(machine) == "SyncBN" else 1)
     notes = () if seen == r.batch else (f"BatchNorm saw batches of {seen}, not of {r.batch}",)
     return Result(
@@ -88,20 +88,6 @@ def run(job: Job) -> Result:
     )
 
 
-def save_artifacts(job: Job, state: dict[str, Tensor]) -> dict[str, str]:
-    """Write the trained weights into the work folder. Returns {file name: SHA-256} of them and of the picture."""
-    metadata = {
-        "arch": job.checkpoint.arch,
-        "image_size": str(job.recipe.image_size),
-        "task": job.task.name,
-        "encoder_sha256": job.checkpoint.sha256,
-        "recipe": job.recipe_name,
-        "seed": str(job.seed),
-    }
-    save_weights(job.work / SEGMENTER_FILE, state, metadata)
-    return {name: sha256_of(job.work / name) for name in (SEGMENTER_FILE, PICTURE_FILE)}
-
-
 def objections(job: Job) -> Iterator[Objection]:
     r, machine, depth = job.recipe, job.machine, get_arch(job.checkpoint.arch).depth
     yield from size_objections(job.checkpoint.arch, r.image_size, job.task.name)
@@ -113,8 +99,7 @@ def objections(job: Job) -> Iterator[Objection]:
     if r.batch % machine.processes == 0 and norm_of(machine) != "SyncBN":
         yield from batchnorm_objections(r.batch // machine.processes, machine)
     if machine.device == "cpu" and torch.cuda.is_available():
-        why = "mmengine takes the GPU wherever it sees one; hide it with CUDA_VISIBLE_DEVICES=-1"
-        yield "--device", f"--device cpu: {why}"
+        yield "--device", TAKES_GPU
 
 
 def space(job: Job) -> Space:

@@ -1,10 +1,14 @@
-"""ADE20K's training and test: mmengine's Runner builds the parts, `fit` trains them, mmengine's loop tests them."""
+"""ADE20K's training and test: mmengine's Runner builds the model, `fit` trains it, mmengine's loop tests it.
+
+mmengine's own training loops resume by decoding all earlier images, and lose their checkpoint if killed while saving.
+"""
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mae_core import distributed
@@ -13,10 +17,11 @@ from mae_core.errors import UserError
 from mae_core.loop import fit, micro_batch_for
 from mae_core.progress import Progress
 from mae_core.training import State, Training
+from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.pyramid import load_pyramid
-from transfer.segmentation.mmseg_config import multi_scale_pipeline, test_loader
-from transfer.segmentation.mmseg_plugin import register
+from transfer.segmentation.mmseg_config import dataset_of, multi_scale_pipeline, test_loader, train_pipeline
+from transfer.segmentation.mmseg_plugin import layer_groups, register
 from transfer.task import Job
 
 
@@ -52,50 +57,38 @@ class Crops:
 def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
     """mmengine's Runner with the trained model, and the training's final state. Resumes from job.work."""
     register()
-    from mmseg.registry import MODELS
+    from mmseg.registry import DATASETS, MODELS
 
-    r, machine = job.recipe, job.machine
-    states: list[State] = []
-
-    def loop(runner: Any, dataset: Any) -> None:
-        local_batch = r.batch // machine.processes
-        training = IterationTraining(
-            label=f"{job.task.name} {job.checkpoint.name}",
-            work=job.work,
-            dataset=Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), job.seed),
-            epochs=-(-r.iterations // max(len(dataset) // r.batch, 1)),
-            batch=r.batch,
-            micro_batch=micro_batch_for(local_batch, machine.micro_batch or local_batch),
-            seed=job.seed,
-            machine=machine,
-            fixed=job.identity(),
-            lr_at=r.lr_at,
-            prepare=lambda images, targets, step, first: (images, targets),
-            loss_of=loss_of,
-            iterations=r.iterations,
-        )
-        states.append(fit(runner.model, runner.optim_wrapper.optimizer, training))
-
-    config = with_progress(config, job)
-    config["train_cfg"] = {**config["train_cfg"], "run": loop}
+    r, machine, local_batch = job.recipe, job.machine, job.recipe.batch // job.machine.processes
     runner = make_runner(config, job)
-    runner.model.to(machine.device)
-    load_pyramid(runner.model.backbone, job.checkpoint)
-    runner.train()
-    return runner, states[0]
+    model = runner.model.to(machine.device)
+    load_pyramid(model.backbone, job.checkpoint)
+    model.init_weights()  # of the heads: the pyramid has no such method
+    groups = layer_groups(model, get_arch(job.checkpoint.arch).depth, r.layer_decay, r.weight_decay)
+    dataset = DATASETS.build(dataset_of(Path(job.data.root) / ade20k.FOLDER, "train", train_pipeline(r)))
+    training = IterationTraining(
+        label=f"{job.task.name} {job.checkpoint.name}",
+        work=job.work,
+        dataset=Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), job.seed),
+        epochs=-(-r.iterations // max(len(dataset) // r.batch, 1)),
+        batch=r.batch,
+        micro_batch=micro_batch_for(local_batch, machine.micro_batch or local_batch),
+        seed=job.seed,
+        machine=machine,
+        fixed=job.identity(),
+        lr_at=r.lr_at,
+        prepare=lambda images, targets, step, first: (images, targets),
+        loss_of=loss_of,
+        iterations=r.iterations,
+    )
+    return runner, fit(model, torch.optim.AdamW(groups, lr=r.lr, betas=r.betas), training)
 
 
 def make_runner(config: dict[str, Any], job: Job) -> Any:
+    """mmengine's Runner, whose test reports its progress."""
     from mmengine.config import ConfigDict
     from mmengine.runner import Runner
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about mmseg's own defaults
-        return Runner(**ConfigDict(config), randomness={"seed": job.seed})
-
-
-def with_progress(config: dict[str, Any], job: Job) -> dict[str, Any]:
-    """The configuration with a test that reports its progress."""
     images, world = job.data.counts["val"], distributed.world_size()
     progress: list[Progress] = []  # made at the first image: the test starts long after this call
 
@@ -104,7 +97,10 @@ def with_progress(config: dict[str, Any], job: Job) -> dict[str, Any]:
             progress.append(Progress(f"evaluate {job.task.name}", images, enabled=distributed.is_main()))
         progress[0].update(min(images, done * world), world)
 
-    return {**config, "test_cfg": {**config["test_cfg"], "each": each}}
+    config = {**config, "test_cfg": {**config["test_cfg"], "each": each}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about mmseg's own defaults
+        return Runner(**ConfigDict(config), randomness={"seed": job.seed})
 
 
 def loss_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
@@ -131,5 +127,4 @@ def run_multi_scale_test(job: Job, config: dict[str, Any], model: nn.Module) -> 
     """As `run_test`, over twelve views of each image."""
     loader = test_loader(Path(job.data.root) / ade20k.FOLDER, multi_scale_pipeline(job.recipe), job.machine)
     config = config | {"model": {"type": "SegTTAModel", "module": model}, "test_dataloader": loader}
-    for_training = ("train_dataloader", "train_cfg", "optim_wrapper")
-    return run_test(make_runner(with_progress({k: v for k, v in config.items() if k not in for_training}, job), job))
+    return run_test(make_runner(config, job))

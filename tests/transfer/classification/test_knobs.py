@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
     root = write_imagenet(tmp_path_factory.mktemp("data"), train=3, val=1)
     found = {}
 
-    def keep(job, name, state, image_size):
+    def keep(job, name, state):
         digest = hashlib.sha256()
         for key, tensor in state.items():
             digest.update(key.encode() + tensor.numpy().tobytes())

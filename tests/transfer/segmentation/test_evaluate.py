@@ -39,7 +39,7 @@ def test_scores_are_those_of_a_confusion_matrix_by_hand(mmseg):
     iou, accuracy = class_scores(areas.sum(axis=0))
     assert iou[:3].tolist() == pytest.approx(IOU)
     assert accuracy[:3].tolist() == pytest.approx(ACCURACY)
-    # Predicted on an unlabelled pixel alone: it has no pixels at all, and no say in the mean.
+    # Predicted only on an unlabelled pixel: the class has no pixels and does not count in the mean.
     assert np.isnan(iou[3])
     ours = {name: float(value) for name, value in metrics_of(areas.sum(axis=0)).items()}
     assert ours == pytest.approx({"miou": np.mean(IOU), "macc": np.mean(ACCURACY), "aacc": 100 * 7 / 10})

@@ -1,4 +1,4 @@
-"""What mmsegmentation is told of this project, and the stand-in for mmcv's operators."""
+"""What mmsegmentation gets from this project, and the stand-in for mmcv's operators."""
 
 import sys
 from pathlib import Path
@@ -8,18 +8,18 @@ from PIL import Image
 from torch import nn
 
 from mae_core.errors import UserError
-from tests.fixtures.segmentation import make_config, make_job
+from tests.fixtures.segmentation import make_job
 from tests.fixtures.transfer import finished
 from transfer.data.ade20k import FOLDER
-from transfer.segmentation import mmseg_plugin
+from transfer.segmentation import mmseg_config, mmseg_plugin
 
 
-def test_layer_decay_takes_effect_on_every_block(runner):
-    """depth + 2 distinct scales, through the runner's own way to build an optimizer."""
-    runner.train()
-    groups = runner.optim_wrapper.optimizer.param_groups
+def test_layer_decay_takes_effect_on_every_block(start):
+    """depth + 2 distinct scales."""
+    model, optimizer = start
+    groups = optimizer.param_groups
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
-    parameters = dict(runner.model.named_parameters())
+    parameters = dict(model.named_parameters())
     assert scale.keys() == parameters.keys()
     assert sum(len(group["params"]) for group in groups) == len(parameters)
     assert all(p is parameters[n] for g in groups for p, n in zip(g["params"], g["names"]))
@@ -35,10 +35,10 @@ def test_layer_decay_takes_effect_on_every_block(runner):
             assert value == 0.5**7
 
 
-def test_weight_decay_spares_vectors_positions_and_bias_tables(runner):
-    runner.train()
-    decay = {n: g["weight_decay"] for g in runner.optim_wrapper.optimizer.param_groups for n in g["names"]}
-    for name, parameter in runner.model.named_parameters():
+def test_weight_decay_spares_vectors_positions_and_bias_tables(start):
+    model, optimizer = start
+    decay = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["names"]}
+    for name, parameter in model.named_parameters():
         spared = parameter.ndim <= 1 or name == "backbone.pos_embed" or name.endswith("].bias")
         table = name.startswith("backbone.blocks.") and name.count(".") == 3 and name.endswith(".bias")
         assert decay[name] == (0.0 if spared or table else 0.07), name
@@ -53,8 +53,8 @@ def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
     Image.new("L", Image.open(image).size, 200).save(label)
     with pytest.raises(UserError, match="has the label 200"):
         step({"img_path": str(image), "seg_map_path": str(label)})
-    config = make_config(make_job(root, tmp_path))
-    pipelines = (config["train_dataloader"]["dataset"]["pipeline"], config["test_dataloader"]["dataset"]["pipeline"])
+    recipe = make_job(root, tmp_path).recipe
+    pipelines = (mmseg_config.train_pipeline(recipe), mmseg_config.test_pipeline(recipe))
     assert [pipeline[0]["type"] for pipeline in pipelines] == ["CheckPair", "CheckPair"]
 
 

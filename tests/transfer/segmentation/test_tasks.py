@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from tests.fixtures import SHARED
 from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
-from tests.fixtures.transfer import ARCH, ENVIRONMENT, assert_same_weights, finished, kill_when, raising, record_samples
+from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
 from transfer import jobs
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER
@@ -32,7 +31,7 @@ from transfer.segmentation.picture import PICTURE_FILE
 from transfer.segmentation.tasks import SEGMENTER_FILE
 
 
-def test_a_mistake_found_while_decoding_is_told_without_its_traceback(root, tmp_path, monkeypatch):
+def test_a_mistake_found_while_decoding_is_reported_without_its_traceback(root, tmp_path, monkeypatch):
     text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
     text += "mae_core.errors.UserError: label.png has the label 200: replace it\n"
     monkeypatch.setattr(tasks, "run", raising(UserError(text)))
@@ -137,7 +136,7 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(root, tmp_path):
     finished(command(root, tmp_path / "a"))
     often = command(root, tmp_path / "b", "--save-minutes", "0")
-    kill_when(lambda: any((tmp_path / "b").rglob(CHECKPOINT_FILE)), [sys.executable, *often], tmp_path, ENVIRONMENT)
+    kill_when(lambda: any((tmp_path / "b").rglob(CHECKPOINT_FILE)), often)
     assert not list((tmp_path / "b").rglob("record.json"))
     assert "resuming ade20k" in finished(often)
     (one,), (other,) = ((tmp_path / name).rglob(SEGMENTER_FILE) for name in "ab")
@@ -148,15 +147,14 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(root, tmp_path
 def test_two_processes_share_training_and_test(root, tmp_path):
     """The five validation images do not divide by two, yet each counts once: as one process counts them with the same
     weights."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
-    finished([*launcher, *command(root, tmp_path)])
+    finished([*TORCHRUN, *command(root, tmp_path)])
     (work,) = (p.parent for p in tmp_path.rglob("record.json"))
     record = json.loads((work / "record.json").read_text())
     assert (record["machine"]["processes"], record["n_eval"], record["images_seen"]) == (2, 5, 32)
     assert record["notes"] == ["BatchNorm saw batches of 2, not of 4"]
     job = make_job(root, tmp_path / "alone")
     register()
-    runner = train.make_runner(train.with_progress(make_config(job), job), job)
+    runner = train.make_runner(make_config(job), job)
     runner.model.load_state_dict(load_file(work / SEGMENTER_FILE), strict=True)
     alone = metrics_of(train.run_test(runner).areas.sum(axis=0))
     assert {name: float(value) for name, value in alone.items()} == pytest.approx(record["metrics"])
@@ -200,7 +198,7 @@ def test_a_random_encoder_of_every_size_fits(root, tmp_path):
     for arch in ("vit_small_patch16", ARCH):
         checkpoint = read_checkpoint(f"random:{arch}")
         job = replace(make_job(root, tmp_path), checkpoint=checkpoint, recipe=TASK.recipe(arch, "mini"))
-        runner = train.make_runner(train.with_progress(make_config(job), job), job)
+        runner = train.make_runner(make_config(job), job)
         report = load_pyramid(runner.model.backbone, checkpoint)
         assert {"cls_token", "norm.weight", "norm.bias"} >= set(report.dropped)
     with pytest.raises(UserError, match="less than one batch"):

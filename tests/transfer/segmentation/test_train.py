@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from mae_core.data import Sample, seed_all
 from mae_core.machine import Machine
 from tests.fixtures.segmentation import make_config, make_job
 from transfer.data.ade20k import FOLDER
-from transfer.segmentation.train import Crops, make_runner, run_test, train, with_progress
+from transfer.segmentation import train as train_module
+from transfer.segmentation.mmseg_config import dataset_of, train_pipeline
+from transfer.segmentation.train import Crops, make_runner, run_test, train
 
 
 def crops_of(job, seed: int = 0) -> Crops:
@@ -22,7 +25,7 @@ def crops_of(job, seed: int = 0) -> Crops:
 
     init_default_scope("mmseg")
     config = make_config(job)
-    dataset = DATASETS.build(config["train_dataloader"]["dataset"])
+    dataset = DATASETS.build(dataset_of(Path(job.data.root) / FOLDER, "train", train_pipeline(job.recipe)))
     return Crops(dataset, MODELS.build(config["model"]["data_preprocessor"]), seed)
 
 
@@ -88,9 +91,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(root, tmp_path):
     def gradient(micro_batch: int) -> list[torch.Tensor]:
         machine = Machine(micro_batch=micro_batch)
         job = make_job(root, tmp_path / str(micro_batch), machine, head_dropout=0.0, iterations=1, warmup_iterations=0)
+        fitted, fit = [], train_module.fit
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.BatchNorm2d, "train", lambda self, mode=True: torch.nn.Module.train(self, False))
-            optimizer = train(job, make_config(job))[0].optim_wrapper.optimizer
+            patch.setattr(train_module, "fit", lambda *arguments: fitted.extend(arguments) or fit(*arguments))
+            train(job, make_config(job))
+        optimizer = fitted[1]
         return [optimizer.state[p]["exp_avg"] for group in optimizer.param_groups for p in group["params"]]
 
     for whole, halves in zip(gradient(4), gradient(2)):
@@ -135,7 +141,7 @@ def test_the_knobs_of_the_test_move_its_numbers(root, tmp_path):
 
     def counts(**changes) -> np.ndarray:
         other = replace(job, recipe=replace(job.recipe, **changes))
-        again = make_runner(with_progress(make_config(other), other), other)
+        again = make_runner(make_config(other), other)
         again.model.load_state_dict(runner.model.state_dict(), strict=True)
         return run_test(again).areas
 
