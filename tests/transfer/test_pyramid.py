@@ -74,7 +74,7 @@ def timm_taps(source: Checkpoint, taps: tuple[int, ...], x: torch.Tensor, eps: f
 
 
 def by_hand(pyramid: ViTPyramid, x: torch.Tensor, windowed: set[int]) -> list[torch.Tensor]:
-    """The outputs [B, H, W, D] of all blocks, every window cut out, padded and attended to in a loop of its own."""
+    """The outputs [B, H, W, D] of all blocks, every window cut out, padded and attended to in a loop."""
     a = get_arch(pyramid.arch)
     x = F.conv2d(x, pyramid.patch_embed.proj.weight, pyramid.patch_embed.proj.bias, stride=patch_side(pyramid.arch))
     positions = pyramid.pos_embed.reshape(1, *pyramid.grid, a.dim).permute(0, 3, 1, 2)

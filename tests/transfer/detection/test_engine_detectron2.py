@@ -1,7 +1,6 @@
 """The detectron2 engine against our own pyramid, against torchvision's, and against being killed."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.fixtures import ROOT
 from tests.fixtures.miniature import write_few
-from tests.fixtures.transfer import ENVIRONMENT, assert_same_weights, finished, kill_when, record_samples
+from tests.fixtures.transfer import TORCHRUN, assert_same_weights, finished, kill_when, record_samples
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
@@ -130,7 +128,7 @@ def test_the_mapper_keeps_masks_on_their_objects(root, r):
         assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-def test_a_batch_without_a_single_object_is_survived(pyramid, r):
+def test_a_batch_without_objects_trains(pyramid, r):
     model = engine_detectron2.build_model(pyramid, r, RoIBatchNorm).train()
     nothing = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long))
     nothing.gt_masks = BitMasks(torch.zeros(0, 64, 64, dtype=torch.bool))
@@ -163,7 +161,7 @@ def test_synchronised_batchnorm_beside_a_process_without_a_roi(tmp_path):
     """The mean is that of the process that has some; an iteration in which nobody has any changes nothing."""
     program = tmp_path / "two.py"
     program.write_text(TWO_NORMS)
-    finished(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)])
+    finished([*TORCHRUN, str(program)])
 
 
 def test_configs_build_the_same_backbone(tmp_path):
@@ -243,8 +241,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
     """SIGKILL after a saved iteration of 18; the rest starts there, and no bit differs from a run in one piece."""
     finished(command(root, tmp_path / "whole", epochs=3))
     killed = command(root, tmp_path / "killed", epochs=3)
-    started = [sys.executable, *killed]
-    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), started, ROOT, ENVIRONMENT)
+    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), killed)
     (saved,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     done = torch.load(saved, weights_only=True)["iteration"]
     assert 0 < done < 18
@@ -270,7 +267,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
 @pytest.mark.slow
 def test_two_processes_train_and_predict(root, tmp_path):
     """gloo; BatchNorm is synchronised here on the CPU too. Every validation image is predicted once."""
-    finished(command(root, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    finished(command(root, tmp_path, *TORCHRUN))
     record = json.loads(next(tmp_path.rglob("record.json")).read_text())
     assert record["status"] == "ok"
     assert (record["resolved"]["batchnorm"], record["resolved"]["batchnorm_images"]) == ("synchronised", 4)

@@ -105,7 +105,7 @@ def test_crops_lie_anywhere_and_masks_move_with_their_pixels():
 
 
 def test_masks_cover_the_painted_objects_at_any_scale():
-    """A blue ellipse on grey: after the jitter, the mask holds the blue pixels, but for what is mixed at its edge."""
+    """A blue ellipse on grey: after the jitter, the mask holds the blue pixels, except those mixed at its edge."""
     rows, columns = np.mgrid[:90, :70]
     mask = (((rows - 50) / 25) ** 2 + ((columns - 30) / 18) ** 2 < 1).astype(np.uint8)
     pixels = np.full((90, 70, 3), 128, np.uint8)
@@ -162,7 +162,7 @@ def test_boxes_are_made_anew_and_objects_that_are_cut_away_are_gone(root):
     assert target["labels"].dtype == torch.int64
 
 
-def test_a_damaged_or_exchanged_image_ends_the_training_by_name(tmp_path):
+def test_a_damaged_or_exchanged_image_ends_the_training_with_its_name(tmp_path):
     write_coco(tmp_path)
     examples = training_examples(tmp_path)
     dataset = Jittered(examples, TASK.recipe("vit_mini_patch8", "mini"), 0)
@@ -211,7 +211,7 @@ def captured(job, monkeypatch):
     return given
 
 
-def test_the_detector_sees_the_maps_that_the_pyramid_alone_makes(root, tmp_path):
+def test_the_detector_sees_the_pyramids_own_maps(root, tmp_path):
     job = job_of(root, tmp_path)
     model, seen = model_of(job).eval(), []
     model.fpn.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -282,7 +282,7 @@ def test_boxes_keep_their_place_in_bf16(root, tmp_path):
     assert {found[key].dtype for key in ("boxes", "scores", "masks")} == {torch.float32}
 
 
-def test_batchnorm_is_synchronised_on_gpus_alone():
+def test_batchnorm_is_synchronised_only_on_gpus():
     for machine in (Machine(), Machine(device="cuda"), Machine(processes=2)):
         assert head_norm(machine) is RoIBatchNorm
     assert head_norm(Machine(device="cuda:1", processes=2)) is nn.SyncBatchNorm
@@ -308,8 +308,8 @@ def test_images_without_an_object_train(root, tmp_path, empty):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_no_proposal_at_all_is_survived(root, tmp_path):
-    """Evaluation of an image in which the RPN finds nothing."""
+def test_an_image_without_proposals_is_evaluated(root, tmp_path):
+    """The RPN finds nothing."""
     job = job_of(root, tmp_path)
     model = model_of(job).eval()
     model.rpn.score_thresh = 2.0  # no probability reaches it
@@ -370,7 +370,7 @@ def test_knobs_reach_the_parts_they_name(root, tmp_path, monkeypatch):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
 
 
-def test_weight_decay_is_on_matrices_alone(root, tmp_path, monkeypatch):
+def test_only_matrices_have_weight_decay(root, tmp_path, monkeypatch):
     model, optimizer, _ = captured(job_of(root, tmp_path, weight_decay=0.25), monkeypatch)
     name_of = {id(p): name for name, p in model.named_parameters()}
     groups = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}

@@ -18,7 +18,7 @@ from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
 from tests.fixtures.detection import TASK, TINY, by_hand, job_of
-from tests.fixtures.transfer import ARCH, ENVIRONMENT, assert_same_weights, finished, kill_when, raising, record_samples
+from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
 from transfer import cli, jobs
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection import engine_torchvision, shared, tasks
@@ -88,7 +88,7 @@ def ran(root, tmp_path_factory):
         return job, run_job(job)
 
 
-def test_a_job_leaves_a_record_of_its_number_and_its_story(ran):
+def test_a_job_records_its_numbers_and_how_they_came_about(ran):
     job, record = ran
     assert (record.status, record.reason, record.metric) == ("ok", "", "box_ap")
     metrics = {"box_ap", "mask_ap", "box_ap50", "box_ap75", "mask_ap50", "mask_ap75", "box_ap_small"}
@@ -188,7 +188,7 @@ def test_a_size_that_the_patches_do_not_divide_is_refused(root, tmp_path, capsys
 
 
 def test_vit_h_is_cut_into_patches_of_16_px(root, tmp_path):
-    """1024 px are no multiple of its own 14."""
+    """Its own 14 px do not divide 1024."""
     checkpoint = SimpleNamespace(arch="vit_huge_patch14", sha256="", name="h", identity="")
     data = inspect_coco(root)
     job = jobs.make_job(TASK, checkpoint, "paper", [], data, tmp_path, 0, Machine(), "torchvision")
@@ -244,7 +244,7 @@ def test_a_kill_after_the_training_costs_only_the_prediction(root, tmp_path, mon
     assert (tmp_path / RESULTS_FILE).read_bytes() == (tmp_path / "whole" / RESULTS_FILE).read_bytes()
 
 
-def test_a_checkpoint_that_does_not_fit_is_told_in_a_sentence(root, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_is_reported_in_a_sentence(root, tmp_path, monkeypatch):
     job = job_of(root, tmp_path / "a", Machine(save_minutes=0))
     interrupted(job, monkeypatch, 8)
     path = job.work / CHECKPOINT_FILE
@@ -269,7 +269,7 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_a_sentence(root, tmp_path, mo
     assert f"{path} is damaged" in run_job(job).reason
 
 
-def test_a_loss_that_is_no_number_ends_the_job_in_a_sentence(root, tmp_path):
+def test_a_loss_that_is_not_a_number_ends_the_job_with_a_sentence(root, tmp_path):
     record = run_job(job_of(root, tmp_path, lr=1e30))
     assert record.status == "failed"
     assert "infinite or NaN" in record.reason or "the loss is" in record.reason
@@ -282,8 +282,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_weights(root, tmp_path)
     more = ["--save-minutes", "0", "--set", *KNOBS, "epochs=12"]
     whole, killed = (["-m", "transfer.detection", *call(root, tmp_path / n, *more)] for n in ("whole", "killed"))
     finished(whole)
-    started = [sys.executable, *killed]
-    kill_when(lambda: any((tmp_path / "killed").rglob(LOG_FILE)), started, tmp_path, ENVIRONMENT)
+    kill_when(lambda: any((tmp_path / "killed").rglob(LOG_FILE)), killed)
     assert not any((tmp_path / "killed").rglob("record.json"))
     (checkpoint,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 24
@@ -305,8 +304,8 @@ def test_two_processes_train_one_detector(root, tmp_path):
     write_split(data, "train", [(64, 48)] * 8, objects)
     objects = [rectangle(FIRST_ID["val"] + i, 1, 30 - 10 * i, 10, 20, 24) for i in range(3)]
     write_split(data, "val", [(64, 48)] * 3, objects)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "transfer.detection"]
-    finished([*launcher, *call(data, tmp_path / "out", "--set", *KNOBS, "epochs=24", "lr=2e-3", "max_scale=2")])
+    arguments = call(data, tmp_path / "out", "--set", *KNOBS, "epochs=24", "lr=2e-3", "max_scale=2")
+    finished([*TORCHRUN, "-m", "transfer.detection", *arguments])
     (path,) = (tmp_path / "out").rglob("record.json")
     record = read_record(path)
     assert (record.status, record.machine["processes"], record.n_eval, record.images_seen) == ("ok", 2, 3, 192)

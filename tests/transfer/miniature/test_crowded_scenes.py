@@ -7,7 +7,7 @@ from transfer.miniature.crowded_scenes import crowded_scene, paint
 
 
 def test_an_object_painted_later_owns_its_pixels():
-    """The last object of a scene shows all that its outline holds; the earlier ones what is left, and at least 60 %."""
+    """The last object of a scene shows all of its outline; of the earlier ones at least 60 % is visible."""
     covered = 0
     for index in range(30):
         scene = crowded_scene(96, 72, np.random.default_rng(index))

@@ -11,18 +11,19 @@ from PIL import Image
 from tests.fixtures.miniature import PUBLISHED_CORRUPTIONS, digests
 from transfer.miniature import imagenet, scenes
 
+WNIDS = list(imagenet.class_wnids().values())
+
 
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
 def test_classes_stand_under_wnids_that_every_dataset_lists():
-    wnids = list(imagenet.class_wnids().values())
-    assert wnids == sorted(set(wnids))
-    assert len(wnids) == 16
+    assert sorted(set(WNIDS)) == WNIDS
+    assert len(WNIDS) == 16
     folder = Path(importlib.util.find_spec("timm").origin).parent / "data" / "_info"
     for name in ("imagenet_synsets.txt", "imagenet_a_synsets.txt", "imagenet_r_synsets.txt"):
-        assert set(wnids) <= set((folder / name).read_text().split())
+        assert set(WNIDS) <= set((folder / name).read_text().split())
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,8 @@ def test_classes_stand_under_wnids_that_every_dataset_lists():
     ],
 )
 def test_layout(root, folder, pattern, per_class):
-    wnids = sorted(imagenet.class_wnids().values())
-    assert sorted(p.name for p in (root / folder).iterdir() if p.is_dir()) == wnids
-    for wnid in wnids:
+    assert sorted(p.name for p in (root / folder).iterdir() if p.is_dir()) == WNIDS
+    for wnid in WNIDS:
         files = list((root / folder / wnid).glob(pattern))
         assert len(files) == per_class == len(list((root / folder / wnid).iterdir()))
         with Image.open(files[0]) as image:
@@ -46,13 +46,12 @@ def test_layout(root, folder, pattern, per_class):
 
 
 def test_imagenet_c_layout(root):
-    wnids = sorted(imagenet.class_wnids().values())
     val = {p.name for p in (root / "imagenet/val").rglob("*.JPEG")}
     folder = root / "imagenet-c"
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == sorted(PUBLISHED_CORRUPTIONS)
     for name in PUBLISHED_CORRUPTIONS:
         for severity in ("1", "2", "3", "4", "5"):
-            assert sorted(p.name for p in (folder / name / severity).iterdir()) == wnids
+            assert sorted(p.name for p in (folder / name / severity).iterdir()) == WNIDS
             files = list((folder / name / severity).rglob("*.JPEG"))
             assert len(files) == 64
             assert {p.name for p in files} <= val
@@ -66,7 +65,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_none_of_them(root, tmp_
 
 
 def test_process_pool_changes_no_byte(root, tmp_path):
-    """An image depends on its index alone: 2000 images come from the pool, the first 300 were made without it."""
+    """An image depends only on its index: 2000 images come from the pool, the first 300 were made without it."""
     many = digests(imagenet.unlabelled(tmp_path, count=2000))
     few = digests(root / "unlabelled")
     assert len(many) == 2000
@@ -97,8 +96,7 @@ def test_renditions_have_every_style(root):
 
 def test_imagenet_c_files_are_corrupted_val_images(root):
     """Mild severities stay nearer to their own val image than to any other of val's first images."""
-    wnids = sorted(imagenet.class_wnids().values())
-    val = {p.name: pixels(p).astype(float) for w in wnids for p in sorted((root / "imagenet/val" / w).iterdir())[:4]}
+    val = {p.name: pixels(p).astype(float) for w in WNIDS for p in sorted((root / "imagenet/val" / w).iterdir())[:4]}
     for file in sorted((root / "imagenet-c/pixelate/1").rglob("*.JPEG")):
         image = pixels(file).astype(float)
         assert min(val, key=lambda name: np.square(val[name] - image).mean()) == file.name

@@ -1,5 +1,7 @@
 """Scenes: outlines against drawn pixels, colours, clutter, styles."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,44 +10,37 @@ from scipy import ndimage
 from transfer.miniature import scenes
 
 
-def area(points: np.ndarray) -> float:
-    """Shoelace formula."""
-    x, y = points.T
-    return abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+def drawn(*where: object) -> np.ndarray:
+    """A white PlacedObject on black, 0..1."""
+    thing = scenes.PlacedObject(*where, (255, 255, 255))
+    return scenes.render(scenes.Scene(((0, 0, 0),) * 4, (thing,)))[..., 0] / 255
 
 
 @pytest.mark.parametrize("kind", scenes.CLASSES)
 def test_outline_and_drawn_pixels_agree(kind):
-    """A white object on black: its mean brightness is its polygon's share of the picture, and its centre of mass the
-    polygon's (taken from a fine grid of points inside it)."""
-    thing = scenes.PlacedObject(kind, (22.0, 26.5), 17.0, 0.2, (255, 255, 255))
-    drawn = scenes.render(scenes.Scene(((0, 0, 0),) * 4, (thing,)))[..., 0] / 255
-    polygon = scenes.outline(thing)
-    # The filled outline's border pixels count as inside, hence a little more than the exact area.
-    assert drawn.sum() == pytest.approx(area(polygon), rel=0.08)
-    x, y = polygon.T
+    """The brightness of a white object on black is its polygon's area, and its centre of mass the polygon's (shoelace
+    formulas)."""
+    where = kind, (22.0, 26.5), 17.0, 0.2
+    picture = drawn(*where)
+    x, y = scenes.outline(scenes.PlacedObject(*where, (255, 255, 255))).T
     nx, ny = np.roll(x, -1), np.roll(y, -1)
     cross = x * ny - nx * y
+    # The filled outline's border pixels count as inside, hence a little more than the exact area.
+    assert picture.sum() == pytest.approx(abs(cross.sum()) / 2, rel=0.08)
     centroid = np.array([((x + nx) * cross).sum(), ((y + ny) * cross).sum()]) / (3 * cross.sum())
-    row, column = ndimage.center_of_mass(drawn)
+    row, column = ndimage.center_of_mass(picture)
     assert (column + 0.5, row + 0.5) == pytest.approx(tuple(centroid), abs=0.25)
 
 
 def test_no_two_classes_share_an_outline_even_mirrored_except_the_discs():
     """Training flips images: were two classes mirror images, no classifier could tell them apart."""
-
-    def drawn(kind: str, mirrored: bool) -> np.ndarray:
-        thing = scenes.PlacedObject(kind, (24.0, 24.0), 18.0, 0.0, (255, 255, 255))
-        picture = scenes.render(scenes.Scene(((0, 0, 0),) * 4, (thing,)))[..., 0] / 255
-        return picture[:, ::-1] if mirrored else picture
-
-    for i, one in enumerate(scenes.CLASSES):
-        for other in scenes.CLASSES[:i]:
-            difference = min(np.abs(drawn(one, False) - drawn(other, flip)).sum() for flip in (False, True))
-            if {one, other} == {"disc_blue", "disc_red"}:
-                assert difference == 0
-            else:
-                assert difference > 60, (one, other)
+    pictures = {kind: drawn(kind, (24.0, 24.0), 18.0, 0.0) for kind in scenes.CLASSES}
+    for (one, a), (other, b) in combinations(pictures.items(), 2):
+        difference = min(np.abs(a - b).sum(), np.abs(a - b[:, ::-1]).sum())
+        if {one, other} == {"disc_blue", "disc_red"}:
+            assert difference == 0
+        else:
+            assert difference > 60, (one, other)
 
 
 def test_object_stands_out_from_its_background():

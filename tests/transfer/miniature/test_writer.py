@@ -1,11 +1,13 @@
 """Writing a set whole or not at all."""
 
 import json
+from itertools import chain, repeat
 
 import pytest
 
 from mae_core.errors import UserError
 from tests.fixtures.miniature import digests
+from tests.fixtures.transfer import raising
 from transfer.data.findings import MINIATURE_MARKER
 from transfer.miniature import dense, imagenet, scenes
 from transfer.miniature.writer import VERSION
@@ -38,16 +40,8 @@ def test_a_complete_set_is_left_alone_and_a_damaged_or_other_one_is_made_again(t
 
 
 def test_interrupted_writing_leaves_no_set_and_is_made_good(tmp_path, monkeypatch):
-    draw = scenes.line_drawing
-    calls = []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) == 100:
-            raise KeyboardInterrupt
-        return draw(*args)
-
-    monkeypatch.setattr(scenes, "line_drawing", stops)
+    drawings = chain([scenes.line_drawing] * 99, repeat(raising(KeyboardInterrupt())))
+    monkeypatch.setattr(scenes, "line_drawing", lambda *args: next(drawings)(*args))
     with pytest.raises(KeyboardInterrupt):
         imagenet.imagenet_sketch(tmp_path)
     assert not (tmp_path / "imagenet-sketch").exists()
