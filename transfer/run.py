@@ -128,9 +128,8 @@ def save_trained(job: Job, name: str, state: dict[str, Tensor], metadata: dict[s
 
 
 def origin(job: Job) -> dict[str, str]:
-    """Metadata of a file of trained weights: what they are and where they come from."""
-    c, size = job.checkpoint, str(job.recipe.image_size)
-    own = {"arch": c.arch, "image_size": size, "task": job.task.name, "encoder_sha256": c.sha256}
+    """Metadata of a file of trained weights: where they come from."""
+    own = {"arch": job.checkpoint.arch, "encoder_sha256": job.checkpoint.sha256, "task": job.task.name}
     return {**own, "recipe": job.recipe_name, "seed": str(job.seed)}
 
 

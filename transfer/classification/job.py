@@ -56,7 +56,8 @@ def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
 
 def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor]) -> dict[str, str]:
     """Write trained weights to the work folder. Returns {file name: SHA-256}."""
-    return save_trained(job, name, state, origin(job) | metadata_of(job.checkpoint, job.recipe.pool, state))
+    metadata = origin(job) | {"image_size": str(job.recipe.image_size)}
+    return save_trained(job, name, state, metadata | metadata_of(job.checkpoint, job.recipe.pool, state))
 
 
 def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:

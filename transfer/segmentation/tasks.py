@@ -66,7 +66,8 @@ def run(job: Job) -> Result:
     if distributed.is_main():
         rows = [(image, metric.kept[image.name]) for image in shown]
         draw_predictions(rows, folder, metainfo["palette"], job.work / PICTURE_FILE)
-        artifacts = save_trained(job, SEGMENTER_FILE, model.state_dict(), origin(job))
+        metadata = origin(job) | {"image_size": str(r.image_size)}
+        artifacts = save_trained(job, SEGMENTER_FILE, model.state_dict(), metadata)
         artifacts[PICTURE_FILE] = sha256_of(job.work / PICTURE_FILE)
     seen = state.micro_batch * (machine.processes if norm_of(machine) == "SyncBN" else 1)
     notes = () if seen == r.batch else (f"BatchNorm saw batches of {seen}, not of {r.batch}",)
