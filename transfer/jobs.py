@@ -152,10 +152,9 @@ def obstacle(job: Job) -> tuple[str, str]:
 def cached_or_skipped(job: Job) -> Record | None:
     """The record of a job that is done or cannot run (in which case it is written now); None if it must run."""
     record = finished(job)
-    if record is None:
-        status, reason = obstacle(job)
-        if status:
-            record = describe(job, status=status, reason=reason)
-            if distributed.is_main():
-                write_record(record, job.work)
+    status, reason = obstacle(job) if record is None else ("", "")
+    if status:
+        record = describe(job, status=status, reason=reason)
+        if distributed.is_main():
+            write_record(record, job.work)
     return record

@@ -1,5 +1,4 @@
-"""A fine-tuned ImageNet classifier on ImageNet's validation images and on ImageNet-A, -R, -C and -Sketch: inference
-only.
+"""A fine-tuned ImageNet classifier, only evaluated: on ImageNet's validation images and on ImageNet-A, -R, -C, -Sketch.
 
 python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED --data DIR --out DIR
 """

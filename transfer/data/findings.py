@@ -116,8 +116,8 @@ def spread(count: int, at_most: int = LOOKED_AT) -> list[int]:
 
 def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
     """A sentence if any of LOOKED_AT files, spread over the list, is a broken link, empty or unreadable; else []."""
-    looked, wrong = spread(len(files)), []
-    for file in (files[i] for i in looked):
+    checked, wrong = [files[i] for i in spread(len(files))], []
+    for file in checked:
         try:
             if not file.stat().st_size:
                 wrong.append(f"{file} is empty")
@@ -127,5 +127,5 @@ def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
             wrong.append(f"{file} is a broken link" if file.is_symlink() else f"{file} is not there")
     if not wrong:
         return []
-    which = f"{len(wrong)} of {len(looked)} {what} looked at (of {len(files)})"
+    which = f"{len(wrong)} of {len(checked)} {what} looked at (of {len(files)})"
     return [f"{which} cannot be used: {preview(wrong)}; mend or replace them"]

@@ -74,8 +74,7 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
         all_problems.append(
             f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
         )
-    unlearnt = sorted(val.classes - train.classes)
-    if unlearnt and not all_problems:
+    if (unlearnt := sorted(val.classes - train.classes)) and not all_problems:
         all_problems.append(f"{folder}: validation has classes that training lacks: {preview(unlearnt)}")
     return Reading(train, val, classes, tuple(all_problems))
 
