@@ -316,7 +316,8 @@ def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, 
         assert "Gloo" not in output
         assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
         output, code = torchrun(tmp_path, "none", runs.command(noise_images, out))
-        assert "resuming pre-train vit_mini_patch8 at step 6/8\n" in output
+        assert "resuming pre-train vit_mini_patch8 at step 6/8" in output
+        assert "at step 6/8;" not in output  # on an unchanged machine; a warning of the other process may follow
     assert code == 0, output
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["machine"]["processes"] == 2

@@ -10,9 +10,10 @@ from tests.fixtures import checkpoint as small
 from tests.fixtures.checkpoint import DECODER, ENCODER, FC_NORM, HEAD, PROBE, TRUNK, equal, loaded, without
 
 
-def test_an_encoder_is_loaded_whole(put):
+def test_an_encoder_is_loaded_whole_with_its_eps(put):
     vit = build_vit("vit_mini_patch8")
-    report = load_encoder(vit, read_checkpoint(put({"model": ENCODER})))
+    report = load_encoder(vit, dataclasses.replace(read_checkpoint(put({"model": ENCODER})), eps=1e-3))
+    assert {module.eps for module in vit.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-3}
     assert (len(report.loaded), report.resized, report.dropped, report.missing) == (78, (), (), ())
     assert equal(vit.state_dict(), ENCODER)
 
