@@ -67,7 +67,7 @@ def test_broken_files_are_named_by_the_worker_that_met_them(broken, way):
     dataset = Images(broken, TRANSFORMS[way], pillow=way == "evaluation")
     images, _, bad = next(iter(loader(dataset, [range(len(broken))], 1, "cpu")))
     assert bad == [str(file) for file in broken]
-    assert not images.any()
+    assert way == "fine-tuning" or not images.any()  # black, before fine-tuning's colour operations
 
 
 def evaluate_one(file: Path) -> None:
