@@ -20,8 +20,8 @@ from mae_core.machine import Machine
 from mae_core.training import LOG_FILE
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
-from tests.fixtures.classification import ENV, Command
-from tests.fixtures.transfer import ARCH, make_job, write_imagenet
+from tests.fixtures.classification import Command
+from tests.fixtures.transfer import ARCH, PROCESS, make_job, write_imagenet
 from transfer.classification.evaluate import evaluate
 from transfer.classification.job import start_model
 from transfer.classification.tasks import FINETUNE, LINPROBE
@@ -147,7 +147,7 @@ def two(sixteen, tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {**ENV, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        env = {**PROCESS["env"], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
     line = [sys.executable, "-m", __name__, str(sixteen), str(out)]
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     processes = [subprocess.Popen(line, cwd=ROOT, env=env | rank) for rank in ranks]
