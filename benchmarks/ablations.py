@@ -216,7 +216,7 @@ def check_call(args: argparse.Namespace) -> Machine:
         for cell in table_cells(name, args):
             resolve_cell(cell, args)
     if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
+        raise UserError(f"--gpus {args.gpus}: give 1 or more")
     if args.tokenizer is not None and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer {args.tokenizer}: there is no such file")
     if args.tokenizer is not None and "1d" not in args.table:

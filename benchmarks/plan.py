@@ -41,7 +41,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     # "folder" without a path is no task: its knobs are those of the folder that is named.
     settings = settings_by_task(args.set, [*(task for task in TASKS if not task.of), *(named or ())])
     if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: give the number of processes, from 1 on")
+        raise UserError(f"--gpus {args.gpus}: give 1 or more")
     machine = replace(machine_from(args), processes=args.gpus)
     read = cache(read_checkpoint)
     # Random weights are drawn for each seed; a file is read once.
@@ -92,13 +92,13 @@ def with_classifier(job: Job, finetune: Job) -> Job:
 
 def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str, list[str]]:
     """["a.knob=1"] -> {"a": ["knob=1"]}; UserError for a task that is not among these."""
-    names = [task.name for task in tasks]
+    names = list(dict.fromkeys(task.name for task in tasks))
     found: dict[str, list[str]] = {name: [] for name in names}
     for setting in settings:
         task, equals, _ = setting.partition("=")
         task, dot, _ = task.rpartition(".")  # a folder's name may have a dot
         if not dot or not equals:
-            raise UserError(f"--set {setting}: write TASK.KNOB=VALUE")
+            raise UserError(f"--set {setting}: write TASK.KNOB=VALUE, as in imagenet_knn.k=10")
         if task not in found:
             raise UserError(f"--set {setting}: '{task}' is not among the tasks; {did_you_mean(task, names)}")
         found[task].append(setting[len(task) + 1 :])

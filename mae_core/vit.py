@@ -169,7 +169,10 @@ def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) ->
     a = get_arch(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or (a.image_size, a.image_size)
     if size[0] % a.patch or size[1] % a.patch or min(size) < a.patch:
-        raise UserError(f"{arch} cuts images into patches of {a.patch} px: {size[0]}x{size[1]} is not divisible by it")
+        raise UserError(
+            f"{arch} cuts images into patches of {a.patch} px: {size[0]}x{size[1]} is not divisible by it; "
+            f"set a multiple of {a.patch}"
+        )
     return {
         "img_size": size,
         "patch_size": a.patch,

@@ -278,7 +278,7 @@ def accepts(recipe, settings: list[str]) -> bool:
 
 
 def test_the_table_of_pre_training_knobs_names_fields_of_the_recipe():
-    table = section(PAGES[Path("docs/pretraining.md")], "What the paper ablates")
+    table = section(PAGES[Path("docs/pretraining.md")], "Knobs")
     named = [knob for row in re.findall(r"^\| (`.*?) \|", table, re.M) for knob in re.findall(r"`(\w+)`", row)]
     assert len(named) > 8
     assert set(named) <= {field.name for field in dataclasses.fields(PretrainRecipe)}

@@ -39,7 +39,8 @@ def patch_side(arch: str) -> int:
 def size_objections(arch: str, image_size: int, task: str) -> Iterator[tuple[str, str]]:
     """(knob, why) where the pyramid's patches do not divide the input."""
     if image_size % (patch := patch_side(arch)):
-        yield "image_size", f"image_size={image_size}: {arch} has patches of {patch} px in {task}"
+        why = f"image_size={image_size}: {arch} has patches of {patch} px in {task}: set a multiple of {patch}"
+        yield "image_size", why
 
 
 def pretraining_grid(arch: str) -> int:

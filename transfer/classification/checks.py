@@ -67,7 +67,7 @@ def partial_objections(job: Job) -> Iterator[Objection]:
     arch, blocks, images = job.checkpoint.arch, job.recipe.blocks, training_images(job)
     depth = get_arch(arch).depth
     if blocks[-1] > depth:
-        yield "blocks", f"blocks={as_typed(blocks)}, but {arch} has {depth}: set lower ones"
+        yield "blocks", f"blocks={as_typed(blocks)}, but {arch} has {depth} blocks: set numbers up to {depth}"
     for k, recipe in ((0.0, linprobe_recipe), (float(depth), finetune_recipe)):
         batch = recipe(arch, job.recipe_name).batch
         if k in blocks and job.data.status == "found" and images < batch:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,6 +68,7 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
                     f"{target} has no {MINIATURE_MARKER}, so it is not a miniature and is left alone: choose another "
                     "folder"
                 )
+            print(f"generating {target}", file=sys.stderr, flush=True)
             shutil.rmtree(partial_copy, ignore_errors=True)
             for path, content in files:
                 file = partial_copy / path

@@ -93,7 +93,7 @@ def objections(job: Job) -> Iterator[Objection]:
     r, machine, depth = job.recipe, job.machine, get_arch(job.checkpoint.arch).depth
     yield from size_objections(job.checkpoint.arch, r.image_size, job.task.name)
     if r.taps[-1] >= depth:
-        why = f"taps={as_typed(r.taps)}, but the last block of {job.checkpoint.arch} is {depth - 1}: set lower ones"
+        why = f"taps={as_typed(r.taps)}, but the last block of {job.checkpoint.arch} is {depth - 1}: set lower numbers"
         yield "taps", why
     if job.data.status == "found":
         yield from batch_objections(job.data.counts["train"], r.batch, machine.processes)
