@@ -117,7 +117,7 @@ def test_wall_clock_table(tmp_path):
             ["--table", "1a", "--set", "decoder_dept=3"],
             r"this recipe has no 'decoder_dept'; did you mean decoder_depth",
         ),
-        (["--table", "1a", "--gpus", "0"], r"--gpus 0: give the number of processes"),
+        (["--table", "1a", "--gpus", "0"], r"--gpus 0: give 1 or more"),
         (["--table", "1a", "--tokenizer", "x.pth"], r"--tokenizer x.pth: there is no such file"),
         (["--table", "1a", "--tokenizer", __file__], r"only --table 1d uses it"),
         (["--table", "1f", "--set", "mask_ratio=0.6"], r"grid-wise masking hides 0.75"),
