@@ -18,7 +18,7 @@ class Target(nn.Module):
 
     def to_pixels(self, prediction: Tensor, patches: Tensor) -> Tensor:
         """Predictions [B, N, width] of all patches -> pixels [B, N, P], for pictures."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each target below has its own
 
 
 class PixelTarget(Target):
