@@ -4,6 +4,8 @@ Parameter names and shapes are timm's, which are also those of the released MAE 
 ``cls_token [1, 1, D]``, ``pos_embed [1, 1 + N, D]``, ``patch_embed.proj.{weight, bias}``, ``blocks.i.*``, ``norm.*``.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,6 +99,27 @@ norm_layer = partial(nn.LayerNorm, eps=EPS)
 def get_arch(name: str) -> Arch:
     """The Arch of that name; UserError with the nearest name if there is none."""
     return choose("arch", name, ARCHS)
+
+
+def nearest(arch: str, known: Iterable[str]) -> str:
+    """Of the known archs the one whose recipe stands in for this arch: itself, else the nearest in depth, and of one
+    depth the nearest in width (both as ratios).
+
+    Depth comes first because layer decay is taken once per block: 0.65, which is meant for 12 blocks, would leave the
+    lowest of 24 with 3e-5 of the rate.
+    """
+    a = get_arch(arch)
+
+    def distance(name: str) -> tuple[bool, float, float]:
+        other = get_arch(name)
+        return name != arch, abs(math.log(other.depth / a.depth)), abs(math.log(other.dim / a.dim))
+
+    return min(known, key=distance)
+
+
+def stand_in(arch: str, known: Iterable[str]) -> str:
+    """What a recipe's sources call a value that `nearest` chose, such as "stand-in: ViT-L's value"."""
+    return f"stand-in: ViT-{nearest(arch, known).split('_')[1][0].upper()}'s value"
 
 
 def sincos_axis(dim: int, positions: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mae_core.errors import UserError
-from mae_core.vit import ARCHS, build_vit, get_arch, sincos_position_embedding
+from mae_core.vit import ARCHS, build_vit, get_arch, nearest, sincos_position_embedding, stand_in
 
 # Width, blocks, heads, patch, input side. B, L, H: MAE (Table 8's models) and ViT (arXiv 2010.11929, Table 1); Ti, S:
 # DeiT (arXiv 2012.12877, Table 1). Patches of 8: facebookresearch/dino hubconf.py; of 14: facebookresearch/dinov2
@@ -27,6 +27,11 @@ PUBLISHED = {
     "vit_huge_patch14": (1280, 32, 16, 14, 224),
     "vit_giant_patch14": (1536, 40, 24, 14, 224),
 }
+
+
+B, L, H = "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"
+# Whose recipe each size takes, of the three that MAE was fine-tuned at.
+STANDS_IN = dict.fromkeys(PUBLISHED, B) | {"vit_large_patch14": L, L: L, H: H, "vit_giant_patch14": H}
 
 
 def on_meta(*args, **options):
@@ -163,3 +168,13 @@ def test_initialisation_has_the_paper_s_ranges():
         elif name.endswith("bias") and not name.startswith("patch_embed"):
             assert (parameter == 0).all()
     assert 0 < vit.patch_embed.proj.bias.abs().max() <= 768**-0.5
+
+
+def test_the_recipe_of_the_nearest_depth_and_width_stands_in():
+    assert {arch: nearest(arch, (B, L, H)) for arch in ARCHS} == STANDS_IN
+    assert {nearest(arch, (H, L, B)) for arch in (B, L, H)} == {B, L, H}  # whatever the order
+    assert (nearest(H, (B, L)), nearest("vit_small_patch16", (L, H))) == (L, L)
+    # Of one depth the nearest in width, also if its patches differ.
+    assert nearest("vit_small_patch8", (B, "vit_tiny_patch16", "vit_small_patch16")) == "vit_small_patch16"
+    said = {arch: stand_in(arch, (B, L, H)) for arch in ("vit_tiny_patch16", "vit_large_patch14", "vit_giant_patch14")}
+    assert list(said.values()) == [f"stand-in: ViT-{size}'s value" for size in "BLH"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from mae_core.settings import choose
-from mae_core.vit import get_arch
+from mae_core.vit import get_arch, nearest, stand_in
 from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
 from transfer.classification.train import ClassifierRecipe, RepeatedRecipe
@@ -15,22 +15,26 @@ PAPER_10 = "MAE paper, Table 10"
 PROBE = "facebookresearch/mae main_linprobe.py"
 PAPER_11 = "MAE paper, Table 11"
 FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which issue 28 says to use"
-NO_SUCH_SIZE = "stand-in: ViT-B's value, MAE has no such size"
 
 # Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
 # Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
-# fine-tuned (Ti, S, the miniature) use B's values.
+# fine-tuned take those of the nearest (`nearest`).
 BY_SIZE = {
+    "vit_base_patch16": (100, 5e-4, 0.65, 0.1),
     "vit_large_patch16": (50, 1e-3, 0.75, 0.2),
     "vit_huge_patch14": (50, 1e-3, 0.75, 0.3),
 }
-BASE = (100, 5e-4, 0.65, 0.1)
+
+
+def sized(arch: str, source: str) -> str:
+    """The source of a value that depends on the size; source: that of MAE's own sizes."""
+    return source if arch in BY_SIZE else f"{stand_in(arch, BY_SIZE)}, MAE has no such size"
 
 
 def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
     """End-to-end fine-tuning. "paper": the official repository's values, with which the released classifiers were
     trained. "mini": the same with MINI_FINETUNE, for the generated 48 px images."""
-    epochs, base_lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
+    epochs, base_lr, layer_decay, drop_path = BY_SIZE[nearest(arch, BY_SIZE)]
     paper = ClassifierRecipe(
         image_size=get_arch(arch).image_size,
         epochs=epochs,
@@ -58,10 +62,9 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
 
 def finetune_sources(arch: str) -> dict[str, str]:
     """Where each value of the paper recipe comes from."""
-    sized = OFFICIAL if arch in BY_SIZE or arch == "vit_base_patch16" else NO_SUCH_SIZE
     both = f"{PAPER_9}; {OFFICIAL}"
     sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, both)
-    sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized)
+    sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized(arch, OFFICIAL))
     sources |= dict.fromkeys(("pool", "random_erasing", "min_lr", "head_std", "min_scale"), OFFICIAL)
     return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
 
@@ -80,14 +83,13 @@ def partial_sources(arch: str) -> dict[str, str]:
     return sources | {"epochs": f"{unsaid} ({sources['epochs']})"}
 
 
-# From scratch: epochs, drop_path. Other sizes use ViT-B's values.
-SCRATCH_BY_SIZE = {"vit_large_patch16": (200, 0.2), "vit_huge_patch14": (200, 0.2)}
-SCRATCH_BASE = (300, 0.1)
+# From scratch: epochs, drop_path.
+SCRATCH_BY_SIZE = {"vit_base_patch16": (300, 0.1), "vit_large_patch16": (200, 0.2), "vit_huge_patch14": (200, 0.2)}
 
 
 def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
     """Supervised training from random weights, with a moving average of the weights: the paper's baseline."""
-    epochs, drop_path = SCRATCH_BY_SIZE.get(arch, SCRATCH_BASE)
+    epochs, drop_path = SCRATCH_BY_SIZE[nearest(arch, SCRATCH_BY_SIZE)]
     paper = replace(
         finetune_recipe(arch, "paper"),
         epochs=epochs,
@@ -108,8 +110,7 @@ def scratch_recipe(arch: str, name: str) -> ClassifierRecipe:
 
 def scratch_sources(arch: str) -> dict[str, str]:
     sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, PAPER_11)
-    if arch not in SCRATCH_BY_SIZE and arch != "vit_base_patch16":
-        sources |= dict.fromkeys(("epochs", "drop_path"), NO_SUCH_SIZE)
+    sources |= dict.fromkeys(("epochs", "drop_path"), sized(arch, PAPER_11))
     sources |= dict.fromkeys(("pool", "min_lr", "head_std", "min_scale"), FROM_SCRATCH)
     sources |= dict.fromkeys(("layer_decay", "random_erasing"), f"{PAPER_11} names none")
     return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")

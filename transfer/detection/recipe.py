@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from mae_core.errors import UserError
 from mae_core.settings import bounded, check_ranges, choose
+from mae_core.vit import nearest, stand_in
 from transfer.pyramid import pretraining_grid
 
 
@@ -45,13 +46,14 @@ class DetectionRecipe:
             raise UserError(f"max_scale={self.max_scale} is below min_scale={self.min_scale}")
 
 
-DROP_PATH = {"vit_large_patch16": 0.3, "vit_huge_patch14": 0.3}  # else 0.1
-PUBLISHED = ("vit_base_patch16", "vit_large_patch16")
+# Other sizes take that of the nearest (`nearest`).
+DROP_PATH = {"vit_base_patch16": 0.1, "vit_large_patch16": 0.3}
+PUBLISHED = tuple(DROP_PATH)
 
 
 def recipe(arch: str, name: str) -> DetectionRecipe:
     """The recipe of that name; UserError for an unknown one."""
-    paper = DetectionRecipe(drop_path=DROP_PATH.get(arch, 0.1), window=pretraining_grid(arch))
+    paper = DetectionRecipe(drop_path=DROP_PATH[nearest(arch, DROP_PATH)], window=pretraining_grid(arch))
     # Images of 96 px that hold objects of 16 to 48 px, and heads that two cores train in half a minute.
     mini = replace(
         paper, image_size=96, epochs=4, warmup_epochs=0.5, batch=2, lr=1e-3, drop_path=0.0, min_scale=0.8,
@@ -67,9 +69,9 @@ def sources(arch: str) -> dict[str, str]:
     found |= dict.fromkeys(("rpn_batch", "roi_batch", "proposals"), d2)
     found["epochs"] += ", facebookresearch/mae issue 43 (50.3 box AP of ViT-B after 100); counted over the images with "
     found["epochs"] += "objects, 183,200 iterations of 64 where the published 184,375 count 118,000 images"
-    found["weight_decay"] += "; none on vectors, positions and bias tables: hustvl/MIMDet"
+    found["weight_decay"] += "; none on norm layers, positions and bias tables: hustvl/MIMDet"
     found["window"] += ": the pre-training grid; hustvl/MIMDet has 16"
-    found["drop_path"] = li if arch in PUBLISHED else "stand-in: nobody published it"
+    found["drop_path"] = li if arch in PUBLISHED else f"{stand_in(arch, PUBLISHED)}, nobody published it"
     if arch not in PUBLISHED:
         return {knob: f"derived from ViT-B and ViT-L: {text}" for knob, text in found.items()}
     return found

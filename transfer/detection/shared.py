@@ -24,7 +24,7 @@ from mae_core.progress import Progress
 from mae_core.settings import write_json
 from transfer.data.coco import IDS, Example, read_split
 from transfer.detection.recipe import DetectionRecipe
-from transfer.pyramid import ViTPyramid, decays, load_pyramid
+from transfer.pyramid import ViTPyramid, load_pyramid
 from transfer.run import save_trained
 from transfer.task import Job
 
@@ -34,6 +34,9 @@ DETECTOR_FILE = "detector.safetensors"
 # the overlap above which the lower-scored of two is dropped; detections per image.
 ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
+# What has no weight decay: the layers of these types, and the parameters of these names.
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NO_DECAY = ("pos_embed", "bias_global", "bias_windowed")
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,14 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: parameters with weight decay, and those without (`pyramid.decays`)."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if decays(name, p)]
-    others = [p for name, p in named if not decays(name, p)]
+    """Two groups: parameters with weight decay, and those without: of norm layers, positions and bias tables. Biases of
+    linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad:
+                (others if isinstance(module, NORMS) or name in NO_DECAY else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -9,18 +9,21 @@ from dataclasses import dataclass, fields, replace
 
 from mae_core.errors import UserError
 from mae_core.settings import as_typed, bounded, check_ranges, choose
-from mae_core.vit import get_arch
+from mae_core.vit import get_arch, nearest, stand_in
 
 PAPER = "MAE paper, appendix A.4"
 CONFIGS = "MAE-B configs of implus/mae_segmentation and mmsegmentation 0.x and 1.x"
 MMSEG = "mmsegmentation's base files for UperNet and ADE20K"
 COMMUNITY = "stand-in: a community config for MAE-L of unknown result; none is published"
 DERIVED = "stand-in: derived from the values for L; MAE has no H on ADE20K"
-BASES = "stand-in: ViT-B's value; MAE has no such size on ADE20K"
+SOURCES = {"vit_base_patch16": CONFIGS, "vit_large_patch16": COMMUNITY, "vit_huge_patch14": DERIVED}
 
-# lr, layer_decay and drop_path by size; all other sizes take B's.
-BY_SIZE = {"vit_large_patch16": (9e-5, 0.75, 0.2), "vit_huge_patch14": (9e-5, 0.75, 0.3)}
-BASE = (1e-4, 0.65, 0.1)
+# lr, layer_decay and drop_path; other sizes take those of the nearest (`nearest`).
+BY_SIZE = {
+    "vit_base_patch16": (1e-4, 0.65, 0.1),
+    "vit_large_patch16": (9e-5, 0.75, 0.2),
+    "vit_huge_patch14": (9e-5, 0.75, 0.3),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def thirds(depth: int) -> tuple[int, int, int, int]:
 def recipe(arch: str, name: str) -> SegmentationRecipe:
     """The recipe of that name: "paper", Table 5's, or "mini", for the miniature. UserError for an unknown one."""
     a = get_arch(arch)
-    lr, layer_decay, drop_path = BY_SIZE.get(arch, BASE)
+    lr, layer_decay, drop_path = BY_SIZE[nearest(arch, BY_SIZE)]
     paper = SegmentationRecipe(
         lr=lr, layer_decay=layer_decay, drop_path=drop_path, taps=thirds(a.depth), head_channels=a.dim
     )
@@ -112,10 +115,11 @@ def recipe(arch: str, name: str) -> SegmentationRecipe:
 
 def sources(arch: str) -> dict[str, str]:
     """Where each value of the paper recipe comes from."""
-    of_size = {"vit_base_patch16": CONFIGS, "vit_large_patch16": COMMUNITY, "vit_huge_patch14": DERIVED}
+    other = f"{stand_in(arch, SOURCES)}; MAE has no such size on ADE20K"
     found = dict.fromkeys((field.name for field in fields(SegmentationRecipe)), MMSEG)
     found |= dict.fromkeys(("iterations", "warmup_iterations", "power", "betas", "weight_decay", "image_size"), CONFIGS)
-    found |= dict.fromkeys(("lr", "layer_decay", "drop_path", "taps"), of_size.get(arch, BASES))
+    found |= dict.fromkeys(("lr", "layer_decay", "drop_path"), SOURCES.get(arch, other))
+    found["taps"] = SOURCES.get(arch, f"derived: the same shares of the depth as in {CONFIGS}")
     found["batch"] = f"{PAPER}; {CONFIGS}"
     found["iterations"] = f"{CONFIGS}; the paper's 100 epochs are 126,312"
     found["head_channels"] = f"the embedding width, as in {CONFIGS}"

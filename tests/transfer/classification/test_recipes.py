@@ -9,6 +9,7 @@ import torch
 from mae_core.errors import UserError
 from mae_core.optim import half_cosine, layer_decay_groups, learning_rate
 from mae_core.settings import override
+from mae_core.vit import ARCHS as ALL_ARCHS
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH
 from transfer.classification.recipes import stand_in_recipe
@@ -54,6 +55,30 @@ def test_every_value_of_a_paper_recipe_has_its_source(task, arch):
 def test_a_size_that_was_never_published_is_called_a_stand_in(arch):
     for name in ("base_lr", "layer_decay", "drop_path", "epochs"):
         assert FINETUNE.sources(arch)[name].startswith("stand-in") != (arch in (B, L, H))
+
+
+# base_lr, layer_decay, drop_path and epochs of FINETUNE.md, and epochs and drop_path of Table 11, for every size.
+SIZED = dict.fromkeys(ALL_ARCHS, ((5e-4, 0.65, 0.1, 100), (300, 0.1)))
+SIZED |= dict.fromkeys(("vit_large_patch14", L), ((1e-3, 0.75, 0.2, 50), (200, 0.2)))
+SIZED |= dict.fromkeys((H, "vit_giant_patch14"), ((1e-3, 0.75, 0.3, 50), (200, 0.2)))
+
+
+@pytest.mark.parametrize("arch", SIZED)
+def test_a_size_takes_the_values_of_the_published_one_nearest_to_it(arch):
+    tuning, scratch = FINETUNE.recipe(arch, "paper"), SCRATCH.recipe(arch, "paper")
+    found = (tuning.base_lr, tuning.layer_decay, tuning.drop_path, tuning.epochs), (scratch.epochs, scratch.drop_path)
+    assert found == SIZED[arch]
+    # The lowest block's rate: at least that of ViT-H's, or, with more blocks, what its decay gives.
+    depth = ALL_ARCHS[arch].depth
+    assert tuning.layer_decay**depth >= 0.75 ** max(depth, 32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [("vit_small_patch16", "B"), ("vit_large_patch14", "L"), ("vit_giant_patch14", "H")]
+)
+def test_a_stand_in_names_the_size_it_is_taken_from(arch, size):
+    assert FINETUNE.sources(arch)["layer_decay"].startswith(f"stand-in: ViT-{size}'s value")
+    assert SCRATCH.sources(arch)["drop_path"].startswith(f"stand-in: ViT-{size}'s value")
 
 
 @every(TASKS)

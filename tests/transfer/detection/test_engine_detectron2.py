@@ -17,6 +17,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.modeling import build_backbone as build_from_cfg
+from detectron2.solver.build import get_default_optimizer_params
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -28,7 +29,7 @@ from mae_core.training import CHECKPOINT_FILE
 from transfer.data.coco import training_examples
 from transfer.detection import engine_detectron2, engine_torchvision, train_detectron2
 from transfer.detection.recipe import recipe
-from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm
+from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm, parameter_groups
 from transfer.detection.tasks import TASKS
 from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, load_pyramid
@@ -111,6 +112,20 @@ def test_heads_are_those_of_the_recipe(pyramid):
     assert [len(cell) for cell in cells] == [3] * 5
     assert rpn.pre_nms_topk == {True: 2000, False: 1000}
     assert heads.batch_size_per_image == 512
+
+
+@pytest.mark.parametrize("norm", [RoIBatchNorm, engine_detectron2.EmptySafeSyncBatchNorm])
+def test_weight_decay_is_that_of_detectron2_with_mimdets_exceptions(pyramid, r, norm):
+    """hustvl/MIMDet calls this function for its re-implementation of Li et al., with these names' own."""
+    model = engine_detectron2.build_model(pyramid, r, norm)
+    names = ("pos_embed", "bias_global", "bias_windowed")
+    overrides = {name: {"weight_decay": 0.0} for name in names}
+    groups = get_default_optimizer_params(model, weight_decay=0.1, weight_decay_norm=0.0, overrides=overrides)
+    theirs = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    ours = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.1) for p in group["params"]}
+    assert ours == theirs
+    assert set(ours) == {id(p) for p in model.parameters()}
+    assert set(ours.values()) == {0.0, 0.1}
 
 
 def test_the_mapper_keeps_masks_on_their_objects(root, r):

@@ -370,16 +370,17 @@ def test_knobs_reach_the_parts_they_name(root, tmp_path, monkeypatch):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
 
 
-def test_only_matrices_have_weight_decay(root, tmp_path, monkeypatch):
+def test_all_but_norms_positions_and_bias_tables_have_weight_decay(root, tmp_path, monkeypatch):
     model, optimizer, _ = captured(job_of(root, tmp_path, weight_decay=0.25), monkeypatch)
     name_of = {id(p): name for name, p in model.named_parameters()}
     groups = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
     assert set(groups) == {0.25, 0.0}
     assert groups[0.25] | groups[0.0] == set(name_of.values())
-    assert {"body.pos_embed", "body.bias_global", "body.bias_windowed", "rpn.head.conv.0.0.bias"} <= groups[0.0]
+    assert {"body.pos_embed", "body.bias_global", "body.bias_windowed", "body.blocks.5.norm2.bias"} <= groups[0.0]
     assert {"body.blocks.0.norm1.weight", "roi_heads.box_head.0.1.weight", "body.upsample_4x.1.bias"} <= groups[0.0]
     decayed = {"body.patch_embed.proj.weight", "body.blocks.5.attn.qkv.weight", "body.upsample_2x.weight"}
     decayed |= {"fpn.inner_blocks.0.0.weight", "roi_heads.box_predictor.cls_score.weight"}
+    decayed |= {"rpn.head.conv.0.0.bias", "body.blocks.5.attn.qkv.bias", "body.upsample_2x.bias"}
     assert decayed <= groups[0.25]
     model.body.patch_embed.proj.weight.requires_grad_(False)
     frozen = {id(p) for group in parameter_groups(model, 0.1) for p in group["params"]}

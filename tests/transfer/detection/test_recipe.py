@@ -34,7 +34,13 @@ def test_every_number_has_a_source_and_derived_ones_say_so():
         assert all(derived) if arch not in ("vit_base_patch16", "vit_large_patch16") else not any(derived)
     assert "2111.11429" in sources("vit_base_patch16")["lr"]
     assert "detectron2" in sources("vit_base_patch16")["proposals"]
-    assert "nobody published" in sources("vit_huge_patch14")["drop_path"]
+    assert "stand-in: ViT-L's value, nobody published it" in sources("vit_huge_patch14")["drop_path"]
+
+
+def test_drop_path_is_that_of_the_published_size_nearest_to_it():
+    deep = {"vit_large_patch14", "vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14"}
+    assert {arch for arch in ARCHS if recipe(arch, "paper").drop_path == 0.3} == deep
+    assert {recipe(arch, "paper").drop_path for arch in set(ARCHS) - deep} == {0.1}
 
 
 def test_the_mini_recipe_trains_small_images_with_the_same_plan():

@@ -8,6 +8,7 @@ from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.settings import override
+from mae_core.vit import ARCHS as ALL_ARCHS
 from tests.fixtures.transfer import ARCH
 from transfer.segmentation.recipe import recipe, sources
 
@@ -41,6 +42,16 @@ def test_every_value_has_a_source_and_stand_ins_are_called_so(arch):
     for name in ("lr", "layer_decay", "drop_path"):
         assert found[name].startswith("stand-in") == (arch != "vit_base_patch16")
     assert "derived" in sources("vit_huge_patch14")["lr"]
+
+
+def test_other_sizes_take_the_values_of_the_one_nearest_to_them():
+    expected = dict.fromkeys(ALL_ARCHS, (1e-4, 0.65, 0.1))
+    expected |= dict.fromkeys(("vit_large_patch14", "vit_large_patch16"), (9e-5, 0.75, 0.2))
+    expected |= dict.fromkeys(("vit_huge_patch14", "vit_giant_patch14"), (9e-5, 0.75, 0.3))
+    papers = {arch: recipe(arch, "paper") for arch in ALL_ARCHS}
+    assert {arch: (r.lr, r.layer_decay, r.drop_path) for arch, r in papers.items()} == expected
+    for arch, size in (("vit_small_patch16", "B"), ("vit_large_patch14", "L"), ("vit_giant_patch14", "H")):
+        assert sources(arch)["layer_decay"].startswith(f"stand-in: ViT-{size}'s value")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
