@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from benchmarks import official_mae as official
 from benchmarks.flops import build_autoencoder, count_flops, random_inputs, training_flops
+from benchmarks.originals import mae as official
 from mae_core.data import (
     MEAN,
     STD,

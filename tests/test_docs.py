@@ -80,7 +80,7 @@ NOT_RUN = {
     "^pip |^uv |-m venv": "needs the network",
     "-m pytest": "these tests",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
-    "--compare": "needs the official code",
+    "--compare|--reference": "needs the official code",
     "dalle_encoder": "needs DALL-E's encoder",
     "demo|unlabelled|docs/images": "takes minutes: the demo, mae_mini and the pictures",
 }
@@ -235,6 +235,7 @@ PROGRAMS = (
     "benchmarks/run_all.py",
     "benchmarks/ablations.py --table 1a",
     "benchmarks/speed.py eval",
+    "benchmarks/twins.py pretrain --data d",
 )
 OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra"}  # torchrun, pip, uv
 

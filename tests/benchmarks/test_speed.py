@@ -10,9 +10,9 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from PIL import Image
 
-from benchmarks import official_mae as official
 from benchmarks import speed
 from benchmarks.flops import training_flops
+from benchmarks.originals import mae as official
 from benchmarks.speed import Result
 from benchmarks.speed_workloads import classifier_flops, loader_workloads, make_workloads
 from benchmarks.timing import Timing
@@ -160,7 +160,7 @@ def test_the_official_code_is_timed_at_our_precision_and_as_it_ships(folder, tmp
     [
         (
             ["pretrain", "--compare", "."],
-            "--compare .: models_mae.py is not there; give a checkout of facebookresearch/mae",
+            ".: models_mae.py is not there; give a checkout of facebookresearch/mae",
         ),
         (["loader"], "--data DIR is needed by loader, and by nothing else"),
         (["eval", "--data", "."], "--data DIR is needed by loader, and by nothing else"),

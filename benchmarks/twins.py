@@ -1,0 +1,106 @@
+"""Our runs beside the originals, on real images: the same weights, images, seeds and schedule, and how far they differ.
+
+python benchmarks/twins.py pretrain --reference /path/to/mae --data /datasets/imagenet/train
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    from benchmarks.markdown import markdown_table
+    from benchmarks.originals import Call, Difference
+    from mae_core.errors import UserError
+    from mae_core.machine import commit, hardware, versions
+    from mae_core.settings import write_json
+except ModuleNotFoundError as e:
+    where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
+    print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Work that is done twice: `function(call) -> list[Difference]` in benchmarks/originals/`module`.py, imported only
+    when it is chosen. checkout: whether the original is read from a folder; else it is among the installed packages."""
+
+    module: str
+    function: str
+    original: str
+    checkout: bool = True
+    packages: tuple[str, ...] = ()  # further ones whose versions are written down
+
+    def load(self) -> Callable[[Call], list[Difference]]:
+        return getattr(importlib.import_module(f"benchmarks.originals.{self.module}"), self.function)
+
+
+TWINS = {
+    "pretrain": Twin("pretraining", "pretraining", "facebookresearch/mae main_pretrain.py"),
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=TWINS, metavar="WHAT", help=", ".join(TWINS))
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of the original, which is only read")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images, as docs/twins.md says")
+    parser.add_argument("--out", type=Path, default=Path("twins"), help="folder for the JSON and the table")
+    return parser.parse_args(arguments)
+
+
+def table(differences: Sequence[Difference]) -> str:
+    rows = [
+        (d.quantity, f"{d.ours:.7g}", f"{d.theirs:.7g}", f"{d.difference:.2g}", f"{d.allowed:.2g}", verdict(d))
+        for d in differences
+    ]
+    return markdown_table([("quantity", "ours", "original", "difference", "allowed", "held"), *rows])
+
+
+def verdict(difference: Difference) -> str:
+    return "yes" if difference.held else "NO"
+
+
+def write_results(args: argparse.Namespace, differences: Sequence[Difference], seconds: float) -> Path:
+    """Write WHAT.json and WHAT.md below --out; the JSON's path."""
+    twin = TWINS[args.what]
+    found = [dataclasses.asdict(d) | {"held": d.held} for d in differences]
+    value = {"what": args.what, "original": twin.original, "differences": found, "seconds": round(seconds)}
+    value |= {"hardware": hardware("cpu"), "versions": versions(twin.packages), "commit": commit()}
+    path = args.out / f"{args.what}.json"
+    write_json(path, value)
+    title = f"{args.what}: ours beside {twin.original}, {hardware('cpu')}"
+    path.with_suffix(".md").write_text(f"{title}\n\n{table(differences)}\n", encoding="utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: all is within what is allowed. 1: something is not, or the disk failed. 2: a wrong call."""
+    args = parse(arguments)
+    try:
+        twin = TWINS[args.what]
+        if twin.checkout != (args.reference is not None):
+            needs = "--reference DIR is needed" if twin.checkout else "--reference is not used"
+            raise UserError(f"{args.what}: {needs}: the original is {twin.original}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=args.out) as work:
+            differences = twin.load()(Call(args.data, args.reference, Path(work)))
+        path = write_results(args, differences, time.monotonic() - started)
+    except (UserError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
+    print(table(differences))
+    print(path)
+    return 0 if all(d.held for d in differences) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
