@@ -2,16 +2,18 @@
 
 Following Li et al. 2021 (arXiv 2111.11429), as the MAE paper's Table 4 does: the blocks form four equal subsets, and
 the map after each is brought to stride 4, 8, 16 or 32. All blocks but the last of each subset have windowed attention;
-a relative position bias starts at zero; absolute positions are kept. UperNet (Table 5) has global attention everywhere
-and one bias table per block instead.
+a relative position bias starts at zero; absolute positions are kept; the class token is not. UperNet (Table 5) has
+BEiT's blocks instead, as in its public configs: global attention with the class token among the patches, and in each
+block a bias table of its own and layer scales.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_patch_embed
+from timm.layers import LayerScale, PatchEmbed, resample_patch_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -51,13 +53,14 @@ def pretraining_grid(arch: str) -> int:
 class ViTPyramid(nn.Module):
     """Images [B, 3, H, W], normalised, of any size -> four maps [B, channels, ceil(H / stride), ceil(W / stride)].
 
-    Parameters keep timm's names (patch_embed.proj.*, pos_embed [1, N, D] without a class token, blocks.i.*); new are
-    upsample_4x.*, upsample_2x.* and the bias tables: bias_windowed and bias_global, or blocks.i.bias.
+    Parameters keep timm's names (patch_embed.proj.*, pos_embed [1, N, D], blocks.i.*); new are upsample_4x.*,
+    upsample_2x.* and the bias tables bias_windowed and bias_global. With beit, cls_token and its position in pos_embed
+    [1, 1 + N, D] are kept, and new are blocks.i.bias, blocks.i.bias_class and blocks.i.ls1.gamma and ls2.gamma (ones).
 
     image_size: side or (height, width) in px for which positions and global bias tables are stored; both are
     interpolated for other sizes. taps: the blocks whose output becomes a map. window: side in patches of the windows in
-    all other blocks, 0 for global attention everywhere. bias: "shared", one table for the windowed blocks and one for
-    the global ones, or "per_block". norm: makes the stride-4 branch's normalisation layer for a number of channels.
+    all other blocks, 0 for global attention everywhere. beit: UperNet's blocks, all global. norm: makes the stride-4
+    branch's normalisation layer for a number of channels.
     """
 
     def __init__(
@@ -67,14 +70,14 @@ class ViTPyramid(nn.Module):
         *,
         taps: tuple[int, int, int, int] | None = None,
         window: int = 0,
-        bias: str = "shared",
+        beit: bool = False,
         norm: Callable[[int], nn.Module] = group_norm,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if bias not in ("shared", "per_block"):
-            raise ValueError(f"bias '{bias}' is neither 'shared' nor 'per_block'")
+        if beit and window:
+            raise ValueError("BEiT's blocks have global attention: no window")
         a, patch = get_arch(arch), patch_side(arch)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % patch or width % patch:
@@ -89,16 +92,18 @@ class ViTPyramid(nn.Module):
         assert vit.pos_embed is not None  # only BEiT has none
         self.patch_embed = PatchEmbed(None, patch, 3, a.dim, flatten=False, strict_img_size=False)
         # Contiguous, or DistributedDataParallel would warn of gradients with other strides.
-        positions = vit.pos_embed.detach()[:, 1:].clone(memory_format=torch.contiguous_format)
+        positions = vit.pos_embed.detach()[:, 0 if beit else 1 :].clone(memory_format=torch.contiguous_format)
         self.pos_embed = nn.Parameter(positions)
+        self.cls_token = vit.cls_token if beit else None
         self.blocks = vit.blocks
 
         def table(side: tuple[int, int]) -> nn.Parameter:
             return nn.Parameter(torch.zeros(a.heads, 2 * side[0] - 1, 2 * side[1] - 1))
 
-        if bias == "per_block":
-            for number, block in enumerate(self.blocks):
-                block.bias = table((window, window) if self.windowed(number) else self.grid)
+        if beit:
+            for block in self.blocks:
+                block.bias, block.bias_class = table(self.grid), nn.Parameter(torch.zeros(a.heads, 3))
+                block.ls1, block.ls2 = LayerScale(a.dim, 1.0), LayerScale(a.dim, 1.0)
         else:
             self.bias_global = table(self.grid)
             if window:
@@ -114,35 +119,59 @@ class ViTPyramid(nn.Module):
         height, width = images.shape[-2:]
         # Zeros up to a multiple of the coarsest stride, so that the four maps cover the same area.
         images = F.pad(images, (0, -width % self.strides[3], 0, -height % self.strides[3]))
-        x = self.patch_embed(images).permute(0, 2, 3, 1)  # [B, H, W, D]
-        grid = (x.shape[1], x.shape[2])
-        positions = self.pos_embed.reshape(1, *self.grid, -1)
-        x = x + resize(positions.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-        maps: list[Tensor] = []
-        shared: dict[int, Tensor] = {}
-        for number, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            window = self.window if self.windowed(number) else 0
-            if (own := getattr(block, "bias", None)) is not None:
-                bias = self.attention_bias(own, window, grid, x.device)
-            else:
-                if window not in shared:  # a large tensor, made once per pass for all blocks of its kind
-                    table = self.bias_windowed if window else self.bias_global
-                    shared[window] = self.attention_bias(table, window, grid, x.device)
-                bias = shared[window]
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(run_block, block, x, window, bias, use_reentrant=False)
-            else:
-                x = run_block(block, x, window, bias)
-            maps += [x.permute(0, 3, 1, 2)] * self.taps.count(number)
+        x = self.patch_embed(images)  # [B, D, H, W]
+        maps = self.maps_with_class(x) if self.cls_token is not None else self.maps_of_patches(x)
         operations = (self.upsample_4x, self.upsample_2x, nn.Identity(), self.downsample)
         maps = [operation(m.contiguous()) for operation, m in zip(operations, maps)]
         return [m[..., : -(-height // stride), : -(-width // stride)] for m, stride in zip(maps, self.strides)]
 
-    def attention_bias(self, table: Tensor, window: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """[heads, N, N] for the N patches of a window or of the grid, in the precision of the attention."""
-        side = (window, window) if window else grid
+    def maps_of_patches(self, x: Tensor) -> list[Tensor]:
+        """[B, D, H, W] -> the same after each tapped block."""
+        grid = (x.shape[2], x.shape[3])
+        x = (x + self.positions(grid)).permute(0, 2, 3, 1)
+        # Large tensors, each made once per pass for all blocks of its kind.
+        biases = {0: self.attention_bias(self.bias_global, grid, x.device)}
+        if self.window:
+            biases[self.window] = self.attention_bias(self.bias_windowed, (self.window, self.window), x.device)
+        maps: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            window = self.window if self.windowed(number) else 0
+            x = self.through(run_block, block, x, window, biases[window])
+            maps += [x.permute(0, 3, 1, 2)] * self.taps.count(number)
+        return maps
+
+    def maps_with_class(self, x: Tensor) -> list[Tensor]:
+        """As `maps_of_patches`, with the class token as first of the tokens [B, 1 + H*W, D] that timm's blocks get."""
+        assert self.cls_token is not None
+        grid = (x.shape[2], x.shape[3])
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([first, (x + self.positions(grid)).flatten(2).transpose(1, 2)], dim=1)
+        maps: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            table, of_class = block.bias, block.bias_class
+            assert isinstance(table, Tensor)
+            assert isinstance(of_class, Tensor)
+            x = self.through(block, x, self.attention_bias(table, grid, x.device, of_class))
+            maps += [x[:, 1:].transpose(1, 2).unflatten(2, grid)] * self.taps.count(number)
+        return maps
+
+    def through(self, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return checkpoint(run, *inputs, use_reentrant=False)
+        return run(*inputs)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """[1, D, H, W]: the patches' positions on a grid."""
+        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]
+        return resize(patches.transpose(1, 2).unflatten(2, self.grid), grid)
+
+    def attention_bias(
+        self, table: Tensor, side: tuple[int, int], device: torch.device, of_class: Tensor | None = None
+    ) -> Tensor:
+        """[heads, N, N] for the N patches of a window or of the grid, in the precision of the attention; [heads, 1 + N,
+        1 + N] with the class token."""
         bias = relative_position_bias(resize(table[None], (2 * side[0] - 1, 2 * side[1] - 1))[0], side)
+        bias = bias if of_class is None else with_class(bias, of_class)
         return bias.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else bias
 
 
@@ -165,6 +194,15 @@ def relative_position_bias(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return views.flip(3, 4).reshape(len(table), height * width, height * width)
 
 
+def with_class(bias: Tensor, of_class: Tensor) -> Tensor:
+    """[heads, N, N] -> [heads, 1 + N, 1 + N], with the class token before the patches. of_class [heads, 3]: what is
+    added to its logits of all patches, to their logits of it, and to its logit of itself, as in BEiT's code."""
+    heads, patches, _ = bias.shape
+    asks, is_asked, itself = of_class[:, :, None, None].unbind(1)
+    row = torch.cat([itself, asks.expand(heads, 1, patches)], dim=2)
+    return torch.cat([row, torch.cat([is_asked.expand(heads, patches, 1), bias], dim=2)], dim=1)
+
+
 def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
     """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map).
 
@@ -185,24 +223,26 @@ def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-NEW = re.compile(r"upsample_|bias_(windowed|global)$|blocks\.\d+\.bias$")
+NEW = re.compile(r"upsample_|bias_(windowed|global)$|blocks\.\d+\.(bias|bias_class|ls[12]\.gamma)$")
 
 
 def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
-    """Load a checkpoint's encoder: all its tensors but the class token and the last norm, which no map passes through.
-    Positions are resized to the pyramid's grid, ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT).
-    The LayerNorms get the checkpoint's eps. CheckpointError if a tensor is missing or has another shape."""
+    """Load a checkpoint's encoder: all its tensors but the last norm, which no map passes through, and, where the
+    pyramid has none, the class token. Positions are resized to the pyramid's grid, ViT-H's patch projection to 16 px
+    (by pseudo-inverse, as in FlexiViT). The LayerNorms get the checkpoint's eps. CheckpointError if a tensor is missing
+    or has another shape."""
     patch = get_arch(pyramid.arch).patch
     vit = build_vit(pyramid.arch, (pyramid.grid[0] * patch, pyramid.grid[1] * patch))
     report = load_encoder(vit, source)
     state = vit.state_dict()
-    state["pos_embed"] = state["pos_embed"][:, 1:]
+    if pyramid.cls_token is None:
+        state["pos_embed"] = state["pos_embed"][:, 1:]
     side, resized = pyramid.patch_embed.proj.weight.shape[-2:], list(report.resized)
     if state["patch_embed.proj.weight"].shape[-2:] != side:
         state["patch_embed.proj.weight"] = resample_patch_embed(state["patch_embed.proj.weight"], list(side))
         resized.append("patch_embed.proj.weight")
-    unused = tuple(name for name in report.loaded if name == "cls_token" or name.startswith("norm."))
     own = pyramid.state_dict()
+    unused = tuple(name for name in report.loaded if name not in own)
     new = tuple(name for name in own if NEW.match(name))
     encoder = {name: state[name] for name in own if name not in new}
     pyramid.load_state_dict(own | encoder, strict=True)
@@ -215,13 +255,8 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
 
 def layer_of(name: str, depth: int) -> int:
     """The layer that sets a pyramid parameter's learning rate under layer-wise decay: 0 for the embeddings, i + 1 for
-    block i and its bias table, depth + 1 for new parameters."""
-    if name.startswith(("patch_embed.", "pos_embed")):
+    block i and what is new in it, depth + 1 for other new parameters."""
+    if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter: not to vectors, positions and bias tables (MIMDet, BEiT)."""
-    return parameter.ndim > 1 and not re.search(r"pos_embed$|bias_(windowed|global)$|blocks\.\d+\.bias$", name)

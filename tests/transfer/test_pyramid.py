@@ -18,7 +18,6 @@ from mae_core.errors import UserError
 from mae_core.vit import Arch, build_vit, get_arch
 from transfer.pyramid import (
     ViTPyramid,
-    decays,
     layer_of,
     load_pyramid,
     patch_side,
@@ -53,7 +52,7 @@ def pyramid_of(image_size=48, source: Checkpoint | None = None, biased: bool = F
 
 
 def tables(pyramid: ViTPyramid) -> dict[str, torch.Tensor]:
-    name_of = re.compile(r"bias_(windowed|global)|blocks\.\d+\.bias")
+    name_of = re.compile(r"bias_(windowed|global)|blocks\.\d+\.bias(_class)?")
     return {name: p for name, p in pyramid.named_parameters() if name_of.fullmatch(name)}
 
 
@@ -83,9 +82,7 @@ def by_hand(pyramid: ViTPyramid, x: torch.Tensor, windowed: set[int]) -> list[to
     x = (x + positions).permute(0, 2, 3, 1)
     found = []
     for number, block in enumerate(pyramid.blocks):
-        table = getattr(block, "bias", None)
-        if table is None:
-            table = pyramid.bias_windowed if number in windowed else pyramid.bias_global
+        table = pyramid.bias_windowed if number in windowed else pyramid.bias_global
         height, width = x.shape[1:3]
         side = (pyramid.window, pyramid.window) if number in windowed else (height, width)
         if tuple(table.shape[1:]) != (2 * side[0] - 1, 2 * side[1] - 1):
@@ -147,12 +144,9 @@ def test_equals_timm_s_blocks_on_the_patch_tokens(monkeypatch, window, depth, ta
         ((48, 48), {"window": 8}, {1, 4}, None),  # more than there are
         ((48, 80), {"window": 4}, {1, 4}, None),
         ((48, 80), {}, set(), None),
-        ((48, 48), {"window": 4, "bias": "per_block"}, {1, 4}, None),
         ((48, 48), {"window": 2, "taps": (2, 3, 4, 5)}, {0, 1}, None),
-        ((32, 48), {"bias": "per_block"}, set(), None),
         # Positions and tables are interpolated.
-        ((48, 48), {"window": 4, "bias": "shared"}, {1, 4}, (64, 96)),
-        ((48, 48), {"window": 4, "bias": "per_block"}, {1, 4}, (64, 96)),
+        ((48, 48), {"window": 4}, {1, 4}, (64, 96)),
     ],
     ids=str,
 )
@@ -196,14 +190,13 @@ def test_tables_are_shared_or_per_block_and_zero_at_the_start():
     whole = (4, 2 * 6 - 1, 2 * 8 - 1)
     assert shapes(window=3) == {"bias_global": whole, "bias_windowed": (4, 5, 5)}
     assert shapes() == {"bias_global": whole}
-    per_block = {f"blocks.{i}.bias": whole for i in range(6)}
-    assert shapes(bias="per_block") == per_block
-    assert shapes(bias="per_block", window=3) == per_block | {"blocks.1.bias": (4, 5, 5), "blocks.4.bias": (4, 5, 5)}
-    with pytest.raises(ValueError, match="shard"):
-        ViTPyramid(ARCH, 48, bias="shard")
+    own = {f"blocks.{i}.bias": whole for i in range(6)} | {f"blocks.{i}.bias_class": (4, 3) for i in range(6)}
+    assert shapes(beit=True) == own
+    with pytest.raises(ValueError, match="no window"):
+        ViTPyramid(ARCH, 48, beit=True, window=3)
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"bias": "per_block"}, {"window": 4, "bias": "per_block"}])
+@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}])
 def test_a_gradient_reaches_every_parameter(options):
     pyramid = pyramid_of(**options).train()
     sum((m * torch.randn_like(m)).sum() for m in pyramid(images())).backward()
@@ -215,9 +208,10 @@ def test_a_gradient_reaches_every_parameter(options):
 
 
 @pytest.mark.parametrize("size", [(48, 48), (1, 1), (50, 33), (40, 97)], ids=str)
-def test_maps_cover_any_input_by_strides_of_2_to_16(size):
+@pytest.mark.parametrize("options", [{"window": 3}, {"beit": True}], ids=str)
+def test_maps_cover_any_input_by_strides_of_2_to_16(size, options):
     """And hold what the image padded with zeros gives."""
-    pyramid = pyramid_of(window=3)
+    pyramid = pyramid_of(**options)
     x = images(*size, count=1)
     with torch.no_grad():
         maps = pyramid(x)
@@ -267,13 +261,34 @@ def test_loading_takes_all_but_the_class_token_and_the_last_norm():
     assert torch.equal(state["pos_embed"], source.encoder["pos_embed"][:, 1:])
 
 
-def test_positions_are_resized_as_load_encoder_does():
+def test_loading_keeps_the_class_token_for_beit_s_blocks():
+    """With its position; new are only the tables, zeros, and the layer scales, ones."""
+    source = checkpoint()
+    pyramid = ViTPyramid(ARCH, 48, beit=True)
+    report = load_pyramid(pyramid, source)
+    state = pyramid.state_dict()
+    assert set(report.dropped) == {"norm.weight", "norm.bias"}
+    assert set(report.loaded) == set(source.encoder) - set(report.dropped)
+    assert set(report.loaded) | set(report.missing) == set(state)
+    for name in report.loaded:
+        assert torch.equal(state[name], source.encoder[name]), name
+    for i in range(6):
+        assert not state[f"blocks.{i}.bias"].any()
+        assert not state[f"blocks.{i}.bias_class"].any()
+        assert (state[f"blocks.{i}.ls1.gamma"] == 1).all()
+        assert (state[f"blocks.{i}.ls2.gamma"] == 1).all()
+
+
+@pytest.mark.parametrize("beit", [False, True])
+def test_positions_are_resized_as_load_encoder_does(beit):
     source, size = checkpoint(), (64, 96)
-    pyramid = ViTPyramid(ARCH, size)
+    pyramid = ViTPyramid(ARCH, size, beit=beit)
     assert load_pyramid(pyramid, source).resized == ("pos_embed",)
     reference = build_vit(ARCH, size)
     load_encoder(reference, source)
-    assert torch.equal(pyramid.pos_embed, reference.pos_embed[:, 1:])
+    assert torch.equal(pyramid.pos_embed, reference.pos_embed if beit else reference.pos_embed[:, 1:])
+    pyramid = ViTPyramid(ARCH, size)
+    load_pyramid(pyramid, source)
     square = source.encoder["pos_embed"][:, 1:].reshape(1, 6, 6, 128).permute(0, 3, 1, 2)
     by_torch = F.interpolate(square, (8, 12), mode="bicubic").flatten(2).transpose(1, 2)
     torch.testing.assert_close(pyramid.pos_embed.detach(), by_torch)
@@ -342,11 +357,11 @@ def test_drop_path_drops_the_attention_and_the_mlp():
     assert torch.equal(run_block(block, x, 0, bias), x)
 
 
-@pytest.mark.parametrize("bias", ["shared", "per_block"])
-def test_activation_checkpointing_changes_neither_maps_nor_gradients(bias):
+@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}], ids=str)
+def test_activation_checkpointing_changes_neither_maps_nor_gradients(options):
     found = []
     for checkpointing in (False, True):
-        pyramid = pyramid_of(window=4, bias=bias, biased=True, drop_path=0.3, activation_checkpointing=checkpointing)
+        pyramid = pyramid_of(**options, biased=True, drop_path=0.3, activation_checkpointing=checkpointing)
         saved = []
         torch.manual_seed(3)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
@@ -360,8 +375,9 @@ def test_activation_checkpointing_changes_neither_maps_nor_gradients(bias):
         torch.testing.assert_close(again[name], gradient, msg=name)
 
 
-def test_bf16_only_rounds_the_maps():
-    pyramid, x = pyramid_of(window=4, biased=True), images()
+@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}], ids=str)
+def test_bf16_only_rounds_the_maps(options):
+    pyramid, x = pyramid_of(**options, biased=True), images()
     with torch.no_grad():
         expected = pyramid(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -372,22 +388,12 @@ def test_bf16_only_rounds_the_maps():
 
 
 def test_layers_for_layer_wise_decay():
-    pyramid = ViTPyramid(ARCH, 48, window=3, bias="per_block")
     names = {
-        "patch_embed.proj.weight": 0, "pos_embed": 0, "blocks.0.norm1.weight": 1, "blocks.0.bias": 1,
-        "blocks.5.mlp.fc2.bias": 6, "upsample_4x.0.weight": 7, "upsample_2x.bias": 7, "bias_global": 7,
-        "blocks.11.attn.qkv.weight": 12,
+        "patch_embed.proj.weight": 0, "pos_embed": 0, "cls_token": 0, "blocks.0.norm1.weight": 1, "blocks.0.bias": 1,
+        "blocks.0.bias_class": 1, "blocks.1.ls1.gamma": 2, "blocks.5.mlp.fc2.bias": 6, "upsample_4x.0.weight": 7,
+        "upsample_2x.bias": 7, "bias_global": 7, "blocks.11.attn.qkv.weight": 12,
     }  # fmt: skip
     assert {name: layer_of(name, 6) for name in names} == names
-    assert {layer_of(name, 6) for name, _ in pyramid.named_parameters()} == set(range(8))
-
-
-def test_weight_decay_spares_vectors_positions_and_tables():
-    for options in ({"window": 3}, {"bias": "per_block"}):
-        for name, p in ViTPyramid(ARCH, 48, **options).named_parameters():
-            matrix = name.endswith((".weight",)) and "norm" not in name and name != "upsample_4x.1.weight"
-            assert decays(name, p) == matrix, name
-    # As the detector has it.
-    assert not decays("body.bias_global", torch.zeros(2, 3, 3))
-    assert not decays("backbone.bottom_up.pyramid.blocks.11.bias", torch.zeros(2, 3, 3))
-    assert decays("roi_heads.box_head.0.0.weight", torch.zeros(4, 4, 3, 3))
+    for options in ({"window": 3}, {"beit": True}):
+        found = {layer_of(name, 6) for name, _ in ViTPyramid(ARCH, 48, **options).named_parameters()}
+        assert found == set(range(8))

@@ -20,6 +20,7 @@ from transfer.task import Job
 # Without the EXIF orientation: labels are stored unturned.
 LOAD_IMAGE = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the multi-scale test
+UNBOUNDED = 10**6  # px, longer than any image
 
 
 def config_of(
@@ -76,7 +77,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
             "arch": checkpoint.arch,
             "image_size": r.image_size,
             "taps": tuple(int(tap) for tap in r.taps),
-            "bias": "per_block",
+            "beit": True,
             "norm": norm["type"],
             "drop_path": r.drop_path,
             "activation_checkpointing": machine.activation_checkpointing,
@@ -110,7 +111,7 @@ def weights_of(job: Job) -> int:
     r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
     wide, narrow = r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
-        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, bias="per_block")
+        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, beit=True)
     pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
     merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
     classifiers = (wide + 1 + narrow + 1) * CLASSES
@@ -147,21 +148,24 @@ def train_pipeline(r: SegmentationRecipe) -> list[dict]:
     return [*steps, *photometric, {"type": "PackSegInputs"}]
 
 
-def resized(r: SegmentationRecipe, ratio: float = 1.0) -> dict[str, Any]:
-    scale = (round(r.test_long_side * ratio), round(r.test_short_side * ratio))
-    return {"type": "Resize", "scale": scale, "keep_ratio": True}
+def resized(long_side: int, short_side: int) -> dict[str, Any]:
+    """The step that makes an image as large as fits, in px."""
+    return {"type": "Resize", "scale": (long_side, short_side), "keep_ratio": True}
 
 
 def test_pipeline(r: SegmentationRecipe) -> list[dict]:
     """The label keeps its own size, at which predictions are compared with it."""
-    steps = [{"type": "CheckPair"}, LOAD_IMAGE, resized(r)]
+    steps = [{"type": "CheckPair"}, LOAD_IMAGE, resized(r.test_long_side, r.test_short_side)]
     return [*steps, {"type": "LoadAnnotations"}, {"type": "PackSegInputs"}]
 
 
 def multi_scale_pipeline(r: SegmentationRecipe) -> list[dict]:
-    """Twelve views of an image: RATIOS of the test's size, each unflipped and flipped."""
+    """Twelve views of an image: its short side at RATIOS of the test's, each unflipped and flipped. No short side is
+    below the window's, so some sizes come several times; the long side follows. As by `min_size` of mmsegmentation 0.x
+    and by implus/mae_segmentation's Resize; 1.x has left it out."""
+    shorts = [max(int(r.test_short_side * ratio), r.image_size) for ratio in RATIOS]
     views = [
-        [resized(r, ratio) for ratio in RATIOS],
+        [resized(UNBOUNDED, short) for short in shorts],
         [{"type": "RandomFlip", "prob": 0.0}, {"type": "RandomFlip", "prob": 1.0}],
         [{"type": "LoadAnnotations"}],
         [{"type": "PackSegInputs"}],

@@ -23,7 +23,7 @@ from torch import nn
 from mae_core import distributed
 from mae_core.machine import Machine
 from transfer.data.ade20k import check_pair
-from transfer.pyramid import ViTPyramid, decays, layer_of
+from transfer.pyramid import ViTPyramid, layer_of
 
 # The names that mmseg 1.2.2 imports from mmcv.ops. The classes appear in isinstance checks and as bases.
 FUNCTIONS = ("point_sample", "sigmoid_focal_loss")
@@ -59,16 +59,17 @@ def absent_operator(name: str) -> Callable[..., None]:
 
 def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
     """Parameter groups of a segmentor whose `backbone` is a ViTPyramid, for layer-wise decay of the learning rate.
-    mmseg's own constructors leave every block of an encoder with timm's names at scale 1.
+    As mmseg's own constructor has them for its MAE, whose blocks it knows by another name: it leaves timm's at scale 1.
 
     A group's lr_scale is layer_decay ** (depth + 1 - layer), with the layer of `pyramid.layer_of`; the heads are layer
-    depth + 1. No weight decay on vectors, positions and bias tables.
+    depth + 1. No weight decay on vectors. Positions, class token and bias tables have it, as in implus/mae_segmentation
+    and mmsegmentation: both would spare the first two but look for their names without the prefix `backbone.`.
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         own = re.sub(r"^backbone\.", "", name)
         layer = layer_of(own, depth) if own != name else depth + 1
-        decayed = decays(own, parameter)
+        decayed = parameter.ndim > 1
         scaled = {"lr_scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((layer, decayed), {"params": [], "names": [], **scaled})
         group["params"].append(parameter)

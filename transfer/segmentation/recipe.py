@@ -12,7 +12,7 @@ from mae_core.settings import as_typed, bounded, check_ranges, choose
 from mae_core.vit import get_arch, nearest, stand_in
 
 PAPER = "MAE paper, appendix A.4"
-CONFIGS = "MAE-B configs of implus/mae_segmentation and mmsegmentation 0.x and 1.x"
+CONFIGS = "MAE-B configs of implus/mae_segmentation and mmsegmentation 0.x and 1.2.2"
 MMSEG = "mmsegmentation's base files for UperNet and ADE20K"
 COMMUNITY = "stand-in: a community config for MAE-L of unknown result; none is published"
 DERIVED = "stand-in: derived from the values for L; MAE has no H on ADE20K"
@@ -34,7 +34,8 @@ class SegmentationRecipe:
     lr: of a batch of `batch`, not rescaled. taps: blocks (from 0) whose output becomes one of the four maps.
     min_scale, max_scale: the image's resizing before the crop, times the fit into test_long_side x test_short_side.
     max_class_share: a crop that one class fills beyond this share is drawn again, up to ten times.
-    multi_scale: also test at 0.5 to 1.75 of the size, flipped and not, and average: miou_ms beside miou.
+    multi_scale: also test at 0.5 to 1.75 of the size, but with no short side below image_size, flipped and not, and
+    average: miou_ms beside miou.
     """
 
     image_size: int = bounded(1, default=512)
@@ -74,7 +75,7 @@ class SegmentationRecipe:
             )
         if list(self.taps) != sorted(set(self.taps)) or self.taps[0] < 0:
             raise UserError(f"taps={as_typed(self.taps)}: give four numbers of blocks, from 0, in order")
-        smallest = self.test_short_side * min(self.min_scale, 0.5 if self.multi_scale else 1)
+        smallest = self.test_short_side * min(self.min_scale, 1)
         if smallest < 16:
             raise UserError(
                 f"test_short_side={self.test_short_side} and min_scale={self.min_scale} shrink images to a side of "
@@ -123,6 +124,7 @@ def sources(arch: str) -> dict[str, str]:
     found["batch"] = f"{PAPER}; {CONFIGS}"
     found["iterations"] = f"{CONFIGS}; the paper's 100 epochs are 126,312"
     found["head_channels"] = f"the embedding width, as in {CONFIGS}"
-    found["stride"] = "implus/mae_segmentation and mmsegmentation 0.x; 1.x has 256"
-    found["multi_scale"] = "not in the paper; ratios of the public configs"
+    found["weight_decay"] = f"{CONFIGS}; as in their optimizers, positions, class token and bias tables have it too"
+    found["stride"] = f"{CONFIGS}; mmsegmentation's main branch has had 256 since"
+    found["multi_scale"] = "not in the paper; ratios of the public configs, shortest side of mmsegmentation 0.x"
     return found

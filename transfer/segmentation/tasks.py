@@ -29,6 +29,12 @@ from transfer.space import training_space
 from transfer.task import Job, Objection, Result, Space, Task
 
 SEGMENTER_FILE = "segmenter.safetensors"
+# What the public configs of 48.1 mIoU do otherwise, beside what the record's sources and notes say.
+UNLIKE_PUBLIC = (
+    "precision: the public configs train in fp16 with loss scaling",
+    "order: an epoch leaves out its last incomplete batch, where mmsegmentation's sampler goes on into the next",
+    "image files: an orientation in the EXIF is ignored, since labels are stored unturned",
+)
 TAKES_GPU = "--device cpu: mmengine takes the GPU wherever it sees one; hide it with CUDA_VISIBLE_DEVICES=-1"
 
 
@@ -81,6 +87,7 @@ def run(job: Job) -> Result:
         resolved={
             "norm": norm_of(machine),
             "batchnorm_batch": seen,
+            "unlike_public_configs": UNLIKE_PUBLIC,
             "seconds_per_iteration": round(state.seconds / max(state.step, 1), 4),
             "test_images_per_second": round(len(validation) / test_seconds, 2),
         },
@@ -114,7 +121,7 @@ TASKS = (
         title="ADE20K, semantic segmentation",
         module="transfer.segmentation",
         metric="miou",
-        version=1,
+        version=2,
         cost=50,
         recipe=recipe,
         sources=sources,

@@ -67,7 +67,7 @@ def test_several_gpus_share_their_batch_norm_statistics(root, tmp_path):
 
 
 def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
-    """Six sizes, each as it is and flipped; the label at its own size in all of them."""
+    """Six sizes, each as it is and flipped, but none smaller than the window; the label at its own size in all."""
     from mmengine.registry import init_default_scope
     from mmseg.registry import DATASETS
 
@@ -75,7 +75,7 @@ def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
     job = make_job(root, tmp_path)
     loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine)
     views = DATASETS.build(loader["dataset"])[0]  # 96 x 96 px, to be shown at 56
-    shown = [(3, side, side) for side in (28, 42, 56, 70, 84, 98) for _ in range(2)]
+    shown = [(3, side, side) for side in (48, 48, 56, 70, 84, 98) for _ in range(2)]
     assert [tuple(view.shape) for view in views["inputs"]] == shown
     assert [bool(sample.flip) for sample in views["data_samples"]] == [False, True] * 6
     for plain, flipped in zip(views["inputs"][::2], views["inputs"][1::2]):

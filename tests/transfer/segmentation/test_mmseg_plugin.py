@@ -1,7 +1,9 @@
 """What mmsegmentation gets from this project, and the stand-in for mmcv's operators."""
 
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -31,18 +33,34 @@ def test_layer_decay_takes_effect_on_every_block(start):
         elif part[1] == "blocks":
             assert value == 0.5 ** (6 - int(part[2]))
         else:
-            assert part[1] in ("patch_embed", "pos_embed")
+            assert part[1] in ("patch_embed", "pos_embed", "cls_token")
             assert value == 0.5**7
 
 
-def test_weight_decay_spares_vectors_positions_and_bias_tables(start):
+def test_rates_and_weight_decay_are_those_of_mmseg_s_own_constructor(start, mmseg):
+    """Whose name test misses positions and class token, and the bias tables: it decays them."""
+    from mmseg.engine.optimizers import LearningRateDecayOptimizerConstructor
+
     model, optimizer = start
-    decay = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["names"]}
+    ours = {n: (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for n in g["names"]}
+
+    def named_parameters():
+        for name, parameter in model.named_parameters():
+            name = re.sub(r"blocks\.(\d+)\.bias", r"layers.\1.attn.relative_position_bias_table", name)
+            yield name.replace("backbone.blocks", "backbone.layers"), parameter
+
+    named = SimpleNamespace(backbone=type("MAE", (), {})(), named_parameters=named_parameters)
+    wrapper = {"optimizer": {"type": "AdamW", "lr": 1.0, "weight_decay": 0.07}}
+    constructor = LearningRateDecayOptimizerConstructor(wrapper, {"num_layers": 6, "decay_rate": 0.5})
+    groups = []
+    constructor.add_params(groups, named)
+    theirs = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(theirs) == len(ours)
     for name, parameter in model.named_parameters():
-        spared = parameter.ndim <= 1 or name == "backbone.pos_embed" or name.endswith("].bias")
-        table = name.startswith("backbone.blocks.") and name.count(".") == 3 and name.endswith(".bias")
-        assert decay[name] == (0.0 if spared or table else 0.07), name
-    assert {0.0, 0.07} == set(decay.values())
+        assert ours[name] == pytest.approx(theirs[id(parameter)]), name
+    decayed = {name for name, (_, decay) in ours.items() if decay}
+    assert {"backbone.pos_embed", "backbone.cls_token", "backbone.blocks.0.bias"} < decayed
+    assert "backbone.blocks.0.ls1.gamma" not in decayed
 
 
 def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
