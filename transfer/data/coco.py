@@ -32,8 +32,8 @@ SIZES_CHECKED = 100  # images whose header is compared with the json: all would 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and its objects without crowds: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one
-    run-length encoding (pycocotools) per object."""
+    """One image and its objects without crowds: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one outline
+    per object: a list of polygons, float64 x0, y0, x1, y1, ... in px, or a run-length encoding (pycocotools)."""
 
     file: str
     id: int
@@ -41,13 +41,14 @@ class Example:
     width: int
     boxes: np.ndarray
     labels: np.ndarray
-    rles: tuple[dict, ...]
+    outlines: tuple[list[np.ndarray] | dict, ...]
 
     def masks(self) -> np.ndarray:
         """uint8 [n, height, width]."""
-        if not self.rles:
+        if not self.outlines:
             return np.zeros((0, self.height, self.width), np.uint8)
-        return np.ascontiguousarray(mask_util.decode(list(self.rles)).transpose(2, 0, 1))
+        rles = [runs(outline, self.height, self.width) for outline in self.outlines]
+        return np.ascontiguousarray(mask_util.decode(rles).transpose(2, 0, 1))
 
 
 class Examples(Sequence[Example]):
@@ -206,20 +207,20 @@ def read_example(image: dict, folder: Path, annotations: list[dict], counts: dic
     """Boxes are cut to the image, and objects without area or outline are dropped, as in detectron2; `counts` counts
     both."""
     height, width = image["height"], image["width"]
-    boxes, labels, rles = [], [], []
+    boxes, labels, outlines = [], [], []
     for annotation in annotations:
         x, y, w, h = annotation["bbox"]
         box = np.array([x, y, x + w, y + h], np.float64)
         inside = box.clip(0, [width, height, width, height])
-        rle = outline(annotation["segmentation"], height, width)
-        if rle is None or not np.isfinite(box).all() or (inside[2:] - inside[:2]).min() <= 0:
+        outline = valid_outline(annotation["segmentation"], height, width)
+        if outline is None or not np.isfinite(box).all() or (inside[2:] - inside[:2]).min() <= 0:
             counts["dropped"] += 1
             continue
         # Published boxes are rounded to 0.01 px and may reach out of the image by that.
         counts["clipped"] += bool(np.abs(inside - box).max() > 0.05)
         boxes.append(inside)
         labels.append(LABELS[annotation["category_id"]])
-        rles.append(rle)
+        outlines.append(outline)
     return Example(
         str(folder / image["file_name"]),
         image["id"],
@@ -227,12 +228,12 @@ def read_example(image: dict, folder: Path, annotations: list[dict], counts: dic
         width,
         np.array(boxes, np.float32).reshape(-1, 4),
         np.array(labels, np.int64),
-        tuple(rles),
+        tuple(outlines),
     )
 
 
-def outline(segmentation: Any, height: int, width: int) -> dict | None:
-    """Polygons or a run-length encoding of either form -> a compressed run-length encoding; None if invalid."""
+def valid_outline(segmentation: Any, height: int, width: int) -> list[np.ndarray] | dict | None:
+    """Polygons without those that are none, or a compressed run-length encoding; None if the outline is invalid."""
     try:
         if isinstance(segmentation, dict):
             counts = segmentation["counts"]
@@ -243,10 +244,15 @@ def outline(segmentation: Any, height: int, width: int) -> dict | None:
                 return mask_util.frPyObjects(segmentation, height, width) if sum(counts) == height * width else None
             mask_util.decode(segmentation)  # ValueError if the runs are too long
             return segmentation
-        polygons = [p for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
-        return mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None
+        polygons = [np.array(p, np.float64) for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
+        return polygons if polygons and runs(polygons, height, width) else None
     except (TypeError, ValueError, KeyError):
         return None
+
+
+def runs(outline: list[np.ndarray] | dict, height: int, width: int) -> dict:
+    """The outline as one run-length encoding."""
+    return outline if isinstance(outline, dict) else mask_util.merge(mask_util.frPyObjects(outline, height, width))
 
 
 def inspect_coco(root: Path) -> Data:

@@ -68,6 +68,11 @@ class EmptySafeSyncBatchNorm(NaiveSyncBatchNorm):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, stats_mode="N", **kwargs)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32, and of the type of x in training and test alike: detectron2's takes the mean of the squares in
+        bf16, of which little is left after the squared mean is taken off."""
+        return super().forward(x.float()).to(x.dtype)
+
 
 def head_norm(machine: Machine) -> type[nn.Module]:
     return EmptySafeSyncBatchNorm if machine.processes > 1 else RoIBatchNorm
@@ -136,7 +141,7 @@ def build_model(
         scales = tuple(1 / stride for stride in pyramid.strides)
         return ROIPooler(output_size=side, scales=scales, sampling_ratio=0, pooler_type="ROIAlignV2")
 
-    return GeneralizedRCNN(
+    model = GeneralizedRCNN(
         backbone=backbone,
         proposal_generator=RPN(
             in_features=levels,
@@ -186,6 +191,11 @@ def build_model(
         pixel_std=[255 * v for v in normalization[1]],
         input_format="RGB",
     )
+    # detectron2's pooling casts the boxes to the type of the maps, its pasting casts the grid to that of the masks.
+    heads = model.roi_heads
+    for part in (backbone, model.proposal_generator.rpn_head, heads.box_predictor, heads.mask_head.predictor):
+        part.register_forward_hook(lambda module, inputs, output: shared.in_float32(output))
+    return model
 
 
 def train_and_predict(job: Job) -> Predictions:

@@ -36,6 +36,8 @@ from transfer.task import Job
 
 DEPARTURES = (
     "torchvision engine: smooth L1 box losses with beta 1/9 (detectron2: L1)",
+    "torchvision engine: mask targets interpolated from bitmaps, 0 to 1 (detectron2: polygons, 0 or 1)",
+    "torchvision engine: masks pasted into boxes of whole pixels (detectron2: exact)",
     "torchvision engine: RoIAlign without the half-pixel shift, two samples a bin (detectron2: aligned, adaptive)",
     "torchvision engine: proposals may reach into the padding (detectron2 cuts them to the image)",
 )
@@ -141,16 +143,19 @@ class MaskRCNN(nn.Module):
             mask_predictor=MaskRCNNPredictor(r.head_dim, r.head_dim, classes),
         )
         self.init_as_detectron2()
-        # torchvision computes anchors, boxes and their targets in the type of its heads' outputs. With bf16's
-        # eight bits, coordinates above 512 px would be off by up to two, and small objects would not be learnt at all.
-        for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
-            head.register_forward_hook(lambda module, inputs, output: in_float32(output))
+        for part in (self.fpn, self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            part.register_forward_hook(lambda module, inputs, output: shared.in_float32(output))
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in normalization)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
     def init_as_detectron2(self) -> None:
-        """Re-initialise the heads' last layers, whose torchvision defaults are larger."""
+        """Re-initialise the heads' last layers, whose torchvision defaults are larger, and the fully connected one of
+        the box head, whose default is smaller."""
+        for layer in self.roi_heads.box_head:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+                nn.init.zeros_(layer.bias)
         box, mask = self.roi_heads.box_predictor, self.roi_heads.mask_predictor.mask_fcn_logits
         for layer, std in ((box.cls_score, 0.01), (box.bbox_pred, 0.001), (mask, 0.001)):
             nn.init.normal_(layer.weight, std=std)
@@ -170,14 +175,7 @@ class MaskRCNN(nn.Module):
         for image, (height, width) in zip(normalised, sizes):  # padding is zero after the normalisation
             image[:, int(height) :] = 0
             image[:, :, int(width) :] = 0
-        maps = self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
-        return {level: m.float() for level, m in maps.items()}
-
-
-def in_float32(output: Tensor | list | tuple) -> Tensor | list | tuple:
-    if isinstance(output, Tensor):
-        return output.float()
-    return type(output)(in_float32(part) for part in output)
+        return self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
 
 
 def head_norm(machine: Machine) -> type[nn.Module]:
@@ -236,10 +234,13 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
         for (example, _), image, output in zip(batch, images, outputs):
             scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
             limit = torch.tensor([example.width, example.height]).repeat(2)
-            boxes = (output["boxes"].float().cpu() * scale).clamp(min=torch.zeros(4), max=limit)
+            whole, soft = output["boxes"].float().cpu() * scale, output["masks"].float().cpu()
+            boxes = whole.clamp(min=torch.zeros(4), max=limit)
             kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie wholly in the padding
-            boxes, masks = boxes[kept], output["masks"].float().cpu()[kept]
-            masks = (paste_masks_in_image(masks, boxes, (example.height, example.width))[:, 0] > 0.5).byte()
+            # A mask belongs to the whole box, which may reach into the padding: pasting cuts at the image.
+            masks = paste_masks_in_image(soft[kept], whole[kept], (example.height, example.width))[:, 0] > 0.5
             labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))
-            found += shared.to_results(example, boxes.numpy(), scores, labels.astype(int) - 1, masks.numpy())
+            found += shared.to_results(
+                example, boxes[kept].numpy(), scores, labels.astype(int) - 1, masks.byte().numpy()
+            )
     return found

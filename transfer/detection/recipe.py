@@ -25,7 +25,7 @@ class DetectionRecipe:
     epochs: int = bounded(1, default=100)
     warmup_epochs: float = bounded(0, default=0.25)
     batch: int = bounded(1, default=64)
-    lr: float = 8e-5
+    lr: float = bounded(0, default=8e-5)
     betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.9, 0.999))
     weight_decay: float = bounded(0, default=0.1)
     drop_path: float = bounded(0, 1, below=True, default=0.1)

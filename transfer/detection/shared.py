@@ -75,6 +75,17 @@ class RoIBatchNorm(nn.BatchNorm2d):
         return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
+def in_float32(output: Any) -> Any:
+    """The tensor, or those of a list, tuple or dict, as float32. Both engines hook it behind the parts that run in
+    bf16: pooling, anchors, boxes, their targets, scores and pasting take the type of the maps or of the heads' outputs.
+    With bf16's eight bits, coordinates above 512 px would be off by up to two, and small objects be hardly learnt."""
+    if isinstance(output, Tensor):
+        return output.float()
+    if isinstance(output, dict):
+        return {key: in_float32(part) for key, part in output.items()}
+    return type(output)(in_float32(part) for part in output)
+
+
 def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
     """The pyramid with the checkpoint's weights, and a one-line summary of the loading."""
     r, machine = job.recipe, job.machine

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -35,7 +36,8 @@ METRICS_EVERY = 20  # iterations between two lines of metrics.json
 
 class MappedExamples(Dataset):
     """Sample -> the example through detectron2's DatasetMapper: large-scale jitter as in its ViTDet configs, its random
-    draws seeded by the position in the stream.
+    draws seeded by the position in the stream. Masks stay polygons through the crop, as in those configs. An image with
+    a run-length encoding, which they refuse and no object of COCO has, gets bitmaps.
 
     The mapper applies an image's EXIF orientation, which our other readers ignore; if the size then differs from the
     annotations', it refuses the image by name."""
@@ -43,7 +45,8 @@ class MappedExamples(Dataset):
     def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
         size = r.image_size
         self.examples, self.seed = examples, seed
-        self.mapper = DatasetMapper(
+        mapper = partial(
+            DatasetMapper,
             is_train=True,
             augmentations=[
                 T.RandomFlip(horizontal=True),
@@ -52,9 +55,9 @@ class MappedExamples(Dataset):
             ],
             image_format="RGB",
             use_instance_mask=True,
-            instance_mask_format="bitmask",
             recompute_boxes=True,
         )
+        self.polygons, self.bitmaps = (mapper(instance_mask_format=form) for form in ("polygon", "bitmask"))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -63,20 +66,21 @@ class MappedExamples(Dataset):
         example = self.examples[sample.index]
         open_image(example).close()  # raises a clear UserError for a bad file
         seed_all(self.seed, sample.position)
-        return self.mapper(as_dict(example))
+        encoded = any(isinstance(outline, dict) for outline in example.outlines)
+        return (self.bitmaps if encoded else self.polygons)(as_dict(example))
 
 
 def as_dict(example: Example) -> dict[str, Any]:
     """The example in detectron2's standard format."""
-    objects = zip(example.boxes.tolist(), example.labels.tolist(), example.rles)
+    objects = zip(example.boxes.tolist(), example.labels.tolist(), example.outlines)
     return {
         "file_name": example.file,
         "image_id": example.id,
         "height": example.height,
         "width": example.width,
         "annotations": [
-            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "segmentation": rle, "iscrowd": 0}
-            for box, label, rle in objects
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label, "segmentation": outline, "iscrowd": 0}
+            for box, label, outline in objects
         ],
     }
 

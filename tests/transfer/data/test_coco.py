@@ -253,7 +253,7 @@ def test_objects_without_area_or_outline_are_dropped_and_counted(tmp_path, bad):
     good = rectangle(FIRST, 18, 5, 6, 20, 10)
     split = train_of(tmp_path, [rectangle(FIRST, 1, 5, 5, 9, 9) | bad, good])
     (example,) = split.examples
-    assert (example.labels.tolist(), len(example.boxes), len(example.rles)) == ([coco.LABELS[18]], 1, 1)
+    assert (example.labels.tolist(), len(example.boxes), len(example.outlines)) == ([coco.LABELS[18]], 1, 1)
     assert (split.objects, split.clipped, split.dropped, split.problems) == (2, 0, 1, ())
     assert split.notes == ("of 2 training objects 1 objects of no area or without a valid outline left out",)
 

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from mae_core.checkpoint import read_checkpoint
-from mae_core.data import MEAN, STD, Sample
+from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
@@ -128,19 +127,31 @@ def test_weight_decay_is_that_of_detectron2_with_mimdets_exceptions(pyramid, r, 
     assert set(ours.values()) == {0.0, 0.1}
 
 
-def test_the_mapper_keeps_masks_on_their_objects(root, r):
-    """Objects keep their class and size under the jitter; boxes are tight around what is left of the masks."""
-    examples = training_examples(root)
-    mapped = train_detectron2.MappedExamples(examples, r, seed=0)
-    first, again, other = mapped[Sample(3, 7)], mapped[Sample(3, 7)], mapped[Sample(3, 8)]
-    assert torch.equal(first["image"], again["image"])
-    assert first["image"].shape != other["image"].shape or not torch.equal(first["image"], other["image"])
-    assert max(first["image"].shape[1:]) <= r.image_size
-    instances = first["instances"]
-    assert set(instances.gt_classes.tolist()) <= set(examples[3].labels.tolist())
-    for box, mask in zip(instances.gt_boxes.tensor, instances.gt_masks.tensor):
-        rows, columns = np.nonzero(mask.numpy())
-        assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+def test_boxes_keep_their_place_in_bf16(pyramid, r):
+    """In training and test, of both poolers: maps and boxes are float32, the objects' own boxes are among the sampled
+    ones to the last bit, and those that are pooled for masks are the detections'."""
+    for norm in (RoIBatchNorm, engine_detectron2.EmptySafeSyncBatchNorm):
+        model, seen = engine_detectron2.build_model(pyramid, replace(r, roi_batch=64), norm), []
+        for pooler in (model.roi_heads.box_pooler, model.roi_heads.mask_pooler):
+            for align in pooler.level_poolers:
+                align.register_forward_pre_hook(lambda module, arguments, s=seen: s.append(arguments))
+        own = torch.tensor([[33.3, 40.7, 63.1, 62.9], [3.3, 5.7, 17.1, 11.9]])  # bf16 has quarters from 32 on
+        objects = Instances((64, 64), gt_boxes=Boxes(own), gt_classes=torch.tensor([0, 1]))
+        objects.gt_masks = BitMasks(torch.ones(2, 64, 64, dtype=torch.bool))
+        with torch.autocast("cpu", torch.bfloat16), EventStorage():
+            losses = model.train()([{"image": torch.zeros(3, 64, 64), "instances": objects}])
+            rois = torch.cat([rois for _, rois in seen[:4]])
+            assert all((rois[:, 1:] == box).all(dim=1).any() for box in own)
+            model.eval().roi_heads.box_predictor.test_score_thresh = 0.0
+            with torch.no_grad():
+                (found,) = model.inference([{"image": torch.zeros(3, 64, 64)}], do_postprocess=False)
+        assert {value.dtype for pair in seen for value in pair} == {torch.float32}
+        assert len(seen) == 16
+        pooled = torch.cat([rois for _, rois in seen[12:]])[:, 1:]
+        assert len(pooled) == len(found) > 0
+        assert torch.equal(pooled.sort(dim=0).values, found.pred_boxes.tensor.sort(dim=0).values)
+        assert {found.scores.dtype, found.pred_masks.dtype} == {torch.float32}
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
 def test_a_batch_without_objects_trains(pyramid, r):
@@ -169,6 +180,44 @@ assert norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+EXACT = """
+import torch, torch.distributed as dist
+from torch import nn
+from transfer.detection.engine_detectron2 import EmptySafeSyncBatchNorm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for ratio in (2, 4, 8, 16):
+    torch.manual_seed(ratio)
+    everything = (ratio + torch.randn(4, 3, 16, 16)).bfloat16()
+    weights = torch.randn(4, 3, 16, 16)
+    exact = everything.double().requires_grad_()
+    truth = nn.BatchNorm2d(3, momentum=1.0).double()
+    expected = truth(exact)
+    (expected * weights.double()).sum().backward()
+    mine = slice(0, 1) if rank else slice(1, 4)
+    norm, x = EmptySafeSyncBatchNorm(3, momentum=1.0), everything[mine].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+        (found * weights[mine]).sum().backward()
+        assert found.dtype == norm.eval()(x).dtype == torch.bfloat16  # in test as in training
+    torch.testing.assert_close(found.double(), expected[mine], rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(x.grad.double(), exact.grad[mine], rtol=2**-7, atol=5e-3)
+    torch.testing.assert_close(norm.running_mean.double(), truth.running_mean, rtol=1e-5, atol=0)
+    count = 4 * 16 * 16  # detectron2 keeps the variance of the batch, torch the unbiased one
+    torch.testing.assert_close(norm.running_var.double(), truth.running_var * (count - 1) / count, rtol=1e-4, atol=0)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_synchronised_batchnorm_in_bf16_is_torch_s_in_float64(tmp_path):
+    """With means of 2 to 16 standard deviations, over two processes of which one has three times as much."""
+    program = tmp_path / "exact.py"
+    program.write_text(EXACT)
+    finished([*TORCHRUN, str(program)])
 
 
 @pytest.mark.slow

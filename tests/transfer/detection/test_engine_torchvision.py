@@ -484,5 +484,29 @@ def test_the_lower_half_of_a_mask_stays_the_lower_half(tmp_path):
     assert entry["bbox"] == [10, 8, 32, 32]
 
 
+@pytest.mark.parametrize(("over", "least"), [(5, 0.96), (20, 0.97)])
+def test_a_mask_whose_box_reaches_into_the_padding_stays_on_its_object(tmp_path, over, least):
+    """An ellipse that goes on below the image, as the share of each cell of its whole box that it covers. Pasted into
+    what the image leaves of the box, its IoU is 0.93 and 0.85."""
+    write_coco(tmp_path)
+    write_split(tmp_path, "val", [(120, 80)], [rectangle(FIRST_ID["val"], 1, 5, 5, 9, 9)])
+    box = np.array([24.0, 20.0, 90.0, 80.0 + over])
+
+    def inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        centre, radii = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+        return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 < 1
+
+    steps = (np.arange(280) + 0.5) / 280
+    fine = inside(*np.meshgrid(*(box[i] + steps * (box[2 + i] - box[i]) for i in (0, 1))))
+    cells = torch.from_numpy(fine.reshape(28, 10, 28, 10).mean(axis=(1, 3))).float()[None, None]
+    (entry,) = predict(Fixed([box.tolist()], cells), job_of(tmp_path, tmp_path / "work", image_size=120))
+    mask, truth = (
+        mask_util.decode(entry["segmentation"]),
+        inside(*np.meshgrid(np.arange(120) + 0.5, np.arange(80) + 0.5)),
+    )
+    assert entry["bbox"] == [24, 20, 66, 60]
+    assert (mask & truth).sum() / (mask | truth).sum() > least
+
+
 def test_nothing_detected_is_an_empty_list(root, tmp_path):
     assert predict(Fixed([], torch.zeros(0, 1, 28, 28)), job_of(root, tmp_path)) == []
