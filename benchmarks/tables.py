@@ -103,7 +103,8 @@ TABLES = (
         name="partial",
         title="ImageNet-1K, partial fine-tuning",
         caption="Top-1 accuracy (%) by the number of last blocks that are tuned, as in Figure 9 of the MAE paper: 0 is "
-        "linear probing, 0.5 the MLP half of the last block, all blocks are fine-tuning. Other blocks are frozen.",
+        "linear probing, 0.5 the MLP half of the last block; with all blocks the embeddings are tuned too. Other "
+        "blocks are frozen.",
         published="partial",
         columns=tuple(
             Column("imagenet_partial", f"top1@{k:g}", f"{k:g}", optional=True, reference="")
@@ -113,8 +114,8 @@ TABLES = (
     Table(
         name="scratch",
         title="ImageNet-1K, supervised training from scratch",
-        caption="Top-1 accuracy (%) from random weights, as in Table 11 of the MAE paper: of the moving average of the "
-        "weights (EMA) and of the weights themselves.",
+        caption="Top-1 accuracy (%) from random weights, as in Table 3 and appendix A.2 of the MAE paper: of the "
+        "moving average of the weights (EMA) and of the weights themselves.",
         published="scratch",
         columns=(
             Column("imagenet_scratch", "top1", "EMA", reference=""),
@@ -166,8 +167,8 @@ TABLES = (
     Table(
         name="ade20k",
         title="ADE20K semantic segmentation",
-        caption="UperNet, mIoU (%) on the validation images at their own size, one scale unless said otherwise, as in "
-        "Table 5 of the MAE paper.",
+        caption="UperNet, mIoU (%) on the validation images, which are resized for the test and scored at their own "
+        "size; one scale unless said otherwise, as in Table 5 of the MAE paper.",
         published="ade20k",
         columns=(
             Column("ade20k", "miou", "mIoU"),

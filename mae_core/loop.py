@@ -127,14 +127,14 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
 
 
 def steps_of(t: Training, first_step: int, unreadable: UnreadableFiles) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The (images, labels) micro-batches of each step from first_step on, for this process."""
-    local_batch = t.batch // distributed.world_size()
-    stream = TrainingStream(len(t.dataset), t.batch, t.micro_batch, t.seed, first_step, t.steps, t.repeats)
+    """The (images, labels) of each step from first_step on, for this process, in the parts that `prepare` gets."""
+    local_batch, size = t.batch // distributed.world_size(), t.prepared or t.micro_batch
+    stream = TrainingStream(len(t.dataset), t.batch, size, t.seed, first_step, t.steps, t.repeats)
     chunks = []
     for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device):
         unreadable.add(bad)
         chunks.append((images, labels))
-        if len(chunks) == local_batch // t.micro_batch:
+        if len(chunks) == local_batch // size:
             yield chunks
             chunks = []
 

@@ -30,6 +30,7 @@ class Machine:
 
     device: str = "cpu"
     precision: str = "fp32"
+    precision_given: bool = False  # by the user, not chosen for the device
     micro_batch: int = 0
     workers: int = 0
     activation_checkpointing: bool = False
@@ -87,6 +88,7 @@ def machine_from(args: argparse.Namespace) -> Machine:
     return Machine(
         device=device,
         precision={"auto": "bf16" if device == "cuda" else "fp32"}.get(args.precision, args.precision),
+        precision_given=args.precision != "auto",
         micro_batch=args.micro_batch,
         workers=args.workers if args.workers >= 0 else default_workers(processes),
         activation_checkpointing=args.activation_checkpointing,

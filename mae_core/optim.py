@@ -50,7 +50,7 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
     )
     # timm counts the final norm before a class-token head as part of the last block, MAE as part of the head.
     norm = [p for name, p in model.named_parameters() if name.startswith("norm.") and p.requires_grad]
-    # timm counts the registers as part of the head; they enter with the class token.
+    # timm before 1.0.28 counts the registers as part of the head, and lets them decay; they enter with the class token.
     registers = [p for name, p in model.named_parameters() if name == "reg_token" and p.requires_grad]
     moved = {id(p) for p in (*norm, *registers)}
     for group in groups:

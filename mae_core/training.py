@@ -26,9 +26,10 @@ FORMAT = "mae-transfer training"
 class Training:
     """One training without its model and optimizer.
 
-    batch: the effective batch over all processes. micro_batch: images per process and forward pass.
+    batch: the effective batch over all processes. micro_batch: images per process and forward pass. prepared: images
+    that `prepare` gets at a time, a multiple of micro_batch (0: micro_batch).
     lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
-    the tensors of a forward pass, all with the batch first. loss_of: (model, *tensors) -> mean loss.
+    the tensors of its forward passes, all with the batch first. loss_of: (model, *tensors) -> mean loss.
     fixed: what must be equal in a resumed run. repeats: samples of each image in a batch. after_epoch: called by every
     process with the number of epochs done; what it returns enters the epoch's line of the log.
     """
@@ -48,6 +49,7 @@ class Training:
     tensorboard: bool = False
     repeats: int = 1
     after_epoch: Callable[[int], dict[str, Any]] | None = None
+    prepared: int = 0
 
     @property
     def steps_per_epoch(self) -> int:

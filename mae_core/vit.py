@@ -231,3 +231,18 @@ def init_as_mae(module: VisionTransformer) -> None:
         elif name.endswith("pos_embed"):
             with torch.no_grad():
                 parameter.copy_(sincos_position_embedding(parameter.shape[-1], module.patch_embed.grid_size))
+
+
+def init_as_timm(module: VisionTransformer) -> None:
+    """Initialise in place as timm 0.3.2 does, and so MAE's fine-tuning code without a checkpoint: linear layers, class
+    token and positions normal with std 0.02, zero biases, unit LayerNorms, the patch projection by torch's default."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm | nn.Conv2d):
+            part.reset_parameters()
+    for name, parameter in module.named_parameters():
+        if name in ("cls_token", "pos_embed"):
+            nn.init.trunc_normal_(parameter, std=0.02)

@@ -81,6 +81,8 @@ def make_job(
         checkpoint = scratch_of(checkpoint.arch, seed)
     task, recipe_name, recipe, overrides = resolve(task, checkpoint.arch, recipe_name, settings)
     engine = choose_engine(task, engine)
+    if task.exact and not machine.precision_given:
+        machine = replace(machine, precision="fp32")
     job = Job(task, checkpoint, recipe, recipe_name, overrides, data, Path(), seed, engine, machine, parent, out)
     return with_work_folder(job)
 

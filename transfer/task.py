@@ -76,6 +76,7 @@ class Task:
     detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says about the data
     needs: Needs = Needs.ENCODER
     higher_is_better: bool = True
+    exact: bool = False  # fp32 on any device, unless the user gives another precision
     engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
     install: str = ""  # how to install an engine that is absent
     packages: tuple[str, ...] = ()  # further packages whose versions go into the record

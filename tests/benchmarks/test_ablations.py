@@ -9,8 +9,11 @@ import pytest
 from benchmarks import ablations
 from benchmarks.ablation_grid import DEFAULTS, TABLES, Cell, Default
 from benchmarks.ablation_tables import ACCURACY, WALL_CLOCK, Row, published_rows, write_table
+from benchmarks.plan import settings_by_task
 from mae_core.errors import UserError
 from mae_core.recipe import recipe
+from transfer.classification import tasks as classification
+from transfer.jobs import resolve
 from transfer.miniature import imagenet as miniature
 
 
@@ -44,6 +47,19 @@ def test_the_paper_s_cells_are_the_published_ones():
         if name == "1c":
             labels, published = sorted(labels), sorted(published)
         assert labels == published, name
+
+
+def test_the_papers_cells_are_fine_tuned_by_its_table_9(tmp_path):
+    """Base rate 1e-3, layer decay 0.75, drop path 0.1 for ViT-L, the class token, no erasing; probed by Table 10."""
+    call = ablations.evaluation_args(tmp_path, arguments("--table", "1a", "--data", str(tmp_path)))
+    settings = settings_by_task(call.set, classification.TASKS)
+    tasks = {task.name: task for task in classification.TASKS if task.name in call.tasks}
+    found = {name: resolve(task, "vit_large_patch16", "paper", settings[name]) for name, task in tasks.items()}
+    _, name, r, overrides = found["imagenet_finetune"]
+    assert (name, overrides) == ("table-9", {})
+    assert (r.base_lr, r.layer_decay, r.drop_path, r.pool, r.random_erasing) == (1e-3, 0.75, 0.1, "token", 0.0)
+    probe = tasks["imagenet_linprobe"].recipe("vit_large_patch16", "paper")
+    assert found["imagenet_linprobe"][1:] == ("paper", probe, {})
 
 
 def number(title, label, key, arch="vit_large_patch16"):

@@ -65,7 +65,9 @@ def test_an_arch_without_published_numbers_has_no_difference(tmp_path):
 )
 def test_a_released_classifier_is_checked_against_the_official_evaluation(tmp_path, arch, expected):
     record = official(ok("imagenet_eval", top1=83.7), checkpoint={**CHECKPOINT, "arch": arch})
-    rows = grid(made(tmp_path, record), "tables/imagenet.md")
+    out = made(tmp_path, record)
+    assert "evaluation only: facebookresearch/mae FINETUNE.md, under fp16" in (out / "tables/imagenet.md").read_text()
+    rows = grid(out, "tables/imagenet.md")
     assert ours(rows)["evaluation only ↑"] == "83.700"
     assert float(ours(rows)["Δ MAE"]) == pytest.approx(83.7 - expected)
     code = next(r for r in rows if r["arch"] == arch and r["checkpoint"] == "MAE, official PyTorch code (published)")

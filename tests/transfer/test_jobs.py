@@ -1,5 +1,6 @@
 """From names to tasks, and what is refused before anything starts."""
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import torch
 
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.errors import UserError
-from mae_core.machine import Machine
+from mae_core.machine import Machine, machine_from
 from mae_core.vit import Variant, build_vit
 from tests.fixtures import segmentation
 from tests.fixtures.segmentation import write_ade20k
-from tests.fixtures.transfer import ARCH, assert_objection_is_right, make_job, write_imagenet
+from tests.fixtures.transfer import ARCH, assert_objection_is_right, make_job, small_checkpoint, write_imagenet
+from transfer import jobs
 from transfer.classification.robustness import EVAL
 from transfer.classification.tasks import FINETUNE, KNN, TASKS
+from transfer.cli import add_common_flags
 from transfer.jobs import find_tasks, obstacle
 from transfer.run import run_job
 
@@ -59,6 +62,24 @@ def test_a_setting_of_the_call_is_refused_and_one_of_the_recipe_is_a_failure(roo
         obstacle(given)
     own = replace(given, overrides={})
     assert obstacle(own) == ("failed", "32 training images are less than one batch=64: set a smaller batch")
+
+
+def test_the_evaluation_that_is_compared_to_three_decimals_is_exact_on_a_gpu_too(root, tmp_path, monkeypatch):
+    """Its precision is that of the user's --precision, or fp32; any other task's is the device's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parser = argparse.ArgumentParser()
+    add_common_flags(parser, TASKS)
+
+    def precision(task, *flags):
+        machine = machine_from(parser.parse_args([*flags, "--device", "cuda"]))
+        job = jobs.make_job(task, small_checkpoint(), "mini", [], task.inspect(root), tmp_path, 0, machine)
+        assert job.identity()["precision"] == job.machine.precision
+        return job.machine.precision
+
+    found = {task.name: precision(task) for task in TASKS if task.name != "folder"}
+    assert {name for name, value in found.items() if value == "fp32"} == {"imagenet_eval"}
+    assert set(found.values()) == {"fp32", "bf16"}
+    assert (precision(EVAL, "--precision", "bf16"), precision(FINETUNE, "--precision", "fp32")) == ("bf16", "fp32")
 
 
 def test_a_task_that_needs_a_plain_vit_skips_others(root, tmp_path):

@@ -7,7 +7,7 @@ from mae_core.loop import batch_objections, batchnorm_objections
 from mae_core.settings import as_typed
 from mae_core.vit import get_arch, vit_arguments
 from transfer.classification.knn import feature_folder
-from transfer.classification.recipes import finetune_recipe, linprobe_recipe
+from transfer.classification.recipes import linprobe_recipe
 from transfer.space import FLOAT, encoder_numbers, training_space
 from transfer.task import Job, Objection, Space
 
@@ -45,12 +45,9 @@ def training_objections(job: Job) -> Iterator[Objection]:
     if r.batch % machine.processes:
         return
     local_batch = r.batch // machine.processes
-    if r.mixup or r.cutmix:
-        if local_batch % 2:
-            flag = "--gpus" if machine.processes > 1 else "batch"
-            yield flag, f"mixup pairs images, but each process gets {local_batch} of batch={r.batch}: make that even"
-        elif machine.micro_batch == 1:
-            yield "--micro-batch", "mixup pairs images: give --micro-batch 2 or more"
+    if (r.mixup or r.cutmix) and local_batch % 2:
+        flag = "--gpus" if machine.processes > 1 else "batch"
+        yield flag, f"mixup pairs images, but each process gets {local_batch} of batch={r.batch}: make that even"
     if r.optimizer == "lars":  # the linear probe has a BatchNorm
         yield from batchnorm_objections(local_batch, machine)
 
@@ -63,17 +60,15 @@ def knn_objections(job: Job) -> Iterator[Objection]:
 
 
 def partial_objections(job: Job) -> Iterator[Objection]:
-    """Those of any training, and those of the curve's ends: linear probing and fine-tuning have their own recipes."""
+    """Those of any training, and those of linear probing, the curve's first point, which has its own recipe."""
     arch, blocks, images = job.checkpoint.arch, job.recipe.blocks, training_images(job)
     depth = get_arch(arch).depth
     if blocks[-1] > depth:
         yield "blocks", f"blocks={as_typed(blocks)}, but {arch} has {depth} blocks: set numbers up to {depth}"
-    for k, recipe in ((0.0, linprobe_recipe), (float(depth), finetune_recipe)):
-        batch = recipe(arch, job.recipe_name).batch
-        if k in blocks and job.data.status == "found" and images < batch:
-            which = "linear probing" if k == 0 else "fine-tuning"
-            why = f"{k:g} blocks means {which} by its own recipe, whose batch={batch} is larger than the {images}"
-            yield "blocks", f"{why} training images: leave {k:g} out of blocks"
+    batch = linprobe_recipe(arch, job.recipe_name).batch
+    if 0 in blocks and job.data.status == "found" and images < batch:
+        why = f"0 blocks means linear probing by its own recipe, whose batch={batch} is larger than the {images}"
+        yield "blocks", f"{why} training images: leave 0 out of blocks"
     yield from training_objections(job)
 
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.checkpoint import load_encoder, metadata_of, model_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.training import State
-from mae_core.vit import ViT
+from mae_core.vit import ViT, init_as_timm
 from transfer.classification.evaluate import evaluate
 from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
@@ -37,11 +38,16 @@ def images_of(job: Job) -> Reading:
 
 
 def start_model(job: Job, classes: int | None = None) -> ViT:
-    """The checkpoint's encoder, strictly loaded, with a new head (for ImageNet's classes by default)."""
+    """The checkpoint's encoder, strictly loaded, with a new head (for ImageNet's classes by default). From scratch:
+    random weights as the official fine-tuning code draws them."""
     r = job.recipe
     torch.manual_seed(seed_for(job.seed) % 2**63)
     model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
-    load_encoder(model, job.checkpoint)
+    if job.task.from_scratch:
+        assert isinstance(model, VisionTransformer)  # a plain one: `scratch_of`
+        init_as_timm(model)
+    else:
+        load_encoder(model, job.checkpoint)
     assert isinstance(model.head, nn.Linear)  # not Identity: the number of classes is not 0
     nn.init.trunc_normal_(model.head.weight, std=r.head_std)
     nn.init.zeros_(model.head.bias)
@@ -62,8 +68,11 @@ def save_artifacts(job: Job, name: str, state: dict[str, torch.Tensor]) -> dict[
 
 def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
     r = job.recipe
-    with torch.device("meta"):  # to say what loading the encoder did, without taking memory for it again
-        model = model_of(job.checkpoint, r.image_size, images.classes, r.pool)
+    load = "none: initialised as timm 0.3.2, which the official fine-tuning code uses, not as MAE"
+    if not job.task.from_scratch:
+        with torch.device("meta"):  # to say what loading the encoder did, without taking memory for it again
+            model = model_of(job.checkpoint, r.image_size, images.classes, r.pool)
+        load = load_encoder(model, job.checkpoint).summary()
     return Result(
         *scores,
         len(images.val.files),
@@ -72,7 +81,7 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
         artifacts=artifacts,
         notes=state.notes,
         resolved={
-            "load": load_encoder(model, job.checkpoint).summary(),
+            "load": load,
             "train_images": len(images.train.files),
             "train_pixels": TORCHVISION_PIXELS,
             "val_pixels": PILLOW_PIXELS,

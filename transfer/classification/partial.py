@@ -1,8 +1,8 @@
 """Partial fine-tuning: how accuracy grows with the number of blocks that are tuned (MAE paper, Figure 9).
 
 For k blocks, the last k are tuned, with the final norm and the head; 0.5 is the second half of the last block: its norm
-and MLP. k = 0 is linear probing and k = depth is fine-tuning: these two are tasks already, whose records are read, or
-made in their usual folders. Each k between them is a training below this task's folder, with its own result file.
+and MLP; with all blocks the embeddings are tuned too. k = 0 is linear probing, a task of its own: its record is read,
+or made in its usual folder. Each other k is a training below this task's folder, with its own result file.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from transfer.task import Job, Record, Result, Task
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
 HEADLINE = 1.0
 RESULT_FILE = "result.json"
-# The knobs that linear probing and fine-tuning, the ends of the curve, take from this recipe.
+# The knobs that linear probing, one end of the curve, takes from this recipe.
 SHARED = ("image_size", "train_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartialRecipe(ClassifierRecipe):
-    """The numbers of the training at every k. blocks: the values of k in rising order, each 0, 0.5 or a whole number; 1
-    must be among them. UserError for others."""
+    """The numbers of the training at every k but 0. blocks: the values of k in rising order, each 0, 0.5 or a whole
+    number; 1 must be among them. UserError for others."""
 
     blocks: tuple[float, ...]
 
@@ -51,21 +51,20 @@ class PartialRecipe(ClassifierRecipe):
             raise UserError(f"optimizer={self.optimizer} trains only the head: partial fine-tuning needs adamw")
 
 
-def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
-    """Run every k of the recipe, the ends first, and draw the curve as partial.png in the work folder."""
+def partial_finetune(job: Job, probe: Task) -> Result:
+    """Run every k of the recipe, in rising order, and draw the curve as partial.png in the work folder."""
     r, depth = job.recipe, get_arch(job.checkpoint.arch).depth
     if r.blocks[-1] > depth:
         raise UserError(f"blocks: {r.blocks[-1]:g} blocks cannot be tuned, {job.checkpoint.arch} has {depth}")
-    ends = {0.0: probe, float(depth): finetune}
-    at_ends = {k: end_of_curve(job, ends[k]) for k in r.blocks if k in ends}
+    curve: dict[float, Record | Result] = {0.0: probed(job, probe)} if 0 in r.blocks else {}
     images = images_of(job)
-    between = {k: tune(part_of(job, k), k, images) for k in r.blocks if k not in ends}
-    curve: dict[float, Record | Result] = dict(sorted((at_ends | between).items()))
+    tuned = {k: tune(part_of(job, k), k, images) for k in r.blocks if k}
+    curve |= tuned
     notes = [f"{k:g} blocks: {note}" for k, outcome in curve.items() for note in outcome.notes]
     if job.recipe_name == "paper":
         notes.append(
-            f"{r.epochs} epochs for every number of blocks from 0.5 to {depth - 1}; the paper took the best of 50, 100 "
-            "and 200 for each and does not say which"
+            f"{r.epochs} epochs for every number of blocks; the paper took the best of 50, 100 and 200 for each and "
+            "does not say which"
         )
     if distributed.is_main():
         c = job.checkpoint
@@ -76,29 +75,29 @@ def partial_finetune(job: Job, probe: Task, finetune: Task) -> Result:
         metrics={f"top1@{k:g}": outcome.metrics["top1"] for k, outcome in curve.items()},
         stderr={f"top1@{k:g}": outcome.stderr["top1"] for k, outcome in curve.items()},
         n_eval=len(images.val.files),
-        images_seen=sum(result.images_seen for result in between.values()),
-        seconds=sum(result.seconds or 0.0 for result in between.values()),
+        images_seen=sum(result.images_seen for result in tuned.values()),
+        seconds=sum(result.seconds or 0.0 for result in tuned.values()),
         tables={"by_blocks": {f"{k:g}": described(outcome) for k, outcome in curve.items()}},
         notes=tuple(notes),
     )
 
 
 def described(outcome: Record | Result) -> dict:
-    """What the record says of one k: which task trained it if it is an end, its metrics, and what the run resolved."""
+    """What the record says of one k: which task trained it if not this one, its metrics, and what the run resolved."""
     values: dict[str, Any] = {"task": outcome.task} if isinstance(outcome, Record) else {}
     values |= {"metrics": outcome.metrics, "seconds": outcome.seconds, "images_seen": outcome.images_seen}
     return values | {name: value for name, value in outcome.resolved.items() if name != "load"}
 
 
-def end_of_curve(job: Job, task: Task) -> Record:
-    """The record of linear probing or fine-tuning by its own recipe of the same name; run now if there is none."""
+def probed(job: Job, task: Task) -> Record:
+    """The record of linear probing by its own recipe of the same name; run now if there is none."""
     unchanged = job.task.recipe(job.checkpoint.arch, job.recipe_name)
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
-    end = make_job(task, job.checkpoint, job.recipe_name, settings, job.data, job.out, job.seed, job.machine)
-    record = finished(end) or run_job(end)
+    probe = make_job(task, job.checkpoint, job.recipe_name, settings, job.data, job.out, job.seed, job.machine)
+    record = finished(probe) or run_job(probe)
     if record.status != "ok":
-        raise UserError(f"{task.name}, one end of the curve, has no number: {record.reason}")
+        raise UserError(f"{task.name}, the curve's first point, has no number: {record.reason}")
     return record
 
 
@@ -130,7 +129,8 @@ def tune(job: Job, k: float, images: Reading) -> Result:
         raise RuntimeError(f"the frozen part changed while {k:g} blocks were tuned")
     result = trained_result(job, state, images, validate(job, trained, images.val), {})
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    resolved = result.resolved | {"trained_parameters": parameters, "frozen_sha256": before}
+    resolved = result.resolved | {"trained_parameters": parameters}
+    resolved |= {"frozen_sha256": before} if k < len(model.blocks) else {}
     result = replace(result, resolved=resolved)
     if distributed.is_main():
         write_json(path, dataclasses.asdict(result))
@@ -139,7 +139,8 @@ def tune(job: Job, k: float, images: Reading) -> Result:
 
 
 def freeze_all_but(model: ViT, k: float) -> frozenset[str]:
-    """Freeze all but the last k blocks, the final norm and the head. Returns the names of the parameters still trained.
+    """Freeze all but the last k blocks, the final norm and the head; with all blocks, nothing. Returns the names of the
+    parameters still trained.
 
     The frozen part comes first, so no gradient passes through it: autograd stores nothing for it, without
     torch.no_grad. Drop path acts in it too: the recipe is that of fine-tuning.
@@ -148,7 +149,7 @@ def freeze_all_but(model: ViT, k: float) -> frozenset[str]:
     parts = [f"blocks.{i}." for i in range(depth - int(k), depth)]
     if k == 0.5:
         parts = [f"blocks.{depth - 1}.{part}" for part in ("norm2.", "mlp.", "ls2.", "gamma_2")]
-    last = (*parts, "norm.", "fc_norm.", "head.")
+    last = (*parts, "norm.", "fc_norm.", "head.") if k < depth else ("",)
     tuned = frozenset(name for name, _ in model.named_parameters() if name.startswith(last))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tuned)

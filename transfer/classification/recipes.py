@@ -7,23 +7,27 @@ from mae_core.settings import choose
 from mae_core.vit import get_arch, nearest, stand_in
 from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
-from transfer.classification.train import ClassifierRecipe, RepeatedRecipe
+from transfer.classification.train import MIXED, ClassifierRecipe, RepeatedRecipe
 
 PAPER_9 = "MAE paper, Table 9"
 OFFICIAL = "facebookresearch/mae FINETUNE.md and main_finetune.py"
 PAPER_10 = "MAE paper, Table 10"
 PROBE = "facebookresearch/mae main_linprobe.py"
 PAPER_11 = "MAE paper, Table 11"
+DRAWS = f"; one draw for each {MIXED} images, a GPU's batch in FINETUNE.md, where ViT-H has 16"
 FROM_SCRATCH = "facebookresearch/mae main_finetune.py without --finetune, which issue 28 says to use"
 
-# Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md; the paper's
-# Table 9 has base_lr 1e-3 and layer_decay 0.75 for all, drop_path 0.1 for B and L and 0.2 for H. Sizes that MAE never
-# fine-tuned take those of the nearest (`nearest`).
+# Fine-tuning values that depend on the size: epochs, base_lr, layer_decay, drop_path. From FINETUNE.md. Sizes that MAE
+# never fine-tuned take those of the nearest (`nearest`).
 BY_SIZE = {
     "vit_base_patch16": (100, 5e-4, 0.65, 0.1),
     "vit_large_patch16": (50, 1e-3, 0.75, 0.2),
     "vit_huge_patch14": (50, 1e-3, 0.75, 0.3),
 }
+# What the paper's Table 9 has instead; its epochs are the same. Tables 1 and 2 and Figures 5, 7 and 9 follow it: their
+# encoders reconstructed pixels that were not normalised.
+TABLE_9 = "table-9"
+DROP_PATH_9 = {"vit_base_patch16": 0.1, "vit_large_patch16": 0.1, "vit_huge_patch14": 0.2}
 
 
 def sized(arch: str, source: str) -> str:
@@ -33,7 +37,7 @@ def sized(arch: str, source: str) -> str:
 
 def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
     """End-to-end fine-tuning. "paper": the official repository's values, with which the released classifiers were
-    trained. "mini": the same with MINI_FINETUNE, for the generated 48 px images."""
+    trained. "table-9": the paper's own. "mini": "paper" with MINI_FINETUNE, for the generated 48 px images."""
     epochs, base_lr, layer_decay, drop_path = BY_SIZE[nearest(arch, BY_SIZE)]
     paper = ClassifierRecipe(
         image_size=get_arch(arch).image_size,
@@ -56,29 +60,42 @@ def finetune_recipe(arch: str, name: str) -> ClassifierRecipe:
         cutmix=1.0,
         label_smoothing=0.1,
     )
+    table_9 = replace(
+        paper,
+        base_lr=1e-3,
+        layer_decay=0.75,
+        drop_path=DROP_PATH_9[nearest(arch, DROP_PATH_9)],
+        pool="token",
+        random_erasing=0.0,
+    )
     mini = replace(paper, **MINI_FINETUNE, **miniature_size(arch))
-    return choose("recipe", name, {"paper": paper, "mini": mini})
+    return choose("recipe", name, {"paper": paper, TABLE_9: table_9, "mini": mini})
 
 
-def finetune_sources(arch: str) -> dict[str, str]:
-    """Where each value of the paper recipe comes from."""
+def finetune_sources(arch: str, name: str = "paper") -> dict[str, str]:
+    """Where each value of the paper recipe, or of "table-9", comes from."""
     both = f"{PAPER_9}; {OFFICIAL}"
     sources = dict.fromkeys(ClassifierRecipe.__dataclass_fields__, both)
     sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized(arch, OFFICIAL))
     sources |= dict.fromkeys(("pool", "random_erasing", "min_lr", "head_std", "min_scale"), OFFICIAL)
+    sources["mixup"] = sources["cutmix"] = f"{both}{DRAWS}"
+    if name == TABLE_9:
+        sources |= dict.fromkeys(("base_lr", "layer_decay", "drop_path", "epochs"), sized(arch, PAPER_9))
+        sources |= {"pool": "MAE paper, A.1", "random_erasing": f"{PAPER_9} names none"}
     return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")
 
 
 def partial_recipe(arch: str, name: str) -> PartialRecipe:
-    """Partial fine-tuning: the recipe of fine-tuning, at each number of blocks in Figure 9 that is below the depth, and
-    at the depth."""
+    """Partial fine-tuning: Table 9, at each number of blocks in Figure 9 that is below the depth, and at the depth."""
     depth = float(get_arch(arch).depth)
     blocks = (*(k for k in FIGURE_9 if k < depth), depth)
-    return PartialRecipe(**vars(finetune_recipe(arch, name)), blocks=blocks)
+    paper = PartialRecipe(**vars(finetune_recipe(arch, TABLE_9)), blocks=blocks)
+    mini = replace(paper, **MINI_FINETUNE, **miniature_size(arch))
+    return choose("recipe", name, {"paper": paper, "mini": mini})
 
 
 def partial_sources(arch: str) -> dict[str, str]:
-    sources = finetune_sources(arch) | {"blocks": "MAE paper, Figure 9; all blocks are fine-tuning"}
+    sources = finetune_sources(arch, TABLE_9) | {"blocks": "MAE paper, Figure 9; no block is linear probing"}
     unsaid = "fine-tuning's; of partial fine-tuning the paper says only that it is the best of 50, 100 and 200"
     return sources | {"epochs": f"{unsaid} ({sources['epochs']})"}
 
@@ -113,6 +130,7 @@ def scratch_sources(arch: str) -> dict[str, str]:
     sources |= dict.fromkeys(("epochs", "drop_path"), sized(arch, PAPER_11))
     sources |= dict.fromkeys(("pool", "min_lr", "head_std", "min_scale"), FROM_SCRATCH)
     sources |= dict.fromkeys(("layer_decay", "random_erasing"), f"{PAPER_11} names none")
+    sources |= dict.fromkeys(("mixup", "cutmix"), f"{PAPER_11}{DRAWS}")
     return sources | dict.fromkeys(("momentum", "trust_coefficient"), "not used")
 
 
@@ -142,6 +160,7 @@ def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
         sources = dict.fromkeys(RepeatedRecipe.__dataclass_fields__, f"stand-in: {said}")
         sources |= dict.fromkeys((*UNSAID, "image_size", "betas", "min_scale"), f"stand-in: {DEIT_CODE}")
         sources["warmup_epochs"] += "; from 0 and per iteration, theirs from 1e-6 and per epoch"
+        sources |= dict.fromkeys(("mixup", "cutmix"), f"stand-in: {said}{DRAWS}")
         if name == "dino-300":
             sources["batch"] += ", says 128 for each GPU; 8 are assumed"
         return sources | dict.fromkeys(("momentum", "trust_coefficient", "ema"), "not used")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae_core import distributed
-from mae_core.data import Images, normalize
+from mae_core.data import Images, normalize, seed_all
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
@@ -31,6 +32,9 @@ UNUSED: dict[str, dict[str, Any]] = {
     "lars": {"betas": (0.0, 0.0), "layer_decay": 1.0, "rand_augment": "", "random_erasing": 0.0},
 }
 POOLS = ("avg", "token")
+# Images among which mixup pairs, by one draw of its kind and share: a GPU's batch in the official fine-tuning of ViT-B
+# and ViT-L (FINETUNE.md; 16 of ViT-H).
+MIXED = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +99,13 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
     check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
     local_batch = r.batch // machine.processes
     mixes = r.mixup > 0 or r.cutmix > 0
+    if mixes and local_batch % 2:
+        raise UserError(f"mixup pairs images: {local_batch} per process must be an even number")
     # 512: the batch of one GPU in the official probe, so that BatchNorm sees the same.
     wanted = machine.micro_batch or (512 if r.optimizer == "lars" else 128)
-    micro_batch = micro_batch_for(local_batch, wanted)
-    if mixes:
-        if local_batch % 2 or wanted < 2:
-            raise UserError(
-                f"mixup pairs images: {local_batch} per process in micro-batches of {wanted} must both be even numbers"
-            )
-        micro_batch = 2 * micro_batch_for(local_batch // 2, wanted // 2)
+    # Groups stay whole, and so the same, whatever the micro-batch.
+    group = 2 * micro_batch_for(local_batch // 2, MIXED // 2) if mixes else 1
+    prepared = group * micro_batch_for(local_batch // group, max(1, wanted // group))
     mixup = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=model.num_classes)
     loss_function = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(r.label_smoothing)
     if r.optimizer == "lars":
@@ -115,8 +117,16 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
     steps_per_epoch, lr = len(split.files) // r.batch, learning_rate(r.base_lr, r.batch)
 
     def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
-        images = erased(normalize(images, normalization), r.random_erasing)
-        return mixup(images, labels) if mixes else (images, labels)
+        images = normalize(images, normalization)
+        if not mixes:
+            return erased(images, r.random_erasing), labels
+        targets = []
+        for start in range(0, len(images), group):
+            seed_all(job.seed, step, first + start, device=machine.device)
+            part = slice(start, start + group)
+            _, mixed = mixup(erased(images[part], r.random_erasing), labels[part])  # in place
+            targets.append(mixed)
+        return images, torch.cat(targets)
 
     state = fit(
         model,
@@ -127,7 +137,8 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
             dataset=Images(split.files, transform, split.labels, seed=job.seed),
             epochs=r.epochs,
             batch=r.batch,
-            micro_batch=micro_batch,
+            micro_batch=micro_batch_for(prepared, wanted),
+            prepared=prepared,
             seed=job.seed,
             machine=machine,
             fixed=job.identity(),

@@ -21,12 +21,12 @@ from tests.fixtures.classification import Command, tampering
 from tests.fixtures.transfer import ARCH, small_checkpoint, write_imagenet
 from transfer.classification import partial
 from transfer.classification.picture import PICTURE_FILE, draw_curve, published_curves
-from transfer.classification.tasks import FINETUNE, LINPROBE, PARTIAL
+from transfer.classification.tasks import LINPROBE, PARTIAL
 from transfer.jobs import make_job
 from transfer.run import read_record, run_job, with_work_folder
 
 SMALL = {"epochs": 2, "batch": 8, "warmup_epochs": 1}
-LAST = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+LAST = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
 MLP_HALF = ("norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias")
 ATTENTION_HALF = ("norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias")
 ATTENTION_HALF += ("attn.proj.weight", "attn.proj.bias")
@@ -91,10 +91,19 @@ def test_only_the_last_blocks_move_and_have_gradients_and_states(root, tmp_path,
     assert len(result.resolved["frozen_sha256"]) == 64
 
 
-def test_a_class_token_head_keeps_its_norm_among_the_tuned():
-    tuned = partial.freeze_all_but(build_vit(ARCH, num_classes=10, pool="token"), 0.5)
-    head = {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+def test_averaged_patch_tokens_keep_their_norm_among_the_tuned():
+    tuned = partial.freeze_all_but(build_vit(ARCH, num_classes=10, pool="avg"), 0.5)
+    head = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert tuned == {f"blocks.5.{name}" for name in MLP_HALF} | head
+
+
+def test_all_blocks_are_fine_tuning_of_every_tensor(root, tmp_path, models):
+    result = tune(job_of(root, tmp_path), 6.0)
+    model, start = models[0]
+    assert moved(model, start) == set(start)
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight"} < set(start)
+    assert result.resolved["trained_parameters"] == sum(tensor.numel() for tensor in start.values())
+    assert "frozen_sha256" not in result.resolved
 
 
 def test_half_a_block_takes_its_own_layer_scale():
@@ -107,8 +116,7 @@ def test_half_a_block_takes_its_own_layer_scale():
 def kept_bytes(k):
     """Bytes that autograd keeps of one forward pass for its backward pass, without the parameters themselves."""
     model = build_vit(ARCH, num_classes=10, pool="avg").train()
-    if k < 6:
-        partial.freeze_all_but(model, k)
+    partial.freeze_all_but(model, k)
     parameters = {p.data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -162,7 +170,7 @@ def test_the_checksum_is_of_the_checkpoints_own_tensors(root, tmp_path):
     job = replace(job_of(root, tmp_path, epochs=1, warmup_epochs=0), checkpoint=mini)
     result = tune(with_work_folder(job), 1.0)
     frozen = {n: t for n, t in mini.encoder.items() if not n.startswith(("norm.", "blocks.5."))}
-    order = [n for n in build_vit(ARCH, num_classes=1000, pool="avg").state_dict() if n in frozen]
+    order = [n for n in build_vit(ARCH, num_classes=1000).state_dict() if n in frozen]
     assert result.resolved["frozen_sha256"] == partial.parameters_sha256((n, frozen[n]) for n in order)
 
 
@@ -174,10 +182,10 @@ def curve(root, tmp_path_factory):
     """0, 1 and 6 blocks of six, the probe done before; the job, its record and the probe's."""
     out = tmp_path_factory.mktemp("curve")
     job = job_of(root, out, blocks="0,1,6")
-    probe, finetune = small(LINPROBE), small(FINETUNE)
+    probe = small(LINPROBE)
     data = probe.inspect(root)
     before = run_job(make_job(probe, job.checkpoint, "mini", [], data, out, 0, job.machine))
-    task = replace(job.task, run=lambda job: partial.partial_finetune(job, probe, finetune))
+    task = replace(job.task, run=lambda job: partial.partial_finetune(job, probe))
     record = run_job(replace(job, task=task))
     assert record.status == "ok", record.reason
     return replace(job, task=task), record, before
@@ -187,24 +195,20 @@ def records_of(out, task):
     return [read_record(path) for path in out.glob(f"runs/*/{task}/*/record.json")]
 
 
-def test_the_ends_are_the_probe_and_the_fine_tuning(curve):
+def test_no_block_is_the_probe_and_all_blocks_are_trained_here(curve):
     job, record, probe = curve
-    out = job.out
-    (found,) = records_of(out, "imagenet_linprobe")
+    (found,) = records_of(job.out, "imagenet_linprobe")
     assert found == probe  # taken as it was: run again it would have another time
-    (finetune,) = records_of(out, "imagenet_finetune")
     assert (record.metrics["top1@0"], record.stderr["top1@0"]) == (probe.metrics["top1"], probe.stderr["top1"])
-    assert (record.metrics["top1@6"], record.stderr["top1@6"]) == (finetune.metrics["top1"], finetune.stderr["top1"])
-    assert (finetune.recipe_label, finetune.recipe["epochs"]) == ("mini", 2)
-    (folder,) = out.glob("runs/*/imagenet_finetune/*")
-    own = make_job(small(FINETUNE), job.checkpoint, "mini", [], job.data, out, 0, job.machine)
-    assert own.work == folder  # where that task looks for it
+    assert not records_of(job.out, "imagenet_finetune")  # another recipe
+    (path,) = job.work.parent.glob(f"6/*/{partial.RESULT_FILE}")
+    assert json.loads(path.read_text())["metrics"]["top1"] == record.metrics["top1@6"]
 
 
 def test_the_record_has_a_metric_for_every_number_of_blocks(curve):
     job, record, _ = curve
     assert record.metrics.keys() == record.stderr.keys() == {"top1@0", "top1@1", "top1@6"}
-    assert (record.metric, record.n_eval, record.images_seen) == ("top1@1", 12, 64)
+    assert (record.metric, record.n_eval, record.images_seen) == ("top1@1", 12, 2 * 64)
     (path,) = job.work.parent.glob(f"1/*/{partial.RESULT_FILE}")
     assert json.loads(path.read_text())["metrics"]["top1"] == record.metrics["top1@1"]
     about = record.tables["by_blocks"]
@@ -232,15 +236,15 @@ def test_another_choice_of_blocks_takes_what_is_there(curve, monkeypatch):
     assert again.recipe_label == "mini with blocks=0.5,1"
 
 
-def test_an_end_that_fails_fails_the_curve_by_name(root, tmp_path):
+def test_a_probe_that_fails_fails_the_curve_by_name(root, tmp_path):
     job = job_of(root, tmp_path, blocks="0,1")
     probe = replace(LINPROBE, recipe=lambda arch, name: replace(LINPROBE.recipe(arch, name), batch=64))
-    with pytest.raises(UserError, match=r"imagenet_linprobe, one end of the curve, .* less than one batch of 64"):
-        partial.partial_finetune(job, probe, FINETUNE)
+    with pytest.raises(UserError, match=r"imagenet_linprobe, the curve's first point, .* less than one batch of 64"):
+        partial.partial_finetune(job, probe)
 
 
-def test_the_input_size_and_the_share_of_the_images_hold_for_the_ends_too(root, tmp_path):
-    record = partial.end_of_curve(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(LINPROBE))
+def test_the_input_size_and_the_share_of_the_images_hold_for_the_probe_too(root, tmp_path):
+    record = partial.probed(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(LINPROBE))
     assert record.recipe_label == "mini with image_size=32, train_fraction=0.5"
     assert (record.recipe["epochs"], record.images_seen, record.resolved["train_images"]) == (2, 32, 16)
 
@@ -274,7 +278,7 @@ def test_the_paper_recipe_says_what_the_paper_did_not(root, tmp_path, monkeypatc
     monkeypatch.setattr(partial, "tune", lambda *_: partial.Result({"top1": 1.0}, {"top1": 0.1}, seconds=1.0))
     monkeypatch.setattr(partial, "draw_curve", lambda *_: None)
     job = job_of(root, tmp_path, blocks="0.5,1")
-    found = partial.partial_finetune(replace(job, recipe_name="paper"), LINPROBE, FINETUNE)
+    found = partial.partial_finetune(replace(job, recipe_name="paper"), LINPROBE)
     assert any("best of 50, 100 and 200" in note for note in found.notes)
     assert found.seconds == 2.0
 

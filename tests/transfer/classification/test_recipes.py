@@ -114,8 +114,8 @@ def test_training_from_scratch_is_the_papers(arch, epochs, drop_path):
         (H, (0, 0.5, 1, 2, 4, 6, 12, 18, 24, 32), 50),
     ],
 )
-def test_partial_fine_tuning_is_fine_tunings_for_the_blocks_of_figure_9(arch, blocks, epochs):
-    recipe, tuning = vars(PARTIAL.recipe(arch, "paper")), vars(FINETUNE.recipe(arch, "paper"))
+def test_partial_fine_tuning_is_table_9_for_the_blocks_of_figure_9(arch, blocks, epochs):
+    recipe, tuning = vars(PARTIAL.recipe(arch, "paper")), vars(FINETUNE.recipe(arch, "table-9"))
     assert recipe == tuning | {"blocks": blocks}
     assert recipe["epochs"] == epochs
     assert "best of 50, 100 and 200" in PARTIAL.sources(arch)["epochs"]
@@ -161,6 +161,19 @@ def test_fine_tuning_is_the_official_repositorys(arch, lr, layer_decay, drop_pat
     assert (r.optimizer, r.betas, r.weight_decay) == ("adamw", (0.9, 0.999), 0.05)
     assert (r.mixup, r.cutmix, r.label_smoothing, r.random_erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (r.rand_augment, r.pool, r.head_std, r.ema) == ("rand-m9-mstd0.5-inc1", "avg", 2e-5, 0.0)
+
+
+@pytest.mark.parametrize(("arch", "drop_path", "epochs"), [(B, 0.1, 100), (L, 0.1, 50), (H, 0.2, 50)])
+def test_fine_tuning_by_table_9_is_the_papers(arch, drop_path, epochs):
+    """MAE paper, Table 9, which Tables 1 and 2 and Figures 5, 7 and 9 follow: class token, nothing erased."""
+    r = FINETUNE.recipe(arch, "table-9")
+    assert (r.base_lr, r.layer_decay, r.drop_path, r.epochs) == (1e-3, 0.75, drop_path, epochs)
+    assert (r.optimizer, r.betas, r.weight_decay) == ("adamw", (0.9, 0.999), 0.05)
+    assert (r.image_size, r.batch, r.warmup_epochs, r.pool, r.random_erasing) == (224, 1024, 5, "token", 0.0)
+    assert (r.rand_augment, r.label_smoothing, r.mixup, r.cutmix) == ("rand-m9-mstd0.5-inc1", 0.1, 0.8, 1.0)
+    sources = FINETUNE.sources(arch, "table-9")
+    assert sources.keys() == asdict(r).keys()
+    assert all("Table 9" in sources[knob] for knob in ("base_lr", "layer_decay", "drop_path", "random_erasing"))
 
 
 @pytest.mark.parametrize("arch", [B, L, H])

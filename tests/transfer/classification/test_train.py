@@ -232,15 +232,41 @@ def test_the_moving_average_is_its_recursion_and_is_what_is_evaluated(sixteen, t
     assert not torch.equal(average.head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize(("batch", "micro_batch"), [(150, 0), (12, 4), (10, 5)])
-def test_mixup_gets_an_even_micro_batch_wherever_the_batch_is_even(tmp_path, batch, micro_batch):
-    root = write_imagenet(tmp_path, train=40)
-    machine = Machine(micro_batch=micro_batch)
-    job = make_job(FINETUNE, root, tmp_path / "work", machine, batch=batch, mixup=0.8, epochs=1, warmup_epochs=0)
-    state, _ = train(job)
-    assert state.micro_batch % 2 == 0
-    assert batch % state.micro_batch == 0
-    assert state.micro_batch <= (micro_batch or 128)
+def shown(root: Path, work: Path, machine: Machine, **knobs) -> list[torch.Tensor]:
+    """The images of each forward pass of one step, mixed and erased, as the model gets them."""
+    job = make_job(FINETUNE, root, work, machine, epochs=1, warmup_epochs=0, batch=96, **knobs)
+    model, seen = start_model(job), []
+    model.register_forward_pre_hook(lambda module, images: seen.append(images[0].clone()))
+    train(job, model=model)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ninety_six(tmp_path_factory):
+    """96 training images of four classes. Nothing is to be written there."""
+    return write_imagenet(tmp_path_factory.mktemp("ninety-six"), train=24, val=1)
+
+
+@pytest.mark.parametrize(("micro_batch", "size"), [(1, 1), (8, 8), (20, 16), (64, 32), (0, 96)])
+def test_the_images_are_mixed_and_erased_alike_whatever_the_micro_batch(ninety_six, tmp_path, micro_batch, size):
+    knobs = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5}
+    parts = shown(ninety_six, tmp_path / "parts", Machine(micro_batch=micro_batch), **knobs)
+    whole = shown(ninety_six, tmp_path / "whole", Machine(micro_batch=32), **knobs)
+    assert {len(part) for part in parts} == {size}
+    assert torch.equal(torch.cat(parts), torch.cat(whole))
+
+
+def test_mixup_draws_once_for_each_32_images(ninety_six, tmp_path):
+    """A GPU's batch in facebookresearch/mae FINETUNE.md: within it all are mixed alike, with their mirror image."""
+    (plain,), (mixed,) = (shown(ninety_six, tmp_path / str(mixup), Machine(), mixup=mixup) for mixup in (0.0, 0.8))
+    shares = []
+    for first in (0, 32, 64):
+        x, y = plain[first : first + 32], mixed[first : first + 32]
+        other = x.flip(0)
+        share = ((y - other) * (x - other)).sum() / (x - other).square().sum()
+        torch.testing.assert_close(y, share * x + (1 - share) * other, atol=1e-4, rtol=1e-4)
+        shares.append(round(share.item(), 4))
+    assert len(set(shares)) == 3
 
 
 def test_mixup_refuses_an_odd_batch(sixteen, tmp_path):
