@@ -28,4 +28,8 @@ def main() -> int:
         print(f"mae-transfer: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
     sys.argv = [f"mae-transfer {name}", *["--plan"][: name == "plan"], *arguments]
-    return importlib.import_module(COMMANDS[name][0]).main()
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main()
+    except KeyboardInterrupt:  # during the imports, which take seconds, or where a command does not handle it itself
+        print("stopped", file=sys.stderr)
+        return 130

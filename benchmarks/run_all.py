@@ -23,7 +23,7 @@ try:
     from transfer.cli import add_common_flags
     from transfer.data.shipped import shipped
     from transfer.jobs import cached_or_skipped
-    from transfer.run import describe, read_record, slug, write_record
+    from transfer.run import describe, read_record, shortened, slug, write_record
     from transfer.space import check_space
     from transfer.task import RECORD_FILE, Job, Needs, Record
 except ModuleNotFoundError as e:
@@ -87,7 +87,8 @@ def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Reco
         while todo:
             names, started = [job.task.name for job in todo], time.monotonic()
             checkpoint, seed = todo[0].checkpoint.name, todo[0].seed
-            log = args.out / "logs" / f"{slug(checkpoint)}-{'-'.join(names)}-seed{seed}.log"
+            name = f"{slug(checkpoint)}-{'-'.join(names)}-seed{seed}"
+            log = args.out / "logs" / f"{shortened(name)}.log"
             title = f"{position} {checkpoint} {' '.join(names)} seed {seed}"
             code, last = run_child(task_command(todo, args), log, lock, title)
             took = duration(time.monotonic() - started)

@@ -6,8 +6,10 @@ Several checkpoints stand side by side.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +18,20 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
-from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, read_checkpoint
+from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, printable, read_checkpoint
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.machine import program
 from mae_core.patches import patchify, unpatchify
+from mae_core.settings import replacing
 from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS
 
 OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape shows the number of heads
 CELL_INCHES, DPI = 1.5, 160  # 240 px a picture: a 224 px image loses nothing
+GAP, EDGE = 0.15, 0.1  # in cells: after each group of columns, around the picture
+MOST_PIXELS = 2**16  # along one side, matplotlib's limit
 
 
 class Reconstruction(NamedTuple):
@@ -62,28 +67,37 @@ def load_autoencoder(checkpoint: Checkpoint, norm_pix: bool = False) -> MaskedAu
     CheckpointError for a file without a decoder or with a missing tensor, for one that predicts the tokens of a
     tokenizer that is not in it, and if norm_pix contradicts the file.
     """
-    decoder = checkpoint.decoder
+    decoder, path = checkpoint.decoder, checkpoint.path
     if "decoder_embed.weight" not in decoder:
         raise CheckpointError(
-            f"{checkpoint.path} has no decoder: a picture needs a full checkpoint, such as mae_visualize_vit_large.pth "
+            f"{path} has no decoder: a picture needs a full checkpoint, such as mae_visualize_vit_large.pth "
             "or the mae.safetensors that mae_core.pretrain writes"
         )
     recorded = {"true": True, "false": False}.get(str(checkpoint.meta.get("norm_pix")).lower())
     if recorded is False and norm_pix:
-        raise CheckpointError(f"{checkpoint.path} says that it predicts plain pixels: leave out --norm-pix")
-    model = MaskedAutoencoder(
+        raise CheckpointError(f"{path} says that it predicts plain pixels: leave out --norm-pix")
+    width = decoder["decoder_embed.weight"].shape[:1].numel()
+    heads = int(checkpoint.meta.get("decoder_heads", OFFICIAL_HEADS))
+    if not width or width % heads or width % 4:
+        raise CheckpointError(
+            f"{path}: its decoder is {width} wide, which must be divisible by 4 and by its {heads} heads"
+        )
+    build = partial(
+        MaskedAutoencoder,
         checkpoint.arch,
         checkpoint.meta["image_size"],
-        decoder_dim=len(decoder["decoder_embed.weight"]),
+        decoder_dim=width,
         decoder_depth=len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}),
-        decoder_heads=int(checkpoint.meta.get("decoder_heads", OFFICIAL_HEADS)),
+        decoder_heads=heads,
         norm_pix=norm_pix if recorded is None else recorded,
         target=saved_target(checkpoint),
         encoder_mask_tokens=checkpoint.meta.get("encoder_mask_tokens") is True,
     )
     state = {**checkpoint.encoder, **decoder}
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    check_shapes(checkpoint.path, state, wanted, "its decoder")
+    with torch.device("meta"):  # a width that the other tensors do not have must not cost memory
+        wanted = {name: tensor.shape for name, tensor in build().state_dict().items()}
+    check_shapes(path, state, wanted, "its decoder")
+    model = build()
     model.load_state_dict(state)
     return model.eval()
 
@@ -95,11 +109,15 @@ def saved_target(checkpoint: Checkpoint) -> Target | None:
         for name, tensor in checkpoint.decoder.items()
         if name.startswith("decoder_target.")
     }
-    if "components" in tensors:
-        return PCATarget(tensors["mean"], tensors["components"])
-    if "tokenizer.centres" in tensors:
-        centres = tensors["tokenizer.centres"]
-        return TokenTarget(KMeansTokenizer(ARCHS[checkpoint.arch].patch, centres), len(centres))
+    patch = ARCHS[checkpoint.arch].patch
+    for rows in ("components", "tokenizer.centres"):
+        if rows in tensors:
+            count = tensors[rows].shape[:1].numel()
+            wanted = {rows: (count, 3 * patch**2)} | ({"mean": (3 * patch**2,)} if rows == "components" else {})
+            check_shapes(checkpoint.path, tensors, wanted, "its target")
+            if rows == "components":
+                return PCATarget(tensors["mean"], tensors["components"])
+            return TokenTarget(KMeansTokenizer(patch, tensors[rows]), count)
     if checkpoint.meta.get("target") == "tokens":
         raise CheckpointError(f"{checkpoint.path} predicts tokens of a tokenizer without a decoder: no picture of them")
     return None
@@ -112,6 +130,8 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
     )
     images = []
     for file in files:
+        if not file.is_file():  # a pipe would be waited for
+            raise UserError(f"{file} is no regular file: take it out")
         try:
             images.append(transform(read_image(file)))
         except UNREADABLE as error:
@@ -119,29 +139,41 @@ def load_images(files: Sequence[Path], size: int) -> Tensor:
     return normalize(torch.stack(images))
 
 
+def cells(rows: int, columns: int, group: int) -> tuple[float, float]:
+    """Width and height of a picture in cells, with 0.3 each for the titles and the note; UserError if it is too large
+    for matplotlib."""
+    wide, high = columns + GAP * ((columns - 1) // group) + 2 * EDGE, rows + 0.6 + 2 * EDGE
+    if max(wide, high) * CELL_INCHES * DPI >= MOST_PIXELS:
+        raise UserError(f"{rows} rows of {columns} pictures are too large for one: lower --limit or name fewer ratios")
+    return wide, high
+
+
 def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path) -> None:
     """A picture file: one row an image, one titled column for each (title, normalised images), a gap after every
     `group` columns, the note below."""
     from matplotlib.figure import Figure  # late: the import takes a second, and reconstruct() needs none of it
 
-    rows, gap, edge = len(columns[0][1]), 0.15, 0.1  # in cells; 0.3 for the titles, 0.3 for the note
-    wide = len(columns) + gap * ((len(columns) - 1) // group) + 2 * edge
-    high = rows + 0.6 + 2 * edge
+    rows = len(columns[0][1])
+    wide, high = cells(rows, len(columns), group)
     figure = Figure(figsize=(CELL_INCHES * wide, CELL_INCHES * high), dpi=DPI)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     for number, (title, images) in enumerate(columns):
-        left = edge + number + gap * (number // group)
+        left = EDGE + number + GAP * (number // group)
         for row, image in enumerate(images.cpu()):
-            bottom = edge + 0.3 + rows - 1 - row
+            bottom = EDGE + 0.3 + rows - 1 - row
             axes = figure.add_axes((left / wide, bottom / high, 0.97 / wide, 0.97 / high))
             pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte()
             axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_axis_off()
             if row == 0:
-                axes.set_title(title, fontsize=9)
-    figure.text(0.5, (edge + 0.12) / high, note, ha="center", va="center", fontsize=8, wrap=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+                axes.set_title(title, fontsize=9, parse_math=False)  # a name may hold a $
+    figure.text(0.5, (EDGE + 0.12) / high, note, ha="center", va="center", fontsize=8, wrap=True, parse_math=False)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): give another") from None
 
 
 def picture(
@@ -156,6 +188,7 @@ def picture(
     columns each; returns how many images. Models with the same patches get the same masks."""
     files = list_images(folder)
     count = min(limit, len(files))
+    cells(count, 3 * len(models) * len(ratios) + 1, 3)  # before the work
     files = [files[i * len(files) // count] for i in range(count)]
     columns: list[tuple[str, Tensor]] = []
     for name, model in models:
@@ -193,12 +226,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--limit {args.limit}: give a positive number of images")
         if args.out.suffix.lower() != ".png":
             raise UserError(f"--out {args.out}: the picture is a PNG, name it so")
+        if os.path.exists(args.out.parent) and not os.path.isdir(args.out.parent):
+            raise UserError(f"--out {args.out}: {args.out.parent} is a file, give a folder")
+        if not 0 <= args.seed < 2**63:
+            raise UserError(f"--seed {args.seed}: give a whole number from 0 to 2^63 - 1")
         checkpoints = [read_checkpoint(path) for path in args.ckpt]
-        models = [(checkpoint.name, load_autoencoder(checkpoint, args.norm_pix)) for checkpoint in checkpoints]
+        models = [
+            (printable(checkpoint.name, 40), load_autoencoder(checkpoint, args.norm_pix)) for checkpoint in checkpoints
+        ]
         count = picture(models, args.images, args.mask_ratio, args.out, args.limit, args.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"{args.out}: {count} images at mask ratios {', '.join(map(str, args.mask_ratio))}")
     return 0
 

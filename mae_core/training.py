@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core import distributed
+from mae_core.checkpoint import read_state
 from mae_core.data import Samples, UnreadableFiles
 from mae_core.errors import UserError
 from mae_core.machine import Machine
@@ -154,7 +155,7 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
     if not path.exists():
         return
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = read_state(path)
         ours = content["format"] == FORMAT
     except Exception:  # a damaged or foreign pickle fails in any way
         ours = False

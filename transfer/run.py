@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 import traceback
 from dataclasses import replace
@@ -23,6 +24,7 @@ from mae_core.training import CHECKPOINT_FILE
 from transfer.task import RECORD_FILE, Job, Record, Result
 
 TRACEBACK_FILE = "error.txt"
+LONGEST_NAME = 200  # bytes
 
 
 def write_record(record: Record, work: Path) -> None:
@@ -38,8 +40,16 @@ def read_record(path: Path) -> Record:
         raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
 
 
+def shortened(name: str) -> str:
+    """The name, or what fits into a file's name (255 bytes, less what stands beside it) and is still unique."""
+    content = os.fsencode(name)
+    if len(content) <= LONGEST_NAME:
+        return name
+    return f"{content[: LONGEST_NAME - 9].decode(errors='ignore')}-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
 def slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+    return shortened("".join(c if c.isalnum() or c in "._-" else "-" for c in text))
 
 
 def checkpoint_folder(out: Path, checkpoint: Checkpoint) -> Path:
@@ -51,7 +61,7 @@ def with_work_folder(job: Job) -> Job:
     experiments never collide."""
     digest = hashlib.sha256(json.dumps(job.identity(), sort_keys=True).encode()).hexdigest()[:8]
     run = f"{slug(job.recipe_label)[:40]}-seed{job.seed}-{digest}"
-    return replace(job, work=checkpoint_folder(job.out, job.checkpoint) / job.task.name / run)
+    return replace(job, work=checkpoint_folder(job.out, job.checkpoint) / shortened(job.task.name) / run)
 
 
 def claim(job: Job) -> None:

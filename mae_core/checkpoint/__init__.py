@@ -7,11 +7,12 @@ formats and renaming (what is read, as tables), convert (to timm's names), ident
 never from a name), read. From a Checkpoint: load (into a model), export (other projects' forms).
 """
 
+from mae_core.checkpoint.errors import CheckpointError, printable
 from mae_core.checkpoint.export import metadata_of
 from mae_core.checkpoint.identify import check_shapes
 from mae_core.checkpoint.load import LoadReport, classifier_of, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
-from mae_core.checkpoint.weights_file import CheckpointError, read_file, save_weights, sha256_of
+from mae_core.checkpoint.weights_file import read_file, read_state, save_weights, sha256_of
 
 __all__ = [
     "Checkpoint",
@@ -23,8 +24,10 @@ __all__ = [
     "load_encoder",
     "metadata_of",
     "model_of",
+    "printable",
     "read_checkpoint",
     "read_file",
+    "read_state",
     "save_weights",
     "sha256_of",
 ]

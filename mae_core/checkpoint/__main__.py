@@ -6,14 +6,17 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mae_core.checkpoint.convert import OURS, PREFIXED
-from mae_core.checkpoint.export import TARGETS, export, left_out, numbers, save_canonical
+from mae_core.checkpoint.errors import printable
+from mae_core.checkpoint.export import TARGETS, check_target, export, left_out, numbers, save_canonical
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.checkpoint.load import LoadReport, load_classifier, load_encoder, model_of
+from mae_core.checkpoint.locate import WEIGHTS
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import program
@@ -148,6 +151,13 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     return shown
 
 
+def same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
 def formats() -> list[str]:
     """--formats: every format, in the order in which they are tried."""
     known = (OURS, *FORMATS[:-1], PREFIXED, FORMATS[-1])
@@ -174,24 +184,30 @@ def main(argv: list[str] | None = None) -> int:
         if args.formats:
             print("\n".join(formats()), flush=True)
             return 0
+        form, to = (args.to[0], Path(args.to[1])) if args.to else ("", None)
+        if args.convert and args.convert.suffix != ".safetensors":
+            raise UserError(f"{args.convert} will be a safetensors file: let its name end in .safetensors")
+        if to:
+            check_target(form, to)
         checkpoint = read_checkpoint(args.file, key=args.key)
-        print("\n".join(describe(checkpoint)))
-        for out in (args.convert, Path(args.to[1]) if args.to else None):
-            if out is not None and out.resolve() == Path(checkpoint.path).resolve():
-                raise UserError(f"{out} is the file that is read: give another name")
+        read = [Path(checkpoint.path), *(Path(checkpoint.path, name) for name in WEIGHTS)]
+        if same := next((out for out in (args.convert, to) if out and any(map(partial(same_file, out), read))), None):
+            raise UserError(f"{same} is the file that is read: give another name")
+        lines = describe(checkpoint)
         if args.convert:
-            if args.convert.suffix != ".safetensors":
-                raise UserError(f"{args.convert} will be a safetensors file: let its name end in .safetensors")
             save_canonical(checkpoint, args.convert)
-            print(f"written: {args.convert}")
-        if args.to:
-            export(checkpoint, args.to[0], Path(args.to[1]))
-            left = left_out(checkpoint, args.to[0])
-            print(f"written for {args.to[0]}: {args.to[1]}" + (f"; not in this form: {left}" if left else ""))
-        sys.stdout.flush()
+            lines.append(f"written: {args.convert}")
+        if to:
+            export(checkpoint, form, to)
+            left = left_out(checkpoint, form)
+            lines.append(f"written for {form}: {to}" + (f"; not in this form: {left}" if left else ""))
+        print("\n".join(printable(line) for line in lines), flush=True)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # head or less has read enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return 0

@@ -1,6 +1,7 @@
 """A weight file -> its format, and its tensors under timm's names."""
 
 import argparse
+import math
 import re
 from collections.abc import Set
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.formats import FORMATS, HALF, Format
 from mae_core.checkpoint.renaming import from_flax
-from mae_core.checkpoint.weights_file import OUR_FORMAT, CheckpointError, is_mapped, read_file
+from mae_core.checkpoint.weights_file import OUR_FORMAT, check_memory, is_mapped, read_file
 from mae_core.settings import did_you_mean
 from mae_core.vit import ARCHS
 
 MODELS = ("model", "state_dict", "teacher", "module", "student", "model_ema", "state_dict_ema")
-WRAPPERS = ("module.", "_orig_mod.")
+WRAPPER = "module."
+# What torch.compile, activation checkpointing and FSDP put into the names of whatever they wrap, a block for instance.
+WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+FLAT = re.compile(r"(.*\.)?(_flat_param|flat_param_\d+)")
+KINDS = ("encoder", "classifier", "linear-probe")
 CHOOSE = "write one to its own file (python -m mae_core.checkpoint FILE --key NAME --convert OUT.safetensors)"
 OURS = Format("ours", "written by this project: mae.safetensors, classifier.safetensors, --convert")
 PREFIXED = Format("prefixed", "Lightning, solo-learn, lightly: the one ViT below a prefix (backbone., encoder., ...)")
@@ -44,16 +50,21 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     under, entries = _state_dict(path, content, key)
     beside = {str(name) for name in content if name != under}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    check_memory(path, tensors)
     dropped = [name for name in entries if name not in tensors]
     format, prefix = _choose(path, tensors, under, beside, key if key != under else None)
     if str(metadata.get("format") or content.get("format")).startswith(OUR_FORMAT):
         format = OURS
     facts: dict[str, Any] = {name: metadata[name] for name in sorted(metadata) if name != "format"}
     # Metadata is only text, and "false" would be true to Python.
-    facts |= {name: int(text) for name, text in metadata.items() if name == "epochs" and text.isdecimal()}
+    facts |= {name: int(text) for name, text in metadata.items() if name == "epochs" and re.fullmatch(r"\d{1,9}", text)}
     facts |= {name: text == "true" for name, text in metadata.items() if text in ("true", "false")}
     if "decoder_embed.weight" in tensors:
         facts |= _training_facts(format.name, content)
+    if not re.fullmatch("[1-9][0-9]{0,3}", str(facts.get("decoder_heads", 1))):
+        raise CheckpointError(f"{path}: its metadata decoder_heads={facts['decoder_heads']} is no number of heads")
+    if format is OURS and facts.get("kind", KINDS[0]) not in KINDS:
+        raise CheckpointError(f"{path}: its metadata kind={facts['kind']} is none of {', '.join(KINDS)}")
     dropped += [name for name in tensors if not name.startswith(prefix)]
     dropped += [f"{other}.*" for other in sorted(beside & set(MODELS)) if isinstance(content[other], dict)]
     names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
@@ -61,7 +72,10 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     if any(name.endswith(".attn.q.weight") for name in weights.tensors):
         # From a second mapping of the file, which is released after joining: else they would be in memory twice.
         again = is_mapped(path) and format.convert is not from_flax
-        _join_qkv(weights, _state_dict(path, read_file(path)[0], key)[1] if again else {})
+        try:
+            _join_qkv(weights, _state_dict(path, read_file(path, checked=True)[0], key)[1] if again else {})
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: queries, keys and values cannot be joined ({error})") from None
     return weights
 
 
@@ -75,8 +89,8 @@ def _choose(
     if format.prefix or (key is None and format is not FORMATS[-1]):
         return format, prefix
     below = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in below)), None):
-        prefix, below = prefix + wrapper, {name.removeprefix(wrapper): t for name, t in below.items()}
+    while below and all(name.startswith(WRAPPER) for name in below):
+        prefix, below = prefix + WRAPPER, {name.removeprefix(WRAPPER): t for name, t in below.items()}
     inner = detect(below, None)
     found = inner.prefix or (_prefix_of_vit(path, below) if inner is FORMATS[-1] else "")
     if found and inner is FORMATS[-1]:
@@ -114,7 +128,7 @@ def _convert(
     if format.convert is not None:
         try:
             format.convert(tensors, sources)
-        except (KeyError, RuntimeError, IndexError, ValueError) as error:
+        except (KeyError, RuntimeError, IndexError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{path} is no complete {format.name} file: {error} is missing or has another shape"
             ) from None
@@ -138,7 +152,7 @@ def _join_qkv(weights: Weights, entries: dict[str, Any]) -> None:
                 pieces = [tensors.pop(part) for part in parts]
                 if entries:
                     pieces = [entries[sources[part][0]] for part in parts]
-                if len({tuple(piece.shape) for piece in pieces}) == 1:
+                if len({(piece.shape, piece.dtype) for piece in pieces}) == 1:
                     tensors[f"{stem}qkv.{kind}"] = torch.cat(pieces)
                     sources[f"{stem}qkv.{kind}"] = tuple(name for part in parts for name in sources.pop(part))
         for part in "qv":
@@ -167,14 +181,27 @@ def _state_dict(path: Path, content: dict[Any, Any], key: str | None) -> tuple[s
         raise CheckpointError(f"{path} holds no named tensors ({found}): give a file with a model's state_dict")
     if key is not None and key != under and key in content:
         raise CheckpointError(f"{path}: '{key}' is no model; the models are {', '.join(models) or 'none'}")
-    return under, _unwrapped({str(name): value for name, value in entries.items()})
+    return under, _unwrapped(path, entries)
 
 
-def _unwrapped(entries: dict[str, Any]) -> dict[str, Any]:
+def _unwrapped(path: Path, entries: dict[Any, Any]) -> dict[str, Any]:
+    """The entries without wrappers in their names; CheckpointError for two of one name, and for FSDP's flat ones."""
+    found: dict[str, Any] = {}
+    for original, value in entries.items():
+        if FLAT.fullmatch(str(original)):
+            raise CheckpointError(
+                f"{path} holds FSDP's flat parameters ({original}), which have lost their shapes: save the full state "
+                "dict (StateDictType.FULL_STATE_DICT; of sharded folders, torch.distributed.checkpoint.format_utils "
+                "makes one file: dcp_to_torch_save)"
+            )
+        name = WRAPPED.sub("", str(original))
+        if name in found:
+            raise CheckpointError(f"{path}: two entries are {name}, with a wrapper's prefix and without: save one")
+        found[name] = value
     # Of every name or none: "module." inside names, or at the start of only some, is no wrapper's prefix.
-    while prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in entries)), None):
-        entries = {name.removeprefix(prefix): value for name, value in entries.items()}
-    return entries
+    while found and all(name.startswith(WRAPPER) for name in found):
+        found = {name.removeprefix(WRAPPER): value for name, value in found.items()}
+    return found
 
 
 def _prefix_of_key(path: Path, key: str, tensors: dict[str, Tensor]) -> str:
@@ -209,7 +236,7 @@ def _training_facts(format: str, content: dict) -> dict[str, Any]:
         facts = {"epochs": getattr(args, "epochs", None), "norm_pix": getattr(args, "norm_pix_loss", None)}
     if format == "mae-training" and isinstance(epoch, int):
         facts["epochs_done"] = epoch + 1  # the official code counts from 0
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
 
 
 def model_settings(path: Path, weights: Weights, config: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +247,7 @@ def model_settings(path: Path, weights: Weights, config: dict[str, Any]) -> dict
     mean, std = HALF if augreg else f.normalization
     found: dict[str, Any] = {"mean": mean, "std": std, "eps": f.eps, "pool": f.pool, "heads": None}
     if f.heads and "patch_embed.proj.bias" in tensors:
-        found["heads"] = f.heads.get(len(tensors["patch_embed.proj.bias"]))
+        found["heads"] = f.heads.get(tensors["patch_embed.proj.bias"].shape[:1].numel())
     try:
         if "mean" in facts:
             found |= {name: tuple(map(float, str(facts.pop(name)).split())) for name in ("mean", "std")}
@@ -229,4 +256,11 @@ def model_settings(path: Path, weights: Weights, config: dict[str, Any]) -> dict
             found["heads"] = ARCHS[str(facts["arch"])].heads
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata of mean, std, eps and pool is damaged ({error})") from None
-    return found | config
+    found |= config
+    pixels = (*found["mean"], *found["std"])
+    if len(pixels) != 6 or not all(map(math.isfinite, pixels)) or min(found["std"]) <= 0 or not 0 < found["eps"] < 1:
+        said = ", ".join(f"{name} {found[name]}" for name in ("mean", "std", "eps"))
+        raise CheckpointError(f"{path}: nothing can be normalised by {said}, which its metadata or config gives")
+    if found["pool"] not in ("token", "avg"):
+        raise CheckpointError(f"{path}: its metadata pool={found['pool']} is neither token nor avg")
+    return found

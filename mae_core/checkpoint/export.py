@@ -1,6 +1,7 @@
 """A Checkpoint -> a file: in the canonical form, or as another project reads it."""
 
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.read import Checkpoint
-from mae_core.checkpoint.weights_file import CheckpointError, copies, save_weights
+from mae_core.checkpoint.weights_file import copies, save_weights
 from mae_core.data import MEAN, STD
 from mae_core.settings import replacing, unknown
 from mae_core.vit import ARCHS, EPS
@@ -42,19 +44,24 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
 
     UserError for an unknown form, and for an encoder that the form cannot hold.
     """
-    if form not in TARGETS:
-        raise unknown("form", form, TARGETS)
-    if form != "timm" and not checkpoint.plain:
+    if form in TARGETS and form != "timm" and not checkpoint.plain:
         raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
-    if path.exists() and path.is_dir() != (form == "hf"):
-        raise CheckpointError(f"{path} is {'a folder' if path.is_dir() else 'a file'}: give another name")
-    suffixes = SUFFIXES.get(form, ())
-    if suffixes and path.suffix not in suffixes:
-        raise CheckpointError(f"{path}: --to {form} writes a file that ends in {' or '.join(suffixes)}")
+    check_target(form, path)
     try:
         TARGETS[form](checkpoint, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, of a folder that is not there
         raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+
+
+def check_target(form: str, path: Path) -> None:
+    """UserError for a form that is unknown, and for a path that it cannot be written to."""
+    if form not in TARGETS:
+        raise unknown("form", form, TARGETS)
+    if os.path.exists(path) and os.path.isdir(path) != (form == "hf"):
+        raise CheckpointError(f"{path} is {'a folder' if os.path.isdir(path) else 'a file'}: give another name")
+    suffixes = SUFFIXES.get(form, ())
+    if suffixes and path.suffix not in suffixes:
+        raise CheckpointError(f"{path}: --to {form} writes a file that ends in {' or '.join(suffixes)}")
 
 
 SUFFIXES = {"timm": (".safetensors",), "fair": (".pth", ".pt"), "detectron2": (".pth",)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_core.checkpoint.weights_file import CheckpointError
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.vit import ARCHS, Variant, build_vit
 
 # Tensors of models that no variant in mae_core/vit.py computes: CLIP's, a ConvStem, EVA's.
@@ -20,7 +20,7 @@ def identify(
     path: Path, tensors: dict[str, Tensor], encoder: dict[str, Tensor], heads: int | None
 ) -> tuple[str, Variant]:
     """The encoder's arch and variant; CheckpointError unless it is a known ViT with every tensor in the right shape."""
-    blocks = {int(match[1]) for name in encoder if (match := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in encoder if (match := re.match(r"blocks\.([0-9]{1,4})\.", name))}
     if not blocks:
         if any(name.startswith("decoder_") for name in tensors):
             raise CheckpointError(f"{path} holds only a decoder: give the file that has the encoder")
@@ -91,8 +91,9 @@ def grid_of(encoder: dict[str, Tensor], variant: Variant) -> int:
     """Patches along one side; 0 if the positions are not those of a square."""
     if variant.beit:
         table = encoder.get("blocks.0.attn.relative_position_bias_table", torch.empty(0))
-        side = math.isqrt(max(len(table) - 3, 0))  # (2 w - 1)^2 distances, and three of the class token
-        return (side + 1) // 2 if side**2 == len(table) - 3 else 0
+        distances = table.shape[:1].numel() - 3  # (2 w - 1)^2 of them, and three of the class token
+        side = math.isqrt(max(distances, 0))
+        return (side + 1) // 2 if side**2 == distances else 0
     tokens = encoder["pos_embed"].shape[1:2].numel() - variant.positions if "pos_embed" in encoder else 0
     return math.isqrt(max(tokens, 0)) if math.isqrt(max(tokens, 0)) ** 2 == tokens else 0
 

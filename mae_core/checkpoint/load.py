@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.identify import check_shapes, registered, resize_position_embedding
 from mae_core.checkpoint.read import Checkpoint
-from mae_core.checkpoint.weights_file import CheckpointError
 from mae_core.vit import ViT, build_distilled, build_vit, get_arch
 
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import timm
 
-from mae_core.checkpoint.weights_file import CheckpointError
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.data import MEAN, STD
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CONFIGS = ("config.json", "preprocessor_config.json")
+SHARDED = (
+    "is a sharded checkpoint of torch.distributed.checkpoint: make one file of it with `python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pth` (dcp_to_torch_save) and give that"
+)
 OFFLINE = "it is not in the local cache and could not be fetched"
 
 
@@ -36,9 +40,17 @@ def locate(spec: str) -> Source:
         return _in_folder(_fetched(spec, _timm_repository(spec)), spec)
     if spec.startswith("hf:"):
         return _in_folder(_fetched(spec, spec.removeprefix("hf:")), spec)
-    path = Path(spec).expanduser()
+    try:
+        return _local(Path(spec).expanduser())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a home or a link that leads nowhere
+        raise CheckpointError(f"{spec} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _local(path: Path) -> Source:
     if path.is_dir():
         return _in_folder(path, path.resolve().name, str(path))
+    if path.suffix == ".distcp" and path.exists():
+        raise CheckpointError(f"{path.parent} {SHARDED}")
     # Only under these names does a file belong to the config beside it.
     settings, config = _read_configs(path.parent) if path.name in WEIGHTS else ({}, "")
     stem = path.name.removesuffix(".pth.tar") if path.name.endswith(".pth.tar") else path.stem
@@ -48,6 +60,8 @@ def locate(spec: str) -> Source:
 def _in_folder(folder: Path, name: str, spec: str = "") -> Source:
     found = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if found is None:
+        if any(folder.glob("*.distcp")):
+            raise CheckpointError(f"{folder} {SHARDED}")
         split = sorted(folder.glob("*.index.json"))
         if split:
             raise CheckpointError(
@@ -68,7 +82,7 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
         try:
             content = path.read_bytes()
             config = json.loads(content)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is no JSON file ({error}): restore it or move it away") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} holds no settings: restore it or move it away")
@@ -89,8 +103,10 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
             found[name] = tuple(float(v) for v in found[name])
             if len(found[name]) != 3:
                 raise ValueError("mean and std need three channels")
-        found |= {name: kind(found[name]) for name, kind in (("eps", float), ("heads", int)) if name in found}
-    except (TypeError, ValueError) as error:
+        found |= {name: float(found[name]) for name in {"eps"} & found.keys()}
+        if not isinstance(found.get("heads", 1), int):
+            raise ValueError(f"num_attention_heads is {found['heads']}")
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{folder}: config.json or preprocessor_config.json is damaged ({error})") from None
     return found, digest.hexdigest() if present else ""
 

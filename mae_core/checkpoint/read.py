@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mae_core.checkpoint.convert import is_converted, model_settings, read_weights
+from mae_core.checkpoint.convert import KINDS, is_converted, model_settings, read_weights
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.identify import identify, image_size_of
 from mae_core.checkpoint.locate import locate
-from mae_core.checkpoint.weights_file import CheckpointError, as_float32, sha256_of
+from mae_core.checkpoint.weights_file import as_float32, sha256_of
 from mae_core.data import MEAN, STD, Normalization
 from mae_core.errors import UserError
 from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_vit, get_arch
@@ -75,7 +76,7 @@ class Checkpoint:
         if any(name.startswith("head.0.") for name in self.classifier):
             return "linear-probe"
         tuned = self.format in ("mae-finetuned", "mae-full", "mae-training", "ours") and self.classifier
-        if "kind" in self.meta:
+        if self.meta.get("kind") in KINDS:
             return str(self.meta["kind"])
         pooled = {"fc_norm.weight", "head.weight"} <= self.classifier.keys()
         return "classifier" if pooled or tuned else "encoder"

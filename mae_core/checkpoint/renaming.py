@@ -99,6 +99,8 @@ def fold_class_position(tensors: dict[str, Tensor], sources: Sources) -> None:
     class token becomes the sum."""
     tensors["reg_token"], sources["reg_token"] = tensors.pop("register_tokens"), sources.pop("register_tokens")
     positions = tensors["pos_embed"]
+    if tensors["cls_token"].shape != positions[:, :1].shape:  # they would be broadcast
+        raise ValueError("cls_token")
     tensors["cls_token"], tensors["pos_embed"] = tensors["cls_token"] + positions[:, :1], positions[:, 1:]
     sources["cls_token"] += (f"{sources['pos_embed'][0]}[:, 0]",)
     sources["pos_embed"] = (f"{sources['pos_embed'][0]}[:, 1:]",)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import tarfile
 import warnings
 import zipfile
@@ -22,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae_core.errors import UserError
+from mae_core.checkpoint.archive import check_arrays, check_torch, members_of
+from mae_core.checkpoint.errors import CheckpointError
 from mae_core.settings import replacing
 
 OUR_FORMAT = "mae-transfer"
@@ -38,36 +40,45 @@ SAFE_TYPES: list[Any] = [
 ]
 
 
-class CheckpointError(UserError):
-    """A checkpoint file that cannot be used, or does not fit the model it is loaded into."""
-
-
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_file(path: Path) -> tuple[dict[Any, Any], dict[str, str]]:
+def read_file(path: Path, checked: bool = False) -> tuple[dict[Any, Any], dict[str, str]]:
     """The dictionary in the file ({} if it holds something else), and its safetensors metadata ({} for other kinds of
-    file). CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values."""
-    content, metadata = _read(path)
+    file). CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values.
+
+    checked: its checksums were found right before.
+    """
+    content, metadata = _read(path, checked)
     return content if isinstance(content, dict) else {}, metadata
 
 
-def _read(path: Path) -> tuple[object, dict[str, str]]:
+def _begin(path: Path) -> tuple[int, bytes]:
+    """The size of a regular file in bytes, and its first ones."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+            raise CheckpointError(f"{path} is {kind}, not a file: give the weight file itself")
         with open(path, "rb") as file:
-            head = file.read(512)
+            return status.st_size, file.read(512)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist: give a checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH"
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def _read(path: Path, checked: bool) -> tuple[object, dict[str, str]]:
+    size, head = _begin(path)
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise CheckpointError(f"{path}: its name is not UTF-8, and neither torch nor safetensors opens it: rename it")
     if head.startswith(b"PK\x03\x04"):
-        return _read_zip(path), {}
+        return _read_zip(path, checked), {}
     header = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header <= SAFETENSORS_HEADER_LIMIT:
         return _read_safetensors(path, size, header)
@@ -100,22 +111,26 @@ def _instead(path: Path, head: bytes) -> str:
     return f"is no checkpoint (it begins with {head[:8]!r}): give a file written by torch.save or safetensors"
 
 
-def _read_zip(path: Path) -> object:
-    # The table of contents is the last thing in a zip file.
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short or damaged: download or copy it again")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {name.partition("/")[2] for name in archive.namelist()}
-    except zipfile.BadZipFile:
-        raise CheckpointError(f"{path} is damaged: download or copy it again") from None
-    if "constants.pkl" in members:
+def _read_zip(path: Path, checked: bool) -> object:
+    members = members_of(path)
+    names = {member.filename.partition("/")[2] for member in members}
+    if "constants.pkl" in names:
         raise CheckpointError(f"{path} is a TorchScript program, not weights: save its state_dict with torch.save")
-    if members and all(name.endswith(".npy") for name in archive.namelist()):
-        return _read_npz(path)
-    if "data.pkl" not in members:
+    if members and all(member.filename.endswith(".npy") for member in members):
+        return _read_npz(path, members)
+    if "data.pkl" not in names:
         raise CheckpointError(f"{path} is a zip archive that torch.save did not write: give the weight file itself")
+    if not checked:
+        check_torch(path, members)
     return _torch_load(path, mmap=True)
+
+
+def read_state(path: Path) -> object:
+    """What torch.save wrote, in memory and not mapped: a training to resume. CheckpointError if it is damaged, which
+    its checksums show, or holds more than tensors and plain values."""
+    _begin(path)  # which may be no file
+    check_torch(path, members_of(path))
+    return _torch_load(path, mmap=False)
 
 
 def _torch_load(path: Path, mmap: bool) -> object:
@@ -141,10 +156,13 @@ def _torch_load(path: Path, mmap: bool) -> object:
         raise CheckpointError(f"{path} is cut short or damaged ({reason}): download or copy it again") from None
 
 
-def _read_npz(path: Path) -> dict[str, Tensor]:
+def _read_npz(path: Path, members: list[zipfile.ZipInfo]) -> dict[str, Tensor]:
     try:
+        check_arrays(path, members)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged member or header; TypeError: no numbers
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path} is damaged or holds no plain arrays ({reason}): download it again") from None
@@ -202,8 +220,22 @@ def _read_safetensors(path: Path, size: int, header: int) -> tuple[dict[str, Ten
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except Exception as error:  # SafetensorError, or a type of numbers that this torch does not know
         raise CheckpointError(f"{path} is cut short or damaged ({error}): download or copy it again") from None
+
+
+def check_memory(path: Path, tensors: dict[str, Tensor]) -> None:
+    """CheckpointError if tensors hold more numbers than their memory has bytes: expanded ones (stride 0), which in a
+    small file can be of any size, and would fill this machine's memory when they are copied."""
+    dense = {n: t for n, t in tensors.items() if t.layout is torch.strided and not t.is_meta}
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in dense.values()}
+    numbers = sum(tensor.numel() for tensor in dense.values())
+    if numbers > sum(memory.values()):
+        largest = max(dense, key=lambda name: dense[name].numel())
+        raise CheckpointError(
+            f"{path}: tensors such as {largest} are expanded ({numbers:,} numbers in {sum(memory.values()):,} bytes): "
+            "save contiguous copies of them"
+        )
 
 
 def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:

@@ -172,6 +172,18 @@ def test_a_file_that_is_not_our_checkpoint_is_refused(noise_images, tmp_path, co
         runs.train(noise_images, out)
 
 
+def test_a_checkpoint_with_zeros_inside_a_weight_is_refused(noise_images, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "a")
+    path = tmp_path / "a" / CHECKPOINT_FILE
+    content = bytearray(path.read_bytes())
+    at = content.find(torch.load(path)["model"]["blocks.2.mlp.fc1.weight"].numpy().tobytes())
+    content[at : at + 4096] = bytes(4096)
+    path.write_bytes(content)
+    torch.load(path)  # which does not look at checksums
+    with pytest.raises(UserError, match=r"checkpoint.pth is damaged or no training checkpoint of ours: delete it"):
+        runs.train(noise_images, tmp_path / "a")
+
+
 def assert_good(out, step):
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["state"]["step"] == step

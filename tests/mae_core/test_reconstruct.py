@@ -1,4 +1,5 @@
 import argparse
+import os
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from mae_core.checkpoint import CheckpointError, read_checkpoint, save_weights
 from mae_core.data import MEAN, STD
+from mae_core.errors import UserError
 from mae_core.patches import normalise_patches, patchify
 from mae_core.reconstruct import load_autoencoder, load_images, main, reconstruct
 
@@ -127,6 +129,49 @@ def test_a_flag_that_contradicts_the_file_is_refused(file):
         load_autoencoder(read_checkpoint(file(norm_pix="false")), norm_pix=True)
 
 
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a.png")
+    monkeypatch.setattr("mae_core.reconstruct.read_image", lambda file: pytest.fail("it was opened"))
+    with pytest.raises(UserError, match=r"a.png is no regular file"):
+        load_images([tmp_path / "a.png"], 48)
+
+
+def test_a_name_that_is_a_broken_formula_is_shown_as_it_is(command, file, tmp_path):
+    odd = file(decoder_heads="2").rename(tmp_path / "$\\frac{1$ €.safetensors")
+    assert command("--ckpt", odd, "--limit", "1") == 0
+
+
+def test_ctrl_c_ends_with_a_word(command, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mae_core.reconstruct.read_checkpoint", interrupted)
+    assert command() == 130
+    assert capsys.readouterr() == ("", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "metadata", "sentence"),
+    [
+        ({}, {"decoder_heads": "3"}, "is 32 wide, which must be divisible by 4 and by its 3 heads"),
+        ({"decoder_embed.weight": torch.zeros(0, 128)}, {}, "is 0 wide"),
+        ({"decoder_embed.weight": torch.tensor(1.0)}, {}, "is 1 wide"),
+        ({"decoder_embed.weight": torch.zeros(10**5, 128)}, {}, r"mask_token is \[1, 1, 32\] where"),
+        ({"decoder_target.components": torch.zeros(5, 192)}, {}, "has no mean, which its target needs"),
+        ({"decoder_target.components": torch.zeros(5), "decoder_target.mean": torch.zeros(192)}, {}, "components is"),
+        (
+            {"decoder_target.tokenizer.centres": torch.zeros(5, 7)},
+            {},
+            r"centres is \[5, 7\] where its target",
+        ),
+    ],
+)
+def test_a_decoder_that_no_model_has_is_refused(small_mae, file, changes, metadata, sentence):
+    path = file({**small_mae().state_dict(), **changes}, **{"decoder_heads": "2", **metadata})
+    with pytest.raises(CheckpointError, match=sentence):
+        load_autoencoder(read_checkpoint(path))
+
+
 def test_a_file_without_a_decoder_is_refused(small_mae, file):
     encoder = {n: t for n, t in small_mae().state_dict().items() if not n.startswith(("decoder", "mask_token"))}
     with pytest.raises(CheckpointError, match=r"has no decoder: .* full checkpoint, such as mae_visualize_"):
@@ -209,13 +254,19 @@ def test_the_picture_shows_the_originals_spread_over_the_folder(command, tmp_pat
         (["--images", "BROKEN"], "broken.png cannot be read as an image"),
         (["--ckpt", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--ckpt", "random:vit_mini_patch8"], "has no decoder"),
+        (["--seed", "9" * 30], f"--seed {'9' * 30}: give a whole number from 0 to 2^63 - 1"),
+        (["--seed", "-1"], "--seed -1: give a whole number"),
+        (["--out", "/proc/x.png"], "--out /proc/x.png cannot be written"),
+        (["--out", f"{__file__}/x.png"], "test_reconstruct.py is a file, give a folder"),
+        (["--out", f"{'x' * 300}.png"], "cannot be written (File name too long)"),
+        (["--mask-ratio", *["0.75"] * 100], "8 rows of 301 pictures are too large for one"),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(command, tmp_path, capsys, flags, sentence):
     for folder in ("EMPTY", "BROKEN"):
         (tmp_path / folder).mkdir()
     (tmp_path / "BROKEN" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert command(*(tmp_path / flag if flag in ("EMPTY", "BROKEN") else flag for flag in flags)) == 1
+    assert command(*(tmp_path / flag if flag in ("EMPTY", "BROKEN") else flag for flag in flags)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert sentence in error

@@ -13,7 +13,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from tests.fixtures.transfer import ARCH, make_job, raising
 from transfer.classification.tasks import FINETUNE
-from transfer.run import claim, finished, read_record, run_job, write_record
+from transfer.run import claim, finished, read_record, run_job, shortened, slug, with_work_folder, write_record
 from transfer.task import RECORD_FILE, Data, Job, Record, Result
 
 DATA = Data("root", "found", "4 classes", "subset", "f" * 64, {"classes": 4}, 25.0)
@@ -45,6 +45,19 @@ def test_a_job_that_succeeds_leaves_a_record_with_its_biography(job):
     assert record.recipe["epochs"] == 2
     assert torch.__version__.startswith(record.versions["torch"])
     assert record.peak_memory_gib > 0
+
+
+def test_names_that_no_file_may_have_are_shortened_and_stay_apart(job):
+    folders = set()
+    for name in ("a" * 235, "a" * 234 + "b", "ü" * 150, "a" * 201):
+        task = replace(job.task, name=f"folder:{name}")
+        work = with_work_folder(replace(job, checkpoint=replace(job.checkpoint, name=name), task=task)).work
+        work.mkdir(parents=True)
+        folders.add((work.parent.parent.name, work.parent.name))
+    assert len({checkpoint for checkpoint, _ in folders}) == len({task for _, task in folders}) == 4
+    # A name that fits stays as it is: its records are found again.
+    assert slug("mae vit-l_1.5") == "mae-vit-l_1.5"
+    assert shortened("a" * 200) == slug("a" * 200) == "a" * 200
 
 
 def test_a_users_mistake_is_the_reason_in_one_sentence(tmp_path):

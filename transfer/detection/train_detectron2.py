@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import detectron2.data.transforms as T
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from mae_core import distributed
+from mae_core.checkpoint import CheckpointError, read_state
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
 from mae_core.loop import stop_requested
@@ -124,9 +126,12 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            return torch.load(filename, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged pickle can fail with any type
-            raise UserError(f"{filename} is damaged: delete it to start this training again") from None
+            content = read_state(Path(filename))
+        except CheckpointError:
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{filename} is damaged: delete it to start this training again")
+        return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         try:

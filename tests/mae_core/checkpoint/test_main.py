@@ -1,4 +1,5 @@
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from mae_core.checkpoint.__main__ import KNOWN_MD5, KNOWN_SHA256, main
 from mae_core.checkpoint.formats import FORMATS
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
-from tests.fixtures.checkpoint import ARGS, DECODER, ENCODER, PLAIN_VIT, RUN, beit, equal, vit
+from tests.fixtures.checkpoint import ARGS, DECODER, ENCODER, PLAIN_VIT, RUN, beit, equal, folder, hf, vit
 
 
 def test_the_command_says_what_a_file_holds(put, capsys):
@@ -38,7 +39,7 @@ def test_the_command_exits_with_2_and_one_sentence(tmp_path):
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (child.returncode, child.stdout) == (2, "")
     forms = "give a checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH"
-    assert child.stderr.strip() == f"{absent} does not exist: {forms}"
+    assert child.stderr.strip() == f"error: {absent} does not exist: {forms}"
 
 
 def test_the_report_tells_the_fate_of_every_tensor(put, capsys):
@@ -100,6 +101,52 @@ def test_convert_and_to_write_and_formats_lists(put, tmp_path, capsys):
         main([])
     assert main([path, "--key", "model", "--to", "tim", "x"]) == 2
     assert "did you mean timm" in capsys.readouterr().err
+
+
+def test_nothing_is_printed_before_a_mistake(put, tmp_path, capsys):
+    path = str(put({"model": PLAIN_VIT}))
+    flags = (["--to", "timmm", "x"], ["--to", "fair", "x.bin"], ["--convert", "x.pth"], ["--convert", str(tmp_path)])
+    for wrong in (*flags, ["--to", "timm", str(tmp_path / "absent" / "x.safetensors")]):
+        assert main([path, *wrong]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err[:7], printed.err.count("\n")) == ("", "error: ", 1)
+
+
+def test_the_file_in_a_folder_that_is_read_is_not_overwritten(tmp_path, capsys):
+    path = folder(tmp_path / "m", hf(PLAIN_VIT))
+    before = (path / "model.safetensors").read_bytes()
+    assert main([str(path), "--convert", str(path / "model.safetensors")]) == 2
+    assert "is the file that is read" in capsys.readouterr().err
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_the_report_shows_odd_names_escaped(put, capsys):
+    odd = {"a\x1b[2J\ud800\u202e": torch.ones(1), "b" * 9999: torch.ones(1)}
+    assert main([str(put({"model": {**PLAIN_VIT, **odd}}))]) == 0
+    printed = capsys.readouterr().out
+    assert "dropped    a\\x1b[2J\\ud800\\u202e\n" in printed
+    assert max(map(len, printed.splitlines())) < 1100
+
+
+def test_ctrl_c_ends_with_a_word(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mae_core.checkpoint.__main__.read_checkpoint", interrupted)
+    assert main(["random:vit_mini_patch8"]) == 130
+    assert capsys.readouterr() == ("", "stopped\n")
+
+
+def test_ctrl_c_during_the_imports_ends_with_a_word(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "mae_core.checkpoint", "random:vit_mini_patch8"]
+    child = subprocess.run(command, cwd=tmp_path, env={**os.environ, **path}, capture_output=True, text=True)
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "stopped\n")
+    (tmp_path / "torch.py").write_text("raise ZeroDivisionError\n")  # anything else is shown as ever
+    child = subprocess.run(command, cwd=tmp_path, env={**os.environ, **path}, capture_output=True, text=True)
+    assert child.returncode == 1
+    assert "ZeroDivisionError" in child.stderr
 
 
 def test_the_command_says_what_a_form_does_not_hold(tmp_path, capsys):

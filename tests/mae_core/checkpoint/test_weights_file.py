@@ -18,7 +18,7 @@ from torch import nn
 
 from mae_core.checkpoint import CheckpointError, read_checkpoint, save_weights, weights_file
 from tests.fixtures import ROOT
-from tests.fixtures.checkpoint import DECODER, ENCODER, RUN, equal, flax, hf, shapes, tensors, vit
+from tests.fixtures.checkpoint import DECODER, ENCODER, RUN, Attack, equal, flax, hf, shapes, tensors, vit
 
 
 def test_paths_that_python_3_13_wrote_are_read(put, monkeypatch):
@@ -101,16 +101,6 @@ def test_other_archives_folders_and_absent_files_are_named(tmp_path, put):
     ):
         with pytest.raises(CheckpointError, match=message):
             read_checkpoint(path)
-
-
-class Attack:
-    """Unpickles to a call that makes a file."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
 
 
 @pytest.mark.parametrize("way", ["zip", "old pickle", "plain pickle 2", "plain pickle 4", "in the arguments"])
