@@ -11,6 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import format_utils
 
 from mae_core.checkpoint import CheckpointError, read_checkpoint, read_state
 from mae_core.checkpoint.convert import read_weights
@@ -268,12 +270,12 @@ def test_fsdp_s_parts_say_how_they_become_one_file(put, tmp_path):
         assert "FSDP's flat parameters" in said
         assert "FULL_STATE_DICT" in said
     parts = tmp_path / "step-100"
-    parts.mkdir()
-    (parts / ".metadata").write_bytes(b"\x80\x04")
-    (parts / "__0_0.distcp").write_bytes(b"PK\x03\x04")
+    torch.distributed.checkpoint.save({"model": dict(ENCODER)}, checkpoint_id=parts, no_dist=True)
     for path in (parts, parts / "__0_0.distcp"):
         assert f"{parts} is a sharded checkpoint" in refusal(path)
         assert "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pth" in refusal(path)
+    format_utils.dcp_to_torch_save(parts, tmp_path / "one.pth")
+    assert equal(read_checkpoint(tmp_path / "one.pth").encoder, ENCODER)
 
 
 @pytest.mark.parametrize("way", ["zip", "old pickle"])
