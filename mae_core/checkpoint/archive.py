@@ -14,14 +14,11 @@ MOST_UNPACKED = 10  # times the archive: floating-point weights hardly compress
 
 def members_of(path: Path) -> list[zipfile.ZipInfo]:
     """The archive's table of contents; CheckpointError if it is cut short, or its members overlap or share a name."""
-    # The table of contents is the last thing in a zip file.
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short or damaged: download or copy it again")
-    try:
+    try:  # the table of contents is the last thing in a zip file
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except Exception:  # a damaged table fails in any way: BadZipFile, UnicodeDecodeError, NotImplementedError...
-        raise CheckpointError(f"{path} is damaged: download or copy it again") from None
+        raise CheckpointError(f"{path} is cut short or damaged: download or copy it again") from None
     names = {member.filename for member in members}
     if len(names) < len(members) or sum(member.compress_size for member in members) > path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: its table of contents contradicts itself; download or copy it again")

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.checkpoint.archive import check_arrays, check_torch, members_of
+from mae_core.checkpoint.array_pickle import NotAllowed, load_arrays
 from mae_core.checkpoint.errors import CheckpointError
 from mae_core.settings import replacing
 
@@ -168,25 +169,10 @@ def _read_npz(path: Path, members: list[zipfile.ZipInfo]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged or holds no plain arrays ({reason}): download it again") from None
 
 
-class _NumpyUnpickler(pickle.Unpickler):
-    """Reads the dictionaries of arrays that Caffe2 and detectron2 pickle, and calls only numpy's own constructors."""
-
-    def find_class(self, module: str, name: str) -> object:
-        allowed = {"numpy": ("ndarray", "dtype"), "numpy.core.multiarray": ("_reconstruct", "scalar")}
-        if name not in allowed.get(module.replace("numpy._core", "numpy.core"), ()):
-            raise NotAllowed(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-class NotAllowed(pickle.UnpicklingError):
-    """A pickle asks for something other than arrays."""
-
-
 def _read_numpy_pickle(path: Path) -> object:
     """A plain pickle of arrays, unlike torch.save's: detectron2's model zoo."""
     try:
-        with open(path, "rb") as file:
-            content = _NumpyUnpickler(file, encoding="latin1").load()
+        return load_arrays(path)
     except NotAllowed as error:
         raise CheckpointError(
             f"{path} wants to run {error} while loading: refused; only arrays, tensors and plain values are read, so "
@@ -195,13 +181,6 @@ def _read_numpy_pickle(path: Path) -> object:
     except Exception as error:  # a damaged pickle fails in any way
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise CheckpointError(f"{path} is cut short or damaged ({reason}): download or copy it again") from None
-
-    def tensors(value: object) -> object:
-        if isinstance(value, dict):
-            return {name: tensors(v) for name, v in value.items()}
-        return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiu" else value
-
-    return tensors(content)
 
 
 def _unsafe_names(path: Path, message: str) -> str:
