@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode, v2
 from mae_core import distributed
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
+from mae_core.files import EXTENSIONS, is_image, printable, walk
 from mae_core.shards import list_members, list_shards
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
@@ -24,7 +25,6 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of the channels, in 0..1
 IMAGENET_NORMALIZATION: Normalization = (MEAN, STD)
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 MAX_UNREADABLE = 10
 AUGMENTATIONS = ("none", "crop, fixed size", "crop, random size", "crop + colour jitter")
 # How a file becomes pixels, as the records say it.
@@ -33,12 +33,10 @@ PILLOW_PIXELS = "decoded and resized by Pillow (bicubic)"
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every image below a folder, at any depth and through links, sorted; UserError if there is none."""
+    """Every image below a folder, as `walk` finds them, sorted; UserError if there is none."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images")
-    # Class folders are often links into a larger set, which Path.rglob silently skips.
-    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    files = sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+    files = sorted(path for path in walk(root) if is_image(path.name))
     if not files:
         raise UserError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
     return files
@@ -49,7 +47,7 @@ def images_or_shards(root: Path) -> list[str]:
     shards = list_shards(root)
     if not shards:
         return [str(path) for path in list_images(root)]
-    entries = list_members(shards, EXTENSIONS)
+    entries = list_members(shards)
     try:
         loose = list_images(root)[0]
     except UserError:
@@ -251,7 +249,16 @@ class UnreadableFiles:
         for name in names:
             if name not in self.names:
                 self.names.add(name)
-                print(f"unreadable image, replaced by black: {name}", flush=True)
+                print(f"unreadable image, replaced by black: {printable(name)}", flush=True)
+        self.check()
+
+    def of_all_processes(self) -> tuple[str, ...]:
+        """The names that any process has met, sorted; from now on each process knows them all."""
+        self.names.update(*distributed.gather_to_all(self.names))
+        self.check()
+        return tuple(sorted(self.names))
+
+    def check(self) -> None:
         if len(self.names) > MAX_UNREADABLE:
             raise UserError(
                 f"{len(self.names)} images cannot be read (at most {MAX_UNREADABLE} may be): "

@@ -1,5 +1,7 @@
 """The one exception for what the user can mend."""
 
+from mae_core.files import printable
+
 
 class UserError(Exception):
     """A mistake or a missing thing that the user can mend: a wrong file, absent data, a bad flag.
@@ -10,5 +12,5 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         # A DataLoader raises its worker's error again, with the worker's whole traceback as its text.
-        text = super().__str__()
+        text = printable(super().__str__())
         return text.rpartition(f"{__name__}.UserError: ")[2].strip() if text.startswith("Caught UserError") else text

@@ -1,5 +1,6 @@
 """Following a pre-training by the k-NN accuracy of its encoder on a labelled folder."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,28 +50,40 @@ def labelled_folder(root: Path) -> Labelled:
     return Labelled(thinned(splits["train"], TRAIN_IMAGES), thinned(splits["val"], VAL_IMAGES), len(label_of))
 
 
-def knn_top1(model: VisionTransformer, data: Labelled, image_size: int, machine: Machine) -> float | None:
+def knn_top1(model: VisionTransformer, data: Labelled, image_size: int, machine: Machine) -> tuple[float, list[str]]:
     """Accuracy (percent) on the validation images of a vote by the 20 nearest training images (mae_core/knn.py), by the
-    class token after the last norm. The processes share the work; all but the first return None."""
-    features = [encoder_features(model, files, image_size, machine) for files in (data.train[0], data.val[0])]
+    class token after the last norm; and the images of both that could not be read, which are left out. The processes
+    share the work; all but the first return NaN. UserError if nothing is left."""
+    features, labels, left_out = [], [], []
+    for files, all_labels in (data.train, data.val):
+        found, bad = encoder_features(model, files, image_size, machine)
+        kept = torch.tensor([str(file) not in bad for file in files])
+        if not kept.any():
+            raise UserError(f"k-NN: no image of {files[0].parents[1]} can be read: mend them")
+        features.append(found[kept].to(machine.device))
+        labels.append(torch.tensor(all_labels)[kept].to(machine.device))
+        left_out += sorted(bad)
     if not distributed.is_main():
-        return None
-    labels = [torch.tensor(split[1], device=machine.device) for split in (data.train, data.val)]
-    train, val = (part.to(machine.device) for part in features)
-    predicted = knn_predict(train, labels[0], val, data.classes, k=min(20, len(train)))
-    return 100 * (predicted == labels[1]).float().mean().item()
+        return math.nan, left_out
+    predicted = knn_predict(features[0], labels[0], features[1], data.classes, k=min(20, len(features[0])))
+    return 100 * (predicted == labels[1]).float().mean().item(), left_out
 
 
 @torch.inference_mode()
-def encoder_features(model: VisionTransformer, files: list[Path], image_size: int, machine: Machine) -> Tensor:
-    """The class token of every file's centre crop [N, D], in the order of the files, on every process."""
+def encoder_features(
+    model: VisionTransformer, files: list[Path], image_size: int, machine: Machine
+) -> tuple[Tensor, set[str]]:
+    """The class token of every file's centre crop [N, D], in the order of the files, and the files that could not be
+    read and were black; on every process."""
     batches = distributed.local_batches(len(files), BATCH)
     dataset = Images(files, pretraining_transform(image_size, augmentation="none"))
-    was_training, found = model.training, []
+    was_training, found, unreadable = model.training, [], set()
     model.eval()
-    for images, _, _ in loader(dataset, batches, machine.workers, machine.device):
+    for images, _, bad in loader(dataset, batches, machine.workers, machine.device):
         with machine.autocast():
             tokens = model.forward_features(normalize(images.to(machine.device, non_blocking=True)))
         found.append(tokens[:, 0].float().cpu())
+        unreadable.update(bad)
     model.train(was_training)
-    return torch.cat(distributed.gather_in_turn(found))
+    everyone = distributed.gather_to_all(unreadable)
+    return torch.cat(distributed.gather_in_turn(found)), set().union(*everyone)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core import distributed
 from mae_core.data import TrainingStream, UnreadableFiles, loader, seed_all
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
@@ -66,10 +67,10 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     KeyboardInterrupt. A loss that is not finite raises UserError and leaves the last checkpoint as it was."""
     t, main = training, distributed.is_main()
     state = State(micro_batch=t.micro_batch)
-    unreadable = UnreadableFiles()
-    resume(model, optimizer, t, state, unreadable, ema)
+    resume(model, optimizer, t, state, ema)
     if state.step >= t.steps:
-        return state
+        return with_unreadable(state)
+    unreadable = UnreadableFiles(state.unreadable)
     truncate_log(t.work / LOG_FILE, state.step // t.steps_per_epoch)
     suit_attention(model, t.machine)
     forward = model
@@ -106,9 +107,11 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                     writer.add_scalar("train/loss", last_loss, step)
                     writer.add_scalar("train/lr", lr, step)
             progress.update(state.step, t.batch, note)
+            if end_of_epoch or due or stopping:
+                state.unreadable = unreadable.of_all_processes()
             if end_of_epoch:
                 before = time.monotonic()
-                found = t.after_epoch(state.step // t.steps_per_epoch) if t.after_epoch else {}
+                found = t.after_epoch(state.step // t.steps_per_epoch, state) if t.after_epoch else {}
                 started += time.monotonic() - before  # evaluation is not training time
                 progress.started += time.monotonic() - before
                 end_epoch(t, state, lr, progress.rate(), found)
@@ -117,12 +120,20 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                 losses = distributed.gather_to_all(state.loss_sum)
                 state.loss_sum = sum(losses) / len(losses)
                 if main:
-                    save(model, optimizer, t, state, unreadable, ema)
+                    save(model, optimizer, t, state, ema)
                 saved = time.monotonic()
             if stopping:
                 raise KeyboardInterrupt
     if writer:
         writer.close()
+    return with_unreadable(state)
+
+
+def with_unreadable(state: State) -> State:
+    """The state with a note on the images that could not be read, if there were any."""
+    if names := state.unreadable:
+        what = f"{len(names)} training images could not be read and were replaced by black"
+        state.notes += (f"{what}: {', '.join(map(printable, names))}",)
     return state
 
 

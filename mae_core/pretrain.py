@@ -19,6 +19,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
 from mae_core.data import Images, images_or_shards, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
@@ -36,7 +37,7 @@ from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
 from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.settings import override
-from mae_core.training import CHECKPOINT_FILE, State, Training
+from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
 from mae_core.vit import get_arch
 
 WEIGHTS_FILE = "mae.safetensors"
@@ -102,19 +103,21 @@ def pretrain(
         noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
         return normalize(images), noise.to(images.device)
 
-    def write(name: str, epochs: int) -> None:
+    def write(name: str, epochs: int, state: State) -> None:
         if distributed.is_main():
-            save_weights(out / name, model.state_dict(), metadata_of(arch, r, epochs, len(files), seed))
+            metadata = metadata_of(arch, r, epochs, len(files), seed) | unreadable_metadata(state)
+            save_weights(out / name, model.state_dict(), metadata)
 
-    def after_epoch(epochs: int) -> dict[str, float | None]:
+    def after_epoch(epochs: int, state: State) -> dict[str, float]:
         if following.keep_every and epochs % following.keep_every == 0:
-            write(f"epoch-{epochs:04}.safetensors", epochs)
+            write(f"epoch-{epochs:04}.safetensors", epochs, state)
         if following.labelled is None or epochs % following.eval_every:
             return {}
-        top1 = knn_top1(model, following.labelled, r.image_size, machine)
+        top1, left_out = knn_top1(model, following.labelled, r.image_size, machine)
+        without = f" without {len(left_out)} images that cannot be read: {', '.join(map(printable, left_out[:3]))}"
         if distributed.is_main():
-            print(f"epoch {epochs}/{r.epochs}: k-NN top-1 {top1:.2f}", flush=True)
-        return {"knn_top1": top1}
+            print(f"epoch {epochs}/{r.epochs}: k-NN top-1 {top1:.2f}" + without * bool(left_out), flush=True)
+        return {"knn_top1": top1} | ({"knn_left_out": len(left_out)} if left_out else {})
 
     state = fit(
         model,
@@ -137,7 +140,7 @@ def pretrain(
             after_epoch=after_epoch,
         ),
     )
-    write(WEIGHTS_FILE, r.epochs)
+    write(WEIGHTS_FILE, r.epochs, state)
     return state, len(files)
 
 
@@ -226,7 +229,9 @@ def main() -> int:
         print(
             f"{args.out / WEIGHTS_FILE}: {args.arch}, {label}, {r.epochs} epochs of {images} images in "
             f"{duration(state.seconds)} ({seen / max(state.seconds, 1e-9):.0f} images/s), {hardware(machine.device)}, "
-            f"peak {peak_memory_gib(machine.device):.1f} GiB"
+            f"peak {peak_memory_gib(machine.device):.1f} GiB",
+            *state.notes,
+            sep="\n",
         )
     return 0
 

@@ -5,42 +5,60 @@ the same for loose files and tars.
 """
 
 import io
-import os
 import re
 import tarfile
-from collections.abc import Set
 from pathlib import Path
+from typing import BinaryIO
 
 from mae_core.errors import UserError
+from mae_core.files import EXTENSIONS, is_image, open_regular, walk
 
 ENTRY = re.compile(r"(?P<tar>.+\.tar)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that mark the end of a tar
+AT_A_TIME = 1 << 20  # bytes
 
 
 def list_shards(root: Path) -> list[Path]:
-    """Every .tar file below a folder, at any depth and through links, sorted."""
-    found = (Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    return sorted(path for path in found if path.suffix == ".tar")
+    """Every .tar file below a folder, as `walk` finds them, sorted."""
+    return sorted(path for path in walk(root) if path.suffix == ".tar")
 
 
-def list_members(shards: list[Path], extensions: Set[str]) -> list[str]:
+def list_members(shards: list[Path]) -> list[str]:
     """Every image in the shards, in their order, as "SHARD.tar!/MEMBER@OFFSET+SIZE" (bytes), which open_member reads.
 
-    UserError for a file that is no uncompressed tar or is cut short, and if no shard holds an image.
+    UserError for a file that is no uncompressed tar or of which any part is damaged or missing, for an image that is
+    stored with holes, and if no shard holds an image.
     """
     entries = []
     for path in shards:
         try:
-            with tarfile.open(path, "r:") as tar:
-                members = [m for m in tar if m.isreg() and not m.issparse()]
-        except tarfile.TarError as error:
+            with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                members = [m for m in tar if m.isreg() and is_image(Path(m.name).name)]
+                check_end(path, file, tar.offset)
+        except (tarfile.TarError, OSError) as error:
             raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}): pack it again") from None
-        if members and members[-1].offset_data + members[-1].size > path.stat().st_size:
-            raise UserError(f"{path} is cut short: copy it again")
-        images = (m for m in members if Path(m.name).suffix.lower() in extensions)
-        entries += [f"{path}!/{m.name}@{m.offset_data}+{m.size}" for m in images]
+        if sparse := [m.name for m in members if m.issparse()]:
+            raise UserError(f"{path} stores {sparse[0]} with holes: pack it again without --sparse")
+        entries += [f"{path}!/{m.name}@{m.offset_data}+{m.size}" for m in members]
     if not entries:
-        raise UserError(f"no image ({', '.join(sorted(extensions))}) in {', '.join(map(str, shards[:3]))}")
+        raise UserError(f"no image ({', '.join(sorted(EXTENSIONS))}) in {', '.join(map(str, shards[:3]))}")
     return entries
+
+
+def check_end(path: Path, file: BinaryIO, offset: int) -> None:
+    """UserError unless all that follows the last member that was read, from `offset` on, is the end of the tar. Python
+    takes the first header that it cannot read for the end, and would silently leave out what follows."""
+    file.seek(offset)
+    length = 0
+    while part := file.read(AT_A_TIME):
+        if stray := part.lstrip(b"\0"):
+            at = offset + length + len(part) - len(stray)
+            if length + len(part) - len(stray) >= END:
+                raise UserError(f"{path} goes on after its end, at byte {at} (two tars in one file?): keep them apart")
+            raise UserError(f"{path} is damaged at byte {offset}, where no header of a file is: copy it again")
+        length += len(part)
+    if length < END:
+        raise UserError(f"{path} is cut short, it lacks the mark of a tar's end: copy it again")
 
 
 def open_member(entry: str) -> io.BytesIO | None:
@@ -48,6 +66,6 @@ def open_member(entry: str) -> io.BytesIO | None:
     match = ENTRY.fullmatch(entry)
     if match is None:
         return None
-    with open(match["tar"], "rb") as file:  # opened anew each time: forked workers must not share a position
+    with open_regular(match["tar"]) as file:  # opened anew each time: forked workers must not share a position
         file.seek(int(match["offset"]))
         return io.BytesIO(file.read(int(match["size"])))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mae_core import distributed
 from mae_core.checkpoint import read_state
-from mae_core.data import Samples, UnreadableFiles
+from mae_core.data import Samples
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.machine import Machine
 from mae_core.settings import differences
 
@@ -32,7 +33,7 @@ class Training:
     lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
     the tensors of its forward passes, all with the batch first. loss_of: (model, *tensors) -> mean loss.
     fixed: what must be equal in a resumed run. repeats: samples of each image in a batch. after_epoch: called by every
-    process with the number of epochs done; what it returns enters the epoch's line of the log.
+    process with the number of epochs done and the state; what it returns enters the epoch's line of the log.
     """
 
     label: str
@@ -49,7 +50,7 @@ class Training:
     loss_of: Callable[..., Tensor]
     tensorboard: bool = False
     repeats: int = 1
-    after_epoch: Callable[[int], dict[str, Any]] | None = None
+    after_epoch: Callable[[int, "State"], dict[str, Any]] | None = None
     prepared: int = 0
 
     @property
@@ -70,6 +71,12 @@ class State:
     seconds: float = 0.0
     micro_batch: int = 0
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()  # images of all processes that were replaced by black
+
+
+def unreadable_metadata(state: State) -> dict[str, str]:
+    """What a file of trained weights says about the images that were replaced by black; nothing if there were none."""
+    return {"unreadable": json.dumps([printable(name) for name in state.unreadable])} if state.unreadable else {}
 
 
 def diverged(what: str, step: int, t: Training) -> UserError:
@@ -109,7 +116,7 @@ def truncate_log(path: Path, epochs: int) -> None:
         os.replace(temporary, path)
 
 
-def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+def save(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any) -> None:
     """Write the checkpoint atomically: the old one stays until the new one is whole. If a weight is not finite, which
     the loss shows only in the next step, UserError, and the old one stays."""
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
@@ -122,7 +129,6 @@ def save(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable
         "state": dataclasses.asdict(state),
         "fixed": t.fixed,
         "machine": rounding_settings(t),
-        "unreadable": sorted(unreadable.names),
     }
     path = t.work / CHECKPOINT_FILE
     temporary = path.with_suffix(".tmp")
@@ -149,7 +155,7 @@ def rounding_settings(t: Training) -> dict[str, Any]:
     }
 
 
-def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadable: UnreadableFiles, ema: Any) -> None:
+def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any) -> None:
     """Load the work folder's checkpoint, if there is one, into all of these. UserError if it is of another run."""
     path = t.work / CHECKPOINT_FILE
     if not path.exists():
@@ -174,10 +180,9 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, unreadab
         ema.module.load_state_dict(content["ema"])
     for name, value in content["state"].items():
         setattr(state, name, value)
-    state.notes = tuple(state.notes)
+    state.notes, state.unreadable = tuple(state.notes), tuple(state.unreadable)
     if content["machine"]["micro_batch"] != t.micro_batch:
         state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
-    unreadable.names.update(content["unreadable"])
     moved = differences(content["machine"], rounding_settings(t))
     if moved:
         note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"

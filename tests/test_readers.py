@@ -16,7 +16,7 @@ from tests.fixtures.transfer import TableModel, one_hot_logits
 from transfer.classification.evaluate import evaluate
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.ade20k import check_pair
-from transfer.data.coco import Example, Examples
+from transfer.data.coco import Example
 from transfer.data.split import Split
 from transfer.detection.engine_torchvision import Jittered
 from transfer.detection.recipe import DetectionRecipe
@@ -99,7 +99,7 @@ def test_coco_reads_odd_files_as_they_are_stored(odd):
 
 
 def test_a_worker_of_coco_names_a_broken_file_in_one_sentence(broken):
-    dataset = Jittered(Examples([example(broken[0], 48, 48)]), DetectionRecipe(image_size=32), seed=0)
+    dataset = Jittered([example(broken[0], 48, 48)], DetectionRecipe(image_size=32), seed=0)
     with pytest.raises(UserError) as raised:
         next(iter(loader(dataset, [[Sample(0, 0)]], 1, "cpu")))
     assert str(raised.value).startswith(f"{broken[0]} cannot be read as an image (")

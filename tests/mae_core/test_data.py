@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from mae_core import data
+from mae_core import data, distributed
 from mae_core.data import Images, Sample, TrainingStream, list_images, loader, normalize, pretraining_transform
 from mae_core.decode import read_pixels
 from mae_core.errors import UserError
@@ -119,7 +119,7 @@ def test_unreadable_files_give_black_and_their_name(tmp_path, coordinate_image):
     assert images[3].float().std() > 0.1
 
 
-def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys):
+def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys, monkeypatch):
     unreadable, names = data.UnreadableFiles(), [f"file{number:02}" for number in range(data.MAX_UNREADABLE)]
     for name in names:
         unreadable.add([name, name])
@@ -130,6 +130,11 @@ def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys):
         unreadable.add(["one more"])
     with pytest.raises(UserError, match="11 images"):  # those of before a restart count
         data.UnreadableFiles(names).add(["one more"])
+    monkeypatch.setattr(distributed, "gather_to_all", lambda value: [value, {"theirs", "file03"}])
+    ours = data.UnreadableFiles(["mine"])
+    assert ours.of_all_processes() == ("file03", "mine", "theirs")
+    with pytest.raises(UserError, match="11 images"):  # of all processes together
+        data.UnreadableFiles(names).of_all_processes()
 
 
 def test_list_images(tmp_path):

@@ -43,8 +43,22 @@ def test_accuracy_is_of_the_nearest_neighbours_class(folder, monkeypatch):
     data = labelled_folder(folder)
     assert (len(data.train[0]), len(data.val[0]), data.classes) == (24, 6, 2)
     # Of the 24 training images 20 vote, the right 12 with far more weight; 5 of the 6 lie in the right folder.
-    assert knn_top1(model, data, 48, Machine()) == pytest.approx(500 / 6)
+    top1, left_out = knn_top1(model, data, 48, Machine())
+    assert (top1, left_out) == (pytest.approx(500 / 6), [])
     assert model.training
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(folder):
+    """A black image would be dark: in place of a bright one it would be scored, and vote, as another class."""
+    odd = [folder / name for name in ("train/bright/3.png", "val/bright/1.png")]
+    for file in odd:
+        file.write_bytes(b"broken")
+    top1, left_out = knn_top1(Brightness().train(), labelled_folder(folder), 48, Machine())
+    assert (top1, left_out) == (pytest.approx(400 / 5), [str(file) for file in odd])
+    for file in (folder / "val").rglob("*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(UserError, match=f"no image of {folder}/val can be read"):
+        knn_top1(Brightness().train(), labelled_folder(folder), 48, Machine())
 
 
 def test_large_folders_are_thinned_evenly(folder, monkeypatch):

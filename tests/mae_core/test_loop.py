@@ -1,12 +1,14 @@
 """The training loop by pre-trainings: in this process (quick), and in processes that are killed, stopped and run in
 pairs (slow)."""
 
+import json
 import shutil
 import signal
 import time
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from mae_core import loop, pretrain
 from mae_core.autoencoder import MaskedAutoencoder
@@ -227,9 +229,16 @@ def test_unreadable_images_are_named_and_too_many_stop_the_run(noise_images, tmp
     files = [images / f"{number:02}.png" for number in range(20)]
     for file in files[:3]:
         file.write_bytes(b"broken")
-    assert runs.train(images, tmp_path / "a").step == 8
+    runs.train_until(5, images, tmp_path / "a")  # the first epoch meets all three
+    state = runs.train(images, tmp_path / "a")
     out = capsys.readouterr().out
     assert [out.count(f"unreadable image, replaced by black: {file}") for file in files[:3]] == [1, 1, 1]
+    names = [str(file) for file in files[:3]]
+    note = f"3 training images could not be read and were replaced by black: {', '.join(names)}"
+    assert (state.step, state.notes, state.unreadable) == (8, (note,), tuple(names))
+    with safe_open(tmp_path / "a" / pretrain.WEIGHTS_FILE, "pt") as file:
+        assert json.loads(file.metadata()["unreadable"]) == names
+    assert runs.train(images, tmp_path / "a").notes == (note,)  # a run that has ended already
     for file in files[3:]:
         file.write_bytes(b"broken")
     with pytest.raises(UserError, match="images cannot be read"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_core.data import EXTENSIONS, images_or_shards
+from mae_core.data import images_or_shards
 from mae_core.decode import read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.shards import list_members, list_shards
@@ -49,7 +49,7 @@ def test_links_folders_and_other_files_are_passed_over(tmp_path):
             member = tarfile.TarInfo("3.jpg")
             member.type, member.linkname = kind, "2.PNG"
             tar.addfile(member)
-    entries = list_members([path], EXTENSIONS)
+    entries = list_members([path])
     # A header of 512 bytes before each, contents padded to 512: 512; 512 + 1024 + 512 + 512 + 512.
     assert entries == [f"{path}!/folder/1.jpg@512+700", f"{path}!/2.PNG@3072+2"]
 
@@ -60,14 +60,54 @@ def test_shards_are_found_at_any_depth_in_order(tmp_path):
     assert list_shards(tmp_path) == [tmp_path / name for name in ("1.tar", "a/9.tar", "b/2.tar")]
 
 
-def test_a_compressed_or_damaged_tar_is_refused(tmp_path):
+def test_a_compressed_tar_is_refused(tmp_path):
     packed = pack(tmp_path / "packed.tar", [("a.jpg", b"1" * 100)], "w:gz")
     with pytest.raises(UserError, match=r"packed.tar cannot be read as an uncompressed tar file .*: pack it again"):
-        list_members([packed], EXTENSIONS)
-    whole = pack(tmp_path / "whole.tar", [("a.jpg", b"1" * 5000)])
-    whole.write_bytes(whole.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"whole.tar (is cut short: copy it again|cannot be read .* data)"):
-        list_members([whole], EXTENSIONS)
+        list_members([packed])
+
+
+def whole_tar(tmp_path, name="whole.tar", count=5):
+    """Images of one block each: a header every 1024 bytes."""
+    return pack(tmp_path / name, [(f"{number}.jpg", b"1" * 500) for number in range(count)])
+
+
+@pytest.mark.parametrize("length", [0, 700, 1500, 2048, 2300, 5 * 1024, 5 * 1024 + 600])
+def test_a_tar_cut_anywhere_is_refused(tmp_path, length):
+    """In a content, between two members, in a header, and in the mark of the end."""
+    whole = whole_tar(tmp_path)
+    whole.write_bytes(whole.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"whole.tar (is cut short|is damaged|cannot be read)"):
+        list_members([whole])
+
+
+@pytest.mark.parametrize("member", range(5))
+def test_a_tar_with_a_damaged_header_is_refused(tmp_path, member):
+    whole = whole_tar(tmp_path)
+    content = bytearray(whole.read_bytes())
+    content[1024 * member + 100 : 1024 * member + 108] = bytes(8)
+    whole.write_bytes(content)
+    with pytest.raises(UserError, match=r"whole.tar (is damaged at byte|cannot be read)"):
+        list_members([whole])
+
+
+def test_tars_in_one_file_are_refused(tmp_path):
+    first, second = whole_tar(tmp_path, "a.tar", 2), whole_tar(tmp_path, "b.tar", 3)
+    length = first.stat().st_size
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match=rf"a.tar goes on after its end, at byte {length} .*: keep them apart"):
+        list_members([first])
+
+
+def test_an_image_stored_with_holes_is_refused(tmp_path):
+    path = pack(tmp_path / "a.tar", [("1.jpg", b"x")])
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("1.jpg")
+        content = b"1\n0\n3\n".ljust(512, b"\0") + b"abc"
+        member.size = len(content)
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "1.jpg"}
+        tar.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"a.tar stores 1.jpg with holes"):
+        list_members([path])
 
 
 def test_empty_shards_and_loose_images_beside_shards_are_refused(tmp_path, noise_images):

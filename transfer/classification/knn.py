@@ -1,12 +1,15 @@
 """Features of a frozen encoder, kept on disk, and k-nearest-neighbour classification with them."""
 
+import contextlib
 import hashlib
 import json
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,12 +17,14 @@ from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of
 from mae_core.data import PILLOW_PIXELS, Images
 from mae_core.errors import UserError
+from mae_core.files import open_regular
 from mae_core.knn import knn_predict
 from mae_core.settings import bounded, check_ranges, choose, replacing
 from mae_core.vit import ViT
 from transfer.classification.evaluate import outputs_of
 from transfer.classification.recipes import miniature_size
 from transfer.classification.transforms import eval_transform
+from transfer.data.findings import spread
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.split import Split
 from transfer.task import Job, Result
@@ -90,8 +95,8 @@ def knn(job: Job) -> Result:
     model = Representation(encoder, pool).to(device)
     store = feature_folder(job)
     paths = [store / f"{name}.safetensors" for name in ("train", "val")]
-    cached = all(path.exists() for path in paths)
-    train_features, val_features = (features_of(job, model, s, path) for s, path in zip((train, val), paths))
+    found = [read_or_computed(job, model, split, path) for split, path in zip((train, val), paths)]
+    (train_features, _), (val_features, _) = found
     # The store holds the features of all images, so that other shares and other values of k can read them too.
     if voters is not train:  # else indexing would copy gigabytes for nothing
         row = {file: i for i, file in enumerate(train.files)}
@@ -111,7 +116,7 @@ def knn(job: Job) -> Result:
         metrics,
         stderr,
         n_eval=len(val.files),
-        images_seen=0 if cached else len(train.files) + len(val.files),
+        images_seen=sum(computed for _, computed in found),
         resolved={
             "feature": feature,
             "features": store.name,
@@ -143,12 +148,18 @@ def feature_folder(job: Job) -> Path:
 def features_of(job: Job, model: Representation, split: Split, path: Path) -> Tensor:
     """[images, D] in float32, in the order of the split: read from the file, or computed and written to it.
 
-    Every process computes some batches and writes them to a part file; the first one joins the parts. UserError for an
-    image that cannot be read.
+    Every process computes some batches and writes them to a part file; the first one joins the parts. A file that is
+    damaged or of other images is replaced. UserError for an image that cannot be read.
     """
-    if path.exists():
-        return load_file(path)["features"]
-    distributed.barrier()
+    return read_or_computed(job, model, split, path)[0]
+
+
+def read_or_computed(job: Job, model: Representation, split: Split, path: Path) -> tuple[Tensor, int]:
+    """What `features_of` returns, and how many images that took."""
+    images = digest_of_images(split) if distributed.is_main() else ""
+    kept = kept_features(path, images) if distributed.is_main() else None
+    if distributed.gather_to_all(kept is not None)[0]:
+        return load_file(path)["features"] if kept is None else kept, 0
     path.parent.mkdir(parents=True, exist_ok=True)
     transform = eval_transform(job.recipe.image_size, job.recipe.transform)
     dataset, label = Images(split.files, transform, pillow=True), f"{job.task.name} features {path.stem}"
@@ -162,18 +173,54 @@ def features_of(job: Job, model: Representation, split: Split, path: Path) -> Te
     save_file({"features": torch.cat(rows), "index": torch.tensor(indices)}, parts[distributed.rank()])
     distributed.barrier()
     if distributed.is_main():
-        join(parts, len(dataset), path)
+        join(parts, len(dataset), path, images)
     distributed.barrier()
-    return load_file(path)["features"]
+    return load_file(path)["features"], len(dataset)
 
 
-def join(parts: list[Path], count: int, path: Path) -> None:
+def digest_of_images(split: Split) -> str:
+    """SHA-256 over every file's size and time of change, and over the contents of some files spread over the list."""
+    digest = hashlib.sha256()
+    for file in split.files:
+        with contextlib.suppress(OSError):  # the image will be named as it is read
+            found = os.stat(file)
+            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+    for index in spread(len(split.files)):
+        with contextlib.suppress(OSError), open_regular(split.files[index]) as image:
+            digest.update(hashlib.sha256(image.read()).digest())
+    return digest.hexdigest()
+
+
+def kept_features(path: Path, images: str) -> Tensor | None:
+    """The features in a file; None, with a word, if they are not those that were written, or not of these images."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, features = file.metadata() or {}, file.get_tensor("features")
+        damaged = metadata.get("sha256") != checksum(features)
+    except (OSError, SafetensorError):
+        metadata, damaged = {}, True
+    if not damaged and metadata.get("images") == images:
+        return features
+    print(f"{path} is {'damaged' if damaged else 'of other images'}: its features are computed again", flush=True)
+    return None
+
+
+def checksum(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().data).hexdigest()
+
+
+def join(parts: list[Path], count: int, path: Path, images: str) -> None:
     """Write the rows of all parts to one file, in the order of their indices, and remove the parts."""
     loaded = [load_file(part) for part in parts]
     whole = torch.empty(count, loaded[0]["features"].shape[1])
     for tensors in loaded:
         whole[tensors["index"].long()] = tensors["features"]
     with replacing(path) as temporary:
-        save_file({"features": whole}, temporary)
+        with open(temporary, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        save_file({"features": whole}, temporary, {"images": images, "sha256": checksum(whole)})
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
     for part in parts:
         part.unlink()

@@ -1,15 +1,15 @@
 """ADE20K (SceneParse150) on disk: what is there, and whether it is complete."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from mae_core.data import EXTENSIONS
-from mae_core.decode import UNREADABLE
+from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
+from mae_core.files import is_image, passed_over, walk
 from transfer.data.findings import Data, found, incomplete, missing, preview, spread
 
 FOLDER = "ADEChallengeData2016"
@@ -21,20 +21,22 @@ SPLITS = {"train": "training", "val": "validation"}
 def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     """(image, label file) of every image of a split, sorted by name; the label file need not exist."""
     images, labels = folder / "images" / SPLITS[split], folder / "annotations" / SPLITS[split]
-    return [(image, labels / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
+    # Not glob, which would also find macOS's ._1.jpg.
+    names = sorted(name for name in os.listdir(images) if name.endswith(".jpg") and not passed_over(name))
+    return [(images / name, labels / f"{name.removesuffix('.jpg')}.png") for name in names]
 
 
 def check_pair(image: Path, label: Path) -> bool:
     """Whether any pixel is labelled. UserError unless the whole image can be decoded and the label file has one channel
     of ids 0..150 and the image's size."""
     try:
-        with Image.open(image) as picture:
+        with opened(image) as picture:
             picture.load()  # OpenCV, mmsegmentation's reader, silently fills up a truncated file
             size = picture.size
     except UNREADABLE:
         raise UserError(f"{image} cannot be read as an image: replace it") from None
     try:
-        with Image.open(label) as picture:
+        with opened(label) as picture:
             mode, ids = picture.mode, np.asarray(picture)
     except UNREADABLE:
         raise UserError(f"{label} cannot be read as an image: replace it") from None
@@ -75,21 +77,34 @@ def inspect_ade20k(root: Path) -> Data:
 
 
 def problems_of(folder: Path, split: str, listed: Sequence[tuple[Path, Path]]) -> list[str]:
-    """What is wrong with a split: no images, images of another kind, images without a label, or wrong labels in some
-    pairs spread over it; the other pairs are checked as they are read."""
-    images = folder / "images" / SPLITS[split]
-    strange = sorted(p.name for p in images.iterdir() if p.suffix.lower() in EXTENSIONS and p.suffix != ".jpg")
+    """What is wrong with a split: no images, images of another kind or in folders, links to nothing, images without a
+    label, or wrong labels in some pairs spread over it; the other pairs are checked as they are read."""
+    images, labels = folder / "images" / SPLITS[split], folder / "annotations" / SPLITS[split]
+    strange, folders, pipes, names = [], [], [], set()
+    for kind in (images, labels):
+        with os.scandir(kind) as entries:
+            for entry in (entry for entry in entries if not passed_over(entry.name)):
+                if entry.is_dir():
+                    folders += [entry.path] if any(is_image(path.name) for path in walk(Path(entry.path))) else []
+                elif not entry.is_file():
+                    pipes.append(entry.path)
+                elif kind == labels:
+                    names.add(entry.name)
+                elif is_image(entry.name) and not entry.name.endswith(".jpg"):
+                    strange.append(entry.name)
     if strange:
-        return [f"{images} has images that do not end in .jpg: {preview(strange)}"]
+        return [f"{images} has images that do not end in .jpg: {preview(sorted(strange))}"]
+    if folders:
+        return [f"{preview(sorted(folders))}: ADE20K's files lie flat; move the images of these folders out of them"]
+    if pipes:
+        return [f"{preview(sorted(pipes))}: broken links or no regular files; mend or delete them"]
     if not listed:
         return [f"{images} has no image *.jpg"]
-    labels = {path.name for path in (folder / "annotations" / SPLITS[split]).iterdir()}
-    bare = [image.name for image, label in listed if label.name not in labels]
-    if bare:
-        where = f"annotations/{SPLITS[split]}"
+    where = f"annotations/{SPLITS[split]}"
+    if bare := [image.name for image, label in listed if label.name not in names]:
         return [f"{images} has {len(bare)} images without a label file in {where}: {preview(bare)}; unpack both again"]
-    if lone := sorted(labels - {label.name for _, label in listed}):
-        where = f"annotations/{SPLITS[split]} of {folder}"
+    if lone := sorted(names - {label.name for _, label in listed}):
+        where = f"{where} of {folder}"
         return [f"{where} has {len(lone)} labels without an image: {preview(lone)}; unpack both again"]
     looked, labelled, wrong = spread(len(listed)), False, []
     for number in looked:

@@ -1,22 +1,22 @@
 """COCO 2017 on disk: its 80 categories, the reader of its annotations, and the checks of what lies there."""
 
+import copy
 import hashlib
-import json
 import os
-import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as mask_util
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from mae_core.decode import UNREADABLE
+from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
+from mae_core.files import is_image, open_regular
+from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, are_runs, runs, valid_outline
 from transfer.data.findings import Data, found, incomplete, missing, preview
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
@@ -52,42 +52,71 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples in one block of bytes, which forked workers share; Python objects would be copied page by page as they
-    are touched."""
+    """The images of a file, in its order, made one by one as they are asked for. All is kept in the file's bytes and in
+    arrays, which forked workers share; Python objects would be copied page by page as they are touched."""
 
-    def __init__(self, examples: Sequence[Example]) -> None:
-        parts = [pickle.dumps(example, protocol=-1) for example in examples]
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.block = np.frombuffer(b"".join(parts), np.uint8)
+    def __init__(self, content: Content, folder: Path, kept: np.ndarray, image_of: np.ndarray) -> None:
+        """kept: the annotations that count; image_of: the image of each annotation."""
+        ids, names, heights, widths = zip(*content.images)
+        self.ids, self.heights, self.widths = (np.array(values) for values in (ids, heights, widths))
+        self.names, self.folder, self.content = np.array([os.fsencode(name) for name in names]), folder, content
+        objects = np.flatnonzero(kept)
+        self.objects = objects[np.argsort(image_of[objects], kind="stable")]  # image by image
+        self.first = np.searchsorted(image_of[self.objects], np.arange(len(ids) + 1))
+        self.rows = np.arange(len(ids))  # of the images that are shown
+        self.boxes = inside_image(content, image_of)[1][self.objects].astype(np.float32)
+        self.labels = np.array([LABELS.get(c, -1) for c in content.category_ids], np.int64)[self.objects]
+
+    def with_objects(self) -> "Examples":
+        """Only the images that have an object."""
+        some = copy.copy(self)
+        some.rows = np.flatnonzero(np.diff(self.first))
+        return some
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        index = range(len(self))[index]
-        start = self.ends[index - 1] if index else 0
-        return pickle.loads(self.block[start : self.ends[index]].data)
+        image = self.rows[range(len(self))[index]]
+        height, width = int(self.heights[image]), int(self.widths[image])
+        objects = slice(self.first[image], self.first[image + 1])
+        outlines = map(self.content.segmentation, self.objects[objects])
+        return Example(
+            str(self.folder / os.fsdecode(self.names[image])),
+            int(self.ids[image]),
+            height,
+            width,
+            self.boxes[objects],
+            self.labels[objects],
+            tuple(valid_outline(segmentation, height, width) for segmentation in outlines),
+        )
 
 
 @dataclass(frozen=True)
 class Split:
-    """One annotation file. examples: its images, in its order. clipped, dropped: numbers of boxes cut to their image,
-    and of objects without area or valid outline. problems: why the file cannot be used. findings: differences to the
-    official file."""
+    """One annotation file. examples: its images, in its order. clipped: number of boxes cut to their image. dropped:
+    ids of the objects without area or valid outline. parts: ids of those of whose outlines a part is no polygon.
+    problems: why the file cannot be used. findings: differences to the official file."""
 
-    examples: Examples
+    examples: "Examples | tuple[()]"
     objects: int
     clipped: int
-    dropped: int
+    dropped: tuple[int, ...]
+    parts: tuple[int, ...]
     problems: tuple[str, ...]
     sha256: str
     findings: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        changed = f"{self.clipped} boxes cut to their image" if self.clipped else ""
-        changed += " and " * bool(self.clipped and self.dropped)
-        changed += f"{self.dropped} objects of no area or without a valid outline left out" if self.dropped else ""
+        dropped, parts = (f"(ids {preview(ids)})" for ids in (self.dropped, self.parts))
+        changes = [
+            f"{self.clipped} boxes cut to their image" * bool(self.clipped),
+            f"{len(self.dropped)} objects of no area or without a valid outline left out {dropped}"
+            * bool(self.dropped),
+            f"parts of {len(self.parts)} outlines left out that are no polygons {parts}" * bool(self.parts),
+        ]
+        changed = " and ".join(change for change in changes if change)
         return (f"of {self.objects} training objects {changed}",) if changed else ()
 
 
@@ -103,156 +132,142 @@ def read_split(root: Path, split: str) -> Split:
 
 @cache
 def read_once(path: Path, folder: Path, changed: int) -> Split:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    with open_regular(path) as file:
+        whole = file.read()
+    digest = hashlib.sha256(whole).hexdigest()
     try:
-        values = json.loads(content)
-        images, annotations, categories = (list(values[k]) for k in ("images", "annotations", "categories"))
-        # Everything that the readers access; pycocotools would do so only after the training.
-        for image in images:
-            image["id"], image["file_name"], range(image["height"]), range(image["width"])
-        for category in categories:
-            category["id"], category["name"]
-        for entry in annotations:
-            entry["id"], entry["image_id"], entry["category_id"], entry["iscrowd"], entry["segmentation"]
-            float(entry["area"]), np.array(entry["bbox"], float).reshape(4)
-    except (ValueError, KeyError, TypeError, IndexError) as e:
-        problem = f"{path} is no file of COCO instances ({type(e).__name__}: {e}): unpack annotations_trainval2017.zip"
-        return Split(Examples(()), 0, 0, 0, (problem,), digest)
-    problems = wrong_categories(path, annotations, categories) + wrong_images(path, folder, images)
-    if not annotations:
+        content = Content(whole)
+    except (ValueError, KeyError, RecursionError) as e:
+        what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError) else e
+        problem = f"{path} is no file of COCO instances ({what}): unpack annotations_trainval2017.zip"
+        return Split((), 0, 0, (), (), (problem,), digest)
+    objects = len(content.ids)
+    ids, image_ids, crowds = (np.array(column) for column in (content.ids, content.image_ids, content.crowds))
+    problems = wrong_categories(path, content) + wrong_images(path, folder, content.images)
+    if not objects:
         problems.append(f"{path} has no annotations at all: test sets have none, take instances_{{train,val}}2017.json")
-    elif all(a["iscrowd"] for a in annotations):
+    elif strange := preview(sorted(set(content.crowds) - {0, 1})):
+        problems.append(f"{path} has {strange} as iscrowd, which must be 0 or 1")
+    elif crowds.all():
         problems.append(f"{path} has only crowds, no object")
-    ids = {a["id"] for a in annotations}
-    if len(ids) < len(annotations) or 0 in ids:  # pycocotools takes 0 for "not found"
+    if len(np.unique(ids)) < objects or 0 in ids:  # pycocotools takes 0 for "not found"
         problems.append(f"{path}: its annotation ids are not distinct numbers from 1 on")
-    known = {image["id"] for image in images}
-    if strangers := [str(a["image_id"]) for a in annotations if a["image_id"] not in known]:
-        problems.append(
-            f"{path} has {len(strangers)} annotations of images that it does not list: {preview(strangers)}"
-        )
-    if not problems and folder.name.startswith("val"):
-        problems += unscorable(path, annotations, {i["id"]: (i["height"], i["width"]) for i in images})
+    image_of, known = places_in([image[0] for image in content.images], image_ids)
+    if strangers := image_ids[~known].tolist():
+        which = f"{path} has {len(strangers)} annotations of images that it does not list"
+        problems.append(f"{which}: {preview(strangers)}")
     if problems:
-        return Split(Examples(()), len(annotations), 0, 0, tuple(problems), digest)
-    by_image: dict[int, list[dict]] = {}
-    for annotation in annotations:
-        if not annotation["iscrowd"]:
-            by_image.setdefault(annotation["image_id"], []).append(annotation)
-    counts = {"clipped": 0, "dropped": 0}
-    examples = [read_example(image, folder, by_image.get(image["id"], []), counts) for image in images]
-    findings = unlike_official(path, folder, images, categories)
-    return Split(Examples(examples), len(annotations), counts["clipped"], counts["dropped"], (), digest, findings)
+        return Split((), objects, 0, (), (), tuple(problems), digest)
+    valid, partial = outlines_of(content, image_of)
+    if folder.name.startswith("val") and (problems := unscorable(path, content, valid & ~partial)):
+        return Split((), objects, 0, (), (), tuple(problems), digest)
+    boxes, inside = inside_image(content, image_of)
+    with np.errstate(invalid="ignore"):
+        there = np.isfinite(boxes).all(1) & (inside[:, 2:] - inside[:, :2] > 0).all(1)
+        # Published boxes are rounded to 0.01 px and may reach out of the image by that.
+        cut = np.abs(inside - boxes).max(1) > 0.05
+    kept = (crowds == 0) & valid & there
+    dropped, parts = ids[(crowds == 0) & ~kept], ids[kept & partial]
+    findings = unlike_official(path, folder, content)
+    examples, clipped = Examples(content, folder, kept, image_of), int((kept & cut).sum())
+    return Split(examples, objects, clipped, tuple(dropped.tolist()), tuple(parts.tolist()), (), digest, findings)
 
 
-def unscorable(path: Path, annotations: list[dict], sizes: dict[int, tuple[int, int]]) -> list[str]:
-    """A sentence if pycocotools cannot read some outlines: its evaluation would fail after the training."""
-    bad = []
-    for annotation in annotations:
-        outline, size = annotation["segmentation"], sizes[annotation["image_id"]]
-        try:
-            compressed = isinstance(outline, dict) and not isinstance(outline["counts"], list)
-            mask_util.area(outline if compressed else mask_util.frPyObjects(outline, *size))
-        except Exception:  # of any type
-            bad.append(annotation["id"])
-    if not bad:
-        return []
-    which = f"{len(bad)} of the {len(annotations)} objects of {path} have no valid outline"
-    return [f"{which} (ids {preview(bad)}): nothing can be scored against them; unpack the file again or remove them"]
+def places_in(known: list[int], wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each wanted id stands among the known ones, and whether it does."""
+    ids = np.array(known, np.int64)
+    if not len(ids):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+    order = np.argsort(ids, kind="stable")
+    places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return places, ids[places] == wanted
 
 
-def wrong_categories(path: Path, annotations: list[dict], categories: list[dict]) -> list[str]:
-    foreign = [f"{c['id']} '{c['name']}'" for c in categories if CATEGORIES.get(c["id"]) != c["name"]]
-    foreign += [str(i) for i in sorted({str(a["category_id"]) for a in annotations if a["category_id"] not in LABELS})]
-    return [f"{path} has categories that are not among COCO's 80: {preview(foreign)}"] if foreign else []
+def outlines_of(content: Content, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each annotation: whether it has a valid outline, and whether some parts of it are none."""
+    kinds = np.array(content.outlines)
+    valid = kinds != NOTHING
+    for number in np.flatnonzero(kinds == RUNS).tolist():
+        valid[number] = are_runs(content.segmentation(number), *content.images[image_of[number]][2:])
+    return valid, kinds == PARTS
 
 
-def unlike_official(path: Path, folder: Path, images: list[dict], categories: list[dict]) -> tuple[str, ...]:
+def inside_image(content: Content, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [n, 4] as x0, y0, x1, y1 in px; and cut to their images, as detectron2 does."""
+    sizes = np.array([image[2:] for image in content.images], np.float64)[image_of]
+    boxes = np.array(content.boxes).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, boxes.clip(0, sizes[:, [1, 0, 1, 0]])
+
+
+def unscorable(path: Path, content: Content, valid: np.ndarray) -> list[str]:
+    """Sentences on what pycocotools would not look at, and fail at or score as something else, after the training."""
+    ids, sizes = np.array(content.ids), np.array(content.boxes).reshape(-1, 4)
+    areas, listed = np.array(content.areas), [category for category, _ in content.categories]
+    wrong = {
+        "no valid outline": ~valid,
+        "a box that is negative or not finite": ~np.isfinite(sizes).all(1) | (sizes[:, 2:] < 0).any(1),
+        "an area that is negative or not finite": ~np.isfinite(areas) | (areas < 0),
+        "a category that its list of categories lacks": ~np.isin(np.array(content.category_ids), listed),
+    }
+    return [
+        f"{bad.sum()} of the {len(ids)} objects of {path} have {what} (ids {preview(ids[bad].tolist())}): "
+        "nothing can be scored against them; unpack the file again or remove them"
+        for what, bad in wrong.items()
+        if bad.any()
+    ]
+
+
+def wrong_categories(path: Path, content: Content) -> list[str]:
+    if not content.categories:
+        return [f"{path} lists no categories: unpack annotations_trainval2017.zip again"]
+    foreign = [f"{i} '{name}'" for i, name in content.categories if CATEGORIES.get(i) != name]
+    foreign += [str(i) for i in sorted(set(content.category_ids) - set(LABELS))]
+    if foreign:
+        return [f"{path} has categories that are not among COCO's 80: {preview(foreign)}"]
+    twice = [f"{i} '{CATEGORIES[i]}'" for i, count in Counter(i for i, _ in content.categories).items() if count > 1]
+    return [f"{path} lists categories twice: {preview(twice)}"] if twice else []
+
+
+def unlike_official(path: Path, folder: Path, content: Content) -> tuple[str, ...]:
     """Sentences on categories that the file lacks and images on disk that it does not list."""
-    findings = []
-    if absent := [CATEGORIES[i] for i in IDS if i not in {c["id"] for c in categories}]:
+    findings, there = [], {i for i, _ in content.categories}
+    if absent := [CATEGORIES[i] for i in IDS if i not in there]:
         findings.append(f"coco: {path.name} lacks {len(absent)} of the {len(IDS)} categories: {preview(absent)}")
-    listed = {image["file_name"] for image in images}
-    if extra := sorted(n for n in os.listdir(folder) if n.lower().endswith((".jpg", ".jpeg")) and n not in listed):
+    listed = {image[1] for image in content.images}
+    if extra := sorted(n for n in os.listdir(folder) if is_image(n) and n not in listed):
         findings.append(f"coco: {folder.name} has {len(extra)} images that {path.name} does not list: {preview(extra)}")
     return tuple(findings)
 
 
-def wrong_images(path: Path, folder: Path, images: list[dict]) -> list[str]:
+def wrong_images(path: Path, folder: Path, images: list[tuple[int, str, int, int]]) -> list[str]:
     if not images:
         return [f"{path} lists no images"]
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [str(i["file_name"]) for i in images if i["file_name"] not in there]
-    if missing:
+    there: set[str] = set()
+    odd: set[str] = set()
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                (there if entry.is_file() else odd).add(entry.name)
+    if missing := [name for _, name, _, _ in images if name not in there and name not in odd]:
         which = f"{len(missing)} of the {len(images)} images of {path.name}"
         return [f"{which} are not in {folder}: {preview(missing)}; unpack {folder.name}.zip there"]
-    if repeated := len(images) - len({i["id"] for i in images}):
+    if pipes := [name for _, name, _, _ in images if name not in there]:
+        return [f"{folder} has {len(pipes)} broken links or no regular files: {preview(pipes)}; mend or replace them"]
+    if repeated := len(images) - len({image[0] for image in images}):
         return [f"{path} uses {repeated} image ids twice: give every image an id of its own"]
     problems = []
-    for image in images[:: -(-len(images) // SIZES_CHECKED)]:
+    for _, name, height, width in images[:: -(-len(images) // SIZES_CHECKED)]:
         try:
-            with Image.open(folder / image["file_name"]) as opened:
-                size = opened.size
+            with opened(folder / name) as image:
+                size = image.size
         except UNREADABLE:
-            problems.append(f"{folder / image['file_name']} cannot be read as an image: replace it")
+            problems.append(f"{folder / name} cannot be read as an image: replace it")
             continue
-        if size != (image["width"], image["height"]):
-            said = f"{image['width']}x{image['height']}: take the images that it describes"
-            problems.append(f"{folder / image['file_name']} is {size[0]}x{size[1]} px, {path.name} says {said}")
+        if size != (width, height):
+            said = f"{width}x{height}: take the images that it describes"
+            problems.append(f"{folder / name} is {size[0]}x{size[1]} px, {path.name} says {said}")
     return problems[:3]
-
-
-def read_example(image: dict, folder: Path, annotations: list[dict], counts: dict[str, int]) -> Example:
-    """Boxes are cut to the image, and objects without area or outline are dropped, as in detectron2; `counts` counts
-    both."""
-    height, width = image["height"], image["width"]
-    boxes, labels, outlines = [], [], []
-    for annotation in annotations:
-        x, y, w, h = annotation["bbox"]
-        box = np.array([x, y, x + w, y + h], np.float64)
-        inside = box.clip(0, [width, height, width, height])
-        outline = valid_outline(annotation["segmentation"], height, width)
-        if outline is None or not np.isfinite(box).all() or (inside[2:] - inside[:2]).min() <= 0:
-            counts["dropped"] += 1
-            continue
-        # Published boxes are rounded to 0.01 px and may reach out of the image by that.
-        counts["clipped"] += bool(np.abs(inside - box).max() > 0.05)
-        boxes.append(inside)
-        labels.append(LABELS[annotation["category_id"]])
-        outlines.append(outline)
-    return Example(
-        str(folder / image["file_name"]),
-        image["id"],
-        height,
-        width,
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(labels, np.int64),
-        tuple(outlines),
-    )
-
-
-def valid_outline(segmentation: Any, height: int, width: int) -> list[np.ndarray] | dict | None:
-    """Polygons without those that are none, or a compressed run-length encoding; None if the outline is invalid."""
-    try:
-        if isinstance(segmentation, dict):
-            counts = segmentation["counts"]
-            if list(segmentation["size"]) != [height, width] or not counts:
-                return None
-            if isinstance(counts, list):
-                # Beyond the runs, pycocotools would leave memory uninitialised.
-                return mask_util.frPyObjects(segmentation, height, width) if sum(counts) == height * width else None
-            mask_util.decode(segmentation)  # ValueError if the runs are too long
-            return segmentation
-        polygons = [np.array(p, np.float64) for p in segmentation if len(p) % 2 == 0 and len(p) >= 6]
-        return polygons if polygons and runs(polygons, height, width) else None
-    except (TypeError, ValueError, KeyError):
-        return None
-
-
-def runs(outline: list[np.ndarray] | dict, height: int, width: int) -> dict:
-    """The outline as one run-length encoding."""
-    return outline if isinstance(outline, dict) else mask_util.merge(mask_util.frPyObjects(outline, height, width))
 
 
 def inspect_coco(root: Path) -> Data:
@@ -280,6 +295,6 @@ def inspect_coco(root: Path) -> Data:
 def training_examples(root: Path) -> Examples:
     """The training images that have at least one object; UserError if they cannot be read."""
     split = read_split(root, "train")
-    if split.problems:
+    if not isinstance(split.examples, Examples):
         raise UserError("; ".join(split.problems))
-    return Examples([example for example in split.examples if len(example.labels)])
+    return split.examples.with_objects()

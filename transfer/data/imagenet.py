@@ -8,8 +8,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from mae_core.files import is_image
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
-from transfer.data.split import Split, fingerprint, is_image
+from transfer.data.split import Split, fingerprint
 
 VAL_NAME = "ILSVRC2012_val_"  # prefix of the official validation images' names
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").

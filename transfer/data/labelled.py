@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from mae_core.files import is_image
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
-from transfer.data.split import Split, fingerprint, is_image
+from transfer.data.split import Split, fingerprint
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_core.data import EXTENSIONS, seed_for
+from mae_core.data import seed_for
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,6 @@ class Split:
             left -= wanted
         kept.sort()
         return Split(tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
-
-
-def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def fingerprint(root: Path, *splits: Split) -> str:

@@ -3,6 +3,7 @@
 Its losses and pooling are torchvision's, not detectron2's: every record lists these DEPARTURES.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine
 from mae_core.optim import adamw
 from mae_core.training import Training
-from transfer.data.coco import CATEGORIES, Examples, training_examples
+from transfer.data.coco import CATEGORIES, Example, training_examples
 from transfer.detection import shared
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import Predictions, RoIBatchNorm
@@ -67,7 +68,7 @@ class Jittered(Dataset):
     """Sample -> (uint8 [3, S, S], {boxes, labels 1..80, masks, size}, ""): one augmented training image, its random
     draws seeded by its position in the stream."""
 
-    def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], r: DetectionRecipe, seed: int) -> None:
         self.examples, self.r, self.seed = examples, r, seed
 
     def __len__(self) -> int:

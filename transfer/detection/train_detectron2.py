@@ -3,7 +3,7 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mae_core.loop import stop_requested
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import CHECKPOINT_FILE
-from transfer.data.coco import Example, Examples
+from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import open_image, parameter_groups, schedule
 from transfer.task import Job
@@ -44,7 +44,7 @@ class MappedExamples(Dataset):
     The mapper applies an image's EXIF orientation, which our other readers ignore; if the size then differs from the
     annotations', it refuses the image by name."""
 
-    def __init__(self, examples: Examples, r: DetectionRecipe, seed: int) -> None:
+    def __init__(self, examples: Sequence[Example], r: DetectionRecipe, seed: int) -> None:
         size = r.image_size
         self.examples, self.seed = examples, seed
         mapper = partial(
@@ -213,7 +213,7 @@ class Saver(HookBase):
             raise KeyboardInterrupt
 
 
-def train(model: nn.Module, examples: Examples, job: Job, micro_batch: int) -> tuple[int, float]:
+def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: int) -> tuple[int, float]:
     """Train in place, resuming from the work folder's checkpoint if there is one. Returns the iterations, and the
     seconds summed over all resumed parts. Ctrl-C and SIGTERM save, then raise KeyboardInterrupt."""
     r, machine = job.recipe, job.machine

@@ -123,7 +123,7 @@ def weights_of(job: Job) -> int:
 def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]:
     name = SPLITS[split]
     return {
-        "type": "ADE20KDataset",
+        "type": "FlatADE20K",
         "data_root": str(folder),
         "data_prefix": {"img_path": f"images/{name}", "seg_map_path": f"annotations/{name}"},
         "pipeline": pipeline,

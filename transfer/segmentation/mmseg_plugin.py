@@ -97,10 +97,18 @@ def register() -> None:
         warnings.simplefilter("ignore")  # about mmcv-lite's missing operators, and deprecations
         provide_operators()
         import mmseg.datasets
-        import mmseg.models  # noqa: F401
+        import mmseg.models
         from mmengine.runner import TestLoop
         from mmseg.evaluation import IoUMetric
-        from mmseg.registry import LOOPS, METRICS, MODELS, TRANSFORMS
+        from mmseg.registry import DATASETS, LOOPS, METRICS, MODELS, TRANSFORMS
+
+    class FlatADE20K(mmseg.datasets.ADE20KDataset):
+        """mmseg's, with only the images that `ade20k.pairs` lists: mmseg also takes those of folders in their folder,
+        such as the thumbnails in @eaDir."""
+
+        def load_data_list(self) -> list[dict]:
+            folder = Path(self.data_prefix["img_path"])
+            return [entry for entry in super().load_data_list() if Path(entry["img_path"]).parent == folder]
 
     class PrecisionTestLoop(TestLoop):
         """mmengine's, in a Machine's precision; calls `each` with the number of images done."""
@@ -146,6 +154,7 @@ def register() -> None:
             self.results.clear()
             return {}
 
+    DATASETS.register_module(module=FlatADE20K)
     MODELS.register_module(name="MAEPyramid", module=make_pyramid)
     TRANSFORMS.register_module(name="CheckPair", module=CheckPair)
     LOOPS.register_module(name="PrecisionTestLoop", module=PrecisionTestLoop)

@@ -1,6 +1,7 @@
 """Fine-tuning, the linear probe, training from scratch and the evaluation of a released file, as whole jobs."""
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 
@@ -158,6 +159,16 @@ def test_data_smaller_than_a_batch_is_refused_in_numbers(root, tmp_path):
     assert record.status == "failed"
     assert "has 32 images, less than one batch of 64" in record.reason
     assert "--set batch=N" in record.reason
+
+
+def test_unreadable_training_images_are_named_in_the_record_and_the_weights(tmp_path):
+    root = write_imagenet(tmp_path / "data")
+    broken = sorted((root / "imagenet" / "train").rglob("*.JPEG"))[5]
+    broken.write_bytes(b"broken")
+    record = run_job(make_job(FINETUNE, root, tmp_path / "work"))
+    assert record.notes == (f"1 training images could not be read and were replaced by black: {broken}",)
+    with safe_open(tmp_path / "work" / CLASSIFIER_FILE, "pt") as file:
+        assert json.loads(file.metadata()["unreadable"]) == [str(broken)]
 
 
 def test_an_unreadable_validation_image_costs_the_number(tmp_path):

@@ -1,4 +1,5 @@
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
@@ -116,6 +119,59 @@ def test_features_are_kept_by_what_they_depend_on(root, tmp_path):
     assert feature_folder(replace(job, machine=replace(job.machine, workers=2))) == feature_folder(job)
     file = replace(job, checkpoint=replace(job.checkpoint, format="timm"))
     assert feature_folder(replace(file, seed=5)) == feature_folder(file)
+
+
+def same_size(file: Path, colour: tuple[int, int, int]) -> None:
+    """Another image in a file of the same name, size and time."""
+    size, times = file.stat().st_size, file.stat()
+    Image.new("RGB", (48, 48), colour).save(file, "JPEG")
+    file.write_bytes(file.read_bytes().ljust(size, b"\0"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def rewrite(path: Path, change) -> None:
+    """The features changed, and the metadata kept."""
+    with safe_open(path, "pt") as file:
+        metadata, features = file.metadata(), file.get_tensor("features")
+    save_file({"features": change(features)}, path, metadata)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    lambda path: path.write_bytes(b""),
+    lambda path: rewrite(path, lambda f: torch.full_like(f, float("nan"))),
+    lambda path: rewrite(path, lambda f: f.flip(0).contiguous()),
+    lambda path: save_file({"features": load_file(path)["features"]}, path),
+])  # fmt: skip
+def test_damaged_features_are_computed_again(root, tmp_path, images_shown, capsys, damage):
+    first = run_job(make_job(KNN, root, tmp_path / "a" / "one", k=5))
+    kept = tmp_path / "a" / first.resolved["features"] / "train.safetensors"
+    damage(kept)
+    second = run_job(make_job(KNN, root, tmp_path / "a" / "two", k=5))
+    assert f"{kept} is damaged: its features are computed again" in capsys.readouterr().out
+    assert (second.metrics, second.images_seen, len(images_shown)) == (first.metrics, 32, 44 + 32)
+
+
+@pytest.mark.parametrize("change", [
+    lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+    lambda file: os.utime(file, (1, 1)),
+    lambda file: same_size(file, (9, 9, 9)),
+], ids=["size", "time", "content"])  # fmt: skip
+def test_features_of_other_images_under_the_same_names_are_not_taken(tmp_path, images_shown, capsys, change):
+    root = write_imagenet(tmp_path / "data", train=3, val=1)
+    first = run_job(make_job(KNN, root, tmp_path / "a" / "one", k=5))
+    change(next((root / "imagenet" / "train").glob("*/*")))
+    again = run_job(make_job(KNN, root, tmp_path / "a" / "two", k=5))
+    assert again.resolved["features"] == first.resolved["features"]
+    assert (len(images_shown), again.images_seen) == (16 + 12, 12)
+    assert "train.safetensors is of other images: its features are computed again" in capsys.readouterr().out
+
+
+def test_features_can_be_read_by_those_who_can_read_records(root, tmp_path):
+    record = run_job(make_job(KNN, root, tmp_path / "a" / "one", k=5))
+    (tmp_path / "plain").touch()
+    kept = tmp_path / "a" / record.resolved["features"] / "train.safetensors"
+    assert kept.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def beit_file(tmp_path):

@@ -1,0 +1,53 @@
+"""The files of a data set: which there are, which count, and opening one without the risk of waiting for ever."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
+
+UNDECODED = re.compile(r"[\ud800-\udfff]")  # how Python holds the bytes of a name that is no UTF-8 (PEP 383)
+
+
+def passed_over(name: str) -> bool:
+    """Whether a file or folder is none of the data: what file browsers, editors and notebooks leave behind, such as
+    .DS_Store, ._1.jpg (macOS), .ipynb_checkpoints/, @eaDir/ (Synology) and Thumbs.db (Windows)."""
+    return name.startswith((".", "@")) or name == "Thumbs.db"
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not passed_over(name)
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Every file below a folder that is not passed over, at any depth and through links, which Path.rglob silently
+    skips: class folders are often links into a larger set. Each real folder is visited once, so that a link to a folder
+    above it neither repeats the data nor goes on for ever."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        found = os.stat(folder)
+        if (found.st_dev, found.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        inner[:] = sorted(name for name in inner if not passed_over(name))
+        yield from (Path(folder, name) for name in names if not passed_over(name))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """The file, opened to be read; OSError if it is none with contents of its own, such as a pipe or a device: to read
+    those could last for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def printable(text: str) -> str:
+    """The text with every byte of a file's name that is no UTF-8 escaped, as in "caf\\xe9": it can then be written and
+    printed anywhere."""
+    return UNDECODED.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)

@@ -1,0 +1,47 @@
+import os
+
+import pytest
+
+from mae_core.data import images_or_shards, list_images
+from mae_core.decode import UNREADABLE, read_image, read_pixels
+from mae_core.files import open_regular, printable, walk
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_what_browsers_of_files_leave_behind_is_no_data(tmp_path):
+    touch(*(tmp_path / name for name in ("a/1.jpg", "a/._1.jpg", ".ipynb_checkpoints/1.jpg", "a/@eaDir/1.jpg")))
+    touch(tmp_path / "a" / ".DS_Store", tmp_path / "a" / "Thumbs.db", tmp_path / "._0.tar")
+    assert list(walk(tmp_path)) == list_images(tmp_path) == [tmp_path / "a" / "1.jpg"]
+    assert images_or_shards(tmp_path) == [str(tmp_path / "a" / "1.jpg")]
+
+
+def test_each_real_folder_is_visited_once(tmp_path):
+    images = tmp_path / "images"
+    touch(images / "1.jpg", images / "b" / "2.jpg", tmp_path / "elsewhere" / "3.jpg")
+    (images / "b" / "up").symlink_to(images)
+    (images / "all").symlink_to(tmp_path)
+    (images / "also").symlink_to(tmp_path / "elsewhere")
+    found = list(walk(images))
+    assert sorted(path.name for path in found) == ["1.jpg", "2.jpg", "3.jpg"]
+
+
+@pytest.mark.parametrize("read", [open_regular, read_image, read_pixels])
+def test_only_regular_files_are_opened(tmp_path, read):
+    """A pipe without a writer would be waited for, and /dev/zero read, for ever."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero"):
+        with pytest.raises(UNREADABLE, match="no regular file"):
+            read(path)
+    (tmp_path / "file").write_bytes(b"content")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"content"
+
+
+def test_names_that_are_no_utf_8_can_be_printed():
+    assert printable(os.fsdecode(b"caf\xe9/\xff.jpg")) == r"caf\xe9/\xff.jpg"
+    assert printable("café €") == "café €"

@@ -1,0 +1,232 @@
+"""A file of COCO instances, read piece by piece: as a whole, its outlines would be 45 million Python numbers."""
+
+import json
+import math
+import re
+from array import array
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_util
+
+FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
+MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
+WINDOW, MARGIN = 1 << 24, 1 << 16  # bytes that are text at a time, and that stay ahead
+SPACE = re.compile(r"[ \t\n\r]*")
+# What an outline may be: polygons, all of them valid; polygons, some valid; nothing valid; runs, which are to be
+# compared with the image's size.
+POLYGONS, PARTS, NOTHING, RUNS = range(4)
+
+
+class Content:
+    """The three lists of a file. images: (id, file name, height, width); categories: (id, name); of the annotations, in
+    the file's order, one column for each value, four numbers a box, the outline's kind, and where in the file the
+    annotation stands. Raises ValueError or KeyError, with the place, unless everything is there and of its type."""
+
+    def __init__(self, file: bytes) -> None:
+        self.file = file
+        self.images: list[tuple[int, str, int, int]] = []
+        self.categories: list[tuple[int, str]] = []
+        self.clear_annotations()
+        lists = {"images": self.add_image, "categories": self.add_category, "annotations": self.add_annotation}
+        seen = set()
+        for key, number, entry, start, end in Elements(file, lists):
+            if number < 0:  # the list begins; one that comes twice counts once, as for every reader of JSON
+                seen.add(key)
+                self.clear_annotations() if key == "annotations" else getattr(self, key).clear()
+                continue
+            try:
+                if key != "annotations" and not file[start:end].isascii():
+                    entry = json.loads(file[start:end])
+                lists[key](entry, start, end)
+            except (TypeError, ValueError, KeyError, OverflowError) as e:
+                raise ValueError(f"{key}[{number}]: {wrong_value(entry) or f'{type(e).__name__}: {e}'}") from None
+        if absent := [key for key in lists if key not in seen]:
+            raise KeyError(absent[0])
+
+    def segmentation(self, number: int) -> Any:
+        return json.loads(self.file[self.starts[number] : self.ends[number]])["segmentation"]
+
+    def clear_annotations(self) -> None:
+        self.ids, self.image_ids, self.category_ids, self.crowds = (array("q") for _ in range(4))
+        self.areas, self.boxes = array("d"), array("d")
+        self.outlines, self.starts, self.ends = array("b"), array("q"), array("q")
+
+    def add_image(self, entry: dict, start: int, end: int) -> None:
+        values = entry["id"], entry["file_name"], entry["height"], entry["width"]
+        array("q", (values[0], *values[2:]))  # refuses what is no whole number
+        if not isinstance(values[1], str) or min(values[2:]) < 1 or values[2] * values[3] > MAX_AREA:
+            raise ValueError("its name or its size cannot be")
+        self.images.append(values)
+
+    def add_category(self, entry: dict, start: int, end: int) -> None:
+        array("q", (entry["id"],))
+        if not isinstance(entry["name"], str):
+            raise ValueError("its name is no text")
+        self.categories.append((entry["id"], entry["name"]))
+
+    def add_annotation(self, entry: dict, start: int, end: int) -> None:
+        x, y, w, h = entry["bbox"]
+        self.boxes.extend((x, y, w, h))  # an array refuses what is no number
+        self.areas.append(entry["area"])
+        self.ids.append(entry["id"])
+        self.image_ids.append(entry["image_id"])
+        self.category_ids.append(entry["category_id"])
+        self.crowds.append(entry["iscrowd"])
+        self.outlines.append(kind_of(entry["segmentation"]))
+        self.starts.append(start)
+        self.ends.append(end)
+
+
+def wrong_value(entry: Any) -> str:
+    """Which value of an entry is of the wrong type; "" if it is another thing."""
+    if not isinstance(entry, dict):
+        return f"{str(entry)[:40]!r} is no object of JSON"
+    for name in ("id", "image_id", "category_id", "iscrowd", "height", "width"):
+        if name in entry and not isinstance(entry[name], int):
+            return f"{name} is {str(entry[name])[:40]!r}, not a whole number"
+    if "area" in entry and not isinstance(entry["area"], int | float):
+        return f"area is {str(entry['area'])[:40]!r}, not a number"
+    if "bbox" in entry:
+        return f"bbox is {str(entry['bbox'])[:40]!r}, not four numbers"
+    return ""
+
+
+class Elements:
+    """Iterates over (list, number, element, its first byte, the byte after it) for some lists of the JSON object in a
+    file's content, in its order; with number -1 where a list begins. ValueError for what is no JSON object, or no list
+    in place of one. Text outside of ASCII is not right yet: a byte is one character, so that places are bytes."""
+
+    def __init__(self, content: bytes, lists: Collection[str]) -> None:
+        self.content, self.lists, self.scan = content, lists, json.JSONDecoder().raw_decode
+        self.base, self.place = 0, 3 * content.startswith(b"\xef\xbb\xbf")  # a byte order mark
+        self.text = content[:WINDOW].decode("latin-1")
+
+    def __iter__(self) -> Iterator[tuple[str, int, Any, int, int]]:
+        self.take("{")
+        more = True
+        while more:
+            key = self.value()
+            self.take(":")
+            if key in self.lists:
+                yield from self.elements_of(key)
+            else:
+                self.value()
+            more = self.take(",}") == ","
+        if self.next():
+            raise ValueError(f"more text at byte {self.base + self.place}")
+
+    def elements_of(self, key: str) -> Iterator[tuple[str, int, Any, int, int]]:
+        self.take("[")
+        yield key, -1, None, 0, 0
+        number, end = 0, ""
+        if self.next() == "]":
+            end = self.take("]")
+        while end != "]":
+            self.next()
+            start = self.base + self.place
+            entry = self.value()
+            yield key, number, entry, start, self.base + self.place
+            number, end = number + 1, self.take(",]")
+
+    def next(self) -> str:
+        """The next character that is no space; "" at the end."""
+        if len(self.text) - self.place < MARGIN:
+            self.slide(WINDOW)
+        self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it always matches
+        return self.text[self.place : self.place + 1]
+
+    def take(self, allowed: str) -> str:
+        found = self.next()
+        if not found or found not in allowed:
+            raise ValueError(f"{found!r} at byte {self.base + self.place}, where {' or '.join(allowed)} must be")
+        self.place += 1
+        return found
+
+    def value(self) -> Any:
+        self.next()
+        try:
+            found, self.place = self.scan(self.text, self.place)
+        except json.JSONDecodeError as e:
+            if self.base + len(self.text) < len(self.content):  # perhaps only the window ended
+                self.slide(2 * len(self.text))
+                return self.value()
+            raise ValueError(f"{e.msg} at byte {self.base + e.pos}") from None
+        return found
+
+    def slide(self, length: int) -> None:
+        """Begin the window at the current place, if there is more to come."""
+        if self.base + len(self.text) < len(self.content):
+            self.base += self.place
+            self.text, self.place = self.content[self.base : self.base + length].decode("latin-1"), 0
+
+
+def kind_of(segmentation: Any) -> int:
+    if isinstance(segmentation, dict):
+        return RUNS
+    if not isinstance(segmentation, list):
+        return NOTHING
+    valid = sum(map(is_polygon, segmentation))
+    return NOTHING if not valid else POLYGONS if valid == len(segmentation) else PARTS
+
+
+def is_polygon(corners: Any) -> bool:
+    """Whether this is a list x0, y0, x1, ... of at least three corners, none of them too far away."""
+    try:
+        return (
+            len(corners) % 2 == 0
+            and len(corners) >= 6
+            and -FAR <= min(corners) <= max(corners) <= FAR
+            and (
+                math.isfinite(sum(corners))  # a NaN can hide from min and max
+            )
+        )
+    except TypeError:
+        return False
+
+
+def are_runs(segmentation: dict, height: int, width: int) -> bool:
+    """Whether this is a run-length encoding, of either form, of just this size. pycocotools does not look: it would
+    leave memory uninitialised, or compare with nothing."""
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if isinstance(counts, str):
+        counts = decompressed(counts)
+    if not isinstance(counts, list) or not counts or not all(type(n) is int and n >= 0 for n in counts):
+        return False
+    return size == [height, width] and sum(counts) == height * width
+
+
+def decompressed(counts: str) -> list[int]:
+    """The runs in COCO's compressed form (`rleFrString` of its maskApi.c); [] if it is none.
+
+    A character holds five bits of a number, lowest first, a sixth that says that more follow, and the highest of the
+    last is the sign; from the fourth number on, what is written is the difference to the last but one.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in counts:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 60:
+            return []
+        number |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            number -= (code >> 4 & 1) << shift
+            runs.append(number + runs[-2] if len(runs) > 2 else number)
+            number = shift = 0
+    return [] if shift else runs
+
+
+def valid_outline(segmentation: Any, height: int, width: int) -> list[np.ndarray] | dict:
+    """A segmentation of which at least a part is valid, as polygons without those that are none or as a compressed
+    run-length encoding."""
+    if not isinstance(segmentation, dict):
+        return [np.array(corners, np.float64) for corners in segmentation if is_polygon(corners)]
+    compressed = isinstance(segmentation["counts"], str)
+    return segmentation if compressed else mask_util.frPyObjects(segmentation, height, width)
+
+
+def runs(outline: list[np.ndarray] | dict, height: int, width: int) -> dict:
+    """The outline as one run-length encoding."""
+    return outline if isinstance(outline, dict) else mask_util.merge(mask_util.frPyObjects(outline, height, width))
