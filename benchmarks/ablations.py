@@ -25,6 +25,7 @@ try:
     from mae_core.checkpoint import sha256_of
     from mae_core.data import images_or_shards
     from mae_core.errors import UserError
+    from mae_core.files import escape_output
     from mae_core.machine import Machine, hardware, machine_from, non_negative_int
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
@@ -265,6 +266,7 @@ def print_cells(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    escape_output()
     stop_on_signals()
     try:
         machine = check_call(args)

@@ -74,7 +74,7 @@ def run_child(command: Sequence[str], log: Path, lock: int, title: str = "") -> 
     once, waited for, and raised again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         print("$", *command, file=file, flush=True)
         # A session of its own keeps the terminal's Ctrl-C from reaching it twice. It inherits the lock's descriptor, so
         # that --out stays locked for as long as any child lives.

@@ -21,6 +21,7 @@ from benchmarks.render import fixed, summary_markdown, table_markdown, without_p
 from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.errors import UserError
+from mae_core.files import escape_output
 from mae_core.machine import program
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record, recipe_label
@@ -48,7 +49,7 @@ def report(out: Path) -> list[Path]:
             path.unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", newline="\n")
+            path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     if unreadable:
         raise UserError("\n".join(unreadable))
     return [out / name for name, text in files.items() if text is not None]
@@ -198,6 +199,7 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program("benchmarks.report"), description="Make the tables of all records.")
     parser.add_argument("--out", type=Path, default=Path("results"), help="the folder that holds runs/")
+    escape_output()
     try:
         for path in report(parser.parse_args(argv).out):
             print(path)

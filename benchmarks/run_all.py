@@ -18,6 +18,7 @@ try:
     from benchmarks.report import report
     from benchmarks.suite import TASKS
     from mae_core.errors import UserError
+    from mae_core.files import escape_output
     from mae_core.machine import non_negative_int
     from mae_core.progress import duration
     from transfer.cli import add_common_flags
@@ -133,6 +134,7 @@ def list_tasks() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    escape_output()
     if args.list:
         list_tasks()
         return 0

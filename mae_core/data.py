@@ -19,6 +19,7 @@ from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, printable, walk
 from mae_core.shards import list_members, list_shards
+from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
@@ -176,18 +177,26 @@ class TrainingStream(Sampler):
                 yield [Sample(int(order[view // self.repeats]), before + view) for view in views]
 
 
-def loader(dataset: Samples, batches: Any, workers: int, device: str) -> DataLoader:
-    """A DataLoader over lists of Samples or indices, which gives (images, labels, unreadable names).
+def loader(
+    dataset: Samples, batches: Any, workers: int, device: str, held: int = 1
+) -> Iterator[tuple[Tensor, Any, list[str]]]:
+    """(images, labels, unreadable names) for lists of Samples or indices, which `workers` processes prepare, or fewer
+    if this machine has no room for so many. held: batches that the caller keeps at a time. UserError if one dies.
 
     It serves for one pass: a training has one loader for all its epochs, so that workers start once.
     """
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch asks for its Dataset and uses what Samples has
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.startswith("cuda"),
-    )
+    first = next(iter(batches), None) if workers else None
+    if first:
+        workers = fitting_workers(workers, collate([dataset[first[0]]] * len(first)), held)
+    with dead_workers_explained():
+        yield from DataLoader(
+            dataset,  # type: ignore[arg-type]  # torch asks for its Dataset and uses what Samples has
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=device.startswith("cuda"),
+            worker_init_fn=end_at_errors,
+        )
 
 
 def collate(samples: list[tuple[Tensor, Any, str]]) -> tuple[Tensor, Any, list[str]]:

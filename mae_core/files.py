@@ -1,8 +1,10 @@
 """The files of a data set: which there are, which count, and opening one without the risk of waiting for ever."""
 
+import io
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -51,3 +53,10 @@ def printable(text: str) -> str:
     """The text with every byte of a file's name that is no UTF-8 escaped, as in "caf\\xe9": it can then be written and
     printed anywhere."""
     return UNDECODED.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
+def escape_output() -> None:
+    """From now on print escapes what standard output cannot show, such as names that are no UTF-8, as standard error
+    does anyway: to report a problem must not fail itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

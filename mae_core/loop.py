@@ -26,6 +26,7 @@ from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
+from mae_core.workers import dead_workers_explained
 
 FLUSH_STEPS = 10  # losses stay on the device for so many steps, so that the GPU never waits for them
 
@@ -86,7 +87,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     seconds_before, started, saved = state.seconds, time.monotonic(), time.monotonic()
     batches, note = steps_of(t, state.step, unreadable), ""
 
-    with stop_requested() as stop:
+    with dead_workers_explained(), stop_requested() as stop:
         for step in range(state.step, t.steps):
             lr = t.lr_at(step)
             set_learning_rate(optimizer, lr)
@@ -141,11 +142,11 @@ def steps_of(t: Training, first_step: int, unreadable: UnreadableFiles) -> Itera
     """The (images, labels) of each step from first_step on, for this process, in the parts that `prepare` gets."""
     local_batch, size = t.batch // distributed.world_size(), t.prepared or t.micro_batch
     stream = TrainingStream(len(t.dataset), t.batch, size, t.seed, first_step, t.steps, t.repeats)
-    chunks = []
-    for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device):
+    chunks, parts = [], local_batch // size
+    for images, labels, bad in loader(t.dataset, stream, t.machine.workers, t.machine.device, held=parts + 1):
         unreadable.add(bad)
         chunks.append((images, labels))
-        if len(chunks) == local_batch // size:
+        if len(chunks) == parts:
             yield chunks
             chunks = []
 

@@ -19,7 +19,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
 from mae_core.data import Images, images_or_shards, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
-from mae_core.files import printable
+from mae_core.files import escape_output, printable
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
@@ -94,7 +94,9 @@ def pretrain(
     grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
     lr = learning_rate(r.base_lr, r.batch)
-    listing = hashlib.sha256("\n".join(f.removeprefix(f"{data}/") for f in files).encode()).hexdigest()
+    listing = hashlib.sha256(
+        "\n".join(f.removeprefix(f"{data}/") for f in files).encode(errors="surrogateescape")
+    ).hexdigest()
     fixed = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": seed, "data": listing}
     if tokenizer is not None:
         fixed["tokenizer"] = tokenizer_sha256(tokenizer)
@@ -209,6 +211,7 @@ def following_of(args: argparse.Namespace) -> Following:
 
 def main() -> int:
     args = parse()
+    escape_output()
     try:
         get_arch(args.arch)
         r, changed = override(recipe(args.arch, args.recipe), args.set)

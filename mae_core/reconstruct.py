@@ -22,6 +22,7 @@ from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, print
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
+from mae_core.files import escape_output
 from mae_core.machine import program
 from mae_core.patches import patchify, unpatchify
 from mae_core.settings import replacing
@@ -218,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--norm-pix", action="store_true", help="they predict normalised pixels, where the file itself does not say so"
     )
     args = parser.parse_args(argv)
+    escape_output()
     try:
         for ratio in args.mask_ratio:
             if not 0 < ratio < 1:

@@ -139,8 +139,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, in UTF-8 with sorted keys."""
+    """Write JSON atomically, in UTF-8 with sorted keys. A byte of a file's name that is no UTF-8 is escaped, and read
+    back as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
         file.write("\n")

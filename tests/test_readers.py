@@ -1,5 +1,6 @@
 """Images that are not plain photographs, and broken ones, through every way that images are read."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mae_core import decode
 from mae_core.data import IMAGENET_NORMALIZATION, Images, Sample, loader, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.reconstruct import load_images
 from tests.fixtures.image import broken_files, odd_files, photograph
-from tests.fixtures.transfer import TableModel, one_hot_logits
+from tests.fixtures.transfer import TableModel, one_hot_logits, raising
 from transfer.classification.evaluate import evaluate
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.ade20k import check_pair
@@ -76,7 +78,7 @@ def evaluate_one(file: Path) -> None:
 
 
 READERS = {
-    "evaluation": (evaluate_one, "cannot be read as an image: replace it; no number"),
+    "evaluation": (evaluate_one, r"cannot be read as an image \(.+\): replace it; no number"),
     "picture": (lambda file: load_images([file], 48), "cannot be read as an image"),
     "COCO": (lambda file: open_image(example(file, 48, 48)), "cannot be read as an image .*: replace it"),
     "ADE20K": (lambda file: check_pair(file, file.parent / "label.pgm"), "cannot be read as an image: replace it"),
@@ -90,6 +92,20 @@ def test_every_reader_names_broken_files(broken, way):
     for file in broken:
         with pytest.raises(UserError, match=f"{file} {message}"):
             read(file)
+
+
+def test_an_oversized_validation_image_is_refused_with_its_reason(tmp_path, monkeypatch):
+    photograph(64, 64).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"large.png cannot be read as an image \(Image size .* exceeds limit"):
+        evaluate_one(tmp_path / "large.png")
+
+
+def test_where_no_more_files_can_be_opened_no_image_is_taken_for_broken(tmp_path, monkeypatch):
+    photograph(20, 20).save(tmp_path / "image.jpg")
+    monkeypatch.setattr(decode, "open_regular", raising(OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(UserError, match=r"image.jpg cannot be opened \(Too many open files\): give fewer --workers"):
+        Images([tmp_path / "image.jpg"], pretraining_transform(8))[0]
 
 
 def test_coco_reads_odd_files_as_they_are_stored(odd):

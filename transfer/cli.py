@@ -10,6 +10,7 @@ from pathlib import Path
 from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
+from mae_core.files import escape_output
 from mae_core.machine import Machine, add_machine_flags, machine_from, non_negative_int
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
@@ -78,6 +79,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_common_flags(parser, tasks)
     args = parser.parse_args(arguments)
+    escape_output()
     try:
         chosen = find_tasks(args.task, tasks)
         machine = machine_from(args)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences, write_json
 from mae_core.training import CHECKPOINT_FILE
@@ -103,7 +104,7 @@ def run_job(job: Job) -> Record:
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
-        (job.work / TRACEBACK_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        (job.work / TRACEBACK_FILE).write_text(printable(traceback.format_exc()), encoding="utf-8")
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
         reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"

@@ -1,10 +1,13 @@
+import json
 import os
 
 import pytest
 
 from mae_core.data import images_or_shards, list_images
 from mae_core.decode import UNREADABLE, read_image, read_pixels
-from mae_core.files import open_regular, printable, walk
+from mae_core.errors import UserError
+from mae_core.files import escape_output, open_regular, printable, walk
+from mae_core.settings import write_json
 
 
 def touch(*paths):
@@ -45,3 +48,18 @@ def test_only_regular_files_are_opened(tmp_path, read):
 def test_names_that_are_no_utf_8_can_be_printed():
     assert printable(os.fsdecode(b"caf\xe9/\xff.jpg")) == r"caf\xe9/\xff.jpg"
     assert printable("café €") == "café €"
+
+
+def test_a_record_with_such_a_name_is_written_and_read_back(tmp_path):
+    value = {"root": os.fsdecode(b"caf\xe9"), "plain": "café"}
+    write_json(tmp_path / "record.json", value)
+    assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == value
+
+
+def test_such_names_are_printed_and_raised(tmp_path, monkeypatch):
+    with open(tmp_path / "out", "w", encoding="utf-8") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        escape_output()
+        print(os.fsdecode(b"caf\xe9"), "é")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "caf\\udce9 é\n"
+    assert str(UserError(os.fsdecode(b"caf\xe9"))) == r"caf\xe9"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, classifier_of
 from mae_core.data import Images, Normalization, loader, normalize
+from mae_core.decode import why_unreadable
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.progress import Progress
@@ -98,7 +99,8 @@ def outputs_of(
         progress.update(min(len(dataset), done * distributed.world_size()), len(images))
     # All processes stop together: one that stopped by itself would leave the others waiting.
     if bad := [name for names in distributed.gather_to_all(unreadable) for name in names]:
-        raise UserError(f"{bad[0]} cannot be read as an image: replace it; no number is given over part of the data")
+        what = f"{bad[0]} cannot be read as an image ({why_unreadable(bad[0])}): replace it"
+        raise UserError(f"{what}; no number is given over part of the data")
 
 
 def forward(model: nn.Module, images: Tensor, normalization: Normalization, machine: Machine) -> Tensor:

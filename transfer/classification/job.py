@@ -1,6 +1,7 @@
 """Fine-tuning and linear probing, and what all trainings of a classifier share: the images, the initial model, the
 scores, the files that are saved."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from mae_core.checkpoint import load_encoder, metadata_of, model_of
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
+from mae_core.files import printable
 from mae_core.training import State, unreadable_metadata
 from mae_core.vit import ViT, init_as_timm
 from transfer.classification.evaluate import evaluate
@@ -60,9 +62,13 @@ def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
     return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
 
 
-def save_artifacts(job: Job, name: str, tensors: dict[str, torch.Tensor], state: State) -> dict[str, str]:
+def save_artifacts(
+    job: Job, name: str, tensors: dict[str, torch.Tensor], state: State, images: Reading
+) -> dict[str, str]:
     """Write trained weights to the work folder. Returns {file name: SHA-256}."""
     metadata = origin(job) | {"image_size": str(job.recipe.image_size)} | unreadable_metadata(state)
+    if images.names:
+        metadata["classes"] = json.dumps(list(map(printable, images.names)))
     return save_trained(job, name, tensors, metadata | metadata_of(job.checkpoint, job.recipe.pool, tensors))
 
 
@@ -85,6 +91,7 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
             "train_images": len(images.train.files),
             "train_pixels": TORCHVISION_PIXELS,
             "val_pixels": PILLOW_PIXELS,
+            **({"classes": list(map(printable, images.names))} if images.names else {}),
         },
     )
 
@@ -99,7 +106,7 @@ def finetune(job: Job) -> Result:
     if r.ema:
         for values, without in zip((metrics, stderr), validate(job, model, images.val)):
             values["top1_without_ema"] = without["top1"]
-    artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict(), state)
+    artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict(), state, images)
     return trained_result(job, state, images, (metrics, stderr), artifacts)
 
 
@@ -118,7 +125,7 @@ def linprobe(job: Job) -> Result:
         raise RuntimeError("the frozen encoder changed while its probe was trained")
     scores = validate(job, trained, images.val)
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
-    artifacts = save_artifacts(job, "probe.safetensors", head, state)
+    artifacts = save_artifacts(job, "probe.safetensors", head, state, images)
     result = trained_result(job, state, images, scores, artifacts)
     resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
     official = min(512, r.batch)  # one GPU's share of the official probe's batch

@@ -4,11 +4,14 @@ A problem prevents the run; a finding goes with the number, into the plan, the r
 """
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from mae_core.files import printable
 
 MINIATURE_MARKER = "miniature.json"
 LOOKED_AT = 100  # files of a list that are checked one by one: millions would take minutes
@@ -48,11 +51,11 @@ def guarded(inspect: Callable[[Path], Data], root: Path) -> Data:
 
 
 def missing(root: Path, what: str) -> Data:
-    return Data(str(root), "missing", f"no data: {what}")
+    return Data(str(root), "missing", printable(f"no data: {what}"))
 
 
 def incomplete(root: Path, *problems: str) -> Data:
-    return Data(str(root), "incomplete", "; ".join(problems))
+    return Data(str(root), "incomplete", printable("; ".join(problems)))
 
 
 def found(
@@ -76,6 +79,7 @@ def found(
     findings: tuple[str, ...] = ()
     if official and not generated:
         findings = (*against_official(str(where), counts, official, absent), *further)
+    findings = tuple(map(printable, findings))
     return Data(str(root), "found", detail, label, fingerprint, counts, chance, findings)
 
 
@@ -119,7 +123,10 @@ def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
     checked, wrong = [files[i] for i in spread(len(files))], []
     for file in checked:
         try:
-            if not file.stat().st_size:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                wrong.append(f"{file} is no regular file")
+            elif not status.st_size:
                 wrong.append(f"{file} is empty")
             elif not os.access(file, os.R_OK):
                 wrong.append(f"{file} may not be read by this user")

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from mae_core.files import is_image
+from mae_core.files import is_image, passed_over
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint
 
@@ -44,9 +44,9 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     broken: list[str] = []
     empty: list[str] = []
     loose: list[str] = []
-    forks = 0
+    nested: list[str] = []
     with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
+        entries = sorted((e for e in listing if not passed_over(e.name)), key=lambda entry: entry.name)
     for entry in entries:
         if not entry.is_dir():  # which asks the disk only for links
             (broken if entry.is_symlink() and entry.name in label else loose).append(entry.name)
@@ -54,8 +54,11 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
             strange.append(entry.name)
         else:
             # Names, not paths: a million of them are sorted in a tenth of the time.
-            names = sorted(name for name in os.listdir(entry.path) if is_image(name))
-            forks += sum(name.startswith("._") for name in names)
+            listed = os.listdir(entry.path)
+            names = sorted(filter(is_image, listed))
+            if len(names) < len(listed):
+                others = (name for name in listed if not is_image(name) and not passed_over(name))
+                nested += [f"{entry.name}/{n}" for n in others if os.path.isdir(f"{entry.path}/{n}")]
             files += map((folder / entry.name).joinpath, names)
             labels += [label[entry.name]] * len(names)
             if not names:
@@ -70,9 +73,9 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
         problems.append(f"{folder} has broken links for class folders: {preview(broken)}; link them to where they lie")
     if empty:
         problems.append(f"{folder} has class folders without an image: {preview(empty)}; fill or remove them")
-    if forks:
+    if nested:
         problems.append(
-            f"{folder} has {forks} files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete"
+            f"{folder} has folders inside its class folders: {preview(nested)}; move their images out of them"
         )
     if not files and not problems:
         problems.append(f"{folder} has no class folder with images in it: unpack the archive there")

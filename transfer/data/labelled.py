@@ -5,12 +5,13 @@ Each is read as its official archives unpack. Labels are the official ones, howe
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from mae_core.files import is_image
+from mae_core.files import is_image, passed_over, walk
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint
 
@@ -18,12 +19,13 @@ from transfer.data.split import Split, fingerprint
 @dataclass(frozen=True)
 class Reading:
     """What was read of a set. classes: how many the classifier has, the official number if the set has one. problems:
-    why it cannot be used."""
+    why it cannot be used. names: of the classes, where they are the user's."""
 
     train: Split
     val: Split
     classes: int
     problems: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def inspect_set(known: LabelledSet, root: Path) -> Data:
 
 def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iterable[str]) -> Reading:
     """The reading, with the problems that any set may have: no images, missing files, labels out of range, images in
-    both splits, classes without training images."""
+    both splits or twice in one, classes without training images."""
     all_problems = list(problems)
     for name, split in (("training", train), ("validation", val)):
         if not split.files and not all_problems:
@@ -71,7 +73,12 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
             all_problems += unusable(split.files, f"{name} images")
         if strange := sorted({label for label in split.labels if not 0 <= label < classes}):
             all_problems.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview(strange)}")
-    if both := set(train.files) & set(val.files):
+    once = {"training": set(train.files), "validation": set(val.files)}
+    for (name, files), split in zip(once.items(), (train, val)):
+        if len(files) < len(split.files):
+            twice = [str(file) for file, count in Counter(split.files).items() if count > 1]
+            all_problems.append(f"{len(twice)} {name} images are listed twice: {preview(twice)}; keep one line of each")
+    if both := once["training"] & once["validation"]:
         all_problems.append(
             f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
         )
@@ -98,7 +105,11 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
         try:
             values = json.loads(path.read_bytes())
             names = {image["id"]: image["file_name"] for image in values["images"]}
-            label = {a["image_id"]: int(a["category_id"]) for a in values["annotations"]}
+            label = {a["image_id"]: a["category_id"] for a in values["annotations"]}
+            if odd := [c for c in label.values() if type(c) is not int]:
+                raise ValueError(f"category_id is {str(odd[0])[:40]!r}, not a whole number")
+            if outside := [name for name in names.values() if leaves(name)]:
+                raise ValueError(f"{outside[0]!r} leaves its folder")
             if len(label) < len(values["annotations"]):
                 problems.append(f"{path} labels {len(values['annotations']) - len(label)} images twice")
             if strangers := sorted(map(str, label.keys() - names.keys())):
@@ -109,18 +120,23 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
             files, labels = [folder / file for file, _ in pairs], [c for _, c in pairs]
         except FileNotFoundError:
             problems.append(f"{path} is missing: unpack the archive that holds it")
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
         splits.append(Split(tuple(files), tuple(labels)))
     train, val = splits
     return checked(folder, train, val, classes, problems)
 
 
+def leaves(name: str) -> bool:
+    """Whether the file of that relative name may lie outside of the folder that it is relative to."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     """A list of lines `relative/path label`; the path may begin with a slash, and the folders may be nested."""
     files, labels = [], []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         problems.append(f"{path} is missing: unpack the archive that holds it")
         return Split()
@@ -129,10 +145,14 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
         return Split()
     for number, line in enumerate(lines, 1):
         file, _, label = line.rpartition(" ")
-        if not file or not label.isdecimal():
+        name = file.strip().lstrip("/")
+        if not name or not label.isdecimal() or len(label) > 9:
             problems.append(f"{path}, line {number}, is not `path label`: {line[:60]!r}")
             return Split()
-        files.append(images / PurePosixPath(file.strip().lstrip("/")))
+        if leaves(name):
+            problems.append(f"{path}, line {number}, leaves the folder of the images: {line[:60]!r}")
+            return Split()
+        files.append(images / PurePosixPath(name))
         labels.append(int(label))
     return Split(tuple(files), tuple(labels))
 
@@ -164,26 +184,40 @@ def read_places205(folder: Path) -> Reading:
 
 
 def read_folder(folder: Path) -> Reading:
-    """FOLDER/{train,val}/CLASS/*: the label is the rank of the class's name among those of train."""
+    """FOLDER/{train,val}/CLASS, images at any depth, as torchvision's ImageFolder takes them: the label is the rank of
+    the class's name among those of train."""
     problems, splits = [], []
     labels: dict[str, int] = {}
+    seen: dict[Path, Path] = {}  # the real folder of a class of train -> the class
     for part in (folder / "train", folder / "val"):
         if not part.is_dir():
             problems.append(f"{part} is missing: images must lie at {folder}/{{train,val}}/CLASS/*.jpg")
             splits.append(Split())
             continue
-        names = sorted(p.name for p in part.iterdir() if p.is_dir())
+        names = sorted(name for name in os.listdir(part) if not passed_over(name))
+        if loose := [name for name in names if is_image(name)]:
+            problems.append(f"{len(loose)} images lie in {part} itself, not in folders of classes: {preview(loose)}")
+        if broken := [name for name in names if (part / name).is_symlink() and not (part / name).exists()]:
+            problems.append(f"{part} has broken links: {preview(broken)}; mend or remove them")
+        found = {
+            name: sorted(f for f in walk(part / name) if is_image(f.name)) for name in names if (part / name).is_dir()
+        }
+        if empty := [name for name, files in found.items() if not files]:
+            problems.append(f"{part} has folders without an image: {preview(empty)}; fill or remove them")
         if part.name == "train":
-            labels = {name: label for label, name in enumerate(names)}
-        if foreign := [name for name in names if name not in labels]:
+            labels = {name: label for label, name in enumerate(found)}
+            seen = {(part / name).resolve(): part / name for name in found}
+        elif same := [name for name in found if (part / name).resolve() in seen]:
+            where = seen[(part / same[0]).resolve()]
+            problems.append(f"{part / same[0]} is the same folder as {where}: keep images of their own for validation")
+        if foreign := [name for name in found if name not in labels]:
             problems.append(f"{part} has classes that train lacks: {preview(foreign)}; add them there or remove them")
-        classes = [part / name for name in names if name in labels]
-        files = [file for class_folder in classes for file in sorted(class_folder.iterdir()) if is_image(file.name)]
-        splits.append(Split(tuple(files), tuple(labels[file.parent.name] for file in files)))
+        pairs = [(file, labels[name]) for name, files in found.items() if name in labels for file in files]
+        splits.append(Split(tuple(file for file, _ in pairs), tuple(label for _, label in pairs)))
     if len(labels) == 1:
         problems.append(f"{folder} has the one class {next(iter(labels))}: every guess would be right")
     train, val = splits
-    return checked(folder, train, val, len(labels), problems)
+    return replace(checked(folder, train, val, len(labels), problems), names=tuple(labels))
 
 
 def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:

@@ -1,5 +1,6 @@
 """ADE20K on disk: what is found, and that what is wrong is said before anything is trained."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tests.fixtures.segmentation import write_ade20k
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER, inspect_ade20k
 from transfer.data.findings import MINIATURE_MARKER
+from transfer.segmentation.mmseg_config import dataset_of
+from transfer.segmentation.mmseg_plugin import register
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,42 @@ def test_what_is_wrong_is_said_in_a_sentence(root, damage, says):
     data = inspect_ade20k(root)
     assert data.status == "incomplete"
     assert says in data.detail
+
+
+def test_what_browsers_of_files_leave_behind_is_passed_over(root):
+    before = inspect_ade20k(root)
+    for name in ("images/training/._1.jpg", "annotations/training/.DS_Store", "annotations/validation/Thumbs.db"):
+        (root / FOLDER / name).write_bytes(b"x")
+    (root / FOLDER / "images/training/@eaDir").mkdir()
+    shutil.copy(root / FOLDER / IMAGE, root / FOLDER / "images/training/@eaDir/thumbnail.jpg")
+    assert inspect_ade20k(root) == before
+    register()
+    from mmseg.registry import DATASETS
+
+    dataset = DATASETS.build(dataset_of(root / FOLDER, "train", []))  # what is trained on
+    assert [Path(entry["img_path"]) for entry in map(dataset.get_data_info, range(len(dataset)))] == [
+        image for image, _ in ade20k.pairs(root / FOLDER, "train")
+    ]
+
+
+@pytest.mark.parametrize("name", [IMAGE, LABEL])
+def test_a_pipe_and_a_broken_link_are_named(root, name):
+    """mmengine silently leaves both out."""
+    file = root / FOLDER / name
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file}: broken links or no regular files" in inspect_ade20k(root).detail
+    file.unlink()
+    file.symlink_to("gone")
+    assert f"{file}: broken links or no regular files" in inspect_ade20k(root).detail
+
+
+def test_images_in_folders_are_named(root):
+    folder = root / FOLDER / "images" / "training" / "more"
+    folder.mkdir()
+    assert inspect_ade20k(root).status == "found"
+    shutil.copy(root / FOLDER / IMAGE, folder)
+    assert f"{folder}: ADE20K's files lie flat" in inspect_ade20k(root).detail
 
 
 @pytest.mark.skipif(not (SHARED / FOLDER).is_dir(), reason="the real images are not here")

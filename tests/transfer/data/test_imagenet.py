@@ -3,14 +3,17 @@
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures import SHARED
-from tests.fixtures.transfer import CLASSES, write_imagenet, write_noise_image, write_split
+from tests.fixtures.transfer import CLASSES, make_job, write_imagenet, write_noise_image, write_split
+from transfer.classification.tasks import KNN
 from transfer.data import imagenet
 from transfer.data.imagenet import columns, inspect_imagenet, inspect_imagenet_val, read_split, wnids
+from transfer.run import describe, read_record, write_record
 
 TENCH, GOLDFISH = wnids()[CLASSES[0]], wnids()[CLASSES[1]]
 
@@ -183,8 +186,8 @@ def broken_image(imagenet: Path) -> None:
         (broken_class, "{root}/train has broken links for class folders: {tench}"),
         (broken_image, "1 of 4 validation images looked at (of 4) cannot be used: {root}/val/{tench}/"),
         (
-            lambda d: (d / "val" / TENCH / "._ILSVRC2012_val_00000000.JPEG").write_bytes(b"Mac OS X"),
-            "{root}/val has 1 files of macOS (._NAME) that are no images; in there: find . -name '._*' -delete",
+            lambda d: (d / "val" / TENCH / "images").mkdir(),
+            "{root}/val has folders inside its class folders: {tench}/images; move their images out of them",
         ),
     ],
 )
@@ -270,3 +273,21 @@ def test_findings_of_the_real_part_say_that_its_splits_are_not_the_official_ones
     assert "990 of the 1000 classes are missing" in found
     moved = list((SHARED / "imagenet" / "train").rglob("ILSVRC2012_val_*"))
     assert f"imagenet/train: {len(moved)} images have names of ImageNet's validation images" in found
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_named_in_the_plan_and_in_a_record(root, tmp_path):
+    os.mkdir(os.fsencode(root / "imagenet" / "train") + b"/caf\xe9")
+    said = r"has folders that are no ImageNet class: caf\xe9; rename"
+    assert said in inspect_imagenet(root).detail
+    job = replace(make_job(KNN, root, tmp_path / "work"), out=tmp_path)
+    write_record(describe(job, status="failed", reason=job.data.detail), tmp_path)
+    assert said in read_record(tmp_path / "record.json").reason
+
+
+def test_what_browsers_of_files_leave_behind_is_passed_over(root):
+    before = inspect_imagenet(root)
+    folder = root / "imagenet" / "train"
+    for name in (".DS_Store", "@eaDir/1.JPEG", f"{TENCH}/._1.JPEG", f"{TENCH}/.ipynb_checkpoints/1.JPEG", "Thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert inspect_imagenet(root) == before

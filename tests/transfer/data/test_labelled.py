@@ -1,12 +1,15 @@
 """iNaturalist, Places and a user's folder, read with the traps of their official formats; and their miniatures."""
 
 import json
+import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from mae_core.checkpoint import read_checkpoint
 from tests.fixtures import SHARED
@@ -99,6 +102,12 @@ def test_inaturalist_2017_has_names_for_folders(tmp_path):
         (lambda c: c["annotations"].pop(), "1 images without a label"),
         (lambda c: c.pop("images"), "is no annotation file of iNaturalist (KeyError: 'images')"),
         (lambda c: c["images"][0].update(file_name="train_val2019/x/9/v.jpg"), "1 images are in both splits"),
+        (lambda c: c["images"][0].update(file_name="train_val2019/x/9/b.jpg"), "1 training images are listed twice"),
+        (lambda c: c["annotations"][0].update(category_id=2.7), "category_id is '2.7', not a whole number"),
+        (lambda c: c["annotations"][0].update(category_id="3"), "category_id is '3', not a whole number"),
+        (lambda c: c["images"][0].update(file_name="../x.jpg"), "'../x.jpg' leaves its folder"),
+        (lambda c: c["images"][0].update(file_name="/etc/x.jpg"), "'/etc/x.jpg' leaves its folder"),
+        (lambda c: c["images"][0].update(file_name=7), "is no annotation file of iNaturalist"),
     ],
 )
 def test_inaturalist_with_a_wrong_json(tmp_path, change, message):
@@ -162,6 +171,9 @@ def test_places365_nested_classes_flat_validation_leading_slash(tmp_path, sizes,
         (b"\x1f\x8b\x08\xff", "places365_val.txt is no text: unpack the list"),  # gzip
         (b"Places365_val_00000001.jpg 365\n", "validation labels outside 0..364: 365"),
         (b"Places365_val_00000001.jpg 7\n", "classes that training lacks: 7"),
+        (b"Places365_val_00000001.jpg " + b"1" * 5000 + b"\n", "line 1, is not `path label`"),
+        (b"../val_256/Places365_val_00000001.jpg 0\n", "line 1, leaves the folder of the images"),
+        (2 * b"Places365_val_00000001.jpg 0\n", "1 validation images are listed twice"),
         (None, "places365_val.txt is missing"),
     ],
 )
@@ -169,6 +181,13 @@ def test_places365_with_a_wrong_list(tmp_path, content, said):
     file = write_places365(tmp_path) / "places365_val.txt"
     file.write_bytes(content) if content else file.unlink()
     assert said in inspect_set(KNOWN["places365"], tmp_path).detail
+
+
+def test_places365_with_a_byte_order_mark(tmp_path):
+    """As Windows' editors save a list."""
+    file = write_places365(tmp_path) / "places365_val.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert inspect_set(KNOWN["places365"], tmp_path).status == "found"
 
 
 def test_places205_lists_are_separated_by_spaces(tmp_path):
@@ -230,14 +249,17 @@ def test_the_256_px_images_are_taken_where_both_sizes_are_there(tmp_path):
     assert {f.relative_to(folder).parts[0] for f in reading.val.files} == {"val_256"}
 
 
-def test_images_that_are_empty_or_broken_links_are_reported(tmp_path):
+def test_images_that_are_empty_broken_links_or_pipes_are_reported(tmp_path):
     train = {f"x/3/{i}.jpg": 3 for i in range(4)}
     folder = write_inat(tmp_path, 2018, train, {"x/3/v.jpg": 3})
     (folder / "train_val2018/x/3/2.jpg").write_bytes(b"")
     (folder / "train_val2018/x/3/v.jpg").unlink()
     (folder / "train_val2018/x/3/v.jpg").symlink_to("gone.jpg")
+    (folder / "train_val2018/x/3/1.jpg").unlink()
+    os.mkfifo(folder / "train_val2018/x/3/1.jpg")
     detail = inspect_set(KNOWN["inat2018"], tmp_path).detail
-    assert "1 of 4 training images looked at (of 4) cannot be used" in detail
+    assert "2 of 4 training images looked at (of 4) cannot be used" in detail
+    assert "1.jpg is no regular file" in detail
     assert "2.jpg is empty" in detail
     assert "v.jpg is a broken link" in detail
 
@@ -291,6 +313,22 @@ def test_a_folder_of_ones_own(tmp_path):
     assert record.status == "ok", record.reason
     assert record.n_eval == 6
     assert record.metrics["top1"] > 50  # chance is 33
+    names = ["daisy", "rose", "tulip"]
+    assert record.resolved["classes"] == names
+    with safe_open(tmp_path / "work" / "classifier.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == names
+
+
+def test_images_at_any_depth_are_taken_and_what_browsers_of_files_leave_behind_is_not(tmp_path):
+    flowers = write_flowers(tmp_path)
+    task = folder_task(str(flowers))
+    for name in (".DS_Store", "@eaDir/1.jpg", ".ipynb_checkpoints/1.jpg", "rose/._0.jpg", "rose/.x/0.jpg", "Thumbs.db"):
+        (flowers / "train" / name).parent.mkdir(exist_ok=True)
+        (flowers / "train" / name).write_bytes(b"x")
+    write_noise_image(flowers / "train" / "rose" / "more" / "red" / "9.jpg", (200, 9, 9), seed=9)
+    (flowers / "train" / "rose" / "again").symlink_to(flowers / "train" / "rose")  # visited once
+    data = task.inspect(tmp_path)
+    assert (data.status, data.counts) == ("found", {"classes": 3, "train": 25, "val": 6}), data.detail
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -299,6 +337,26 @@ def test_folders_that_cannot_be_used(tmp_path):
     def detail(path: Path) -> str:
         return folder_task(str(path)).inspect(tmp_path).detail
 
+    shutil.copy(flowers / "val" / "rose" / "0.jpg", flowers / "train" / "loose.jpg")
+    assert f"1 images lie in {flowers}/train itself, not in folders of classes: loose.jpg" in detail(flowers)
+    (flowers / "train" / "loose.jpg").unlink()
+    (flowers / "train" / "lily").mkdir()
+    assert f"{flowers}/train has folders without an image: lily; fill or remove them" in detail(flowers)
+    (flowers / "train" / "lily").rmdir()
+    (flowers / "train" / "lily").symlink_to("gone")
+    assert f"{flowers}/train has broken links: lily" in detail(flowers)
+    (flowers / "train" / "lily").unlink()
+    (flowers / "val" / "tulip").rename(flowers / "val" / "kept")
+    (flowers / "val" / "tulip").symlink_to(flowers / "train" / "tulip")
+    assert f"{flowers}/val/tulip is the same folder as {flowers}/train/tulip" in detail(flowers)
+    (flowers / "val" / "tulip").unlink()
+    (flowers / "val" / "kept").rename(flowers / "val" / "tulip")
+    (flowers / "val").rename(flowers / "test")
+    (flowers / "val").symlink_to("train")
+    assert f"{flowers}/val/daisy is the same folder as {flowers}/train/daisy" in detail(flowers)
+    (flowers / "val").unlink()
+    (flowers / "test").rename(flowers / "val")
+    assert not detail(flowers).startswith("no data")
     (flowers / "val" / "daisy").rename(flowers / "val" / "dandelion")
     assert "has classes that train lacks: dandelion" in detail(flowers)
     (flowers / "val").rename(flowers / "test")

@@ -1,0 +1,80 @@
+"""The processes that decode images: how many of them this machine has room for, and what it means when one dies."""
+
+import contextlib
+import multiprocessing.queues
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mae_core import distributed
+from mae_core.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
+PREFETCH = 2  # batches that each worker prepares ahead: torch's default
+RESERVE = 128  # open files for everything else
+MIB = 2**20
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def fitting_workers(workers: int, batch: Any, held: int) -> int:
+    """At most `workers`: as many as shared memory and open files suffice for, when each prepares PREFETCH batches such
+    as this one and the caller holds `held` of them at a time. Says so if they are fewer."""
+    tensors = tensors_in(batch)
+    size, files = sum(tensor.nbytes for tensor in tensors), len(tensors)
+    if not workers or not size:
+        return workers
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    fits = {}
+    if SHARED_MEMORY.is_dir():
+        status = os.statvfs(SHARED_MEMORY)
+        free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        need = (PREFETCH * workers + held) * size
+        what = f"/dev/shm has {free // MIB} MiB free and {workers} --workers would fill {need // MIB} MiB"
+        fits[f"{what} (docker run --shm-size makes it larger)"] = int(0.9 * free // size - held) // PREFETCH
+    if limit != resource.RLIM_INFINITY:
+        fits[f"{limit} files may be open (ulimit -n)"] = ((limit - RESERVE) // files - held) // PREFETCH
+    why = min(fits, key=fits.__getitem__, default="")
+    fewer = max(0, min(workers, fits.get(why, workers)))
+    if fewer < workers and distributed.is_main():
+        print(f"{why}: starting {fewer} of them", flush=True)
+    return fewer
+
+
+def end_at_errors(worker: int) -> None:
+    """In a worker: end it when it cannot hand over a batch. Python would print the error and leave the batch out, for
+    which the training would wait for ever."""
+
+    def end(error: Exception, batch: object) -> None:
+        print(f"a worker could not hand over its images: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def dead_workers_explained() -> Iterator[None]:
+    """UserError in place of torch's error about a worker that died, which may be raised at any time."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not str(e).startswith("DataLoader worker"):
+            raise
+        why = " ".join(str(e).split())
+        raise UserError(
+            f"a process that decodes images died ({why}): memory or /dev/shm may be too small; give fewer --workers "
+            "(with 0 there are none)"
+        ) from None

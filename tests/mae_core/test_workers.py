@@ -1,0 +1,93 @@
+"""The processes that decode images, where the machine is short of something."""
+
+import os
+import resource
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mae_core import workers
+from mae_core.data import Targets, loader
+from mae_core.errors import UserError
+from mae_core.workers import MIB, fitting_workers
+
+BATCH = (torch.zeros(4, MIB, dtype=torch.uint8), torch.zeros(0), ["name"])  # 4 MiB in two tensors
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """(MiB free in shared memory, open files) of a machine."""
+
+    def set_to(free, files):
+        status = SimpleNamespace(f_bavail=free * 256, f_frsize=4096)
+        monkeypatch.setattr(workers.os, "statvfs", lambda path: status)
+        monkeypatch.setattr(workers.resource, "getrlimit", lambda kind: (files, files))
+        monkeypatch.setattr(workers.resource, "setrlimit", lambda kind, limits: None)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("free", "files", "processes", "fits", "said"),
+    [
+        (10_000, 10_000, 1, 16, ""),
+        (64, 10_000, 1, 6, "/dev/shm has 64 MiB free and 16 --workers would fill 136 MiB"),  # 57.6 MiB: 14 batches
+        (256, 10_000, 4, 6, "/dev/shm has 64 MiB free"),  # each of four processes takes its part
+        (6, 10_000, 1, 0, "starting 0 of them"),
+        (10_000, 128 + 2 * 12, 1, 5, "152 files may be open (ulimit -n): starting 5 of them"),
+        (10_000, resource.RLIM_INFINITY, 1, 16, ""),
+    ],
+)
+def test_no_more_workers_than_there_is_room_for(machine, monkeypatch, capsys, free, files, processes, fits, said):
+    machine(free, files)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert fitting_workers(16, BATCH, held=2) == fits
+    out = capsys.readouterr().out
+    assert (said in out) if said else not out
+    assert fitting_workers(0, BATCH, held=2) == 0
+
+
+def test_targets_are_counted_tensor_by_tensor(machine):
+    machine(10_000, 128 + 2 * 5 * 3)
+    targets = Targets([{"boxes": torch.zeros(2, 4), "masks": torch.zeros(2, 9)}] * 2)
+    assert fitting_workers(16, (torch.zeros(2, 3), targets, []), held=0) == 3
+
+
+class Numbers:
+    """A data set of numbers; `happen` is called in the worker that makes one."""
+
+    def __init__(self, happen) -> None:
+        self.happen = happen
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index):
+        return torch.tensor([float(index)]), 0, self.happen() if index else ""
+
+
+class Unpicklable(str):
+    def __reduce__(self):
+        raise OSError("unable to allocate shared memory")
+
+
+@pytest.mark.parametrize(
+    "happen", [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: Unpicklable("name")], ids=["killed", "no room"]
+)
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(happen):
+    """Without shared memory a batch cannot be handed over: the training would wait for it for ever."""
+    with pytest.raises(
+        UserError, match=r"a process that decodes images died .*: memory or /dev/shm .* fewer --workers"
+    ):
+        list(loader(Numbers(happen), [[0], [1], [2]], 1, "cpu"))
+
+
+def test_workers_are_started_only_as_many_as_fit(machine, capsys):
+    machine(0, 10_000)
+    here = []
+    images = [images for images, _, _ in loader(Numbers(lambda: here.append(os.getpid()) or ""), [[0], [1]], 2, "cpu")]
+    assert torch.cat(images).flatten().tolist() == [0.0, 1.0]
+    assert here == [os.getpid()]
+    assert "starting 0 of them" in capsys.readouterr().out
