@@ -167,23 +167,23 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any
         ours = False
     if not ours:
         raise UserError(f"{path} is damaged or no training checkpoint of ours: delete it, or choose another --out")
-    changed = differences(as_json(content["fixed"]), as_json(t.fixed))
-    if changed:
-        raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
     try:
+        changed = differences(as_json(content["fixed"]), as_json(t.fixed))
+        if changed:
+            raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
         model.load_state_dict(content["model"])
-    except RuntimeError as e:
-        problem = " ".join(str(e).split())[:200]
+        optimizer.load_state_dict(content["optimizer"])
+        if ema is not None:
+            ema.module.load_state_dict(content["ema"])
+        for field in dataclasses.fields(state):
+            kind = type(getattr(state, field.name))
+            setattr(state, field.name, kind(content["state"][field.name]))
+        if content["machine"]["micro_batch"] != t.micro_batch:
+            state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
+        moved = differences(content["machine"], rounding_settings(t))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:  # changed by someone
+        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
-    optimizer.load_state_dict(content["optimizer"])
-    if ema is not None:
-        ema.module.load_state_dict(content["ema"])
-    for name, value in content["state"].items():
-        setattr(state, name, value)
-    state.notes, state.unreadable = tuple(state.notes), tuple(state.unreadable)
-    if content["machine"]["micro_batch"] != t.micro_batch:
-        state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
-    moved = differences(content["machine"], rounding_settings(t))
     if moved:
         note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
         state.notes += (note,)

@@ -174,6 +174,22 @@ def test_a_file_that_is_not_our_checkpoint_is_refused(noise_images, tmp_path, co
         runs.train(noise_images, out)
 
 
+def test_a_checkpoint_with_a_missing_or_wrong_part_is_refused(noise_images, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "a")
+    whole = torch.load(tmp_path / "a" / CHECKPOINT_FILE)
+    parts = [{key: whole[key] for key in whole if key != lacks} for lacks in whole if lacks not in ("format", "ema")]
+    parts += [{**whole, "state": {**whole["state"], "step": "many"}}, {**whole, "optimizer": {"state": {}}}]
+    for content in (
+        *parts,
+        {**whole, "machine": 3},
+        {**whole, "fixed": [1]},
+        {**whole, "state": {**whole["state"], "unreadable": 7}},
+    ):
+        torch.save(content, tmp_path / "a" / CHECKPOINT_FILE)
+        with pytest.raises(UserError, match=r"checkpoint.pth does not fit this model \(\w+Error: .*delete it"):
+            runs.train(noise_images, tmp_path / "a")
+
+
 def test_a_checkpoint_with_zeros_inside_a_weight_is_refused(noise_images, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "a")
     path = tmp_path / "a" / CHECKPOINT_FILE
