@@ -42,6 +42,9 @@ class Twin:
 
 TWINS = {
     "pretrain": Twin("pretraining", "pretraining", "facebookresearch/mae main_pretrain.py"),
+    "detection": Twin(
+        "vitdet", "detection", "facebookresearch/detectron2, its ViTDet project", packages=("detectron2", "pycocotools")
+    ),
 }
 
 
