@@ -42,9 +42,10 @@ class Twin:
 
 TWINS = {
     "pretrain": Twin("pretraining", "pretraining", "facebookresearch/mae main_pretrain.py"),
-    "detection": Twin(
-        "vitdet", "detection", "facebookresearch/detectron2, its ViTDet project", packages=("detectron2", "pycocotools")
-    ),
+    "finetune": Twin("classifying", "finetuning", "facebookresearch/mae main_finetune.py"),
+    "linprobe": Twin("classifying", "probing", "facebookresearch/mae main_linprobe.py"),
+    "knn": Twin("features", "nearest_neighbours", "facebookresearch/dino eval_knn.py"),
+    "eval": Twin("evaluation", "evaluation", "huggingface/pytorch-image-models validate.py"),
 }
 
 

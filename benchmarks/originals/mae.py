@@ -9,7 +9,8 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ def old_names(folder: Path) -> Iterator[None]:
     six.inf = float("inf")  # type: ignore[attr-defined]
     try:
         with (
+            warnings.catch_warnings(action="ignore"),  # of old names
             patch.object(timm_vit, "Block", OldBlock),
             patch.object(timm, "__version__", "0.3.2"),
             patch.object(sys, "path", [str(folder), *sys.path]),
@@ -120,16 +122,19 @@ class Curve:
         """Nothing is written."""
 
 
-def run(folder: Path, script: str, build: Any, images: Any, arguments: list[str]) -> Curve:
+def run(
+    folder: Path, script: str, build: Any, images: Any, flags: dict[str, Any], switches: Sequence[str] = ()
+) -> Curve:
     """Run the main function of one of its scripts in this process on the CPU, and return what it logged.
 
     build: makes its model, with the keyword arguments that the script gives. images: takes the place of torchvision's
-    ImageFolder. arguments: of the script's command line, without --model.
+    ImageFolder. flags: of the script's command line, with their values; switches: those without.
     """
     main, curve = load(folder, script), Curve()
     models = main.models_mae if script == "main_pretrain" else main.models_vit
     gpu = {"is_available": lambda: False, "synchronize": lambda: None}
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # of old names, and of AMP without a GPU
         for name, stub in gpu.items():
             stack.enter_context(patch.object(torch.cuda, name, stub))
         stack.enter_context(patch.dict(os.environ))
@@ -141,6 +146,7 @@ def run(folder: Path, script: str, build: Any, images: Any, arguments: list[str]
         stack.enter_context(patch("timm.optim.optim_factory.add_weight_decay", param_groups_weight_decay, create=True))
         stack.enter_context(patch("builtins.print"))  # which the script replaces, and never puts back
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        flags = ["--model", "twin", "--device", "cpu", "--num_workers", "0", "--no_pin_mem", "--output_dir", ""]
-        main.main(main.get_args_parser().parse_args([*flags, *arguments]))
+        flags = {"model": "twin", "device": "cpu", "num_workers": 0, "output_dir": ""} | flags
+        arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+        main.main(main.get_args_parser().parse_args([*arguments, "--no_pin_mem", *switches]))
     return curve

@@ -16,8 +16,8 @@ from mae_core.machine import Machine
 from mae_core.recipe import PretrainRecipe, recipe
 
 ARCH = "vit_mini_patch8"
-IMAGES = 800  # 25 steps of 32 in each of 8 epochs: 200 steps
-RECIPE = replace(recipe(ARCH, "mini"), epochs=8, warmup_epochs=2, batch=32)
+IMAGES = 400  # 25 steps of 16 in each of 8 epochs: 200 steps
+RECIPE = replace(recipe(ARCH, "mini"), image_size=32, epochs=8, warmup_epochs=2, batch=16)
 
 
 def pretraining(call: Call) -> list[Difference]:
@@ -34,8 +34,7 @@ def pretraining(call: Call) -> list[Difference]:
 
 
 def our_run(data: Path, work: Path, r: PretrainRecipe, other_order: bool) -> Watched:
-    """other_order: with the sums in another order, of attention and, by micro-batches, of the gradients."""
-    machine = Machine(fused_adamw=True, micro_batch=8 * other_order, threads=torch.get_num_threads())
+    machine = Machine(fused_adamw=True, threads=torch.get_num_threads())
     work.mkdir()
     with watched(pretrain, other_order) as run:
         pretrain.pretrain(data, ARCH, r, work, seed=0, machine=machine)
@@ -59,14 +58,13 @@ def their_run(call: Call, ours: Watched, r: PretrainRecipe) -> tuple[list[float]
     flags: dict[str, Any] = {"epochs": r.epochs, "warmup_epochs": r.warmup_epochs, "batch_size": r.batch}
     flags |= {"blr": r.base_lr, "min_lr": r.min_lr, "weight_decay": r.weight_decay, "mask_ratio": r.mask_ratio}
     flags |= {"resume": start, "log_dir": call.work}
-    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    arguments += ["--norm_pix_loss"] * r.norm_pix
     with patch.object(torch, "rand", noise):
         curve = mae.run(
             call.checkout,
             "main_pretrain",
             lambda norm_pix_loss: mae.autoencoder(call.checkout, ARCH, replace(r, norm_pix=norm_pix_loss)),
             images,
-            arguments,
+            flags,
+            ["--norm_pix_loss"] * r.norm_pix,
         )
     return curve.scalars["train_loss"], curve.scalars["lr"]

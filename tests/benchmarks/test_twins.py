@@ -6,8 +6,12 @@ import math
 import pytest
 
 from benchmarks import twins
-from benchmarks.originals import Call, Difference, pretraining
+from benchmarks.originals import Call, Difference, evaluation, features, pretraining
+from benchmarks.originals.pictures import some_images
+from mae_core.errors import UserError
+from tests.fixtures.transfer import write_noise_image
 
+PARTS = ("train", "val")
 SAME = Difference("loss", 0.25, 0.25, 0.0, 1e-5)
 
 
@@ -53,12 +57,16 @@ def test_one_difference_too_large_fails_the_command(call, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "--reference DIR is needed: the original is facebookresearch/mae main_pretrain.py"),
-        (["--reference", "."], ".: models_mae.py is not there; give a checkout of facebookresearch/mae"),
+        (["pretrain"], "--reference DIR is needed: the original is facebookresearch/mae main_pretrain.py"),
+        (["pretrain", "--reference", "."], ".: models_mae.py is not there; give a checkout of facebookresearch/mae"),
+        (["finetune", "--reference", "."], ".: models_mae.py is not there; give a checkout of facebookresearch/mae"),
+        (["linprobe", "--reference", "."], ".: models_mae.py is not there; give a checkout of facebookresearch/mae"),
+        (["knn", "--reference", "."], ".: eval_knn.py is not there; give a checkout of facebookresearch/dino"),
+        (["eval", "--reference", "."], ".: validate.py is not there; give a checkout of huggingface/pytorch-image"),
     ],
 )
 def test_wrong_calls_are_refused_in_one_sentence(tmp_path, capsys, flags, sentence):
-    assert twins.main(["pretrain", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert twins.main([*flags, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
@@ -68,3 +76,43 @@ def test_wrong_calls_are_refused_in_one_sentence(tmp_path, capsys, flags, senten
 def test_every_twin_s_function_is_there():
     for twin in twins.TWINS.values():
         assert callable(twin.load()), twin
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Six files in each of three classes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for file in range(18):
+        write_noise_image(folder / f"class{file // 6}" / f"{file:02}.png", (10 * file, 0, 0), seed=file)
+    return folder
+
+
+def test_a_twin_takes_a_few_images_of_every_class_and_always_the_same(photographs, tmp_path):
+    def taken(name):
+        folder = some_images(photographs, tmp_path / name, train=6, val=3)
+        return {
+            part: sorted(str(p.relative_to(folder / part)) for p in (folder / part).rglob("*.png")) for part in PARTS
+        }
+
+    once = taken("once")
+    assert once == taken("again")
+    assert [len(once[part]) for part in PARTS] == [6, 3]
+    assert not set(once["train"]) & set(once["val"])
+    for part in PARTS:
+        assert {name.partition("/")[0] for name in once[part]} == {"class0", "class1", "class2"}
+
+
+@pytest.mark.parametrize(("folder", "images"), [("", 19), ("class0", 6)])
+def test_too_few_images_or_classes_are_refused(photographs, tmp_path, folder, images):
+    with pytest.raises(UserError, match=r"holds \d+ images in class folders; this twin takes"):
+        some_images(photographs / folder, tmp_path / "some", train=images)
+
+
+def test_classes_that_are_not_imagenet_s_are_refused(photographs, tmp_path, monkeypatch):
+    for module, twin in ((features, features.nearest_neighbours), (evaluation, evaluation.evaluation)):
+        monkeypatch.setattr(module, "check_checkout", lambda *_: None)
+        monkeypatch.setattr(module, "TRAIN", 6)
+        monkeypatch.setattr(module, "VAL", 3)
+        (tmp_path / module.__name__).mkdir()
+        with pytest.raises(UserError, match="holds no ImageNet classes"):
+            twin(Call(photographs, tmp_path, tmp_path / module.__name__))
