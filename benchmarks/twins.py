@@ -46,6 +46,9 @@ TWINS = {
     "linprobe": Twin("classifying", "probing", "facebookresearch/mae main_linprobe.py"),
     "knn": Twin("features", "nearest_neighbours", "facebookresearch/dino eval_knn.py"),
     "eval": Twin("evaluation", "evaluation", "huggingface/pytorch-image-models validate.py"),
+    "detection": Twin(
+        "vitdet", "detection", "facebookresearch/detectron2, its ViTDet project", packages=("detectron2", "pycocotools")
+    ),
 }
 
 

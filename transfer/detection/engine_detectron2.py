@@ -147,7 +147,10 @@ def build_model(
             in_features=levels,
             head=StandardRPNHead(in_channels=r.fpn_dim, num_anchors=len(ratios), conv_dims=[-1] * r.rpn_convs),
             anchor_generator=DefaultAnchorGenerator(
-                sizes=[[shared.ANCHOR_STRIDES * stride] for stride in strides], aspect_ratios=ratios, strides=strides
+                sizes=[[shared.ANCHOR_STRIDES * stride] for stride in strides],
+                aspect_ratios=ratios,
+                strides=strides,
+                offset=0.0,  # as in all of detectron2's configs; the class has 0.5
             ),
             anchor_matcher=Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
             box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),

@@ -109,6 +109,7 @@ def test_heads_are_those_of_the_recipe(pyramid):
     cells = list(rpn.anchor_generator.cell_anchors)
     assert [(cell[1, 2:] - cell[1, :2]).tolist() for cell in cells] == [[s, s] for s in (16, 32, 64, 128, 256)]
     assert [len(cell) for cell in cells] == [3] * 5
+    assert rpn.anchor_generator.offset == get_cfg().MODEL.ANCHOR_GENERATOR.OFFSET == 0
     assert rpn.pre_nms_topk == {True: 2000, False: 1000}
     assert heads.batch_size_per_image == 512
 
