@@ -40,6 +40,7 @@ class Twin:
         return getattr(importlib.import_module(f"benchmarks.originals.{self.module}"), self.function)
 
 
+MMSEG = ("mmsegmentation", "mmengine", "mmcv-lite")
 TWINS = {
     "pretrain": Twin("pretraining", "pretraining", "facebookresearch/mae main_pretrain.py"),
     "finetune": Twin("classifying", "finetuning", "facebookresearch/mae main_finetune.py"),
@@ -49,6 +50,8 @@ TWINS = {
     "detection": Twin(
         "vitdet", "detection", "facebookresearch/detectron2, its ViTDet project", packages=("detectron2", "pycocotools")
     ),
+    "upernet": Twin("upernet", "segmentation", "mmsegmentation's Runner and its MAE-B config", False, MMSEG),
+    "miou": Twin("miou", "miou", "mmsegmentation's IoUMetric", False, MMSEG),
 }
 
 

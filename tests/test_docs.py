@@ -81,6 +81,7 @@ NOT_RUN = {
     "-m pytest": "these tests",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
     "--compare|--reference": "needs the official code",
+    "twins.py (upernet|miou)": "tests/benchmarks/test_originals_ade20k.py runs them",
     "dalle_encoder": "needs DALL-E's encoder",
     "demo|unlabelled|docs/images": "takes minutes: the demo, mae_mini and the pictures",
 }

@@ -53,6 +53,8 @@ def run(job: Job) -> Result:
     check_batch(job.data.counts["train"], r.batch, f"the training split of {folder}")
     if machine.device == "cpu" and torch.cuda.is_available():
         raise UserError(TAKES_GPU)
+    for pair in ade20k.pairs(folder, "val"):
+        ade20k.check_pair(*pair)  # half a minute, to find a bad file before the training, not after it
     validation = [image for image, _ in ade20k.pairs(folder, "val")]
     shown = [validation[i] for i in spread(len(validation), IMAGES)]
     config = config_of(job.checkpoint, r, folder, job.work, machine, [image.name for image in shown])

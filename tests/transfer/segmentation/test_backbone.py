@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.originals.upernet import renamed
 from mae_core.checkpoint import read_checkpoint
 from tests.fixtures.transfer import ARCH
 from transfer.pyramid import ViTPyramid, load_pyramid
@@ -28,32 +29,20 @@ def moved(arch: str = ARCH):
 
 def their_weights(pyramid: ViTPyramid, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The pyramid's weights by mmsegmentation's names, positions and tables interpolated to that grid."""
-    own, found = pyramid.state_dict(), {}
-    names = {
-        r"blocks\.(\d+)\.norm([12])": r"layers.\1.ln\2",
-        r"blocks\.(\d+)\.ls([12])\.gamma": r"layers.\1.gamma_\2",
-        r"blocks\.(\d+)\.mlp\.fc1": r"layers.\1.ffn.layers.0.0",
-        r"blocks\.(\d+)\.mlp\.fc2": r"layers.\1.ffn.layers.1",
-        r"blocks\.(\d+)\.attn": r"layers.\1.attn",
-        r"patch_embed\.proj": "patch_embed.projection",
-    }
 
     def resized(maps, size):
         return maps if maps.shape[1:] == size else F.interpolate(maps[None], size, mode="bicubic")[0]
 
-    for name, tensor in own.items():
-        if table := re.fullmatch(r"blocks\.(\d+)\.bias", name):
-            entries = resized(tensor, (2 * grid[0] - 1, 2 * grid[1] - 1)).flatten(1)
-            whole = torch.cat([entries, own[f"blocks.{table[1]}.bias_class"]], dim=1).T
-            found[f"layers.{table[1]}.attn.relative_position_bias_table"] = whole
+    found = {}
+    for name, tensor in pyramid.state_dict().items():
+        if re.fullmatch(r"blocks\.\d+\.bias", name):
+            tensor = resized(tensor, (2 * grid[0] - 1, 2 * grid[1] - 1))
         elif name == "pos_embed":
             patches = resized(tensor[0, 1:].T.unflatten(1, pyramid.grid), grid)
-            found[name] = torch.cat([tensor[:, :1], patches.flatten(1).T[None]], dim=1)
-        elif not name.startswith("upsample") and not name.endswith("bias_class"):
-            for ours, theirs in names.items():
-                name = re.sub(f"^{ours}", theirs, name)
-            found[name] = tensor
-    return found
+            tensor = torch.cat([tensor[:, :1], patches.flatten(1).T[None]], dim=1)
+        found[f"backbone.{name}"] = tensor
+    start = "backbone."
+    return {name.removeprefix(start): t for name, t in renamed(found).items() if name.startswith(start)}
 
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 96)], ids=str)

@@ -126,6 +126,16 @@ def test_a_stopped_run_goes_on_at_its_iteration_without_the_earlier_images(root,
     assert resumed.metrics == undisturbed.metrics
 
 
+def test_a_wrong_validation_file_is_found_before_the_training(tmp_path, monkeypatch):
+    """Also beyond the pairs that the plan looks at."""
+    monkeypatch.setattr(ade20k, "spread", lambda count: [0, count - 1])
+    monkeypatch.setattr(tasks, "train", raising(AssertionError("the training started")))
+    image = write_ade20k(tmp_path) / FOLDER / "images/validation/ADE_val_00000003.jpg"
+    image.write_bytes(image.read_bytes()[:200])
+    record = run_job(make_job(tmp_path, tmp_path / "work"))
+    assert record.reason == f"{image} cannot be read as an image: replace it"
+
+
 def command(root: Path, out: Path, *more: str) -> list[str]:
     knobs = [f"{name}={value}" for name, value in (LITTLE | {"iterations": 8}).items()]
     own = ["--task", "ade20k", "--ckpt", f"random:{ARCH}", "--data", str(root), "--out", str(out), "--recipe", "mini"]

@@ -1,0 +1,43 @@
+"""The twins of ADE20K on a few generated images."""
+
+import pytest
+
+from benchmarks.originals import Call, miou, upernet
+from mae_core.errors import UserError
+from tests.fixtures.segmentation import write_ade20k
+
+
+@pytest.fixture
+def call(tmp_path):
+    (tmp_path / "work").mkdir()
+    return Call(write_ade20k(tmp_path / "data", train=6, val=3), None, tmp_path / "work")
+
+
+def test_scores_are_those_of_the_original_metric(call, monkeypatch):
+    pytest.importorskip("mmseg")
+    rows = miou.miou(call)
+    assert all(row.held for row in rows)
+    assert 5 < rows[0].ours < 95  # the moved labels are neither right nor wrong
+    monkeypatch.setattr(miou, "metrics_of", lambda areas: dict.fromkeys(("miou", "macc", "aacc"), rows[0].ours + 1e-6))
+    assert not miou.miou(call)[0].held
+
+
+@pytest.mark.slow
+def test_a_training_is_that_of_the_original_runner(call, monkeypatch):
+    """Seven steps. mmengine's schedule needs a warm-up of more than one."""
+    pytest.importorskip("mmseg")
+    monkeypatch.setattr(upernet, "SMALL", upernet.SMALL | {"iterations": 7, "warmup_iterations": 5})
+    rows = upernet.segmentation(call)
+    assert len(rows) == 7
+    losses, rates, weights = rows[:3], rows[3], rows[4]
+    assert rates.held
+    assert max(row.difference for row in losses) < 1e-4
+    assert weights.ours > 0
+    assert weights.difference < 1e-3
+
+
+def test_without_ade20k_a_twin_says_so(tmp_path):
+    pytest.importorskip("mmseg")
+    for twin in (miou.miou, upernet.segmentation):
+        with pytest.raises(UserError, match="ADE20K must lie at"):
+            twin(Call(tmp_path, None, tmp_path))
