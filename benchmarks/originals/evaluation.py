@@ -52,7 +52,7 @@ def evaluation(call: Call) -> list[Difference]:
     if ours.keys() != images.keys():
         raise UserError(f"{call.reference}: validate.py saw {len(images)} other images than our {len(ours)}")
     apart = sum(ours[file][0] != images[file][0] for file in ours)
-    found = [Difference(f"images of {VAL} whose first class is right", *(hits(x) for x in (ours, images)), apart, 0)]
+    found = [Difference(f"images of {VAL} whose first class is right", hits(ours), hits(images), apart, 0)]
     worst = max(ours, key=lambda file: relative(ours[file][1], images[file][1]))
     a, b = ours[worst][1], images[worst][1]
     found.append(Difference("loss of the image that differs most, relative", a, b, relative(a, b), 1e-5))
@@ -82,7 +82,8 @@ def validate(call: Call) -> tuple[Scored, dict[str, Any]]:
     for flag, values in (("--mean", MEAN), ("--std", STD)):
         arguments += [flag, *map(str, values)]
     arguments += ["--model-kwargs", *(f"{name}={value}" for name, value in model.items())]
-    script, datasets, scored = load(call.checkout), [], []
+    script, datasets = load(call.checkout), []
+    scored: list[tuple[bool, float]] = []
 
     def create_dataset(**options: Any) -> Any:
         datasets.append(original(**options))
