@@ -26,6 +26,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.data import TrainingStream, seed_all
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.optim import set_learning_rate
 from transfer.data.coco import CATEGORIES, annotation_file, inspect_coco, read_split, training_examples
 from transfer.data.shipped import shipped
 from transfer.detection import shared
@@ -104,9 +105,9 @@ def registered(root: Path) -> Iterator[dict[str, str]]:
 
 def our_run(job: Job) -> Run:
     """A job of ours as it always runs, watched."""
-    from transfer.detection import engine_detectron2, train_detectron2
+    from transfer.detection.engine_detectron2 import train, train_and_predict
 
-    run, train, set_rate = Run(), train_detectron2.train, train_detectron2.set_learning_rate
+    run = Run()
     rates: list[float] = []
 
     def watching(model: nn.Module, *more: Any) -> tuple[int, float]:
@@ -118,14 +119,14 @@ def our_run(job: Job) -> Run:
         return done
 
     def setting(optimizer: torch.optim.Optimizer, rate: float) -> None:
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         rates.append(rate)
 
     with (
-        patch.object(engine_detectron2, "train", watching),
-        patch.object(train_detectron2, "set_learning_rate", setting),
+        patch("transfer.detection.engine_detectron2.train", watching),
+        patch("transfer.detection.train_detectron2.set_learning_rate", setting),
     ):
-        predictions = engine_detectron2.train_and_predict(job)
+        predictions = train_and_predict(job)
     rows: dict[int, list] = {}
     for entry in json.loads(predictions.results.read_text("utf-8")):
         x, y, w, h = entry["bbox"]
