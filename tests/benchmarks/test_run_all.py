@@ -136,7 +136,7 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--ckpt", ARCH, "--set", "inat2018.recipe=mini"], "--recipe chooses that, for all tasks"),
         (
             ["--ckpt", ARCH, "--set", "imagenet_finetune.recipe=deit-360"],
-            "unknown recipe 'deit-360'; known: paper, mini",
+            "unknown recipe 'deit-360'; known: paper, table-9, mini",
         ),
         (["--ckpt", ARCH, "--set", "imagenet_partial.blocks=0,2"], "1 must be among them"),
         (["--ckpt", ARCH, "--out", str(tmp_path / "not_a_checkpoint.pth")], "not_a_checkpoint.pth is a file: give"),
