@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.suite import TASKS
 from tests.fixtures.transfer import raising
+from transfer.data import coco
 from transfer.data.findings import against_official, guarded, spread, unusable
 from transfer.data.imagenet import inspect_imagenet
 
@@ -85,6 +86,7 @@ def test_a_folder_that_may_not_be_read_is_a_sentence_for_every_task(task, tmp_pa
     refuse = raising(PermissionError(13, "Permission denied", str(tmp_path / "locked")))
     for owner, name in ((os, "scandir"), (os, "listdir"), (Path, "iterdir"), (Path, "read_text"), (Path, "read_bytes")):
         monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr(coco, "open_regular", refuse)
     data = guarded(task.inspect, tmp_path)
     assert data.status == "missing"
     assert f"{tmp_path}/locked may not be read by this user: change its permissions" in data.detail
