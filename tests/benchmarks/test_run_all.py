@@ -50,8 +50,9 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def records(out: Path) -> dict[str, Record]:
+    """The last record of each task: other data give a task another folder."""
     found = [read_record(path) for path in out.glob("runs/**/record.json")]
-    return {record.task: record for record in found}
+    return {record.task: record for record in sorted(found, key=lambda record: record.finished)}
 
 
 @pytest.mark.slow
