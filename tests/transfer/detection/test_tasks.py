@@ -152,7 +152,7 @@ def test_what_was_repaired_is_noted(tmp_path, monkeypatch):
     record = run_job(job_of(root, tmp_path / "work"))
     assert record.status == "ok", record.reason
     left_out = "1 objects of no area or without a valid outline left out"
-    assert f"of 5 training objects 4 boxes cut to their image and {left_out}" in record.notes
+    assert f"of 5 training objects 4 boxes cut to their image and {left_out} (ids 5)" in record.notes
 
 
 @pytest.mark.parametrize("broken", ["json", "image", "category", "annotations"])
