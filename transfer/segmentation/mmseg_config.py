@@ -47,7 +47,8 @@ def config_of(
 
 
 def norm_of(machine: Machine) -> str:
-    """torch's SyncBatchNorm runs only on GPUs and needs several processes; elsewhere BatchNorm."""
+    """The norm of a run, which `make_runner` puts in. torch's SyncBatchNorm runs only on GPUs and needs several
+    processes; elsewhere BatchNorm."""
     return "SyncBN" if machine.device.startswith("cuda") and machine.processes > 1 else "BN"
 
 
@@ -55,7 +56,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
     if r.taps[-1] >= get_arch(checkpoint.arch).depth:
         last = get_arch(checkpoint.arch).depth - 1
         raise UserError(f"taps={as_typed(r.taps)}: the last block of {checkpoint.arch} is {last}")
-    dim, norm = get_arch(checkpoint.arch).dim, {"type": norm_of(machine), "requires_grad": True}
+    dim, norm = get_arch(checkpoint.arch).dim, {"type": "BN", "requires_grad": True}
 
     def loss(weight: float) -> dict[str, Any]:
         return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
@@ -78,7 +79,6 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
             "image_size": r.image_size,
             "taps": tuple(int(tap) for tap in r.taps),
             "beit": True,
-            "norm": norm["type"],
             "drop_path": r.drop_path,
             "activation_checkpointing": machine.activation_checkpointing,
         },

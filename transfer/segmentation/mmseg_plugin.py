@@ -85,9 +85,9 @@ class CheckPair:
         return results
 
 
-def make_pyramid(norm: str, **options: Any) -> ViTPyramid:
-    """The backbone; norm: "SyncBN" or "BN"."""
-    return ViTPyramid(norm={"SyncBN": nn.SyncBatchNorm, "BN": nn.BatchNorm2d}[norm], **options)
+def make_pyramid(**options: Any) -> ViTPyramid:
+    """The backbone."""
+    return ViTPyramid(norm=nn.BatchNorm2d, **options)
 
 
 @cache

@@ -20,7 +20,13 @@ from mae_core.training import State, Training
 from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.pyramid import load_pyramid
-from transfer.segmentation.mmseg_config import dataset_of, multi_scale_pipeline, test_loader, train_pipeline
+from transfer.segmentation.mmseg_config import (
+    dataset_of,
+    multi_scale_pipeline,
+    norm_of,
+    test_loader,
+    train_pipeline,
+)
 from transfer.segmentation.mmseg_plugin import layer_groups, register
 from transfer.task import Job
 
@@ -85,7 +91,7 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
 
 
 def make_runner(config: dict[str, Any], job: Job) -> Any:
-    """mmengine's Runner, whose test reports its progress."""
+    """mmengine's Runner, whose test reports its progress, with the norm of `norm_of` in its model."""
     from mmengine.config import ConfigDict
     from mmengine.runner import Runner
 
@@ -100,7 +106,11 @@ def make_runner(config: dict[str, Any], job: Job) -> Any:
     config = {**config, "test_cfg": {**config["test_cfg"], "each": each}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about mmseg's own defaults
-        return Runner(**ConfigDict(config), randomness={"seed": job.seed})
+        runner = Runner(**ConfigDict(config), randomness={"seed": job.seed})
+    if norm_of(job.machine) == "SyncBN":
+        # Only here: mmengine turns every SyncBatchNorm back, because none of its own launchers started this process.
+        runner.model = nn.SyncBatchNorm.convert_sync_batchnorm(runner.model)
+    return runner
 
 
 def loss_of(model: nn.Module, images: Tensor, targets: Targets) -> Tensor:

@@ -1,6 +1,7 @@
 """The configuration that a recipe becomes, and what mmsegmentation builds from it."""
 
 import inspect
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,11 +13,9 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from tests.fixtures.image import odd_files
 from tests.fixtures.segmentation import make_config, make_job
-from tests.fixtures.transfer import ARCH
 from transfer.data.ade20k import FOLDER, check_pair
 from transfer.segmentation.mmseg_config import LOAD_IMAGE, multi_scale_pipeline
 from transfer.segmentation.mmseg_config import test_loader as make_loader
-from transfer.segmentation.mmseg_plugin import make_pyramid
 from transfer.segmentation.train import make_runner
 
 
@@ -57,13 +56,17 @@ def test_the_parts_are_those_of_the_recipe(start):
     assert type(model.backbone.upsample_4x[1]) is nn.BatchNorm2d
 
 
-def test_several_gpus_share_their_batch_norm_statistics(root, tmp_path):
-    job = make_job(root, tmp_path, Machine(device="cuda:0", processes=8))
-    config = make_config(job)["model"]
-    assert config["backbone"]["norm"] == "SyncBN"
-    assert config["decode_head"]["norm_cfg"]["type"] == "SyncBN"
-    norm = make_pyramid("SyncBN", arch=ARCH, image_size=48).upsample_4x[1]
-    assert type(norm) is nn.SyncBatchNorm
+def test_several_gpus_share_their_batch_norm_statistics(root, tmp_path, mmseg):
+    """In the model that is trained and in the multi-scale test of it, whose Runner mmengine makes anew."""
+    norms = {}
+    for machine in (Machine(), Machine(device="cuda:0", processes=8)):
+        job = make_job(root, tmp_path / str(machine.processes), machine)
+        model = make_runner(config := make_config(job), job).model
+        runners = model, make_runner(config | {"model": {"type": "SegTTAModel", "module": model}}, job).model
+        for runner in runners:
+            found = Counter(type(m) for m in runner.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+            norms.setdefault(machine.processes, []).append(found)
+    assert norms == {1: [{nn.BatchNorm2d: 14}] * 2, 8: [{nn.SyncBatchNorm: 14}] * 2}
 
 
 def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
