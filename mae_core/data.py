@@ -19,7 +19,7 @@ from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, printable, walk
 from mae_core.shards import list_members, list_shards
-from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers
+from mae_core.workers import end_at_errors, fitting_workers, lost_batches_explained
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
@@ -188,7 +188,7 @@ def loader(
     first = next(iter(batches), None) if workers else None
     if first:
         workers = fitting_workers(workers, collate([dataset[first[0]]] * len(first)), held)
-    with dead_workers_explained():
+    with lost_batches_explained():
         yield from DataLoader(
             dataset,  # type: ignore[arg-type]  # torch asks for its Dataset and uses what Samples has
             batch_sampler=batches,

@@ -5,6 +5,7 @@ import multiprocessing.queues
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 PREFETCH = 2  # batches that each worker prepares ahead: torch's default
 RESERVE = 128  # open files for everything else
 MIB = 2**20
+END_SECONDS = 5  # a process closes its connections before it ends
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -73,8 +75,26 @@ def dead_workers_explained() -> Iterator[None]:
     except RuntimeError as e:
         if not str(e).startswith("DataLoader worker"):
             raise
-        why = " ".join(str(e).split())
-        raise UserError(
-            f"a process that decodes images died ({why}): memory or /dev/shm may be too small; give fewer --workers "
-            "(with 0 there are none)"
-        ) from None
+        raise dead_worker(e) from None
+
+
+@contextlib.contextmanager
+def lost_batches_explained() -> Iterator[None]:
+    """UserError in place of the error of a batch whose worker died before it was taken over."""
+    with dead_workers_explained():
+        try:
+            yield
+        except (EOFError, ConnectionError) as e:
+            if str(e).startswith("Caught"):  # torch's word for what the data set itself raised in a worker
+                raise
+            # torch raises once more when the signal of the worker's end arrives, wherever the program then is.
+            time.sleep(END_SECONDS)
+            raise dead_worker(e) from None
+
+
+def dead_worker(error: Exception) -> UserError:
+    why = " ".join((str(error) or type(error).__name__).split())
+    return UserError(
+        f"a process that decodes images died ({why}): memory or /dev/shm may be too small; give fewer --workers "
+        "(with 0 there are none)"
+    )

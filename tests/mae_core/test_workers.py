@@ -91,3 +91,20 @@ def test_workers_are_started_only_as_many_as_fit(machine, capsys):
     assert torch.cat(images).flatten().tolist() == [0.0, 1.0]
     assert here == [os.getpid()]
     assert "starting 0 of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("gone")])
+def test_a_connection_that_ends_with_its_worker_is_explained(monkeypatch, error):
+    """A worker closes its connections before it ends: the batch on its way is lost first."""
+    monkeypatch.setattr(workers, "END_SECONDS", 0)
+    died = pytest.raises(UserError, match=r"a process that decodes images died \((EOFError|gone)\)")
+    with died, workers.lost_batches_explained():
+        raise error
+
+
+def test_what_the_data_set_itself_raises_is_left_alone():
+    def happen():
+        raise EOFError("a file ends early")
+
+    with pytest.raises(EOFError, match="a file ends early"):
+        list(loader(Numbers(happen), [[0], [1]], 1, "cpu"))
