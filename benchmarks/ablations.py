@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ try:
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
     from mae_core.checkpoint import sha256_of
+    from mae_core.command_line import answered
     from mae_core.data import images_or_shards
     from mae_core.errors import UserError
-    from mae_core.files import escape_output
-    from mae_core.machine import Machine, hardware, machine_from, non_negative_int
+    from mae_core.machine import Machine, hardware, machine_from, seed
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     parser.add_argument("--table", **several, required=True, metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per cell, by torchrun (default: 1)")
     parser.add_argument(
         "--set", **several, default=[], metavar="KNOB=VALUE", help="override the default pre-training of every cell"
@@ -266,21 +267,16 @@ def print_cells(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    escape_output()
     stop_on_signals()
-    try:
-        machine = check_call(args)
-        if args.plan:
-            print_cells(args)
-            return 0
-        whole = make_tables(args, machine)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0 if all(whole) else 1
+    return answered(partial(run, args), "stopped; the same command goes on from here")
+
+
+def run(args: argparse.Namespace) -> int:
+    machine = check_call(args)
+    if args.plan:
+        print_cells(args)
+        return 0
+    return 0 if all(make_tables(args, machine)) else 1
 
 
 if __name__ == "__main__":

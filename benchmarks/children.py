@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import IO
 
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.settings import as_typed
+from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
 from transfer.task import Job
 
 
 def take_lock(out: Path) -> int:
     """Lock --out for this run; UserError if another run holds it. Returns the descriptor that holds the lock."""
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
+    with named_if_refused(out / ".lock"):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,8 +76,9 @@ def run_child(command: Sequence[str], log: Path, lock: int, title: str = "") -> 
     All it prints is appended to the log; its last line is shown behind the title, if there is one. Ctrl-C is passed on
     once, waited for, and raised again.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with named_if_refused(log.parent):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with open_to_append(log) as file:
         print("$", *command, file=file, flush=True)
         # A session of its own keeps the terminal's Ctrl-C from reaching it twice. It inherits the lock's descriptor, so
         # that --out stays locked for as long as any child lives.
@@ -111,7 +115,7 @@ def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
     for line in lines:
         log.write(line)
         log.flush()
-        last = line.strip() or last
+        last = printable(line.strip()) or last
         if not title:
             continue
         if sys.stdout.isatty():

@@ -11,11 +11,12 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import machine_from
 from mae_core.settings import did_you_mean
+from mae_core.space import space_line
 from transfer.cli import data_root
 from transfer.data.findings import guarded
 from transfer.jobs import find_tasks, make_job, obstacle, resolve
 from transfer.run import finished, with_work_folder
-from transfer.space import space_line
+from transfer.space import needed
 from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
 
 FINETUNE = "imagenet_finetune"
@@ -133,7 +134,7 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
     states = [item.state for item in items]
     print("  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states))
     if jobs := jobs_to_do(items):
-        print(f"  disk: {space_line(jobs, args.out)}")
+        print(f"  disk: {space_line(needed(jobs), args.out)}")
     sys.stdout.flush()
 
 

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_origin
@@ -20,21 +21,29 @@ import pandas as pd
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
 from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
+from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.files import escape_output
 from mae_core.machine import program
+from mae_core.writing import write_texts
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record, recipe_label
 
 
-def report(out: Path) -> list[Path]:
-    """Write the tables of all records under out/runs and return their paths.
+class UnreadableRecords(UserError):
+    """All other records are in the tables. Its arguments: a sentence for each of these."""
 
-    UserError if there is no record; or, once all others are in the tables, with one line for each unreadable one.
+    def __str__(self) -> str:
+        return "; ".join(self.args)
+
+
+def report(out: Path) -> list[Path]:
+    """Write the tables of all records under out/runs, all of them or none, and return their paths.
+
+    UserError if there is no record, or a table cannot be written; UnreadableRecords once all others are in the tables.
     """
     records, unreadable = read_records(out)
     if not records:
-        raise UserError("\n".join(unreadable) or f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
+        raise UserError("; ".join(unreadable) or f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
     sections = group_by_section(records)
     files: dict[str, str | None] = {}
     files |= {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
@@ -43,16 +52,14 @@ def report(out: Path) -> list[Path]:
         table = with_fractions(table, records)
         files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
         files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
+    texts = {out / name: text for name, text in files.items() if text is not None}
+    write_texts(texts)
     for name, text in files.items():
-        path = out / name
         if text is None:
-            path.unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            (out / name).unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
     if unreadable:
-        raise UserError("\n".join(unreadable))
-    return [out / name for name, text in files.items() if text is not None]
+        raise UnreadableRecords(*unreadable)
+    return list(texts)
 
 
 def read_records(out: Path) -> tuple[list[Record], list[str]]:
@@ -197,15 +204,19 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: all records are in the tables. 1: some could not be read. 2: no tables were written."""
     parser = argparse.ArgumentParser(prog=program("benchmarks.report"), description="Make the tables of all records.")
     parser.add_argument("--out", type=Path, default=Path("results"), help="the folder that holds runs/")
-    escape_output()
+    return answered(partial(run, parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
     try:
-        for path in report(parser.parse_args(argv).out):
-            print(path)
-    except UserError as e:
-        print(e, file=sys.stderr)
+        written = report(args.out)
+    except UnreadableRecords as e:
+        print(*e.args, sep="\n", file=sys.stderr)
         return 1
+    print(*written, sep="\n")
     return 0
 
 

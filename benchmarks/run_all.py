@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ try:
     from benchmarks.plan import Item, jobs_to_do, make_plan, print_plan, with_classifier
     from benchmarks.report import report
     from benchmarks.suite import TASKS
+    from mae_core.command_line import answered, describe_os_error
     from mae_core.errors import UserError
-    from mae_core.files import escape_output
-    from mae_core.machine import non_negative_int
+    from mae_core.machine import seed
     from mae_core.progress import duration
     from transfer.cli import add_common_flags
     from transfer.data.shipped import shipped
@@ -45,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ckpt_help = "files, folders, hf:NAME, timm:NAME or random:ARCH (default: mae_mini, and random weights of its size)"
     parser.add_argument("--ckpt", **several, metavar="FILE", help=ckpt_help)
     parser.add_argument("--tasks", **several, metavar="TASK", help="only these (default: all that fit the checkpoint)")
-    parser.add_argument("--seeds", **several, type=non_negative_int, help="run every task once per seed (default: 0)")
+    parser.add_argument("--seeds", **several, type=seed, help="run every task once per seed (default: 0)")
     parser.add_argument("--set", **several, default=[], metavar="TASK.KNOB=VALUE", help="override recipe knobs")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="processes per task, by torchrun (default: 1)")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
@@ -117,10 +118,14 @@ def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
     return record
 
 
+def nothing_can_run(items: Sequence[Item]) -> bool:
+    return all(item.state in ("skipped", "failed") for item in items)
+
+
 def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> int:
     """0: all gave a number, or were skipped without being named; 1: one failed, or a named one was skipped; 2: nothing
     could run."""
-    if all(item.state in ("skipped", "failed") for item in items):
+    if nothing_can_run(items):
         return 2
     bad = {"failed", "skipped"} if named else {"failed"}
     return 1 if any(record.status in bad for record in records) else 0
@@ -134,33 +139,30 @@ def list_tasks() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    escape_output()
+    stop_on_signals()
+    return answered(partial(plan_and_run, args), "stopped; the same command goes on from here")
+
+
+def plan_and_run(args: argparse.Namespace) -> int:
     if args.list:
         list_tasks()
         return 0
-    stop_on_signals()
-    try:
-        items = make_plan(args)
-        print_plan(items, args)
-        check_space(jobs_to_do(items), args.out)
-        if args.plan:
-            return 0
-        lock = take_lock(args.out)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    items = make_plan(args)
+    print_plan(items, args)
+    check_space(jobs_to_do(items), args.out)
+    if args.plan:
+        return 2 if nothing_can_run(items) else 0
+    lock = take_lock(args.out)
     try:
         records = run(items, args, lock)
     except (KeyboardInterrupt, BrokenPipeError):
         with contextlib.suppress(BrokenPipeError):
             if any(args.out.glob(f"runs/**/{RECORD_FILE}")):
                 write_report(args.out)
-            print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        raise
     except (UserError, OSError) as e:
-        print(f"error: {e}; the same command goes on from here", file=sys.stderr)
+        what = describe_os_error(e) if isinstance(e, OSError) else e
+        print(f"error: {what}; the same command goes on from here", file=sys.stderr)
         return 1
     written = write_report(args.out)
     return exit_code(records, items, args.tasks is not None) or (0 if written else 1)
@@ -168,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write_report(out: Path) -> bool:
     """Write the tables of all records in `out` and print their paths; False, after printing why, if a record could not
-    be read."""
+    be read or a table not be written."""
     try:
         written = report(out)
     except UserError as e:

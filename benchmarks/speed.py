@@ -20,6 +20,7 @@ try:
     from benchmarks.markdown import markdown_table
     from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
+    from mae_core.command_line import answered
     from mae_core.errors import UserError
     from mae_core.machine import (
         Machine,
@@ -30,8 +31,8 @@ try:
         peak_memory_gib,
         versions,
     )
-    from mae_core.settings import write_json
     from mae_core.vit import get_arch
+    from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
@@ -172,28 +173,25 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
     path = args.out / f"{name}.json"
     write_json(path, value)
     title = f"{args.what}, {title}, batch {results[0].images}, {hardware(machine.device)}"
-    path.with_suffix(".md").write_text(f"{title}\n\n{table(results)}\n", encoding="utf-8")
+    write_text(path.with_suffix(".md"), f"{title}\n\n{table(results)}\n")
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse(arguments)
-    try:
-        get_arch(args.arch)
-        if args.repeats < 1:
-            raise UserError("--repeats 0: give at least one")
-        if (args.what == "loader") != (args.data is not None):
-            raise UserError("--data DIR is needed by loader, and by nothing else")
-        machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
-        if args.what == "loader":
-            machine = use_one_core(args, machine)
-        results = measure(args, machine)
-        path = write_results(args, machine, results)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
+    return answered(partial(run, parse(arguments)))
+
+
+def run(args: argparse.Namespace) -> int:
+    get_arch(args.arch)
+    if args.repeats < 1:
+        raise UserError("--repeats 0: give at least one")
+    if (args.what == "loader") != (args.data is not None):
+        raise UserError("--data DIR is needed by loader, and by nothing else")
+    machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
+    if args.what == "loader":
+        machine = use_one_core(args, machine)
+    results = measure(args, machine)
+    path = write_results(args, machine, results)
     print(table(results))
     print(path)
     return 0

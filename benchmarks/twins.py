@@ -11,14 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 try:
     from benchmarks.markdown import markdown_table
     from benchmarks.originals import Call, Difference
+    from mae_core.command_line import answered
     from mae_core.errors import UserError
     from mae_core.machine import commit, hardware, versions
-    from mae_core.settings import write_json
+    from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
@@ -85,28 +87,25 @@ def write_results(args: argparse.Namespace, differences: Sequence[Difference], s
     path = args.out / f"{args.what}.json"
     write_json(path, value)
     title = f"{args.what}: ours beside {twin.original}, {hardware('cpu')}"
-    path.with_suffix(".md").write_text(f"{title}\n\n{table(differences)}\n", encoding="utf-8")
+    write_text(path.with_suffix(".md"), f"{title}\n\n{table(differences)}\n")
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all is within what is allowed. 1: something is not, or the disk failed. 2: a wrong call."""
-    args = parse(arguments)
-    try:
-        twin = TWINS[args.what]
-        if twin.checkout != (args.reference is not None):
-            needs = "--reference DIR is needed" if twin.checkout else "--reference is not used"
-            raise UserError(f"{args.what}: {needs}: the original is {twin.original}")
-        args.out.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=args.out) as work:
-            differences = twin.load()(Call(args.data, args.reference, Path(work)))
-        path = write_results(args, differences, time.monotonic() - started)
-    except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UserError) else 1
-    except KeyboardInterrupt:
-        return 130
+    """Exit code 0: all is within what is allowed. 1: something is not. 2: a wrong call, or the disk failed."""
+    return answered(partial(run, parse(arguments)))
+
+
+def run(args: argparse.Namespace) -> int:
+    twin = TWINS[args.what]
+    if twin.checkout != (args.reference is not None):
+        needs = "--reference DIR is needed" if twin.checkout else "--reference is not used"
+        raise UserError(f"{args.what}: {needs}: the original is {twin.original}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=args.out) as work:
+        differences = twin.load()(Call(args.data, args.reference, Path(work)))
+    path = write_results(args, differences, time.monotonic() - started)
     print(table(differences))
     print(path)
     return 0 if all(d.held for d in differences) else 1

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
-
-UNDECODED = re.compile(r"[\ud800-\udfff]")  # how Python holds the bytes of a name that is no UTF-8 (PEP 383)
 
 
 def passed_over(name: str) -> bool:
@@ -50,9 +47,16 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def printable(text: str) -> str:
-    """The text with every byte of a file's name that is no UTF-8 escaped, as in "caf\\xe9": it can then be written and
-    printed anywhere."""
-    return UNDECODED.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+    """The text in one line that any terminal and file can show: a byte of a file's name that is no UTF-8 is escaped, as
+    in "caf\\xe9", and so are line breaks, colours of terminals, marks that turn the direction of writing, and all else
+    that cannot be seen."""
+    return "".join(c if c.isprintable() else escape(c) for c in text)
+
+
+def escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python holds such a byte (PEP 383)
+        return f"\\x{ord(character) & 0xFF:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def escape_output() -> None:

@@ -47,8 +47,15 @@ class Machine:
 
 def non_negative_int(text: str) -> int:
     """A whole number, 0 or more, on a command line."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number, 0 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed on a command line: a whole number below 2^63."""
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from 0 to 2^63 - 1")
     return int(text)
 
 
@@ -84,6 +91,8 @@ def machine_from(args: argparse.Namespace) -> Machine:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     if args.micro_batch < 0:
         raise UserError(f"--micro-batch {args.micro_batch}: give a positive number of images")
+    if args.workers < -1:
+        raise UserError(f"--workers {args.workers}: give 0 or more processes, or leave it out")
     processes = distributed.world_size()
     return Machine(
         device=device,

@@ -9,17 +9,19 @@ import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mae_core import distributed
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
+from mae_core.command_line import answered
 from mae_core.data import Images, images_or_shards, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
-from mae_core.files import escape_output, printable
+from mae_core.files import printable
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
@@ -31,14 +33,17 @@ from mae_core.machine import (
     non_negative_int,
     peak_memory_gib,
     program,
+    seed,
 )
 from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
 from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.settings import override
+from mae_core.space import FLOAT, Space, check_free, training_space
 from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
 from mae_core.vit import get_arch
+from mae_core.writing import named_if_refused
 
 WEIGHTS_FILE = "mae.safetensors"
 
@@ -90,6 +95,7 @@ def pretrain(
     model = MaskedAutoencoder(
         arch, r.image_size, *decoder, r.norm_pix, checkpointing, target, r.loss_on, r.encoder_mask_tokens
     ).to(machine.device)
+    check_free(pretraining_space(out, model, r.epochs, following.keep_every), out)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
     grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
@@ -112,7 +118,7 @@ def pretrain(
 
     def after_epoch(epochs: int, state: State) -> dict[str, float]:
         if following.keep_every and epochs % following.keep_every == 0:
-            write(f"epoch-{epochs:04}.safetensors", epochs, state)
+            write(epoch_file(epochs), epochs, state)
         if following.labelled is None or epochs % following.eval_every:
             return {}
         top1, left_out = knn_top1(model, following.labelled, r.image_size, machine)
@@ -146,6 +152,20 @@ def pretrain(
     return state, len(files)
 
 
+def pretraining_space(out: Path, model: nn.Module, epochs: int, keep_every: int) -> Space:
+    """The space below `out`: for the training, whose last checkpoint stays, for its weights and their copies."""
+    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    training, state = training_space(out, numbers, trained), FLOAT * (numbers + 2 * trained)
+    kept = range(keep_every, epochs + 1, keep_every) if keep_every else ()
+    copies = FLOAT * numbers * sum(not (out / epoch_file(epoch)).exists() for epoch in kept)
+    return Space(training.peak + copies, state + FLOAT * numbers + copies)
+
+
+def epoch_file(epochs: int) -> str:
+    return f"epoch-{epochs:04}.safetensors"
+
+
 def metadata_of(arch: str, r: PretrainRecipe, epochs: int, images: int, seed: int) -> dict[str, str]:
     """What the weights' file says about itself; newer knobs only where they differ from the paper's."""
     metadata = {
@@ -173,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arch", required=True)
     parser.add_argument("--recipe", default="paper", help="paper or mini")
     parser.add_argument("--out", type=Path, required=True, help="work folder; the same command resumes in it")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
@@ -211,21 +231,18 @@ def following_of(args: argparse.Namespace) -> Following:
 
 def main() -> int:
     args = parse()
-    escape_output()
-    try:
-        get_arch(args.arch)
-        r, changed = override(recipe(args.arch, args.recipe), args.set)
-        machine, following = machine_of(args), following_of(args)
+    return answered(partial(run, args), f"stopped; the same command goes on from {args.out / CHECKPOINT_FILE}")
+
+
+def run(args: argparse.Namespace) -> int:
+    get_arch(args.arch)
+    r, changed = override(recipe(args.arch, args.recipe), args.set)
+    machine, following = machine_of(args), following_of(args)
+    with named_if_refused(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        with distributed.process_group(machine.device) as device:
-            machine = replace(machine, device=device)
-            state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following)
-    except (UserError, OSError) as e:  # OSError: a full or read-only disk
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {args.out / CHECKPOINT_FILE}", file=sys.stderr)
-        return 130
+    with distributed.process_group(machine.device) as device:
+        machine = replace(machine, device=device)
+        state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following)
     if distributed.is_main():
         seen = state.step * r.batch
         label = f"{args.recipe} recipe with {changed}" if changed else f"{args.recipe} recipe"

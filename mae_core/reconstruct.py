@@ -19,15 +19,15 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, printable, read_checkpoint
+from mae_core.command_line import answered
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.files import escape_output
-from mae_core.machine import program
+from mae_core.machine import program, seed
 from mae_core.patches import patchify, unpatchify
-from mae_core.settings import replacing
 from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS
+from mae_core.writing import named_if_refused, replacing
 
 OFFICIAL_HEADS = 16  # of every released decoder; no tensor's shape shows the number of heads
 CELL_INCHES, DPI = 1.5, 160  # 240 px a picture: a 224 px image loses nothing
@@ -169,12 +169,10 @@ def draw(columns: Sequence[tuple[str, Tensor]], group: int, note: str, out: Path
             if row == 0:
                 axes.set_title(title, fontsize=9, parse_math=False)  # a name may hold a $
     figure.text(0.5, (EDGE + 0.12) / high, note, ha="center", va="center", fontsize=8, wrap=True, parse_math=False)
-    try:
+    with named_if_refused(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): give another") from None
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def picture(
@@ -214,35 +212,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mask-ratio", type=float, nargs="+", default=[0.75], metavar="R", help="default: 0.75")
     parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
     parser.add_argument("--limit", type=int, default=8, help="images at most, spread over the folder (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the masks")
+    parser.add_argument("--seed", type=seed, default=0, help="decides the masks")
     parser.add_argument(
         "--norm-pix", action="store_true", help="they predict normalised pixels, where the file itself does not say so"
     )
-    args = parser.parse_args(argv)
-    escape_output()
-    try:
-        for ratio in args.mask_ratio:
-            if not 0 < ratio < 1:
-                raise UserError(f"--mask-ratio {ratio}: give the share of hidden patches, between 0 and 1")
-        if args.limit < 1:
-            raise UserError(f"--limit {args.limit}: give a positive number of images")
-        if args.out.suffix.lower() != ".png":
-            raise UserError(f"--out {args.out}: the picture is a PNG, name it so")
-        if os.path.exists(args.out.parent) and not os.path.isdir(args.out.parent):
-            raise UserError(f"--out {args.out}: {args.out.parent} is a file, give a folder")
-        if not 0 <= args.seed < 2**63:
-            raise UserError(f"--seed {args.seed}: give a whole number from 0 to 2^63 - 1")
-        checkpoints = [read_checkpoint(path) for path in args.ckpt]
-        models = [
-            (printable(checkpoint.name, 40), load_autoencoder(checkpoint, args.norm_pix)) for checkpoint in checkpoints
-        ]
-        count = picture(models, args.images, args.mask_ratio, args.out, args.limit, args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return answered(partial(run, parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    for ratio in args.mask_ratio:
+        if not 0 < ratio < 1:
+            raise UserError(f"--mask-ratio {ratio}: give the share of hidden patches, between 0 and 1")
+    if args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give a positive number of images")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: the picture is a PNG, name it so")
+    if os.path.exists(args.out.parent) and not os.path.isdir(args.out.parent):
+        raise UserError(f"--out {args.out}: {args.out.parent} is a file, give a folder")
+    checkpoints = [read_checkpoint(path) for path in args.ckpt]
+    models = [(printable(c.name, 40), load_autoencoder(c, args.norm_pix)) for c in checkpoints]
+    count = picture(models, args.images, args.mask_ratio, args.out, args.limit, args.seed)
     print(f"{args.out}: {count} images at mask ratios {', '.join(map(str, args.mask_ratio))}")
     return 0
 

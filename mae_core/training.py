@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.checkpoint import read_state
+from mae_core.checkpoint import read_state, save_pickle
 from mae_core.data import Samples
 from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.machine import Machine
 from mae_core.settings import differences
+from mae_core.writing import open_to_append, write_text
 
 CHECKPOINT_FILE = "checkpoint.pth"
 LOG_FILE = "log.jsonl"
@@ -103,17 +103,19 @@ def end_epoch(t: Training, state: State, lr: float, images_per_second: float, fo
         "seconds": round(state.seconds, 1),
         **found,
     }
-    with open(t.work / LOG_FILE, "a", encoding="utf-8") as log:
+    with open_to_append(t.work / LOG_FILE) as log:
         log.write(json.dumps(line) + "\n")
 
 
 def truncate_log(path: Path, epochs: int) -> None:
-    """Keep the first `epochs` lines: a killed run may have logged epochs that it now repeats."""
+    """Keep the first `epochs` lines: a killed run may have logged epochs that it now repeats. UserError if it holds no
+    text."""
     if path.exists() and distributed.is_main():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines[:epochs]), encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is no log of a training: move it away or delete it") from None
+        write_text(path, "".join(lines[:epochs]))
 
 
 def save(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any) -> None:
@@ -130,13 +132,7 @@ def save(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any) 
         "fixed": t.fixed,
         "machine": rounding_settings(t),
     }
-    path = t.work / CHECKPOINT_FILE
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    save_pickle(t.work / CHECKPOINT_FILE, content)
 
 
 def rounding_settings(t: Training) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
+from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.files import escape_output
-from mae_core.machine import Machine, add_machine_flags, machine_from, non_negative_int
+from mae_core.machine import Machine, add_machine_flags, machine_from, seed
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
 from transfer.run import run_job
@@ -71,7 +71,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         "--task", nargs="+", action="extend", required=True, metavar="TASK", help=", ".join(t.name for t in tasks)
     )
     parser.add_argument("--ckpt", required=True, help="checkpoint file or folder, hf:NAME, timm:NAME or random:ARCH")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
@@ -79,18 +79,14 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_common_flags(parser, tasks)
     args = parser.parse_args(arguments)
-    escape_output()
-    try:
-        chosen = find_tasks(args.task, tasks)
-        machine = machine_from(args)
-        with distributed.process_group(machine.device) as device:
-            records = run_tasks(chosen, args, replace(machine, device=device))
-    except (UserError, OSError) as e:  # OSError: a full or read-only disk
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return answered(partial(run, tasks, args), "stopped; the same command goes on from here")
+
+
+def run(tasks: Sequence[Task], args: argparse.Namespace) -> int:
+    chosen = find_tasks(args.task, tasks)
+    machine = machine_from(args)
+    with distributed.process_group(machine.device) as device:
+        records = run_tasks(chosen, args, replace(machine, device=device))
     return 0 if all(record.status == "ok" for record in records) else 1
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
 from mae_core.errors import UserError
-from mae_core.files import printable
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
-from mae_core.settings import differences, write_json
+from mae_core.settings import differences
 from mae_core.training import CHECKPOINT_FILE
+from mae_core.writing import read_object, write_json, write_text
 from transfer.task import RECORD_FILE, Job, Record, Result
 
 TRACEBACK_FILE = "error.txt"
@@ -35,7 +35,7 @@ def write_record(record: Record, work: Path) -> None:
 def read_record(path: Path) -> Record:
     """The Record in a file; UserError if it holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         return Record(**{**values, "notes": tuple(values.get("notes", ()))})
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
@@ -69,7 +69,11 @@ def claim(job: Job) -> None:
     """Mark the work folder as this experiment's; UserError with the differences if it belongs to another."""
     marker = job.work / "job.json"
     if marker.exists():
-        if changed := differences(json.loads(marker.read_text()), job.identity()):
+        try:
+            theirs = read_object(marker)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{marker} is damaged ({e}): delete it, or choose another --out") from None
+        if changed := differences(theirs, job.identity()):
             raise UserError(f"{job.work} holds another experiment ({'; '.join(changed)}): choose another --out")
     elif distributed.is_main():
         write_json(marker, job.identity())
@@ -104,7 +108,7 @@ def run_job(job: Job) -> Record:
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
-        (job.work / TRACEBACK_FILE).write_text(printable(traceback.format_exc()), encoding="utf-8")
+        write_text(job.work / TRACEBACK_FILE, traceback.format_exc())
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
         reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"

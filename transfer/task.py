@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mae_core.checkpoint import Checkpoint
 from mae_core.machine import Machine
 from mae_core.settings import as_typed
+from mae_core.space import Space
 from transfer.data.findings import Data
 
 RECORD_FILE = "record.json"
@@ -38,13 +39,6 @@ class Needs(Enum):
     ENCODER = "encoder"  # a pre-trained encoder
     CLASSIFIER = "classifier"  # a fine-tuned classifier, or the one that imagenet_finetune made from the encoder
     FINE_TUNED_FILE = "fine-tuned file"  # a fine-tuned classifier given as the checkpoint
-
-
-class Space(NamedTuple):
-    """Bytes that a job needs below its --out: at most at any time, and after it has ended."""
-
-    peak: int
-    stays: int
 
 
 Objection = tuple[str, str]  # (knob or flag, why it would make the job fail and what to do)

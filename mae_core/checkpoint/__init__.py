@@ -12,7 +12,7 @@ from mae_core.checkpoint.export import metadata_of
 from mae_core.checkpoint.identify import check_shapes
 from mae_core.checkpoint.load import LoadReport, classifier_of, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
-from mae_core.checkpoint.weights_file import read_file, read_state, save_weights, sha256_of
+from mae_core.checkpoint.weights_file import read_file, read_state, save_pickle, save_tensors, save_weights, sha256_of
 
 __all__ = [
     "Checkpoint",
@@ -28,6 +28,8 @@ __all__ = [
     "read_checkpoint",
     "read_file",
     "read_state",
+    "save_pickle",
+    "save_tensors",
     "save_weights",
     "sha256_of",
 ]

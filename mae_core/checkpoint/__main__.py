@@ -1,8 +1,8 @@
 """python -m mae_core.checkpoint: what a checkpoint holds and what loading it does; writing it in another form."""
 
 import argparse
+import contextlib
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -18,6 +18,7 @@ from mae_core.checkpoint.formats import FORMATS
 from mae_core.checkpoint.load import LoadReport, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.locate import WEIGHTS
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
+from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.machine import program
 from mae_core.vit import ARCHS, get_arch, variant_in_words
@@ -180,36 +181,32 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.file is None and not args.formats:
         parser.error("give a file, or --formats")
-    try:
-        if args.formats:
-            print("\n".join(formats()), flush=True)
-            return 0
-        form, to = (args.to[0], Path(args.to[1])) if args.to else ("", None)
-        if args.convert and args.convert.suffix != ".safetensors":
-            raise UserError(f"{args.convert} will be a safetensors file: let its name end in .safetensors")
-        if to:
-            check_target(form, to)
-        checkpoint = read_checkpoint(args.file, key=args.key)
-        read = [Path(checkpoint.path), *(Path(checkpoint.path, name) for name in WEIGHTS)]
-        if same := next((out for out in (args.convert, to) if out and any(map(partial(same_file, out), read))), None):
-            raise UserError(f"{same} is the file that is read: give another name")
-        lines = describe(checkpoint)
-        if args.convert:
-            save_canonical(checkpoint, args.convert)
-            lines.append(f"written: {args.convert}")
-        if to:
-            export(checkpoint, form, to)
-            left = left_out(checkpoint, form)
-            lines.append(f"written for {form}: {to}" + (f"; not in this form: {left}" if left else ""))
+    return answered(partial(run, args))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.formats:
+        print("\n".join(formats()), flush=True)
+        return 0
+    form, to = (args.to[0], Path(args.to[1])) if args.to else ("", None)
+    if args.convert and args.convert.suffix != ".safetensors":
+        raise UserError(f"{args.convert} will be a safetensors file: let its name end in .safetensors")
+    if to:
+        check_target(form, to)
+    checkpoint = read_checkpoint(args.file, key=args.key)
+    read = [Path(checkpoint.path), *(Path(checkpoint.path, name) for name in WEIGHTS)]
+    if same := next((out for out in (args.convert, to) if out and any(map(partial(same_file, out), read))), None):
+        raise UserError(f"{same} is the file that is read: give another name")
+    lines = describe(checkpoint)
+    if args.convert:
+        save_canonical(checkpoint, args.convert)
+        lines.append(f"written: {args.convert}")
+    if to:
+        export(checkpoint, form, to)
+        left = left_out(checkpoint, form)
+        lines.append(f"written for {form}: {to}" + (f"; not in this form: {left}" if left else ""))
+    with contextlib.suppress(BrokenPipeError):  # head or less has read enough
         print("\n".join(printable(line) for line in lines), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # head or less has read enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return 0
 
 

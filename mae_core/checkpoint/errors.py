@@ -1,12 +1,13 @@
 """The error of a checkpoint, and text out of a file made fit to print."""
 
+from mae_core import files
 from mae_core.errors import UserError
 
 
 def printable(text: str, limit: int = 1000) -> str:
-    """The text in one line that any terminal can show: what is no visible character is escaped, and of more than
-    `limit` characters the middle is left out. Names and metadata in a file can hold anything."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """`files.printable`; of more than `limit` characters the middle is left out. Names and metadata in a file can hold
+    anything."""
+    shown = files.printable(text)
     return shown if len(shown) <= limit else f"{shown[: limit // 2]} ... {shown[-limit // 2 :]}"
 
 

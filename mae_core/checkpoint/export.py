@@ -5,17 +5,15 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.read import Checkpoint
-from mae_core.checkpoint.weights_file import copies, save_weights
+from mae_core.checkpoint.weights_file import copies, save_pickle, save_tensors, save_weights
 from mae_core.data import MEAN, STD
-from mae_core.settings import replacing, unknown
+from mae_core.settings import unknown
 from mae_core.vit import ARCHS, EPS
+from mae_core.writing import named_if_refused, write_text
 
 
 def metadata_of(checkpoint: Checkpoint, pool: str, tensors: Collection[str]) -> dict[str, str]:
@@ -47,10 +45,7 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
     if form in TARGETS and form != "timm" and not checkpoint.plain:
         raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
     check_target(form, path)
-    try:
-        TARGETS[form](checkpoint, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, of a folder that is not there
-        raise CheckpointError(f"{path} cannot be written: {' '.join(str(error).split())[:200]}") from None
+    TARGETS[form](checkpoint, path)
 
 
 def check_target(form: str, path: Path) -> None:
@@ -93,13 +88,13 @@ def _timm(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _fair(checkpoint: Checkpoint, path: Path) -> None:
-    _torch({"model": _everything(checkpoint)}, path)
+    save_pickle(path, {"model": _everything(checkpoint)})
 
 
 def _detectron2(checkpoint: Checkpoint, path: Path) -> None:
     # matching_heuristics: what ViTDet's own configs ask for; with these names nothing is left to guess.
     encoder = {f"backbone.net.{name}": tensor for name, tensor in checkpoint.encoder.items()}
-    _torch({"model": encoder, "__author__": "MAE", "matching_heuristics": True}, path)
+    save_pickle(path, {"model": encoder, "__author__": "MAE", "matching_heuristics": True})
 
 
 def _hf(checkpoint: Checkpoint, folder: Path) -> None:
@@ -142,7 +137,8 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> None:
     whole = bool(decoder) or head is not None
     for name, tensor in ({**checkpoint.encoder, **decoder} if decoder else _everything(checkpoint)).items():
         tensors |= _hf_names(name, tensor, "vit." if whole else "")
-    folder.mkdir(parents=True, exist_ok=True)
+    with named_if_refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     _safetensors(tensors, folder / "model.safetensors")
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
@@ -152,7 +148,7 @@ def _hf(checkpoint: Checkpoint, folder: Path) -> None:
         "size": {"height": config["image_size"], "width": config["image_size"]},
     }
     for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
 
 
 HF_TOP = {
@@ -188,14 +184,8 @@ def _hf_names(name: str, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
     return {f"{start}{HF_BLOCK[stem]}.{kind}": tensor}
 
 
-def _torch(content: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
-
-
 def _safetensors(tensors: dict[str, Tensor], path: Path) -> None:
-    with replacing(path) as temporary:
-        save_file(copies(tensors), temporary, metadata={"format": "pt"})  # which transformers asks for
+    save_tensors(path, copies(tensors), {"format": "pt"})  # which transformers asks for
 
 
 TARGETS = {"timm": _timm, "hf": _hf, "fair": _fair, "detectron2": _detectron2}

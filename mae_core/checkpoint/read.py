@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mae_core.checkpoint.convert import KINDS, is_converted, model_settings, read_weights
-from mae_core.checkpoint.errors import CheckpointError
+from mae_core.checkpoint.errors import CheckpointError, printable
 from mae_core.checkpoint.identify import identify, image_size_of
 from mae_core.checkpoint.locate import locate
 from mae_core.checkpoint.weights_file import as_float32, sha256_of
@@ -118,7 +118,7 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
         settings["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
     return Checkpoint(
         path=source.spec,
-        name=source.name,
+        name=printable(source.name),
         format=weights.format.name,
         arch=arch,
         sha256=sha256_of(path),

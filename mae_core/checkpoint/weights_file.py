@@ -26,7 +26,7 @@ from torch import Tensor
 from mae_core.checkpoint.archive import check_arrays, check_torch, members_of
 from mae_core.checkpoint.array_pickle import NotAllowed, load_arrays
 from mae_core.checkpoint.errors import CheckpointError
-from mae_core.settings import replacing
+from mae_core.writing import replacing
 
 OUR_FORMAT = "mae-transfer"
 SAFETENSORS_HEADER_LIMIT = 100_000_000  # bytes, the library's own
@@ -249,18 +249,32 @@ def sort_header(path: Path) -> None:
 def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as safetensors with the metadata and {"format": "mae-transfer"}.
 
-    Atomic: the file appears complete under its name, or an older one stays as it was.
+    Atomic: the file appears complete under its name, or an older one stays as it was. UserError if it cannot be
+    written.
     """
-    path = Path(path)
-    try:
-        with replacing(path) as temporary:
-            with open(temporary, "wb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-            save_file(copies(state), temporary, metadata={**metadata, "format": OUR_FORMAT})
-            sort_header(temporary)
-            os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
+    save_tensors(Path(path), copies(state), {**metadata, "format": OUR_FORMAT})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """`save_weights` for contiguous tensors that share no memory, with this metadata alone."""
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
+        sort_header(temporary)
+
+
+def save_pickle(path: Path, content: object) -> None:
+    """`torch.save`, but atomic; UserError if it cannot be written."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+            file.flush()
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

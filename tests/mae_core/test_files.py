@@ -7,7 +7,7 @@ from mae_core.data import images_or_shards, list_images
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import escape_output, open_regular, printable, walk
-from mae_core.settings import write_json
+from mae_core.writing import write_json
 
 
 def touch(*paths):

@@ -1,10 +1,9 @@
-import json
 from dataclasses import dataclass, replace
 
 import pytest
 
 from mae_core.errors import UserError
-from mae_core.settings import as_typed, did_you_mean, differences, override, write_json
+from mae_core.settings import as_typed, did_you_mean, differences, override
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,3 @@ def test_differences_names_every_changed_entry():
         "recipe.lr: 0.1 -> 0.2",
     ]
     assert differences(old, old) == []
-
-
-def test_write_json(tmp_path):
-    path = tmp_path / "new" / "record.json"
-    write_json(path, {"b": [1, 2.5, None], "a": "é"})
-    assert path.read_text(encoding="utf-8") == '{\n "a": "é",\n "b": [\n  1,\n  2.5,\n  null\n ]\n}\n'
-    write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1}
-
-
-def test_a_failed_write_json_leaves_only_the_old_file(tmp_path):
-    path = tmp_path / "record.json"
-    write_json(path, {"whole": True})
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        write_json(path, {"first": "written", "second": object()})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]

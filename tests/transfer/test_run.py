@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mae_core import settings
 from mae_core.errors import UserError
 from mae_core.machine import Machine
+from mae_core.writing import write_json
 from tests.fixtures.transfer import ARCH, make_job, raising
 from transfer.classification.tasks import FINETUNE
 from transfer.run import claim, finished, read_record, run_job, shortened, slug, with_work_folder, write_record
@@ -136,12 +136,12 @@ def test_the_sources_stand_only_beside_paper_numbers(job, tmp_path):
 
 def write_again_and_again(path: Path, size: int) -> None:
     for _ in range(60):
-        settings.write_json(path, {"values": [size] * size})
+        write_json(path, {"values": [size] * size})
 
 
 def test_a_reader_never_sees_half_a_record(tmp_path):
     path, fork = tmp_path / "r.json", multiprocessing.get_context("fork")
-    settings.write_json(path, {"values": []})
+    write_json(path, {"values": []})
     writers = [fork.Process(target=write_again_and_again, args=(path, size)) for size in (10, 20000)]
     for writer in writers:
         writer.start()

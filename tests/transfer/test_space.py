@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from mae_core import space
 from mae_core.errors import UserError
+from mae_core.space import GIB, Space, free_below, space_line
 from tests.fixtures import detection, segmentation
 from tests.fixtures.coco import write_coco
 from tests.fixtures.transfer import assert_space_is_right
-from transfer import space
-from transfer.space import GIB, check_space, free_below, needed, space_line
-from transfer.task import Space
+from transfer.space import check_space, needed
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_too_little_space_is_refused_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(space, "free_below", lambda out: 3.5 * GIB)
     check_space([job], tmp_path)
     said = f"up to 4.00 GiB needed below {tmp_path} (2.00 GiB of it to stay), 3.50 GiB free"
-    assert space_line([job, job], tmp_path) == said
+    assert space_line(needed([job, job]), tmp_path) == said
     with pytest.raises(UserError, match=r"the disk is too small: up to 4\.00 GiB"):
         check_space([job, job], tmp_path)
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from mae_core.errors import UserError
 from mae_core.loop import batch_objections, batchnorm_objections
 from mae_core.settings import as_typed
+from mae_core.space import FLOAT, Space, training_space
 from mae_core.vit import get_arch, vit_arguments
 from transfer.classification.knn import feature_folder
 from transfer.classification.recipes import linprobe_recipe
-from transfer.space import FLOAT, encoder_numbers, training_space
-from transfer.task import Job, Objection, Space
+from transfer.space import encoder_numbers
+from transfer.task import Job, Objection
 
 MOMENTS = {"adamw": 2, "lars": 1}
 
@@ -77,7 +78,7 @@ def classifier_space(job: Job, classes: int = 1000) -> Space:
     r, encoder = job.recipe, encoder_numbers(job.checkpoint)
     head = classes * (get_arch(job.checkpoint.arch).dim + 1)
     model, trained = encoder + head, head if r.optimizer == "lars" else encoder + head
-    return training_space(job, model, trained, MOMENTS[r.optimizer], averaged=model if r.ema else 0)
+    return training_space(job.work, model, trained, MOMENTS[r.optimizer], averaged=model if r.ema else 0)
 
 
 def knn_space(job: Job) -> Space:

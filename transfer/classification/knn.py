@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mae_core import distributed
-from mae_core.checkpoint import load_encoder, model_of
+from mae_core.checkpoint import load_encoder, model_of, save_tensors
 from mae_core.data import PILLOW_PIXELS, Images
 from mae_core.errors import UserError
 from mae_core.files import open_regular
 from mae_core.knn import knn_predict
-from mae_core.settings import bounded, check_ranges, choose, replacing
+from mae_core.settings import bounded, check_ranges, choose
 from mae_core.vit import ViT
 from transfer.classification.evaluate import outputs_of
 from transfer.classification.recipes import miniature_size
@@ -170,7 +170,7 @@ def read_or_computed(job: Job, model: Representation, split: Split, path: Path) 
         rows.append(features.cpu())
     parts = [path.with_name(f".{path.stem}.{rank}.part") for rank in range(distributed.world_size())]
     indices = [i for batch in distributed.local_batches(len(dataset), job.machine.micro_batch or 128) for i in batch]
-    save_file({"features": torch.cat(rows), "index": torch.tensor(indices)}, parts[distributed.rank()])
+    save_tensors(parts[distributed.rank()], {"features": torch.cat(rows), "index": torch.tensor(indices)}, {})
     distributed.barrier()
     if distributed.is_main():
         join(parts, len(dataset), path, images)
@@ -217,10 +217,6 @@ def join(parts: list[Path], count: int, path: Path, images: str) -> None:
     whole = torch.empty(count, loaded[0]["features"].shape[1])
     for tensors in loaded:
         whole[tensors["index"].long()] = tensors["features"]
-    with replacing(path) as temporary:
-        with open(temporary, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        save_file({"features": whole}, temporary, {"images": images, "sha256": checksum(whole)})
-        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
+    save_tensors(path, {"features": whole}, {"images": images, "sha256": checksum(whole)})
     for part in parts:
         part.unlink()

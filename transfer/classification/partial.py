@@ -6,7 +6,6 @@ or made in its usual folder. Each other k is a training below this task's folder
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +13,10 @@ from torch import nn
 
 from mae_core import distributed
 from mae_core.errors import UserError
-from mae_core.settings import as_typed, write_json
+from mae_core.settings import as_typed
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import ViT, get_arch
+from mae_core.writing import read_object, write_json
 from transfer.classification.job import images_of, start_model, trained_result, validate
 from transfer.classification.picture import PICTURE_FILE, draw_curve
 from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
@@ -116,8 +116,11 @@ def tune(job: Job, k: float, images: Reading) -> Result:
     claim(job)
     path = job.work / RESULT_FILE
     if path.exists():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**values | {"notes": tuple(values["notes"])})
+        try:
+            values = read_object(path)
+            return Result(**values | {"notes": tuple(values["notes"])})
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise UserError(f"{path} is damaged ({e}): delete it to train this point of the curve again") from None
     r = job.recipe
     model = start_model(job, images.classes)
     tuned = freeze_all_but(model, k)

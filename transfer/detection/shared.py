@@ -21,7 +21,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
-from mae_core.settings import write_json
+from mae_core.writing import write_json
 from transfer.data.coco import IDS, Example, read_split
 from transfer.detection.recipe import DetectionRecipe
 from transfer.pyramid import ViTPyramid, load_pyramid

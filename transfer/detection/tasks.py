@@ -10,6 +10,7 @@ import torch
 
 from mae_core import distributed
 from mae_core.loop import batch_objections
+from mae_core.space import Space, training_space
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
@@ -17,8 +18,7 @@ from transfer.detection.recipe import PUBLISHED, recipe, sources
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, size_objections
-from transfer.space import training_space
-from transfer.task import Job, Objection, Result, Space, Task
+from transfer.task import Job, Objection, Result, Task
 
 
 def train_and_predict(job: Job) -> Predictions:
@@ -72,7 +72,7 @@ def space(job: Job) -> Space:
     with torch.device("meta"):
         model = MaskRCNN(ViTPyramid(job.checkpoint.arch, r.image_size, window=r.window), r, RoIBatchNorm)
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
-    return training_space(job, numbers, numbers)
+    return training_space(job.work, numbers, numbers)
 
 
 TASKS = (

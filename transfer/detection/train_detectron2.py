@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
 
 from mae_core import distributed
-from mae_core.checkpoint import CheckpointError, read_state
+from mae_core.checkpoint import CheckpointError, read_state, save_pickle
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
 from mae_core.loop import stop_requested
@@ -111,12 +111,7 @@ class Checkpointer(DetectionCheckpointer):
             raise UserError(f"a weight became infinite or NaN: stopped; {DIVERGED}")
         content = {"model": self.model.state_dict(), **facts}
         content |= {key: part.state_dict() for key, part in self.checkpointables.items()}
-        path = os.path.join(self.save_dir, name)
-        with open(f"{path}.tmp", "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
+        save_pickle(Path(self.save_dir, name), content)
 
     def has_checkpoint(self) -> bool:
         return os.path.exists(self.get_checkpoint_file())

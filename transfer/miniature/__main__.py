@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import transfer.miniature
-from mae_core.errors import UserError
+from mae_core.command_line import answered
+from mae_core.machine import non_negative_int, seed
 from transfer.data.findings import MINIATURE_MARKER
 from transfer.miniature import dense, imagenet
 
@@ -20,25 +21,24 @@ from transfer.miniature import dense, imagenet
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m transfer.miniature", description=transfer.miniature.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
-        "--unlabelled", type=int, default=0, metavar="N", help="also N unlabelled images (20000 is usual)"
+        "--unlabelled", type=non_negative_int, default=0, metavar="N", help="also N unlabelled images (20000 is usual)"
     )
-    args = parser.parse_args(arguments)
+    return answered(partial(write, parser.parse_args(arguments)))
+
+
+def write(args: argparse.Namespace) -> int:
     makers: list[Callable[..., Path]] = [imagenet.imagenet, imagenet.imagenet_a, imagenet.imagenet_r]
     makers += [imagenet.imagenet_sketch, imagenet.imagenet_c, dense.coco, dense.ade20k]
     if args.unlabelled:
         makers.append(partial(imagenet.unlabelled, count=args.unlabelled))
-    try:
-        for make in makers:
-            start = time.perf_counter()
-            folder = make(args.out, seed=args.seed)
-            counts = json.loads((folder / MINIATURE_MARKER).read_text())["counts"]
-            listed = ", ".join(f"{split} {count}" for split, count in counts.items())
-            print(f"{folder}: {listed} images ({time.perf_counter() - start:.1f} s)", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for make in makers:
+        start = time.perf_counter()
+        folder = make(args.out, seed=args.seed)
+        counts = json.loads((folder / MINIATURE_MARKER).read_text())["counts"]
+        listed = ", ".join(f"{split} {count}" for split, count in counts.items())
+        print(f"{folder}: {listed} images ({time.perf_counter() - start:.1f} s)", flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from mae_core.checkpoint import sha256_of
 from mae_core.errors import UserError
 from mae_core.loop import batch_objections, batchnorm_objections, check_batch
 from mae_core.settings import as_typed
+from mae_core.space import Space, training_space
 from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.data.findings import spread
@@ -25,8 +26,7 @@ from transfer.segmentation.mmseg_config import config_of, norm_of, weights_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
 from transfer.segmentation.recipe import recipe, sources
 from transfer.segmentation.train import run_multi_scale_test, run_test, train
-from transfer.space import training_space
-from transfer.task import Job, Objection, Result, Space, Task
+from transfer.task import Job, Objection, Result, Task
 
 SEGMENTER_FILE = "segmenter.safetensors"
 # What the public configs of 48.1 mIoU do otherwise, beside what the record's sources and notes say.
@@ -114,7 +114,7 @@ def objections(job: Job) -> Iterator[Objection]:
 
 def space(job: Job) -> Space:
     numbers = weights_of(job)
-    return training_space(job, numbers, numbers)
+    return training_space(job.work, numbers, numbers)
 
 
 TASKS = (
