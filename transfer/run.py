@@ -97,6 +97,8 @@ def run_job(job: Job) -> Record:
     if distributed.is_main():
         for name in (RECORD_FILE, TRACEBACK_FILE):  # from an earlier attempt
             (job.work / name).unlink(missing_ok=True)
+        if job.parent is not None:  # the one that said "skipped" for want of the classifier would be tabled too
+            (with_work_folder(replace(job, parent=None)).work / RECORD_FILE).unlink(missing_ok=True)
     distributed.barrier()
     if job.machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

@@ -52,6 +52,27 @@ def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_
     assert first.splitlines()[-3:] == ["one", "two", ""]
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "10000 None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"),
+    ],
+)
+def test_threads_of_a_child_sleep_soon_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch, given, found
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    program = "import os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    lock = take_lock(tmp_path)
+    assert run_child([sys.executable, "-c", program], tmp_path / "a.log", lock) == (0, found)
+    os.close(lock)
+
+
 def test_lock_is_held_by_children_too(tmp_path: Path) -> None:
     lock = take_lock(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))

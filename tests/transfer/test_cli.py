@@ -111,6 +111,11 @@ def test_robustness_without_a_classifier_names_what_it_waits_for(tmp_path, image
     record = the_record(tmp_path)
     assert record.status == "skipped"
     assert record.reason.startswith("needs imagenet_finetune")
+    # Once the classifier is there, that record is gone: tables would show both.
+    metadata = {"encoder_sha256": small_checkpoint().sha256, "recipe": "mini", "seed": "0"}
+    file = write_classifier(tmp_path / "c.safetensors", **metadata)
+    assert call("imagenet_a", "--classifier", str(file), data=imagenet_a)[0] == 0
+    assert the_record(tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize("wrong", ["encoder_sha256", "recipe", "seed", None])
