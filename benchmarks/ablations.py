@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,18 +18,21 @@ try:
     from benchmarks import run_all
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write_table
-    from benchmarks.children import launcher, machine_flags, run_child, stop_on_signals, take_lock
+    from benchmarks.children import launcher, machine_flags, run_child, take_out
     from benchmarks.flops import training_flops
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
     from mae_core.checkpoint import sha256_of
     from mae_core.command_line import answered
     from mae_core.data import images_or_shards
+    from mae_core.distributed import check_alone
     from mae_core.errors import UserError
+    from mae_core.lock import Lock
     from mae_core.machine import Machine, hardware, machine_from, seed
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
+    from mae_core.stopping import stop_on_signals
     from transfer.classification import tasks as classification
     from transfer.cli import add_common_flags
     from transfer.data.findings import guarded
@@ -96,7 +98,7 @@ def cell_folder(cell: Cell, args: argparse.Namespace) -> Path:
     return found[0].parent if found else args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
 
 
-def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: int) -> tuple[Path, str]:
+def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: Lock) -> tuple[Path, str]:
     """Pre-train a cell in a child process, if that is not done; its folder, and why it failed ("" if it did not)."""
     arch, r = resolve_cell(cell, args)
     work = cell_folder(cell, args)
@@ -124,13 +126,13 @@ def evaluation_args(work: Path, args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def evaluate_cell(work: Path, args: argparse.Namespace, lock: int) -> dict[str, Record]:
+def evaluate_cell(work: Path, args: argparse.Namespace, lock: Lock) -> dict[str, Record]:
     """Linear probing and fine-tuning of a pre-trained cell, as run_all does them: what is done already is only read."""
     call = evaluation_args(work, args)
     return {record.task: record for record in run_all.run(make_plan(call), call, lock)}
 
 
-def run_cell(cell: Cell, args: argparse.Namespace, lock: int, unit: int) -> Row:
+def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row:
     """Train and evaluate a cell. unit: the default's FLOPs per image."""
     arch, r = resolve_cell(cell, args)
     knobs = ", ".join(f"{knob}={value}" for knob, value in cell.knobs.items())
@@ -150,7 +152,7 @@ def run_cell(cell: Cell, args: argparse.Namespace, lock: int, unit: int) -> Row:
     return Row(cell.label, knobs, numbers, texts, cell.x)
 
 
-def accuracy_table(name: str, args: argparse.Namespace, lock: int) -> bool:
+def accuracy_table(name: str, args: argparse.Namespace, lock: Lock) -> bool:
     """Run every cell of a table and write the table after each; True if every cell gave its numbers."""
     table, cells = TABLES[name], table_cells(name, args)
     file_name = f"table_{name}" if name[0] == "1" else name
@@ -199,7 +201,7 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
 
 
 def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
-    lock = take_lock(args.out)
+    lock = take_out(args.out)
     try:
         if args.data is None and args.recipe == "mini":
             args.data = args.out / "data"
@@ -207,7 +209,7 @@ def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
             miniature.unlabelled(args.data, MINI_IMAGES)
         return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def check_call(args: argparse.Namespace) -> Machine:
@@ -272,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_alone(", with --gpus N")
     machine = check_call(args)
     if args.plan:
         print_cells(args)

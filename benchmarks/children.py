@@ -5,7 +5,6 @@ All of them hold the lock on --out.
 
 import argparse
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,28 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mae_core.errors import UserError
 from mae_core.files import printable
+from mae_core.lock import Lock, clear_leftovers, take_lock
 from mae_core.settings import as_typed
 from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
 from transfer.task import Job
 
 
-def take_lock(out: Path) -> int:
-    """Lock --out for this run; UserError if another run holds it. Returns the descriptor that holds the lock."""
-    with named_if_refused(out / ".lock"):
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 32, 0).decode().strip()
-        message = f"{out} is in use by another run (process {holder} or its child): wait, or use another --out"
-        raise UserError(message) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
+def take_out(out: Path) -> Lock:
+    """Lock --out for a run and its children, and clear it of what killed runs left."""
+    lock = take_lock(out)
+    clear_leftovers(out / "tables")
+    return lock
 
 
 def launcher(processes: int) -> list[str]:
@@ -76,7 +66,7 @@ def waiting(environment: Mapping[str, str]) -> dict[str, str]:
     return {} if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": "10000"}
 
 
-def run_child(command: Sequence[str], log: Path, lock: int, title: str = "") -> tuple[int, str]:
+def run_child(command: Sequence[str], log: Path, lock: Lock, title: str = "") -> tuple[int, str]:
     """Run a command to its end; its exit code and the last line it printed.
 
     All it prints is appended to the log; its last line is shown behind the title, if there is one. Ctrl-C is passed on
@@ -95,9 +85,10 @@ def run_child(command: Sequence[str], log: Path, lock: int, title: str = "") -> 
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            pass_fds=(lock,),
+            pass_fds=(lock.descriptor,),
             start_new_session=True,
         )
+        lock.name_child(process.pid)
         assert process.stdout is not None  # since it is a pipe
         try:
             last = follow(process.stdout, file, title)
@@ -131,10 +122,3 @@ def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
             shown = time.monotonic()
             print(f"{title} | {last}", flush=True)
     return last
-
-
-def stop_on_signals() -> None:
-    """Make a scheduler's SIGTERM and a closed terminal stop like Ctrl-C. SIGINT too: a script's background job inherits
-    it ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from benchmarks.children import run_child, stop_on_signals, take_lock, task_command
+    from benchmarks.children import run_child, take_out, task_command
     from benchmarks.plan import Item, jobs_to_do, make_plan, print_plan, with_classifier
     from benchmarks.report import report
     from benchmarks.suite import TASKS
     from mae_core.command_line import answered, describe_os_error
+    from mae_core.distributed import check_alone
     from mae_core.errors import UserError
+    from mae_core.lock import Lock
     from mae_core.machine import seed
     from mae_core.progress import duration
+    from mae_core.stopping import stop_on_signals
     from transfer.cli import add_common_flags
     from transfer.data.shipped import shipped
     from transfer.jobs import cached_or_skipped
@@ -69,7 +72,7 @@ def group_by_process(items: Sequence[Item]) -> list[list[Item]]:
     return list(groups.values())
 
 
-def run(items: Sequence[Item], args: argparse.Namespace, lock: int) -> list[Record]:
+def run(items: Sequence[Item], args: argparse.Namespace, lock: Lock) -> list[Record]:
     """Run the plan; one Record for every item."""
     records = []
     groups = group_by_process(items)
@@ -147,12 +150,13 @@ def plan_and_run(args: argparse.Namespace) -> int:
     if args.list:
         list_tasks()
         return 0
+    check_alone(", with --gpus N")
     items = make_plan(args)
     print_plan(items, args)
     check_space(jobs_to_do(items), args.out)
     if args.plan:
         return 2 if nothing_can_run(items) else 0
-    lock = take_lock(args.out)
+    lock = take_out(args.out)
     try:
         records = run(items, args, lock)
     except (KeyboardInterrupt, BrokenPipeError):

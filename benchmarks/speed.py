@@ -21,6 +21,7 @@ try:
     from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.command_line import answered
+    from mae_core.distributed import check_alone
     from mae_core.errors import UserError
     from mae_core.machine import (
         Machine,
@@ -37,6 +38,8 @@ except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:  # before anything of ours is imported, which answers it
+    sys.exit(130)
 
 KINDS = ("pretrain", "finetune", "eval", "loader")
 
@@ -182,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_alone()
     get_arch(args.arch)
     if args.repeats < 1:
         raise UserError("--repeats 0: give at least one")

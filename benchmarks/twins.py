@@ -18,6 +18,7 @@ try:
     from benchmarks.markdown import markdown_table
     from benchmarks.originals import Call, Difference
     from mae_core.command_line import answered
+    from mae_core.distributed import check_alone
     from mae_core.errors import UserError
     from mae_core.machine import commit, hardware, versions
     from mae_core.writing import write_json, write_text
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_alone()
     twin = TWINS[args.what]
     if twin.checkout != (args.reference is not None):
         needs = "--reference DIR is needed" if twin.checkout else "--reference is not used"

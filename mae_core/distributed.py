@@ -4,21 +4,56 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from mae_core.errors import UserError
+from mae_core.lock import take_lock
+
 T = TypeVar("T")
 
 
+PRESET = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+UNSET = f"start several processes with torchrun, or one with `env {' '.join(f'-u {name}' for name in PRESET)}`"
+TOGETHER = timedelta(hours=2)  # ranks wait for rank 0 while it evaluates or writes: 10 minutes are too short
+JOINING = timedelta(minutes=1)  # without torchrun, which waits for all before it starts any
+
+
+def by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_alone(instead: str = "") -> None:
+    """For a command that is one process, whatever it starts: drop what a platform has preset for several, for its
+    children too (PET_*: torchrun's own flags). UserError under torchrun; instead: what to do."""
+    if by_torchrun():
+        raise UserError(f"torchrun would do the same work several times: start this command plainly{instead}")
+    for name in [name for name in os.environ if name in PRESET or name.startswith("PET_")]:
+        del os.environ[name]
+
+
+def number(name: str, default: int) -> int:
+    """An environment variable that a launcher sets; UserError unless it is a whole number, 0 or more."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r} in the environment, which is no number: {UNSET}")
+    return int(text)
+
+
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return number("RANK", 0) if world_size() > 1 else 0
+
+
+def local_world_size() -> int:
+    return min(world_size(), max(1, number("LOCAL_WORLD_SIZE", 1)))
 
 
 def is_main() -> bool:
@@ -29,7 +64,7 @@ def is_main() -> bool:
 def process_group(device: str) -> Iterator[str]:
     """Join the processes that torchrun started (NCCL on GPUs, gloo on CPU) and yield this process's device."""
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = number("LOCAL_RANK", 0) if world_size() > 1 else 0
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if world_size() == 1:
@@ -37,12 +72,26 @@ def process_group(device: str) -> Iterator[str]:
         return
     # gloo for what lies on the CPU also beside GPUs: a vote there does not wait for the GPU's queue.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    # Ranks wait for rank 0 while it evaluates or writes: the default 10 minutes is too short for a slow disk.
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, store=meeting(), rank=rank(), world_size=world_size(), timeout=TOGETHER)
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def meeting() -> dist.Store:
+    """Where the processes find each other; UserError if they do not."""
+    try:
+        if rank() >= world_size():
+            raise ValueError(f"RANK is {rank()}")
+        store, _, _ = next(dist.rendezvous("env://", timeout=TOGETHER if by_torchrun() else JOINING))
+    except (ValueError, RuntimeError) as e:  # a variable is missing or wrong; or nobody is there, a DistError
+        why = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"WORLD_SIZE is {world_size()} in the environment, but this process cannot join the others ({why}): {UNSET}"
+        ) from None
+    store.set_timeout(TOGETHER)
+    return store
 
 
 def barrier() -> None:
@@ -86,3 +135,21 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
     votes = torch.tensor([int(flag) for flag in flags])
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lock a folder for all processes of this run; each gets the UserError if another run is at work there."""
+    lock, problem = None, ""
+    if is_main():
+        try:
+            lock = take_lock(folder)
+        except UserError as e:
+            problem = str(e)
+    try:
+        if problem := gather_to_all(problem)[0]:
+            raise UserError(problem)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()

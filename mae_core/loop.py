@@ -6,10 +6,9 @@ workers.
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mae_core.files import printable
 from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
+from mae_core.stopping import stop_requested
 from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
 from mae_core.workers import dead_workers_explained
 
@@ -64,8 +64,9 @@ def batchnorm_objections(local_batch: int, machine: Machine) -> Iterator[tuple[s
 
 
 def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, ema: Any = None) -> State:
-    """Train to the end, from the checkpoint in training.work if there is one. Ctrl-C and SIGTERM save first, then raise
-    KeyboardInterrupt. A loss that is not finite raises UserError and leaves the last checkpoint as it was."""
+    """Train to the end, from the checkpoint in training.work if there is one. Ctrl-C, SIGTERM and SIGHUP save first,
+    then raise KeyboardInterrupt. A loss that is not finite raises UserError and leaves the last checkpoint as it was.
+    """
     t, main = training, distributed.is_main()
     state = State(micro_batch=t.micro_batch)
     resume(model, optimizer, t, state, ema)
@@ -229,22 +230,3 @@ def open_writer(work: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # late: the import takes a second
 
     return SummaryWriter(str(work / "tensorboard"), purge_step=step)
-
-
-@contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM enter, so that the current step ends before anything is saved; a second signal
-    raises KeyboardInterrupt at once."""
-    stop: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import re
@@ -93,6 +94,8 @@ def machine_from(args: argparse.Namespace) -> Machine:
         raise UserError(f"--micro-batch {args.micro_batch}: give a positive number of images")
     if args.workers < -1:
         raise UserError(f"--workers {args.workers}: give 0 or more processes, or leave it out")
+    if not 0 <= args.save_minutes < math.inf:
+        raise UserError(f"--save-minutes {args.save_minutes}: give a number of minutes, 0 or more")
     processes = distributed.world_size()
     return Machine(
         device=device,

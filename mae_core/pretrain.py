@@ -41,9 +41,9 @@ from mae_core.progress import duration
 from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.settings import override
 from mae_core.space import FLOAT, Space, check_free, training_space
+from mae_core.stopping import stop_on_signals
 from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
 from mae_core.vit import get_arch
-from mae_core.writing import named_if_refused
 
 WEIGHTS_FILE = "mae.safetensors"
 
@@ -235,12 +235,12 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if distributed.world_size() == 1:  # torchrun ends its processes itself
+        stop_on_signals()
     get_arch(args.arch)
     r, changed = override(recipe(args.arch, args.recipe), args.set)
     machine, following = machine_of(args), following_of(args)
-    with named_if_refused(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.process_group(machine.device) as device:
+    with distributed.process_group(machine.device) as device, distributed.alone_in(args.out):
         machine = replace(machine, device=device)
         state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following)
     if distributed.is_main():

@@ -171,9 +171,9 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any
         optimizer.load_state_dict(content["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(content["ema"])
+        kept = {"unreadable": ()} | content["state"]  # which a checkpoint of an earlier version does not have
         for field in dataclasses.fields(state):
-            kind = type(getattr(state, field.name))
-            setattr(state, field.name, kind(content["state"][field.name]))
+            setattr(state, field.name, type(getattr(state, field.name))(kept[field.name]))
         if content["machine"]["micro_batch"] != t.micro_batch:
             state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
         moved = differences(content["machine"], rounding_settings(t))

@@ -43,7 +43,7 @@ def fitting_workers(workers: int, batch: Any, held: int) -> int:
     fits = {}
     if SHARED_MEMORY.is_dir():
         status = os.statvfs(SHARED_MEMORY)
-        free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = status.f_bavail * status.f_frsize // distributed.local_world_size()
         need = (PREFETCH * workers + held) * size
         what = f"/dev/shm has {free // MIB} MiB free and {workers} --workers would fill {need // MIB} MiB"
         fits[f"{what} (docker run --shm-size makes it larger)"] = int(0.9 * free // size - held) // PREFETCH

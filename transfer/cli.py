@@ -12,6 +12,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, seed
+from mae_core.stopping import stop_on_signals
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
 from transfer.run import run_job
@@ -83,6 +84,8 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
 
 
 def run(tasks: Sequence[Task], args: argparse.Namespace) -> int:
+    if distributed.world_size() == 1:  # torchrun ends its processes itself
+        stop_on_signals()
     chosen = find_tasks(args.task, tasks)
     machine = machine_from(args)
     with distributed.process_group(machine.device) as device:

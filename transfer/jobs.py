@@ -15,7 +15,7 @@ from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
 from mae_core.vit import variant_in_words
 from transfer.data.findings import Data
-from transfer.run import describe, finished, with_work_folder, write_record
+from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
 
 RECIPES = ("paper", "mini")  # of every task
@@ -154,6 +154,8 @@ def obstacle(job: Job) -> tuple[str, str]:
 def cached_or_skipped(job: Job) -> Record | None:
     """The record of a job that is done or cannot run (in which case it is written now); None if it must run."""
     record = finished(job)
+    if record is not None:
+        tidy(job)
     status, reason = obstacle(job) if record is None else ("", "")
     if status:
         record = describe(job, status=status, reason=reason)

@@ -1,5 +1,6 @@
 """Running one job: its work folder, the claim on it, and the record that is written whatever happens."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from torch import Tensor
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
 from mae_core.errors import UserError
+from mae_core.lock import clear_leftovers
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences
 from mae_core.training import CHECKPOINT_FILE
@@ -86,12 +88,27 @@ def finished(job: Job) -> Record | None:
     return record if record and record.status == "ok" and record.identity == job.identity() else None
 
 
+def tidy(job: Job) -> None:
+    """Delete what a run that was killed behind its result would have deleted itself."""
+    if not distributed.is_main():
+        return
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
+    clear_leftovers(job.work)
+
+
 def run_job(job: Job) -> Record:
-    """Run a job in its work folder and write its record whatever happens, except after Ctrl-C.
+    """Run a job in its work folder and write its record whatever happens, except after Ctrl-C. UserError if another
+    process is at work there.
 
     With several processes a failure ends them all (SystemExit): if only one stopped, the others would wait for it, or
     mix the numbers of its next job with theirs.
     """
+    with distributed.alone_in(job.work):
+        return run_locked(job)
+
+
+def run_locked(job: Job) -> Record:
     started = time.monotonic()
     claim(job)
     if distributed.is_main():

@@ -1,18 +1,15 @@
 """What a child process is called with, what comes of it, and the lock that it shares."""
 
-import fcntl
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import run_all
-from benchmarks.children import run_child, take_lock, task_command
+from benchmarks.children import run_child, task_command
 from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
-from mae_core.errors import UserError
+from mae_core.lock import take_lock
 from tests.fixtures.transfer import CLASSES, write_imagenet
 from transfer.jobs import find_tasks, make_job
 from transfer.run import describe
@@ -46,7 +43,7 @@ def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_
     for title in ("", "[1/1] a"):
         assert run_child([sys.executable, "-u", "-c", program], log, lock, title) == (3, "two")
         assert capsys.readouterr().out == (f"{title} | one\n" if title else "")
-    os.close(lock)
+    lock.release()
     first, second = log.read_text().split("$ ")[1:]
     assert first == second
     assert first.splitlines()[-3:] == ["one", "two", ""]
@@ -70,17 +67,20 @@ def test_threads_of_a_child_sleep_soon_unless_the_user_says_otherwise(
     program = "import os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
     lock = take_lock(tmp_path)
     assert run_child([sys.executable, "-c", program], tmp_path / "a.log", lock) == (0, found)
-    os.close(lock)
+    lock.release()
 
 
-def test_lock_is_held_by_children_too(tmp_path: Path) -> None:
+def test_a_child_inherits_the_lock_and_is_written_down(tmp_path: Path) -> None:
     lock = take_lock(tmp_path)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
-    os.close(lock)
-    with pytest.raises(UserError, match="in use by another run"):
-        take_lock(tmp_path)
-    child.kill()
-    child.wait()
-    descriptor = take_lock(tmp_path)
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    read = "json.loads((p / '.lock').read_text())"
+    program = f"""import json, os, sys, time
+from pathlib import Path
+p = Path(sys.argv[1])
+while not {read}["child"]:
+    time.sleep(0.01)
+found = {read}
+inherited = os.path.samefile("/proc/self/fd/{lock.descriptor}", p / ".lock")
+print(found["pid"] == os.getppid(), found["child"] == os.getpid(), inherited)
+"""
+    assert run_child([sys.executable, "-c", program, str(tmp_path)], tmp_path / "log", lock) == (0, "True True True")
+    lock.release()

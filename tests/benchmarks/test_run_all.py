@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run_all
+from benchmarks import ablations, run_all, speed, twins
 from benchmarks.plan import Item
+from mae_core.lock import Lock
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
@@ -114,6 +115,36 @@ def test_interrupt_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, mini:
     assert "resuming" in next((tmp_path / "out" / "logs").glob("*.log")).read_text()
 
 
+def test_what_a_platform_presets_for_several_processes_is_dropped(
+    tmp_path: Path, data: Path, monkeypatch, capsys
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}.items():
+        monkeypatch.setenv(name, value)
+    flags = ["--ckpt", ARCH, "--recipe", "mini", "--data", str(data), "--out", str(tmp_path / "out"), "--plan"]
+    assert run_all.main([*flags, "--tasks", "imagenet_knn"]) == 0
+    assert "imagenet_knn" in capsys.readouterr().out
+    assert not {"WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)  # the children's too
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (run_all.main, ["--plan"]),
+        (ablations.main, ["--table", "1a", "--plan"]),
+        (speed.main, ["eval", "--arch", "vit_mini_patch8"]),
+        (twins.main, ["knn", "--data", "."]),
+    ],
+)
+def test_torchrun_is_answered_with_what_to_do(monkeypatch, capsys, main, flags) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(flags) == 2
+    errors = capsys.readouterr().err
+    assert "start this command plainly" in errors
+    assert ("with --gpus N" in errors) == (main in (run_all.main, ablations.main))
+    assert len(errors.splitlines()) == 1
+
+
 def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "not_a_checkpoint.pth").write_text("<html>")
     out = ["--out", str(tmp_path / "out"), "--data", str(tmp_path)]
@@ -157,7 +188,7 @@ def test_a_group_goes_on_behind_a_child_that_ended_early(data: Path, mini: list[
     monkeypatch.setattr(run_all, "cached_or_skipped", lambda job: None)
     started = []
 
-    def run_one(command: list[str], log: Path, lock: int, title: str) -> tuple[int, str]:
+    def run_one(command: list[str], log: Path, lock: Lock, title: str) -> tuple[int, str]:
         names = [word for word in command if word.startswith("imagenet_")]
         started.append(names)
         job = next(item.job for item in items if item.job.task.name == names[0])
@@ -165,7 +196,7 @@ def test_a_group_goes_on_behind_a_child_that_ended_early(data: Path, mini: list[
         return 1, ""
 
     monkeypatch.setattr(run_all, "run_child", run_one)
-    made = run_all.run(items, args, lock=0)
+    made = run_all.run(items, args, Lock(-1, {}))
     assert started == [["imagenet_a", "imagenet_r"], ["imagenet_r"]]
     assert [record.status for record in made] == ["ok", "ok"]
 

@@ -102,11 +102,11 @@ def test_out_of_memory_with_a_single_image_is_an_error(noise_images, tmp_path, m
     assert calls == [16, 8, 4, 2, 1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_after_the_current_step_and_the_rest_is_the_same(noise_images, reference, tmp_path, number):
-    out, handlers = tmp_path / "a", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    out, handlers = tmp_path / "a", [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     runs.train_until(5, noise_images, out, Machine(save_minutes=60), number=number)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert torch.load(out / CHECKPOINT_FILE)["state"]["step"] == 6
     assert not (out / pretrain.WEIGHTS_FILE).exists()
     assert runs.train(noise_images, out).step == 8
@@ -174,6 +174,16 @@ def test_a_file_that_is_not_our_checkpoint_is_refused(noise_images, tmp_path, co
         runs.train(noise_images, out)
 
 
+def test_a_checkpoint_from_before_unreadable_images_were_counted_is_resumed(noise_images, reference, tmp_path):
+    out = tmp_path / "a"
+    runs.train_until(5, noise_images, out)
+    earlier = torch.load(out / CHECKPOINT_FILE)
+    del earlier["state"]["unreadable"]
+    torch.save(earlier, out / CHECKPOINT_FILE)
+    assert runs.train(noise_images, out).unreadable == ()
+    assert runs.differing(reference, out) == []
+
+
 def test_a_checkpoint_with_a_missing_or_wrong_part_is_refused(noise_images, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "a")
     whole = torch.load(tmp_path / "a" / CHECKPOINT_FILE)
@@ -184,6 +194,7 @@ def test_a_checkpoint_with_a_missing_or_wrong_part_is_refused(noise_images, refe
         {**whole, "machine": 3},
         {**whole, "fixed": [1]},
         {**whole, "state": {**whole["state"], "unreadable": 7}},
+        {**whole, "state": {key: value for key, value in whole["state"].items() if key != "seconds"}},
     ):
         torch.save(content, tmp_path / "a" / CHECKPOINT_FILE)
         with pytest.raises(UserError, match=r"checkpoint.pth does not fit this model \(\w+Error: .*delete it"):
@@ -291,10 +302,11 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(noise_images, tmp
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_exits_with_130(noise_images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_save_and_exit_with_130(noise_images, tmp_path, number):
     process = runs.start(runs.command(noise_images, tmp_path, epochs=500))
     wait_for_lines(tmp_path / LOG_FILE, 1, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output = process.communicate()[0]
     assert process.returncode == 130, output
     assert f"stopped; the same command goes on from {tmp_path / CHECKPOINT_FILE}" in output

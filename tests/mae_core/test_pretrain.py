@@ -1,5 +1,6 @@
 """Pre-training in this process: what a run writes, its switches, its command line."""
 
+import os
 import sys
 import tarfile
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.dalle import DalleTokenizer
 from mae_core.errors import UserError
 from mae_core.follow import labelled_folder
+from mae_core.lock import LOCK_FILE, take_lock
 from mae_core.machine import Machine
 from mae_core.reconstruct import load_autoencoder
 from tests.fixtures import pretrain as runs
@@ -184,6 +186,7 @@ def test_fused_adamw_is_adamw(noise_images, reference, tmp_path):
         (["--eval-data", "."], "error: --eval-data is used only with --eval-every N"),
         (["--eval-every", "1"], "has no folder train: k-NN needs"),
         (["--micro-batch", "-1"], "error: --micro-batch -1: give a positive number of images"),
+        *((["--save-minutes", text], f"error: --save-minutes {text}") for text in ("nan", "inf", "-1.0")),
     ],
 )
 def test_the_command_line_refuses_in_one_sentence(noise_images, tmp_path, monkeypatch, capsys, flags, sentence):
@@ -193,3 +196,13 @@ def test_the_command_line_refuses_in_one_sentence(noise_images, tmp_path, monkey
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_two_runs_in_one_folder_are_refused_by_name(noise_images, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", str(noise_images), "--arch", "vit_mini_patch8", "--recipe", "mini", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "--out", str(tmp_path / "a"), "--set", "batch=16"])
+    lock = take_lock(tmp_path / "a")
+    assert pretrain.main() == 2
+    assert f"error: {tmp_path / 'a'} is in use by another run (process {os.getpid()}," in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [LOCK_FILE]
+    lock.release()

@@ -42,7 +42,8 @@ def machine(monkeypatch):
 )
 def test_no_more_workers_than_there_is_room_for(machine, monkeypatch, capsys, free, files, processes, fits, said):
     machine(free, files)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(processes))
     assert fitting_workers(16, BATCH, held=2) == fits
     out = capsys.readouterr().out
     assert (said in out) if said else not out

@@ -49,6 +49,7 @@ def the_record(tmp_path: Path) -> Record:
         (["--ckpt", "nowhere.pth"], "nowhere.pth does not exist"),
         (["--data", "nowhere"], "--data nowhere is not a folder"),
         (["--micro-batch", "-1"], "--micro-batch -1"),
+        (["--save-minutes", "nan"], "--save-minutes nan"),
     ],
 )
 def test_a_wrong_call_is_answered_by_one_sentence_and_exit_code_2(tmp_path, call, change, wrong):

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mae_core.errors import UserError
+from mae_core.lock import LOCK_FILE, take_lock
 from mae_core.machine import Machine
+from mae_core.training import CHECKPOINT_FILE
 from mae_core.writing import write_json
 from tests.fixtures.transfer import ARCH, make_job, raising
 from transfer.classification.tasks import FINETUNE
+from transfer.jobs import cached_or_skipped
 from transfer.run import claim, finished, read_record, run_job, shortened, slug, with_work_folder, write_record
 from transfer.task import RECORD_FILE, Data, Job, Record, Result
 
@@ -113,6 +116,23 @@ def test_a_live_record_equals_what_is_read_whatever_was_overridden(job):
     job = replace(job, overrides={"betas": (0.8, 0.95)})
     record = run_job(job)
     assert read_record(job.work / RECORD_FILE).recipe_label == record.recipe_label == job.recipe_label
+
+
+def test_a_folder_where_a_run_is_at_work_is_left_alone(job):
+    lock = take_lock(job.work)
+    with pytest.raises(UserError, match="is in use by another run"):
+        run_job(job)
+    assert [path.name for path in job.work.iterdir()] == [LOCK_FILE]
+    lock.release()
+    assert run_job(job).status == "ok"
+
+
+def test_a_run_that_was_killed_behind_its_record_is_tidied_by_the_next_call(job):
+    record = run_job(job)
+    for name in (CHECKPOINT_FILE, ".tmpAb12Cd", ".record.json.4711.part"):
+        (job.work / name).write_text("x")
+    assert cached_or_skipped(job) == record
+    assert {path.name for path in job.work.iterdir()} == {RECORD_FILE, "job.json", LOCK_FILE}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "x"}', '{"task": "x", "status": "ok", "colour": "red"}'])

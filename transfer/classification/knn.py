@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def knn(job: Job) -> Result:
     paths = [store / f"{name}.safetensors" for name in ("train", "val")]
     found = [read_or_computed(job, model, split, path) for split, path in zip((train, val), paths)]
     (train_features, _), (val_features, _) = found
+    started = time.monotonic()
     # The store holds the features of all images, so that other shares and other values of k can read them too.
     if voters is not train:  # else indexing would copy gigabytes for nothing
         row = {file: i for i, file in enumerate(train.files)}
@@ -116,7 +118,8 @@ def knn(job: Job) -> Result:
         metrics,
         stderr,
         n_eval=len(val.files),
-        images_seen=sum(computed for _, computed in found),
+        images_seen=len(train.files) + len(val.files),
+        seconds=sum(seconds for _, seconds in found) + time.monotonic() - started,
         resolved={
             "feature": feature,
             "features": store.name,
@@ -154,13 +157,20 @@ def features_of(job: Job, model: Representation, split: Split, path: Path) -> Te
     return read_or_computed(job, model, split, path)[0]
 
 
-def read_or_computed(job: Job, model: Representation, split: Split, path: Path) -> tuple[Tensor, int]:
-    """What `features_of` returns, and how many images that took."""
+def read_or_computed(job: Job, model: Representation, split: Split, path: Path) -> tuple[Tensor, float]:
+    """What `features_of` returns, and the seconds that computing it took, now or when the file was written (which only
+    the first process knows)."""
     images = digest_of_images(split) if distributed.is_main() else ""
     kept = kept_features(path, images) if distributed.is_main() else None
-    if distributed.gather_to_all(kept is not None)[0]:
-        return load_file(path)["features"] if kept is None else kept, 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not distributed.gather_to_all(kept is not None)[0]:
+        with distributed.alone_in(path.parent):
+            compute(job, model, split, path, images)
+        kept = kept_features(path, images) if distributed.is_main() else None
+    return kept or (load_file(path)["features"], 0.0)
+
+
+def compute(job: Job, model: Representation, split: Split, path: Path, images: str) -> None:
+    started = time.monotonic()
     transform = eval_transform(job.recipe.image_size, job.recipe.transform)
     dataset, label = Images(split.files, transform, pillow=True), f"{job.task.name} features {path.stem}"
     rows = [torch.empty(0, model.dim)]
@@ -173,9 +183,8 @@ def read_or_computed(job: Job, model: Representation, split: Split, path: Path) 
     save_tensors(parts[distributed.rank()], {"features": torch.cat(rows), "index": torch.tensor(indices)}, {})
     distributed.barrier()
     if distributed.is_main():
-        join(parts, len(dataset), path, images)
+        join(parts, len(dataset), path, {"images": images, "seconds": f"{time.monotonic() - started:.1f}"})
     distributed.barrier()
-    return load_file(path)["features"], len(dataset)
 
 
 def digest_of_images(split: Split) -> str:
@@ -191,18 +200,19 @@ def digest_of_images(split: Split) -> str:
     return digest.hexdigest()
 
 
-def kept_features(path: Path, images: str) -> Tensor | None:
-    """The features in a file; None, with a word, if they are not those that were written, or not of these images."""
+def kept_features(path: Path, images: str) -> tuple[Tensor, float] | None:
+    """The features in a file and the seconds they took; None, with a word, if they are not those that were written, or
+    not of these images."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             metadata, features = file.metadata() or {}, file.get_tensor("features")
-        damaged = metadata.get("sha256") != checksum(features)
-    except (OSError, SafetensorError):
+        damaged, seconds = metadata.get("sha256") != checksum(features), float(metadata["seconds"])
+    except (OSError, SafetensorError, KeyError, ValueError):
         metadata, damaged = {}, True
     if not damaged and metadata.get("images") == images:
-        return features
+        return features, seconds
     print(f"{path} is {'damaged' if damaged else 'of other images'}: its features are computed again", flush=True)
     return None
 
@@ -211,12 +221,12 @@ def checksum(features: Tensor) -> str:
     return hashlib.sha256(features.numpy().data).hexdigest()
 
 
-def join(parts: list[Path], count: int, path: Path, images: str) -> None:
+def join(parts: list[Path], count: int, path: Path, metadata: dict[str, str]) -> None:
     """Write the rows of all parts to one file, in the order of their indices, and remove the parts."""
     loaded = [load_file(part) for part in parts]
     whole = torch.empty(count, loaded[0]["features"].shape[1])
     for tensors in loaded:
         whole[tensors["index"].long()] = tensors["features"]
-    save_tensors(path, {"features": whole}, {"images": images, "sha256": checksum(whole)})
+    save_tensors(path, {"features": whole}, metadata | {"sha256": checksum(whole)})
     for part in parts:
         part.unlink()

@@ -23,7 +23,7 @@ from transfer.classification.train import ClassifierRecipe, parameters_sha256, t
 from transfer.classification.transforms import train_transform
 from transfer.data.labelled import Reading
 from transfer.jobs import make_job
-from transfer.run import claim, finished, run_job, with_work_folder
+from transfer.run import claim, finished, run_job, tidy, with_work_folder
 from transfer.task import Job, Record, Result, Task
 
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
@@ -113,9 +113,15 @@ def part_of(job: Job, k: float) -> Job:
 def tune(job: Job, k: float, images: Reading) -> Result:
     """Tune the last k blocks and save the result in the work folder, or read it there if that was done before. A
     checksum proves that the frozen part did not change."""
+    with distributed.alone_in(job.work):
+        return tune_locked(job, k, images)
+
+
+def tune_locked(job: Job, k: float, images: Reading) -> Result:
     claim(job)
     path = job.work / RESULT_FILE
     if path.exists():
+        tidy(job)
         try:
             values = read_object(path)
             return Result(**values | {"notes": tuple(values["notes"])})

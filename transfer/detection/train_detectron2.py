@@ -23,9 +23,9 @@ from mae_core import distributed
 from mae_core.checkpoint import CheckpointError, read_state, save_pickle
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
-from mae_core.loop import stop_requested
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
+from mae_core.stopping import stop_requested
 from mae_core.training import CHECKPOINT_FILE
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
@@ -210,7 +210,7 @@ class Saver(HookBase):
 
 def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: int) -> tuple[int, float]:
     """Train in place, resuming from the work folder's checkpoint if there is one. Returns the iterations, and the
-    seconds summed over all resumed parts. Ctrl-C and SIGTERM save, then raise KeyboardInterrupt."""
+    seconds summed over all resumed parts. Ctrl-C, SIGTERM and SIGHUP save, then raise KeyboardInterrupt."""
     r, machine = job.recipe, job.machine
     optimizer = adamw(parameter_groups(model, r.weight_decay), r.betas)
     iterations, rate = schedule(r, len(examples))

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from mae_core.errors import UserError
+from mae_core.lock import take_lock
 from transfer.data.findings import MINIATURE_MARKER
 
 # Part of every marker file; raise it with any change that alters an image or a file name.
@@ -57,29 +57,30 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
     marker = {"version": VERSION, "seed": seed, "counts": counts}
     # Checked before anything is written: a complete set may lie in a read-only folder.
     if _is_complete(target, marker):
+        shutil.rmtree(discarded, ignore_errors=True)  # which a killed run may have left
         return target
+    lock = take_lock(root, wait=True)  # another process may be writing this very set
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            if _is_complete(target, marker):
-                return target
-            if target.exists() and not (target / MINIATURE_MARKER).is_file():
-                raise UserError(
-                    f"{target} has no {MINIATURE_MARKER}, so it is not a miniature and is left alone: choose another "
-                    "folder"
-                )
-            print(f"generating {target}", file=sys.stderr, flush=True)
-            shutil.rmtree(partial_copy, ignore_errors=True)
-            for path, content in files:
-                file = partial_copy / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
-            (partial_copy / MINIATURE_MARKER).write_text(json.dumps(marker) + "\n")
-            shutil.rmtree(discarded, ignore_errors=True)
-            if target.exists():
-                target.rename(discarded)
-            partial_copy.rename(target)
-            shutil.rmtree(discarded, ignore_errors=True)
+        if _is_complete(target, marker):
+            return target
+        if target.exists() and not (target / MINIATURE_MARKER).is_file():
+            raise UserError(
+                f"{target} has no {MINIATURE_MARKER}, so it is not a miniature and is left alone: choose another folder"
+            )
+        print(f"generating {target}", file=sys.stderr, flush=True)
+        shutil.rmtree(partial_copy, ignore_errors=True)
+        for path, content in files:
+            file = partial_copy / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        (partial_copy / MINIATURE_MARKER).write_text(json.dumps(marker) + "\n")
+        shutil.rmtree(discarded, ignore_errors=True)
+        if target.exists():
+            target.rename(discarded)
+        partial_copy.rename(target)
+        shutil.rmtree(discarded, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the miniature {target} ({error.strerror}): choose another folder") from None
+    finally:
+        lock.release()
     return target

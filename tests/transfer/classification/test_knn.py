@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
 from mae_core.data import normalize
 from mae_core.errors import UserError
+from mae_core.lock import take_lock
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
 from transfer.classification import evaluate, robustness, train
@@ -81,9 +82,30 @@ def test_another_k_reads_the_features_and_computes_none(root, tmp_path, images_s
     second = run_job(make_job(KNN, root, tmp_path / "a" / "k10", k=10, temperature=0.2))
     assert len(images_shown) == 44
     assert second.resolved["features"] == first.resolved["features"]
-    assert second.images_seen == 0
-    files = (tmp_path / "a" / first.resolved["features"]).iterdir()
+    assert second.images_seen == first.images_seen == 44
+    files = (tmp_path / "a" / first.resolved["features"]).glob("[!.]*")
     assert sorted(p.name for p in files) == ["train.safetensors", "val.safetensors"]
+
+
+def test_what_another_run_computes_is_not_computed_at_the_same_time(root, tmp_path, images_shown):
+    job = make_job(KNN, root, tmp_path / "a" / "work", k=5)
+    lock = take_lock(feature_folder(job))
+    record = run_job(job)
+    assert (record.status, images_shown) == ("failed", [])
+    assert f"{feature_folder(job)} is in use by another run" in record.reason
+    lock.release()
+
+
+def test_kept_features_bring_the_seconds_that_they_took(root, tmp_path):
+    job = make_job(KNN, root, tmp_path / "a" / "one", k=5)
+    run_job(job)
+    for path in feature_folder(job).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata, features = file.metadata(), file.get_tensor("features")
+        save_file({"features": features}, path, metadata | {"seconds": "500"})
+    record = run_job(make_job(KNN, root, tmp_path / "a" / "two", k=5))
+    assert 1000 <= record.seconds < 1060
+    assert record.images_per_second == pytest.approx(44 / record.seconds, abs=0.01)
 
 
 def test_a_share_of_the_images_votes_by_features_kept_of_all(root, tmp_path, images_shown):
@@ -149,7 +171,7 @@ def test_damaged_features_are_computed_again(root, tmp_path, images_shown, capsy
     damage(kept)
     second = run_job(make_job(KNN, root, tmp_path / "a" / "two", k=5))
     assert f"{kept} is damaged: its features are computed again" in capsys.readouterr().out
-    assert (second.metrics, second.images_seen, len(images_shown)) == (first.metrics, 32, 44 + 32)
+    assert (second.metrics, second.images_seen, len(images_shown)) == (first.metrics, 44, 44 + 32)
 
 
 @pytest.mark.parametrize("change", [
@@ -163,7 +185,7 @@ def test_features_of_other_images_under_the_same_names_are_not_taken(tmp_path, i
     change(next((root / "imagenet" / "train").glob("*/*")))
     again = run_job(make_job(KNN, root, tmp_path / "a" / "two", k=5))
     assert again.resolved["features"] == first.resolved["features"]
-    assert (len(images_shown), again.images_seen) == (16 + 12, 12)
+    assert (len(images_shown), again.images_seen) == (16 + 12, 16)
     assert "train.safetensors is of other images: its features are computed again" in capsys.readouterr().out
 
 

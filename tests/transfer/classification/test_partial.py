@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
+from mae_core.lock import take_lock
 from mae_core.machine import Machine
 from mae_core.settings import override
 from mae_core.training import CHECKPOINT_FILE
@@ -89,6 +90,14 @@ def test_only_the_last_blocks_move_and_have_gradients_and_states(root, tmp_path,
     assert moved(model, start) == TUNED[k]
     assert result.resolved["trained_parameters"] == sum(start[name].numel() for name in TUNED[k])
     assert len(result.resolved["frozen_sha256"]) == 64
+
+
+def test_one_run_at_a_time_tunes_in_a_folder(root, tmp_path):
+    job = job_of(root, tmp_path)
+    lock = take_lock(partial.part_of(job, 1).work)
+    with pytest.raises(UserError, match="is in use by another run"):
+        tune(job, 1)
+    lock.release()
 
 
 def test_averaged_patch_tokens_keep_their_norm_among_the_tuned():

@@ -1,0 +1,37 @@
+"""What signals do: Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP stop a run alike."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def stop_signals() -> list[int]:
+    """SIGHUP is among them unless it is ignored, as under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
+
+
+def stop_on_signals() -> None:
+    """From now on each of them raises KeyboardInterrupt. SIGINT too: a script's background job inherits it ignored."""
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """A list that each of them enters, so that the current step ends before anything is saved; a second signal raises
+    KeyboardInterrupt at once."""
+    stop: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    before = {number: signal.signal(number, ask) for number in stop_signals()}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,106 @@
+"""What signals do to a run, and that no command answers Ctrl-C with a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mae_core.stopping import stop_on_signals, stop_requested
+from tests.fixtures import ROOT
+
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Put back what this process does with signals."""
+    before = {number: signal.getsignal(number) for number in ALL}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_each_signal_stops_like_ctrl_c(number):
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+    with stop_requested() as stop:
+        os.kill(os.getpid(), number)
+        assert stop == [number]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop_on_signals()
+    with stop_requested() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop == []
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+MODULES = [f"mae_core.{name}" for name in ("pretrain", "reconstruct", "checkpoint")]
+MODULES += [f"transfer.{name}" for name in ("classification", "miniature")]
+SCRIPTS = ["run_all", "ablations", "speed", "twins"]
+COMMANDS = [*(["-m", module] for module in (*MODULES, "benchmarks.report", "benchmarks.run_all"))]
+COMMANDS += [[str(ROOT / "benchmarks" / f"{name}.py")] for name in SCRIPTS]
+COMMANDS += [["-c", "import sys; from benchmarks.command import main; sys.exit(main())", "run"]]
+
+
+def assert_stops_with_a_word(folder: Path, command: list[str]) -> None:
+    """The command is interrupted by what its interpreter finds in that folder."""
+    path = {"PYTHONPATH": f"{folder}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env={**os.environ, **path}, capture_output=True)
+    assert done.returncode == 130, done.stderr.decode()
+    assert b"stopped" in done.stderr or not done.stderr
+    assert b"Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1] if "-m" in command else command[0][-12:])
+def test_ctrl_c_during_the_imports_ends_with_a_word(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    (tmp_path / "pandas.py").write_text("import torch\n")
+    assert_stops_with_a_word(tmp_path, command)
+
+
+# Found by the interpreter as it starts: Ctrl-C when a certain function is called.
+INTERRUPT = """
+import os, signal, sys
+
+def at_call(frame, event, argument):
+    code = frame.f_code
+    if event == "call" and code.co_name == {name!r} and code.co_filename.endswith({file!r}):
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.setprofile(at_call)
+"""
+RUN_ALL, ABLATIONS = (str(ROOT / "benchmarks" / f"{name}.py") for name in ("run_all", "ablations"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "file", "name"),
+    [
+        (["-m", "mae_core.checkpoint", "--formats"], "argparse.py", "parse_args"),
+        (["-m", "mae_core.reconstruct", "--ckpt", "x", "--images", "x", "--out", "x.png"], "argparse.py", "parse_args"),
+        (["-m", "transfer.miniature", "--out", "x"], "writer.py", "write_set"),
+        (["-m", "benchmarks.report"], "report.py", "read_records"),
+        ([ABLATIONS, "--table", "1a", "--recipe", "mini", "--plan"], "ablations.py", "cell_state"),
+        ([RUN_ALL, "--plan"], "plan.py", "make_plan"),
+        # Nothing can run, so that it comes to its tables at once.
+        ([RUN_ALL, "--ckpt", "random:vit_mini_patch8", "--data", "."], "report.py", "group_by_section"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_ctrl_c_wherever_it_comes_ends_with_a_word(tmp_path, command, file, name):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT.format(file=file, name=name))
+    assert_stops_with_a_word(tmp_path, command)
