@@ -5,6 +5,7 @@ pre-training than a miniature's.
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 from benchmarks.ablation_grid import Ablation
 from benchmarks.markdown import markdown_table
 from benchmarks.tables import read_published
+from mae_core.files import printable
 from mae_core.progress import duration
+from mae_core.writing import replacing, write_texts
 
 TASKS = {"imagenet_finetune": "fine-tuning ↑", "imagenet_linprobe": "linear probing ↑"}
 
@@ -61,36 +64,37 @@ def published_rows(title: str) -> Printed:
 def write_table(out: Path, name: str, table: Ablation, columns: Columns, rows: Sequence[Row], about: str) -> list[Path]:
     """Write tables/NAME.csv, .md and .png below `out`; their paths."""
     folder = out / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     published = published_rows(table.title)
     paths = [folder / f"{name}.{suffix}" for suffix in ("csv", "md", "png")]
-    write_csv(paths[0], columns, rows, published)
-    paths[1].write_text(markdown(table, columns, rows, published, about, paths[2].name), encoding="utf-8")
-    plot(paths[2], table, columns, rows, published, about)
+    page = markdown(table, columns, rows, published, about, paths[2].name)
+    write_texts({paths[0]: csv_text(columns, rows, published), paths[1]: page})
+    with replacing(paths[2]) as temporary:
+        plot(temporary, table, columns, rows, published, about)
     return paths
 
 
-def write_csv(path: Path, columns: Columns, rows: Sequence[Row], published: Printed) -> None:
+def csv_text(columns: Columns, rows: Sequence[Row], published: Printed) -> str:
     keys = list(dict.fromkeys((*columns.ours, *columns.published)))
     errors = [f"{key}_stderr" for key in TASKS if key in columns.ours]
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["row", "cell", "arch", "knobs", *keys, *errors, "status"], lineterminator="\n")
-        writer.writeheader()
-        for printed in published:
-            values = {key: printed[key] for key in ("arch", *keys) if key in printed}
-            writer.writerow({"row": "published", "cell": printed["label"], **values})
-        for row in rows:
-            numbers = {key: f"{value:.6g}" for key, value in row.numbers.items() if key in (*keys, *errors)}
-            words = [f"{task}: {text}" for task, text in row.texts.items() if task not in row.numbers]
-            status = "; ".join(words) or "ok"
-            writer.writerow({"row": "ours", "cell": row.label, "knobs": row.knobs, "status": status, **numbers})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["row", "cell", "arch", "knobs", *keys, *errors, "status"], lineterminator="\n")
+    writer.writeheader()
+    for printed in published:
+        values = {key: printed[key] for key in ("arch", *keys) if key in printed}
+        writer.writerow({"row": "published", "cell": printed["label"], **values})
+    for row in rows:
+        numbers = {key: f"{value:.6g}" for key, value in row.numbers.items() if key in (*keys, *errors)}
+        words = [f"{task}: {text}" for task, text in row.texts.items() if task not in row.numbers]
+        status = printable("; ".join(words)) or "ok"
+        writer.writerow({"row": "ours", "cell": row.label, "knobs": row.knobs, "status": status, **numbers})
+    return file.getvalue()
 
 
 def cell_text(row: Row, key: str) -> str:
     if key in row.texts:
-        return row.texts[key]
+        return printable(row.texts[key])
     if key not in row.numbers:
-        return "failed"
+        return "unknown" if key == "seconds" and row.texts.keys() <= row.numbers.keys() else "failed"
     value = row.numbers[key]
     if key == "seconds":
         return duration(value)
@@ -135,7 +139,7 @@ def plot(path: Path, table: Ablation, columns: Columns, rows: Sequence[Row], pub
             if line == len(keys) - 1 and table.axis:
                 panel.set_xlabel(table.axis, fontsize=8)
     figure.suptitle(f"{table.title}: {table.about}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, format="png", dpi=130)
 
 
 def number_in(label: str) -> float:

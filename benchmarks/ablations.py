@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -33,6 +34,7 @@ try:
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
     from mae_core.stopping import stop_on_signals
+    from mae_core.training import LOG_FILE
     from transfer.classification import tasks as classification
     from transfer.cli import add_common_flags
     from transfer.data.findings import guarded
@@ -132,6 +134,17 @@ def evaluate_cell(work: Path, args: argparse.Namespace, lock: Lock) -> dict[str,
     return {record.task: record for record in run_all.run(make_plan(call), call, lock)}
 
 
+def training_seconds(work: Path) -> float | None:
+    """How long the pre-training took, by the last line of its log; None, with a word, if that is damaged."""
+    log = work / LOG_FILE
+    try:
+        seconds = float(json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
+        return seconds if math.isfinite(seconds) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        print(f"{log} is damaged or gone: how long this pre-training took is not known", flush=True)
+        return None
+
+
 def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row:
     """Train and evaluate a cell. unit: the default's FLOPs per image."""
     arch, r = resolve_cell(cell, args)
@@ -140,8 +153,8 @@ def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row
     work, failure = pretrain_cell(cell, args, lock)
     if failure:
         return Row(cell.label, knobs, numbers, dict.fromkeys(TASKS, f"failed: {failure}"), cell.x)
-    log = (work / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    numbers["seconds"] = json.loads(log[-1])["seconds"]
+    if (seconds := training_seconds(work)) is not None:
+        numbers["seconds"] = seconds
     texts = {}
     for task, record in evaluate_cell(work, args, lock).items():
         if record.status != "ok":
@@ -278,6 +291,7 @@ def run(args: argparse.Namespace) -> int:
     machine = check_call(args)
     if args.plan:
         print_cells(args)
+        pretraining_data(args)  # without data nothing can run, as the exit code says
         return 0
     return 0 if all(make_tables(args, machine)) else 1
 

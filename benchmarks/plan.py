@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -56,13 +56,15 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
         data, knobs = inspect(task.inspect), settings[task.name]
         return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, machine, args.engine)
 
-    items = []
+    items, run = [], set()
     for checkpoint, seed in checkpoints:
         chosen = named or [task for task in TASKS if runs_by_default(task, checkpoint)]
         finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
         coming = finetune.task in chosen and not obstacle(finetune)[0]
+        run |= {task.name for task in chosen}
         for task in chosen:
             items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming))
+    check_used(settings, run)
     own = {item.job.work: item for item in items}  # from scratch, checkpoints of one size are one job
     return sorted(own.values(), key=lambda item: item.job.task.cost)
 
@@ -85,7 +87,7 @@ def with_classifier(job: Job, finetune: Job) -> Job:
     its hash; the job as it is if there is none."""
     record = finished(finetune)
     file = finetune.work / CLASSIFIER_FILE
-    if record is None or not file.exists():
+    if record is None or not file.exists() or CLASSIFIER_FILE not in record.artifacts:
         return job
     parent = replace(job.checkpoint, path=str(file), sha256=record.artifacts[CLASSIFIER_FILE], encoder={}, decoder={})
     return with_work_folder(replace(job, parent=parent))
@@ -104,6 +106,13 @@ def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str
             raise UserError(f"--set {setting}: '{task}' is not among the tasks; {did_you_mean(task, names)}")
         found[task].append(setting[len(task) + 1 :])
     return found
+
+
+def check_used(settings: dict[str, list[str]], run: Collection[str]) -> None:
+    """UserError for a setting of a task that this call does not run: it would change nothing."""
+    if unused := next((f"{task}.{given[0]}" for task, given in settings.items() if given and task not in run), None):
+        task = unused.partition(".")[0]
+        raise UserError(f"--set {unused}: this call does not run {task}; add it to --tasks, or leave the setting out")
 
 
 def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:

@@ -6,27 +6,27 @@ The same records in any order give the same bytes. benchmarks/rows.py decides wh
 """
 
 import argparse
-import dataclasses
 import hashlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_origin
+from typing import Any
 
 import pandas as pd
 
+from benchmarks.markdown import no_formula
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
-from benchmarks.rows import STATUS, Cell, Section, canonical_json, fill, records_for, row_key
+from benchmarks.rows import Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.command_line import answered
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.machine import program
 from mae_core.writing import write_texts
 from transfer.run import read_record
-from transfer.task import RECORD_FILE, Record, recipe_label
+from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
 
 
 class UnreadableRecords(UserError):
@@ -67,28 +67,23 @@ def read_records(out: Path) -> tuple[list[Record], list[str]]:
     records, unreadable = [], []
     for path in sorted((out / "runs").rglob(RECORD_FILE)):
         try:
-            record = read_record(path)
-            check_types(path, record)
-            records.append(record)
+            records.append(shown(read_record(path)))
         except UserError as e:
-            unreadable.append(" ".join(str(e).split()))
+            unreadable.append(str(e))
     return sorted(records, key=canonical_json), unreadable
 
 
-def check_types(path: Path, record: Record) -> None:
-    """UserError unless every field has its type: another version or an editor may have written the record."""
+def shown(record: Record) -> Record:
+    """The record with every text in it fit for a table: names and reasons out of files can hold anything."""
 
-    def fits(value: Any, kind: Any) -> bool:
-        kind = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
-        return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+    def fit(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {printable(key): fit(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(fit, value))
+        return printable(" ".join(value.split())) if isinstance(value, str) else value
 
-    wrong = [f.name for f in dataclasses.fields(Record) if not fits(getattr(record, f.name), f.type)]
-    wrong += [] if record.status in STATUS else ["status"]
-    for field in {"metrics", "stderr"} - set(wrong):
-        wrong += [field] if not all(fits(number, float) for number in getattr(record, field).values()) else []
-    if wrong:
-        fields = ", ".join(sorted(set(wrong)))
-        raise UserError(f"{path} is not a record of this version (wrong: {fields}); move it away or delete it")
+    return Record(**fit(vars(record)))
 
 
 def data_titles(records: list[Record]) -> Callable[[Record], str]:
@@ -126,14 +121,19 @@ def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
     def origin_of(r: Record) -> Section:
         return section_of(r) if train_fraction(r) == 1 else section_of(r)._replace(recipe=r.recipe_label)
 
+    tunings = (r for r in records if r.task == "imagenet_finetune" and CLASSIFIER_FILE in r.artifacts)
+    tuned = {(r.checkpoint.get("sha256"), r.seed) for r in tunings}
     origin = {sha: origin_of(r) for r in records for sha in r.artifacts.values()}
     sections, homes = defaultdict(list), defaultdict(set)
     for r in records:
         if r.data.get("label"):
             section = section_of(r)
             homes[section.recipe, r.data.get("root"), section.engine].add(section)
-            parent = origin.get(r.identity.get("parent", ""), section)
-            if parent != section:
+            classifier = r.identity.get("parent") or ""
+            parent = origin.get(classifier, section)
+            if classifier and classifier not in origin and (r.checkpoint.get("sha256"), r.seed) in tuned:
+                section = section._replace(recipe=f"{section.recipe}, classifier changed after its record")
+            elif parent != section:
                 section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
             sections[section].append(r)
     for r in records:
@@ -182,7 +182,7 @@ def summary_csv(records: list[Record]) -> str:
             }
             lines.append(line)
     keys = ["checkpoint", "sha256", "arch", "recipe", "data", "task", "seed", "engine", "precision", "finished"]
-    return pd.DataFrame(lines).sort_values(keys, kind="stable").to_csv(index=False, lineterminator="\n")
+    return as_csv(pd.DataFrame(lines).sort_values(keys, kind="stable"))
 
 
 def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
@@ -200,7 +200,11 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
                 line |= {f"{column.key}.{k}": fixed(getattr(c, k), 4) for k in ("stderr", "sd", "delta")}
                 line |= {f"{column.key}.seeds": c.seeds or "", f"{column.key}.status": c.status}
             lines.append(line)
-    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
+    return as_csv(pd.DataFrame(lines))
+
+
+def as_csv(table: pd.DataFrame) -> str:
+    return table.map(no_formula).to_csv(index=False, lineterminator="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

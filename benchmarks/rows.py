@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.tables import Column, Published, Table, published_numbers, reference_numbers
 from mae_core.vit import ARCHS
+from transfer.run import STATUS
 from transfer.task import Record
 
 
@@ -100,9 +101,6 @@ def published_lines(published: list[Published]) -> list[Line]:
         known = "; ".join(dict.fromkeys(n.pretrain for n in group if n.pretrain))
         lines.append(Line(method, "", arch, side, pretraining=known, published=True, cells=cells))
     return lines
-
-
-STATUS = ("skipped", "failed", "ok")  # from the weakest: see `rank`
 
 
 def canonical_json(record: Record) -> str:

@@ -36,6 +36,11 @@ def walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not passed_over(name))
 
 
+def leaves(name: str) -> bool:
+    """Whether the file of that relative name may lie outside of the folder that it is relative to."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def open_regular(path: str | Path) -> BinaryIO:
     """The file, opened to be read; OSError if it is none with contents of its own, such as a pipe or a device: to read
     those could last for ever."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.checkpoint import read_file, save_weights, sha256_of
+from mae_core.checkpoint import CheckpointError, check_shapes, read_file, save_weights, sha256_of
 from mae_core.dalle import read_dalle
 from mae_core.data import Images, Sample, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
@@ -37,13 +37,25 @@ def make_target(r: PretrainRecipe, patch: int, images: Images, seed: int, out: P
     identity |= {"size": r.pca_components if r.target == "pca" else r.vocabulary, "patch": patch}
     identity["images"] = hashlib.sha256(b"\n".join(images.files.tolist())).hexdigest()
     fitted_on = json.dumps(identity, sort_keys=True)
-    if distributed.is_main() and not (path.exists() and read_file(path)[1].get("identity") == fitted_on):
+    if distributed.is_main() and not (path.exists() and read_target(path)[1].get("identity") == fitted_on):
         save_weights(path, fit(r, patch, images, seed).state_dict(), {"identity": fitted_on})
     distributed.barrier()
-    tensors, _ = read_file(path)
+    tensors, _ = read_target(path)
+    values = 3 * patch**2
+    pca = {"mean": (values,), "components": (r.pca_components, values)}
+    wanted = pca if r.target == "pca" else {"tokenizer.centres": (r.vocabulary, values)}
+    check_shapes(str(path), tensors, wanted, "its target")
     if r.target == "pca":
         return PCATarget(tensors["mean"], tensors["components"])
     return TokenTarget(KMeansTokenizer(patch, tensors["tokenizer.centres"]), r.vocabulary)
+
+
+def read_target(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a kept target; UserError if it is damaged."""
+    try:
+        return read_file(path)
+    except CheckpointError:
+        raise UserError(f"{path} is damaged: delete it, and it is fitted again") from None
 
 
 def fit(r: PretrainRecipe, patch: int, images: Images, seed: int) -> Target:

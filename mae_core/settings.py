@@ -103,7 +103,8 @@ def parse_value(knob: str, text: str, current: Any, kind: Any) -> Any:
     except (ValueError, KeyError):
         if isinstance(current, tuple):
             raise UserError(f"--set {knob}={text}: {knob} takes numbers, as in {knob}={as_typed(current)}") from None
-        raise UserError(f"--set {knob}={text}: {knob} is of type {getattr(kind, '__name__', kind)}") from None
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[type(current)]
+        raise UserError(f"--set {knob}={text}: {knob} takes {wanted}, as in {knob}={str(current).lower()}") from None
     return text
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from mae_core import distributed
-from mae_core.checkpoint import Checkpoint, read_checkpoint
+from mae_core.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
@@ -148,7 +149,22 @@ def obstacle(job: Job) -> tuple[str, str]:
     if task.needs is Needs.CLASSIFIER and kind != "classifier" and job.parent is None:
         where = "same checkpoint, recipe and seed, with its classifier.safetensors"
         return "skipped", f"needs imagenet_finetune ({where}), or a fine-tuned file as --ckpt"
+    if job.parent is not None and is_changed(job.parent):
+        what = "is not the file that imagenet_finetune wrote, by its hash"
+        return "failed", f"{job.parent.path} {what}: put that back, or delete its folder to fine-tune again"
     return "", ""
+
+
+def is_changed(classifier: Checkpoint) -> bool:
+    """Whether the file is no longer the one of its record."""
+    found = os.stat(classifier.path)
+    return hash_of_file(classifier.path, found.st_size, found.st_mtime_ns) != classifier.sha256
+
+
+@cache
+def hash_of_file(path: str, size: int, changed: int) -> str:
+    """SHA-256 of the file as it was at that time: the sets that one classifier is evaluated on share it."""
+    return sha256_of(Path(path))
 
 
 def cached_or_skipped(job: Job) -> Record | None:

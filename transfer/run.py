@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.lock import clear_leftovers
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences
@@ -35,12 +38,58 @@ def write_record(record: Record, work: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """The Record in a file; UserError if it holds none."""
+    """The Record in a file; UserError if it holds none: another version, an editor or a full disk may have left it."""
     try:
         values = read_object(path)
-        return Record(**{**values, "notes": tuple(values.get("notes", ()))})
+        record = Record(**values)
+        if wrong := wrong_fields(record):
+            raise ValueError(f"wrong: {', '.join(wrong)}")
+        return replace(record, notes=tuple(record.notes))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} is not a record of this version ({e}); move it away or delete it") from e
+
+
+STATUS = ("skipped", "failed", "ok")  # from the weakest
+# What the plan and the tables read of the dictionaries in a record; None stands for "not known".
+INNER: dict[str, type | dict[str, type]] = {
+    "metrics": float,
+    "stderr": float,
+    "artifacts": str,
+    "checkpoint": dict.fromkeys(("name", "path", "format", "arch", "sha256"), str) | {"meta": dict},
+    "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list},
+    "identity": {"task": str, "parent": str},
+    "machine": {"device": str, "precision": str},
+    "recipe": {"train_fraction": float},
+}
+
+
+def wrong_fields(record: Record) -> list[str]:
+    """The fields of a record, as it came out of a file, that are not what they should be."""
+    kinds = {f.name: list | tuple if f.name == "notes" else f.type for f in dataclasses.fields(Record)}
+    wrong = {name for name, kind in kinds.items() if not fits(getattr(record, name), kind)}
+    wrong |= {"status"} if record.status not in STATUS else set()
+    for name in set(INNER) - wrong:
+        inner, found = INNER[name], getattr(record, name)
+        if isinstance(inner, dict):
+            found = {key: value for key, value in found.items() if key in inner and value is not None}
+        else:
+            inner = dict.fromkeys(found, inner)  # one kind for all of its values
+        wrong |= {f"{name}.{key}" for key, value in found.items() if not fits(value, inner[key])}
+    if not wrong:
+        texts = {"notes": record.notes, "data.findings": record.data.get("findings") or []}
+        wrong = {name for name, found in texts.items() if not all(isinstance(text, str) for text in found)}
+        wrong |= {"metric"} if record.status == "ok" and record.metric not in record.metrics else set()
+    return sorted(wrong)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is of that kind. A number is finite, and true is none."""
+    kind = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int | float) and isinstance(0.0, kind):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def shortened(name: str) -> str:
@@ -130,7 +179,7 @@ def run_locked(job: Job) -> Record:
         write_text(job.work / TRACEBACK_FILE, traceback.format_exc())
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
-        reason = f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})"
+        reason = printable(f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})")
     seconds = result.seconds if result.seconds is not None else time.monotonic() - started
     record = describe(
         job,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core.checkpoint import Checkpoint
+from mae_core.files import printable
 from mae_core.machine import Machine
 from mae_core.settings import as_typed
 from mae_core.space import Space
@@ -162,7 +163,7 @@ class Record:
     def headline(self) -> str:
         """ "imagenet_finetune: top1 83.66 ± 0.17" or "imagenet_a: skipped: ..."."""
         if self.status != "ok":
-            return f"{self.task}: {self.status}: {self.reason}"
+            return printable(f"{self.task}: {self.status}: {self.reason}")
         error = f" ± {self.stderr[self.metric]:.2f}" if self.metric in self.stderr else ""
         return f"{self.task}: {self.metric} {self.metrics[self.metric]:.2f}{error}"
 

@@ -1,6 +1,9 @@
 """The files that a report writes, from which records, in which order, and what it says of those it cannot read."""
 
+import errno
+import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 
 from benchmarks.report import main, report
 from mae_core.errors import UserError
-from tests.fixtures.records import CHECKPOINT, broken, cells, made, official, ok
+from tests.fixtures.records import CHECKPOINT, broken, cells, grid, made, official, ok
 from transfer.run import write_record
 from transfer.task import Record
 
@@ -65,6 +68,30 @@ def test_summary_csv_has_every_record_and_every_metric(tmp_path):
         '{"task": "x", "status": "ok", "metrics": {"top1": "high"}}',
         '{"task": "x", "status": "ok", "seconds": null}',
         '{"task": "x", "status": "ok", "data": []}',
+        *(
+            f'{{"task": "x", "status": "ok", "metric": "top1", "metrics": {{"top1": 1.0}}, {wrong}}}'
+            for wrong in (
+                '"stderr": {"top1": NaN}',
+                '"chance": true',
+                '"seed": 1.5',
+                '"checkpoint": {"name": ["a"]}',
+                '"checkpoint": {"meta": "none"}',
+                '"data": {"root": ["a"]}',
+                '"data": {"findings": [1]}',
+                '"identity": {"parent": []}',
+                '"artifacts": {"classifier.safetensors": {}}',
+                '"recipe": {"train_fraction": "half"}',
+                '"notes": "one"',
+                '"notes": [[]]',
+                '"seconds": 1e999',
+                '"n_eval": ' + "9" * 5000,
+            )
+        ),
+        '{"task": "x", "status": "ok", "metric": "top1", "metrics": {"top1": NaN}}',
+        '{"task": "x", "status": "ok", "metric": "top1", "metrics": {"top1": -Infinity}}',
+        '{"task": "x", "status": "ok", "metric": "top1", "metrics": {"top1": null}}',
+        '{"task": "x", "status": "ok", "metric": "top1", "metrics": {"top5": 1.0}}',
+        '{"task": ' + "[" * 100_000,
     ],
 )
 def test_an_unreadable_record_is_named_and_the_others_are_tabled(tmp_path, text, capsys):
@@ -82,9 +109,61 @@ def test_an_unreadable_record_is_named_and_the_others_are_tabled(tmp_path, text,
         report(tmp_path)
 
 
-def test_no_records_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no records"):
-        report(tmp_path)
+def test_no_records_is_an_error(tmp_path, capsys):
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "holds no records" in capsys.readouterr().err
+
+
+def test_tables_that_cannot_be_written_stay_as_they_were(tmp_path, monkeypatch, capsys):
+    """On a full disk, which refuses the last of the files."""
+    made(tmp_path, ok("imagenet_finetune", top1=61.0))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    write_record(ok("imagenet_a", top1=1.0), tmp_path / "runs" / "b")
+    before[tmp_path / "runs" / "b" / "record.json"] = (tmp_path / "runs" / "b" / "record.json").read_bytes()
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 6:  # two summaries, two tables of two files
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("cannot be written: the disk is full: free some space\n")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_table_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "summary.md").symlink_to(tmp_path / "victim")
+    made(tmp_path, ok("imagenet_finetune", top1=61.0))
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "summary.md").is_symlink()
+
+
+def test_names_break_no_table_reach_no_terminal_and_are_no_formula(tmp_path):
+    """Line breaks, tags, links, colours of terminals, marks that turn the writing, formulas of spreadsheets."""
+    names = ["=HYPERLINK(1)", "+1+1", "-x", "@SUM(1)", "a\nb", "<script>x</script>", "\x1b[2J", "a\u202eb", "[a](b:c)"]
+    records = [
+        replace(ok("imagenet_finetune", top1=-1.25), checkpoint={**CHECKPOINT, "name": name}, notes=(name,))
+        for name in names
+    ]
+    records.append(broken("imagenet_a", "failed", "\x1b[2J<b>"))
+    out = made(tmp_path, *records)
+    for path in out.rglob("*.md"):
+        text = path.read_text()
+        assert grid(out, str(path.relative_to(out)))  # which needs as many cells in each line
+        assert all(character.isprintable() for character in text.replace("\n", ""))
+        assert not re.search(r"(?<!\\)<|\]\(", text)
+    for path in out.rglob("*.csv"):
+        found = pd.read_csv(path, dtype=str, keep_default_na=False)
+        assert not found.map(lambda cell: cell[:1] in "=+-@" and cell != "" and cell != "-1.2500").any(axis=None)
+    found = pd.read_csv(out / "summary.csv")
+    assert sorted(found.checkpoint)[:4] == ["'+1+1", "'-x", "'=HYPERLINK(1)", "'@SUM(1)"]
+    assert found.value.dropna().unique().tolist() == [-1.25]
 
 
 def test_a_table_without_records_is_removed(tmp_path):

@@ -143,6 +143,18 @@ def test_a_classifier_from_an_overridden_recipe_is_not_called_paper(tmp_path):
     assert found.recipe[0] == "paper, classifier from paper with epochs=1, official data"
 
 
+def test_a_number_of_a_classifier_that_was_changed_after_its_record_stands_apart(tmp_path):
+    """The table then shows the record of the failure, in whose identity the recorded classifier is."""
+    tuned = official(ok("imagenet_finetune", top1=70.0), artifacts={"classifier.safetensors": "c" * 64})
+    changed = official(ok("imagenet_a", top1=99.0), identity={"parent": "d" * 64})
+    failed = official(broken("imagenet_a", "failed", "not the file"), identity={"parent": "c" * 64})
+    found = cells(made(tmp_path, tuned, changed, failed), "robustness").query("row == 'ours'")
+    assert dict(zip(found.recipe, found["imagenet_a.top1"].astype(object).fillna("failed"))) == {
+        "paper": "failed",
+        "paper, classifier changed after its record": 99.0,
+    }
+
+
 def test_skipped_and_failed_stand_in_the_row_of_the_checkpoint(tmp_path):
     missing = {**DATA, "label": "", "status": "missing"}
     unknown_side = {"machine": PRECISION, "recipe": {"image_size": 0}}

@@ -41,7 +41,7 @@ def the_record(tmp_path: Path) -> Record:
     [
         (["--task", "imagenet_finetine"], "did you mean imagenet_finetune?"),
         (["--set", "epoch=3"], "did you mean epochs?"),
-        (["--set", "epochs=many"], "epochs is of type int"),
+        (["--set", "epochs=many"], "epochs takes a whole number"),
         (["--set", "epochs"], "write knob=value"),
         (["--set", "optimizer=sgd"], "unknown optimizer 'sgd'"),
         (["--set", "momentum=0.9"], "momentum does nothing"),

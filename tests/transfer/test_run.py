@@ -106,7 +106,9 @@ def test_ctrl_c_leaves_no_record_not_even_an_earlier_one(tmp_path):
 
 def test_a_record_comes_back_from_json_as_it_was(tmp_path):
     recipe = {"betas": [0.9, 0.95], "epochs": 3}
-    record = Record("imagenet_c", "ok", metrics={"mce": 51.7}, chance=None, recipe=recipe, notes=("a", "ü"))
+    record = Record(
+        "imagenet_c", "ok", metric="mce", metrics={"mce": 51.7}, chance=None, recipe=recipe, notes=("a", "ü")
+    )
     write_record(record, tmp_path)
     assert read_record(tmp_path / RECORD_FILE) == record
 

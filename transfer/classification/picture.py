@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mae_core.errors import UserError
+from mae_core.writing import replacing
 from transfer.data.shipped import shipped
 
 PICTURE_FILE = "partial.png"
@@ -51,4 +52,5 @@ def draw_curve(path: Path, ours: Mapping[float, tuple[float, float]], about: str
     panel.grid(axis="y", color="0.9")
     panel.set_axisbelow(True)
     figure.legend(fontsize=8, loc="outside lower center")  # never over the curves, however long a recipe's name is
-    figure.savefig(path, dpi=130)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

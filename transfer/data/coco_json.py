@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_util
 
+from mae_core.files import leaves
+
 FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
 MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
 WINDOW, MARGIN = 1 << 24, 1 << 16  # bytes that are text at a time, and that stay ahead
@@ -58,6 +60,8 @@ class Content:
         array("q", (values[0], *values[2:]))  # refuses what is no whole number
         if not isinstance(values[1], str) or min(values[2:]) < 1 or values[2] * values[3] > MAX_AREA:
             raise ValueError("its name or its size cannot be")
+        if leaves(values[1]):
+            raise ValueError(f"{values[1]!r} leaves the folder of the images")
         self.images.append(values)
 
     def add_category(self, entry: dict, start: int, end: int) -> None:

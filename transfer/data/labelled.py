@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from mae_core.files import is_image, passed_over, walk
+from mae_core.files import is_image, leaves, passed_over, walk
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Split, fingerprint
 
@@ -125,11 +125,6 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
         splits.append(Split(tuple(files), tuple(labels)))
     train, val = splits
     return checked(folder, train, val, classes, problems)
-
-
-def leaves(name: str) -> bool:
-    """Whether the file of that relative name may lie outside of the folder that it is relative to."""
-    return name.startswith("/") or ".." in name.split("/")
 
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
 from mae_core.decode import read_image
+from mae_core.writing import replacing
 from transfer.data.coco import CATEGORIES, LABELS, Example
 
 PICTURE_FILE = "predictions.png"
@@ -31,7 +32,8 @@ def draw_predictions(examples: Sequence[Example], results: Path, picture: Path) 
         if entry["score"] >= SHOWN_SCORE:
             found[entry["image_id"]].append(entry)
     tiles = [draw(examples[i], found[examples[i].id]) for i in range(min(IMAGES, len(examples)))]
-    save_image(make_grid(tiles, nrow=4, padding=6, pad_value=1.0), picture)
+    with replacing(picture) as temporary:
+        save_image(make_grid(tiles, nrow=4, padding=6, pad_value=1.0), temporary, format="png")
 
 
 def draw(example: Example, entries: list[dict]) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mae_core.errors import UserError
+from mae_core.errors import UserError, in_words
 from mae_core.lock import take_lock
 from transfer.data.findings import MINIATURE_MARKER
 
@@ -57,7 +57,7 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
     marker = {"version": VERSION, "seed": seed, "counts": counts}
     # Checked before anything is written: a complete set may lie in a read-only folder.
     if _is_complete(target, marker):
-        shutil.rmtree(discarded, ignore_errors=True)  # which a killed run may have left
+        clear(discarded)  # which a killed run may have left
         return target
     lock = take_lock(root, wait=True)  # another process may be writing this very set
     try:
@@ -68,19 +68,27 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
                 f"{target} has no {MINIATURE_MARKER}, so it is not a miniature and is left alone: choose another folder"
             )
         print(f"generating {target}", file=sys.stderr, flush=True)
-        shutil.rmtree(partial_copy, ignore_errors=True)
+        clear(partial_copy)
         for path, content in files:
             file = partial_copy / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
         (partial_copy / MINIATURE_MARKER).write_text(json.dumps(marker) + "\n")
-        shutil.rmtree(discarded, ignore_errors=True)
+        clear(discarded)
         if target.exists():
             target.rename(discarded)
         partial_copy.rename(target)
-        shutil.rmtree(discarded, ignore_errors=True)
+        clear(discarded)
     except OSError as error:
-        raise UserError(f"cannot write the miniature {target} ({error.strerror}): choose another folder") from None
+        clear(partial_copy)
+        raise UserError(f"cannot write the miniature {target}: {in_words(error)}") from None
     finally:
         lock.release()
     return target
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder, or a link in its place: what it points to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from mae_core.writing import replacing
 from transfer.data.ade20k import SPLITS
 
 PICTURE_FILE = "predictions.png"
@@ -34,7 +35,8 @@ def draw_predictions(
     widest = max(panel.width for panel in panels)
     titles = cycle(("image", "prediction", "ground truth"))
     tiles = [titled(panel, title, widest) for panel, title in zip(panels, titles)]
-    save_image(make_grid(tiles, nrow=3, padding=6, pad_value=1.0), picture)
+    with replacing(picture) as temporary:
+        save_image(make_grid(tiles, nrow=3, padding=6, pad_value=1.0), temporary, format="png")
 
 
 def titled(panel: Image.Image, title: str, width: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_the_mini_recipe_trains_small_images_with_the_same_plan():
         *((setting, setting) for setting in ("window=-1", "proposals=0", "image_size=0", "rpn_convs=0", "fc_dim=-5")),
         *((setting, setting) for setting in ("lr=-1", "min_scale=-1", "drop_path=1", "warmup_epochs=101")),
         ("max_scale=0.05", "max_scale=0.05 is below min_scale=0.1"),
-        ("window=wide", "window is of type int"),
+        ("window=wide", "window takes a whole number"),
         ("windows=14", "did you mean window"),
     ],
 )
