@@ -25,7 +25,7 @@ from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.machine import program
 from mae_core.writing import write_texts
-from transfer.run import read_record
+from transfer.run import fits, read_record
 from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
 
 
@@ -67,7 +67,10 @@ def read_records(out: Path) -> tuple[list[Record], list[str]]:
     records, unreadable = [], []
     for path in sorted((out / "runs").rglob(RECORD_FILE)):
         try:
-            records.append(shown(read_record(path)))
+            record = read_record(path)
+            if not fits(train_fraction(record), float):
+                raise UserError(f"{path} is not a record of this version (wrong: recipe); move it away or delete it")
+            records.append(shown(record))
         except UserError as e:
             unreadable.append(str(e))
     return sorted(records, key=canonical_json), unreadable

@@ -43,8 +43,8 @@ def make_target(r: PretrainRecipe, patch: int, images: Images, seed: int, out: P
     tensors, _ = read_target(path)
     values = 3 * patch**2
     pca = {"mean": (values,), "components": (r.pca_components, values)}
-    wanted = pca if r.target == "pca" else {"tokenizer.centres": (r.vocabulary, values)}
-    check_shapes(str(path), tensors, wanted, "its target")
+    shapes = pca if r.target == "pca" else {"tokenizer.centres": (r.vocabulary, values)}
+    check_shapes(str(path), tensors, shapes, "its target")
     if r.target == "pca":
         return PCATarget(tensors["mean"], tensors["components"])
     return TokenTarget(KMeansTokenizer(patch, tensors["tokenizer.centres"]), r.vocabulary)

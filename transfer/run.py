@@ -59,7 +59,6 @@ INNER: dict[str, type | dict[str, type]] = {
     "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list},
     "identity": {"task": str, "parent": str},
     "machine": {"device": str, "precision": str},
-    "recipe": {"train_fraction": float},
 }
 
 

@@ -192,7 +192,7 @@ def test_fused_adamw_is_adamw(noise_images, reference, tmp_path):
 def test_the_command_line_refuses_in_one_sentence(noise_images, tmp_path, monkeypatch, capsys, flags, sentence):
     arguments = ["--data", str(noise_images), "--arch", "vit_mini_patch8", "--recipe", "mini", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "--out", str(tmp_path / "a"), *flags])
-    assert pretrain.main() == 1
+    assert pretrain.main() == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
