@@ -188,7 +188,7 @@ def shared_settings(args: argparse.Namespace) -> str:
     arch, r = resolve_cell(Cell("default"), args)
     label = "miniature" if args.recipe == "mini" else "ImageNet-1k"
     length = f"{r.epochs} epochs unless the cell says otherwise"
-    return f"{arch}, {length}, {label}, {machine_from(args).precision}, seed {args.seed}"
+    return f"{arch}, {length}, {label}, {args.precision}, seed {args.seed}"
 
 
 def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
@@ -207,7 +207,7 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
             numbers |= {"speed_up": step.rate / first.rate, "relative_flops": step.flops / fewest}
             rows.append(Row(label, "", numbers, {}))
             print(f"{label}: {count / step.rate:.1f} s per epoch, {step.rate / first.rate:.2f}x", flush=True)
-    what = f"{hardware(machine.device)}, {machine.precision}, forward and backward of {images} images, {count} an epoch"
+    what = f"{hardware(machine)}, {machine.precision}, forward and backward of {images} images, {count} an epoch"
     paths = write_table(args.out, "table_2", TABLES["2"], WALL_CLOCK, rows, what)
     print("tables: " + ", ".join(map(str, paths)), flush=True)
     return True
@@ -226,7 +226,7 @@ def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
 
 
 def check_call(args: argparse.Namespace) -> Machine:
-    """UserError for a wrong call, found before anything runs: every cell's recipe is resolved."""
+    """The machine; UserError for a wrong call, found before anything runs: every cell's recipe is resolved."""
     for name in args.table:
         if name not in TABLES:
             raise unknown("table", name, TABLES)
@@ -239,7 +239,10 @@ def check_call(args: argparse.Namespace) -> Machine:
     if args.tokenizer is not None and "1d" not in args.table:
         raise UserError(f"--tokenizer {args.tokenizer}: only --table 1d uses it")
     check_data(args)
-    return machine_from(args)
+    machine = machine_from(args, args.gpus)
+    # As resolved: an "auto" in a cell's identity would let fp32 and bf16 share a folder.
+    args.device, args.precision = machine.device, machine.precision
+    return machine
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
 from transfer.task import Job
 
+# The last words of torchrun's report on a failed process, which are the same for every reason.
+TORCHRUN_REPORT = ("error_file: <N/A>", "https://pytorch.org/docs/stable/elastic/errors.html")
+
 
 def take_out(out: Path) -> Lock:
     """Lock --out for a run and its children, and clear it of what killed runs left."""
@@ -107,12 +110,17 @@ def run_child(command: Sequence[str], log: Path, lock: Lock, title: str = "") ->
 
 
 def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
-    """Copy the lines to the log as they come; the last one that is not empty."""
-    last, shown = "", 0.0
+    """Copy the lines to the log as they come; the last "error: ..." among them, else the last one that says something:
+    after the reason torchrun prints a report that ends in a ruler."""
+    last, reason, shown = "", "", 0.0
     for line in lines:
         log.write(line)
         log.flush()
-        last = printable(line.strip()) or last
+        text = printable(line.strip())
+        if text.startswith("error: "):
+            reason = text
+        if any(c.isalnum() for c in text) and not text.endswith(TORCHRUN_REPORT):
+            last = text
         if not title:
             continue
         if sys.stdout.isatty():
@@ -121,4 +129,4 @@ def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
         elif time.monotonic() - shown > 15:
             shown = time.monotonic()
             print(f"{title} | {last}", flush=True)
-    return last
+    return reason or last

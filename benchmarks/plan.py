@@ -9,7 +9,7 @@ from functools import cache
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import machine_from
+from mae_core.machine import hardware, machine_from
 from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
@@ -43,7 +43,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     settings = settings_by_task(args.set, [*(task for task in TASKS if not task.of), *(named or ())])
     if args.gpus < 1:
         raise UserError(f"--gpus {args.gpus}: give 1 or more")
-    machine = replace(machine_from(args), processes=args.gpus)
+    machine = machine_from(args, args.gpus)
     read = cache(read_checkpoint)
     # Random weights are drawn for each seed; a file is read once.
     checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
@@ -126,6 +126,8 @@ def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:
 
 def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
     print(f"plan: recipe {args.recipe}, data {items[0].job.data.root if items else args.data}, out {args.out}")
+    for machine in dict.fromkeys(f"{hardware(item.job.machine)}, {item.job.machine.precision}" for item in items):
+        print(f"  on {machine}")
     by_checkpoint: dict[tuple, list[Item]] = {}
     for item in items:
         c = item.job.checkpoint

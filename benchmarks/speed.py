@@ -171,11 +171,11 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
         subject, title = {"arch": args.arch}, f"{args.arch}, {machine.precision}"
         name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
     value = {"what": args.what, **subject, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
-    value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine.device), "versions": versions()}
+    value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine), "versions": versions()}
     value["matmul_flops_per_second"] = results[0].matmul_rate
     path = args.out / f"{name}.json"
     write_json(path, value)
-    title = f"{args.what}, {title}, batch {results[0].images}, {hardware(machine.device)}"
+    title = f"{args.what}, {title}, batch {results[0].images}, {hardware(machine)}"
     write_text(path.with_suffix(".md"), f"{title}\n\n{table(results)}\n")
     return path
 

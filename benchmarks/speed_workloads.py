@@ -1,7 +1,9 @@
 """The workloads that speed.py times: ours, and the same with the official code."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from benchmarks.flops import build_autoencoder, count_flops, random_inputs, training_flops
+from benchmarks.flops import build_autoencoder, count_flops, training_flops
 from benchmarks.originals import mae as official
 from mae_core.data import (
     MEAN,
@@ -25,10 +27,13 @@ from mae_core.data import (
     pretraining_transform,
 )
 from mae_core.errors import UserError
+from mae_core.loop import train_step
 from mae_core.machine import Machine, suit_attention
 from mae_core.optim import adamw, layer_decay_groups, pretraining_groups
+from mae_core.pretrain import preparation
 from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.shards import list_shards
+from mae_core.training import State, Training
 from mae_core.vit import build_vit, get_arch
 from transfer.classification.recipes import finetune_recipe
 
@@ -94,27 +99,64 @@ def training_step(
     return step
 
 
-def prepare(model: nn.Module, machine: Machine) -> Callable[..., Any]:
+def loop_step(
+    forward: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    machine: Machine,
+    batch: tuple[Tensor, Tensor],
+    prepare: Callable[..., tuple[Tensor, ...]],
+    loss_of: Callable[..., Tensor],
+) -> Workload:
+    """One step of the loop that trains (mae_core/loop.py), from a batch (uint8 images, labels) in the host's memory."""
+    images = len(batch[0])
+    training = Training(
+        label="", work=Path(), dataset=Images([], nn.Identity()), epochs=1, batch=images, micro_batch=images, seed=0,
+        machine=machine, fixed={}, lr_at=lambda step: 0.0, prepare=prepare, loss_of=loss_of,
+    )  # fmt: skip
+    state, steps = State(micro_batch=images), itertools.count()
+    chunks = [(on_host(batch[0], machine), on_host(batch[1], machine))]
+    return lambda: train_step(forward, optimizer, chunks, next(steps), training, state, careful=False)
+
+
+def on_host(tensor: Tensor, machine: Machine) -> Tensor:
+    """As a DataLoader leaves it: in pinned memory if it is to go to a GPU."""
+    return tensor.pin_memory() if machine.device.startswith("cuda") else tensor
+
+
+def prepared(model: nn.Module, machine: Machine) -> Any:
     """Put our model on the device as the training loop would; returns the forward pass, compiled if asked for."""
     model.to(machine.device).train()
     suit_attention(model, machine)
-    return torch.compile(model) if machine.compile else model
+    return torch.compile(model, dynamic=False) if machine.compile else model
 
 
 def pretraining(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     r: PretrainRecipe = recipe(arch, name)
     torch.manual_seed(0)
     model = build_autoencoder(arch, r, "cpu", machine.activation_checkpointing)
-    forward = prepare(model, machine)
-    images, noise = random_inputs(arch, r, batch, machine.device)
+    forward = prepared(model, machine)
+    r = replace(r, batch=batch)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
-    ours = training_step(lambda: forward(images, noise, r.mask_ratio).loss, optimizer, machine.autocast)
+    images = random_images(batch, r.image_size)
+    ours = loop_step(
+        forward,
+        optimizer,
+        machine,
+        (images, torch.zeros(batch)),
+        preparation(r, 0, model.patch_embed.grid_size),
+        lambda m, images, noise: m(images, noise, r.mask_ratio).loss,
+    )
+    normalised = on_host(normalize(images), machine)
 
     def theirs(folder: Path, autocast: Callable, scaler: Scaler) -> Workload:
         other = official.autoencoder(folder, arch, r).to(machine.device).train()
         # The official script takes these groups from timm, as ours does.
         own = torch.optim.AdamW(pretraining_groups(other, r.weight_decay), lr=0.0, betas=r.betas)
-        return training_step(lambda: other(images, mask_ratio=r.mask_ratio)[0], own, autocast, scaler, read_loss=True)
+
+        def loss_of() -> Tensor:
+            return other(normalised.to(machine.device, non_blocking=True), mask_ratio=r.mask_ratio)[0]
+
+        return training_step(loss_of, own, autocast, scaler, read_loss=True)
 
     return ours, theirs, training_flops(arch, r)
 
@@ -123,27 +165,43 @@ def finetuning(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     r = finetune_recipe(arch, name)
     torch.manual_seed(0)
     model = build_vit(arch, r.image_size, CLASSES, r.pool, r.drop_path)
-    forward = prepare(model, machine)
+    forward = prepared(model, machine)
     model.set_grad_checkpointing(machine.activation_checkpointing)
-    images = torch.randn(batch, 3, r.image_size, r.image_size, device=machine.device)
-    targets = torch.rand(batch, CLASSES, device=machine.device).softmax(dim=1)
+    images, targets = random_images(batch, r.image_size), torch.rand(batch, CLASSES).softmax(dim=1)
     loss = SoftTargetCrossEntropy()
     optimizer = adamw(layer_decay_groups(model, r.weight_decay, r.layer_decay), r.betas)
-    ours = training_step(lambda: loss(forward(images).float(), targets), optimizer, machine.autocast)
+    ours = loop_step(
+        forward,
+        optimizer,
+        machine,
+        (images, targets),
+        lambda images, labels, step, first: (normalize(images), labels),
+        lambda m, images, labels: loss(m(images).float(), labels),
+    )
+    normalised, targets = (on_host(tensor, machine) for tensor in (normalize(images), targets))
 
     def theirs(folder: Path, autocast: Callable, scaler: Scaler) -> Workload:
         other = official.classifier(folder, arch, r.image_size, CLASSES, r.drop_path).to(machine.device).train()
         own = torch.optim.AdamW(official.finetuning_groups(folder, other, r.weight_decay, r.layer_decay), lr=0.0)
-        return training_step(lambda: loss(other(images), targets), own, autocast, scaler, read_loss=True)
+
+        def loss_of() -> Tensor:
+            samples, labels = (one.to(machine.device, non_blocking=True) for one in (normalised, targets))
+            return loss(other(samples), labels)
+
+        return training_step(loss_of, own, autocast, scaler, read_loss=True)
 
     return ours, theirs, classifier_flops(arch, r.image_size, train=True)
+
+
+def random_images(count: int, size: int) -> Tensor:
+    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def evaluation(arch: str, name: str, batch: int, machine: Machine) -> Arms:
     size = finetune_recipe(arch, name).image_size
     torch.manual_seed(0)
     model = build_vit(arch, size, CLASSES, "avg")
-    forward = prepare(model, machine)
+    forward = prepared(model, machine)
     images = torch.randn(batch, 3, size, size, device=machine.device)
 
     def inference(network: nn.Module, call: Callable, autocast: Callable) -> Workload:

@@ -20,7 +20,7 @@ try:
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import commit, hardware, versions
+    from mae_core.machine import Machine, commit, hardware, versions
     from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
@@ -84,10 +84,10 @@ def write_results(args: argparse.Namespace, differences: Sequence[Difference], s
     twin = TWINS[args.what]
     found = [dataclasses.asdict(d) | {"held": d.held} for d in differences]
     value = {"what": args.what, "original": twin.original, "differences": found, "seconds": round(seconds)}
-    value |= {"hardware": hardware("cpu"), "versions": versions(twin.packages), "commit": commit()}
+    value |= {"hardware": hardware(Machine()), "versions": versions(twin.packages), "commit": commit()}
     path = args.out / f"{args.what}.json"
     write_json(path, value)
-    title = f"{args.what}: ours beside {twin.original}, {hardware('cpu')}"
+    title = f"{args.what}: ours beside {twin.original}, {hardware(Machine())}"
     write_text(path.with_suffix(".md"), f"{title}\n\n{table(differences)}\n")
     return path
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.flops import build_autoencoder, random_inputs, training_flops
-from benchmarks.speed_workloads import prepare
+from benchmarks.speed_workloads import prepared
 from benchmarks.timing import Timing, alternate
 from mae_core.machine import Machine
 from mae_core.recipe import PretrainRecipe
@@ -30,7 +30,7 @@ def training_step(arch: str, r: PretrainRecipe, images: int, machine: Machine) -
     the time is small at the recipe's batch of 4096 but not at a batch that is small enough to be timed."""
     torch.manual_seed(0)
     model = build_autoencoder(arch, r, "cpu", machine.activation_checkpointing)
-    forward = prepare(model, machine)
+    forward = prepared(model, machine)
     pixels, noise = random_inputs(arch, r, images, machine.device)
 
     def step() -> None:

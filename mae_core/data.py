@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,15 +211,26 @@ def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZAT
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype}: they are normalised once, from uint8")
     scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-    mean, std = map(list, normalization)
-    return v2.functional.normalize(scaled, mean, std, inplace=True)
+    mean, std = statistics_on(normalization, scaled.device)
+    return scaled.sub_(mean).div_(std)
+
+
+@cache
+def statistics_on(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std [3, 1, 1], which stay on the device: to copy them there for each batch would wait for the GPU."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=device) for values in normalization)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 class Targets(list):
-    """A dict of tensors for each image, where a label is more than a number. Moves and slices as a tensor does."""
+    """A dict for each image, where a label is more than a number. Its tensors move, and it slices, as a tensor does."""
 
     def to(self, device: str, non_blocking: bool = False) -> "Targets":
-        return Targets({k: v.to(device, non_blocking=non_blocking) for k, v in one.items()} for one in self)
+        def moved(value: Any) -> Any:
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        return Targets({name: moved(value) for name, value in one.items()} for one in self)
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)

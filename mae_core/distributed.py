@@ -1,11 +1,14 @@
 """The processes that torchrun started: who this one is, and what they do together. Without torchrun there is one."""
 
 import os
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from mae_core.errors import UserError
 from mae_core.lock import take_lock
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 PRESET = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -62,7 +66,8 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPU) and yield this process's device."""
+    """Join the processes that torchrun started (NCCL on GPUs, gloo on CPU) and yield this process's device. Left by an
+    error, the group still stands: `ends_alone` ends the process then."""
     if device == "cuda":
         local = number("LOCAL_RANK", 0) if world_size() > 1 else 0
         torch.cuda.set_device(local)
@@ -73,10 +78,48 @@ def process_group(device: str) -> Iterator[str]:
     # gloo for what lies on the CPU also beside GPUs: a vote there does not wait for the GPU's queue.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, store=meeting(), rank=rank(), world_size=world_size(), timeout=TOGETHER)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()
+
+
+def ends_alone(main: Callable[P, int]) -> Callable[P, int]:
+    """A program's main that ends this process as soon as it has failed in a group of processes, once the reason is
+    printed. Leaving the group, and Python's own exit, would wait in NCCL for processes that wait for this one; torchrun
+    ends those when it sees this one gone."""
+
+    @wraps(main)
+    def call(*arguments: P.args, **options: P.kwargs) -> int:
+        try:
+            code = main(*arguments, **options)
+        except BaseException as e:
+            if not dist.is_initialized():
+                raise
+            code = told(e)
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+
+    return call
+
+
+def told(error: BaseException) -> int:
+    """Print why this process ends, as Python would; its exit code."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return int(error.code or 0)
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    elif peer_is_gone(error):
+        print("stopped: another process of this run has ended", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Whether this is gloo's error about the end of another process."""
+    return isinstance(error, RuntimeError) and world_size() > 1 and "by peer" in str(error)
 
 
 def meeting() -> dist.Store:
@@ -95,8 +138,8 @@ def meeting() -> dist.Store:
 
 
 def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    """Wait for all processes; by gloo, so never for a GPU's queue."""
+    any_process(False)
 
 
 def gather_to_all(value: object) -> list:

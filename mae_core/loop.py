@@ -7,6 +7,7 @@ workers.
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,9 +26,20 @@ from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
-from mae_core.training import LOG_FILE, State, Training, diverged, end_epoch, resume, save, truncate_log
+from mae_core.training import (
+    CHECKPOINT_FILE,
+    LOG_FILE,
+    State,
+    Training,
+    diverged,
+    end_epoch,
+    resume,
+    save,
+    truncate_log,
+)
 from mae_core.workers import dead_workers_explained
 
+CAREFUL_STEPS = 2  # of each start: Adam's state comes with the end of the first, so the second takes more memory
 FLUSH_STEPS = 10  # losses stay on the device for so many steps, so that the GPU never waits for them
 
 
@@ -77,22 +89,24 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     suit_attention(model, t.machine)
     forward = model
     if t.machine.compile:
-        forward = torch.compile(model)  # type: ignore[assignment]  # which is a module too
+        # Not dynamic: a reduced micro-batch would make one graph for all sizes, which is slower.
+        forward = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # which is a module too
     if distributed.world_size() > 1:
         # No broadcast: each process keeps its own BatchNorm statistics, and a target's tensors are equal everywhere.
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # what replaces it starts with one
+            forward = DistributedDataParallel(forward, broadcast_buffers=False)
     model.train()
     writer = open_writer(t.work, state.step) if t.tensorboard and main else None
     progress = Progress(t.label, t.steps, state.step, enabled=main, unit="it")
     waiting: list[tuple[int, Tensor]] = []
     seconds_before, started, saved = state.seconds, time.monotonic(), time.monotonic()
-    batches, note = steps_of(t, state.step, unreadable), ""
+    batches, note, careful = steps_of(t, state.step, unreadable), "", state.step + CAREFUL_STEPS
 
     with dead_workers_explained(), stop_requested() as stop:
         for step in range(state.step, t.steps):
             lr = t.lr_at(step)
             set_learning_rate(optimizer, lr)
-            loss = train_step(forward, optimizer, next(batches), step, t, state, first=step == progress.first)
+            loss = train_step(forward, optimizer, next(batches), step, t, state, careful=step < careful)
             if ema is not None:
                 ema.update(model)
             waiting.append((step, loss))
@@ -125,6 +139,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                     save(model, optimizer, t, state, ema)
                 saved = time.monotonic()
             if stopping:
+                distributed.barrier()  # torchrun ends the others with the first that leaves: none before it is saved
                 raise KeyboardInterrupt
     if writer:
         writer.close()
@@ -159,37 +174,71 @@ def train_step(
     step: int,
     t: Training,
     state: State,
-    first: bool,
+    careful: bool,
 ) -> Tensor:
     """One optimizer step over the effective batch; returns this process's mean loss. Out of memory halves the
-    micro-batch and repeats the step; with several processes only in the first step, where gradients are averaged by
-    hand after all have computed theirs."""
+    micro-batch and repeats the step. Several processes must agree on that: they can in careful steps, where gradients
+    are averaged by hand after all have computed theirs, and where no forward pass waits for the others. UserError
+    where a step cannot be repeated."""
     parallel = isinstance(model, DistributedDataParallel)
+    agreeing = parallel and careful and not t.synchronised
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not first), False
+            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not agreeing), False
         except torch.OutOfMemoryError:
-            if (parallel and not first) or state.micro_batch == 1:
-                raise UserError(
-                    f"out of GPU memory at step {step} with a micro-batch of {state.micro_batch}: start again with a "
-                    f"smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
-                ) from None
             failed = True
-        if not (distributed.any_process(failed)[0] if first else failed):
-            break
+        if not (distributed.any_process(failed)[0] if agreeing else failed):
+            if agreeing:
+                average_gradients(model)
+            failed = not updated(optimizer, step, t, state)
+            if not (distributed.any_process(failed)[0] if agreeing else failed):
+                return loss
+            if not failed:
+                raise out_of_memory(step, t, state, ", in another process's update of the weights")
+        if (parallel and not agreeing) or state.micro_batch == 1:
+            raise out_of_memory(step, t, state)
         torch.cuda.empty_cache()
         state.micro_batch = max(1, state.micro_batch // 2)
         note = f"out of GPU memory: micro-batch reduced to {state.micro_batch}, effective batch kept"
         state.notes += (note,)
         print(note, flush=True)
-    if parallel and first:
-        for p in model.parameters():
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= distributed.world_size()
-    optimizer.step()
-    return loss
+
+
+def average_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= distributed.world_size()
+
+
+def updated(optimizer: torch.optim.Optimizer, step: int, t: Training, state: State) -> bool:
+    """Take the optimizer's step; False if memory ran out before it changed anything, so that it can be repeated.
+    UserError if it had."""
+
+    def versions() -> dict[int, int]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = [value for values in optimizer.state.values() for value in values.values()]
+        return {id(one): one._version for one in (*parameters, *kept) if isinstance(one, Tensor)}
+
+    before = versions()
+    try:
+        optimizer.step()
+        return True
+    except torch.OutOfMemoryError:
+        failed = versions()
+    if any(version != before.get(one, 0) for one, version in failed.items()):
+        raise out_of_memory(step, t, state, ", in the update of the weights")
+    return False
+
+
+def out_of_memory(step: int, t: Training, state: State, where: str = "") -> UserError:
+    there = (t.work / CHECKPOINT_FILE).exists()
+    after = "the run goes on from its last checkpoint" if there else "no checkpoint was written yet"
+    return UserError(
+        f"out of GPU memory at step {step} with a micro-batch of {state.micro_batch}{where}: start again with a "
+        f"smaller --micro-batch or --activation-checkpointing; {after}"
+    )
 
 
 def accumulate(model: nn.Module, chunks: list, step: int, t: Training, micro_batch: int, sync: bool) -> Tensor:

@@ -7,8 +7,10 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +21,8 @@ from torch import nn
 
 from mae_core import distributed
 from mae_core.errors import UserError
+
+DRIVERS = {"13": 580, "12": 525}  # the oldest NVIDIA driver for each CUDA (its release notes)
 
 
 @dataclass(frozen=True)
@@ -83,20 +87,34 @@ def default_workers(processes: int) -> int:
     return 0 if cores <= 2 else min(16, cores // processes)
 
 
-def machine_from(args: argparse.Namespace) -> Machine:
-    """The Machine that the flags ask for, with "auto" resolved; UserError if it is not there."""
+def machine_from(args: argparse.Namespace, processes: int = 0) -> Machine:
+    """The Machine that the flags ask for, with "auto" resolved; UserError if it is not there. processes: those that
+    will run (0: those that torchrun has started)."""
+    here = processes or distributed.local_world_size()
+    processes = processes or distributed.world_size()
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        lacking = unusable_gpu() if device == "cpu" else ""
+        if lacking and distributed.is_main():
+            print(f"warning: {lacking}; the CPU is used", file=sys.stderr)
+        if device == "cpu" and processes > 1:
+            raise UserError(
+                f"{processes} processes, but torch can use no GPU here: add --device cpu to run them all on the CPU"
+            )
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+        raise UserError(f"--device cuda: {unusable_gpu() or 'torch sees no GPU here'}; use --device cpu")
+    if device == "cuda" and here > torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise UserError(f"{here} processes for {seen} {'GPU' if seen == 1 else 'GPUs'}: start one for each GPU")
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in convolutions too, where torch's default is TF32
     if args.micro_batch < 0:
         raise UserError(f"--micro-batch {args.micro_batch}: give a positive number of images")
     if args.workers < -1:
         raise UserError(f"--workers {args.workers}: give 0 or more processes, or leave it out")
     if not 0 <= args.save_minutes < math.inf:
         raise UserError(f"--save-minutes {args.save_minutes}: give a number of minutes, 0 or more")
-    processes = distributed.world_size()
     return Machine(
         device=device,
         precision={"auto": "bf16" if device == "cuda" else "fp32"}.get(args.precision, args.precision),
@@ -104,11 +122,42 @@ def machine_from(args: argparse.Namespace) -> Machine:
         micro_batch=args.micro_batch,
         workers=args.workers if args.workers >= 0 else default_workers(processes),
         activation_checkpointing=args.activation_checkpointing,
-        compile=args.compile,
+        compile=args.compile and can_compile(device),
         processes=processes,
         threads=torch.get_num_threads(),
         save_minutes=args.save_minutes,
     )
+
+
+def unusable_gpu(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Why torch cannot use the NVIDIA GPU of this machine; "" if there is none, or if it is hidden from torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or not driver.exists() or torch.cuda.is_available():
+        return ""
+    found = re.search(r"(\d+)\.\d+(?:\.\d+)?", driver.read_text())
+    version = found[0] if found else "of an unknown version"
+    if torch.version.cuda is None:
+        return f"this machine has an NVIDIA GPU, but torch {torch.__version__} was built without CUDA"
+    built = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+    wanted = DRIVERS.get(torch.version.cuda.split(".")[0])
+    if wanted and found and int(found[1]) < wanted:
+        return f"this machine's NVIDIA driver {version} is too old for {built}, which needs {wanted} or newer"
+    return f"this machine has an NVIDIA GPU (driver {version}), but {built} cannot use it"
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile finds what it needs, a compiler and Python's headers; says so if not."""
+    variable, names = ("CC", ("gcc", "clang")) if device.startswith("cuda") else ("CXX", ("g++", "clang++"))
+    asked = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([asked] if asked else names)):
+        lacking = f"a compiler ({asked or ' or '.join(names)})"
+    elif not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking = f"Python.h (Debian: apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
+    else:
+        return True
+    if distributed.is_main():
+        print(f"note: torch.compile needs {lacking}, which is not here: going on without it", flush=True)
+    return False
 
 
 def suit_attention(model: nn.Module, machine: Machine) -> None:
@@ -131,9 +180,10 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
 
 
-def hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+def hardware(machine: Machine) -> str:
+    """What the work runs on, as the records name it."""
+    if machine.device.startswith("cuda"):
+        return f"{machine.processes}x {torch.cuda.get_device_name()}"
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import (
     Machine,
     add_machine_flags,
+    can_compile,
     hardware,
     machine_from,
     non_negative_int,
@@ -68,7 +70,18 @@ def training_images(data: Path) -> list[str]:
 def step_noise(seed: int, step: int, batch: int, grid: tuple[int, int], masking: str, ratio: float) -> torch.Tensor:
     """The noise [batch, patches] that decides one step's masks, the same whatever the number of processes."""
     generator = torch.Generator().manual_seed(seed_for(seed, step, 1) % 2**63)
-    return mask_noise(masking, batch, grid, ratio, generator)
+    noise = mask_noise(masking, batch, grid, ratio, generator)
+    return noise.pin_memory() if torch.cuda.is_available() else noise  # or each copy of it would wait for the GPU
+
+
+def preparation(r: PretrainRecipe, seed: int, grid: tuple[int, int]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`Training.prepare` of pre-training: images, normalised, and the noise of their masks."""
+
+    def prepare(images: torch.Tensor, labels: torch.Tensor, step: int, first: int) -> tuple[torch.Tensor, ...]:
+        noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
+        return normalize(images), noise.to(images.device, non_blocking=True)
+
+    return prepare
 
 
 def pretrain(
@@ -97,7 +110,6 @@ def pretrain(
     ).to(machine.device)
     check_free(pretraining_space(out, model, r.epochs, following.keep_every), out)
     optimizer = adamw(pretraining_groups(model, r.weight_decay), r.betas, machine.fused_adamw)
-    grid = model.patch_embed.grid_size
     steps_per_epoch = len(files) // r.batch
     lr = learning_rate(r.base_lr, r.batch)
     listing = hashlib.sha256(
@@ -106,10 +118,6 @@ def pretrain(
     fixed = {"arch": arch, "recipe": dataclasses.asdict(r), "seed": seed, "data": listing}
     if tokenizer is not None:
         fixed["tokenizer"] = tokenizer_sha256(tokenizer)
-
-    def prepare(images: torch.Tensor, labels: torch.Tensor, step: int, first: int) -> tuple[torch.Tensor, ...]:
-        noise = step_noise(seed, step, r.batch, grid, r.masking, r.mask_ratio)[first : first + len(images)]
-        return normalize(images), noise.to(images.device)
 
     def write(name: str, epochs: int, state: State) -> None:
         if distributed.is_main():
@@ -141,7 +149,7 @@ def pretrain(
             machine=machine,
             fixed=fixed,
             lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
-            prepare=prepare,
+            prepare=preparation(r, seed, model.patch_embed.grid_size),
             loss_of=lambda m, images, noise: m(images, noise, r.mask_ratio).loss,
             tensorboard=True,
             repeats=r.repeated_augmentation,
@@ -215,10 +223,12 @@ def parse() -> argparse.Namespace:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """The machine, with fused AdamW by default, and compiled by default where that is worth its minutes: on a GPU."""
-    machine = machine_from(args)
     if args.compile and args.no_compile:
         raise UserError("--compile and --no-compile: give one of them")
-    compiled = args.compile or (machine.device.startswith("cuda") and not args.no_compile)
+    machine = machine_from(args)
+    compiled = machine.compile
+    if machine.device == "cuda" and not args.compile and not args.no_compile:
+        compiled = can_compile(machine.device)
     return replace(machine, compile=compiled, fused_adamw=args.fused_adamw)
 
 
@@ -229,6 +239,7 @@ def following_of(args: argparse.Namespace) -> Following:
     return Following(args.eval_every, labelled, args.keep_every)
 
 
+@distributed.ends_alone
 def main() -> int:
     args = parse()
     return answered(partial(run, args), f"stopped; the same command goes on from {args.out / CHECKPOINT_FILE}")
@@ -248,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
         label = f"{args.recipe} recipe with {changed}" if changed else f"{args.recipe} recipe"
         print(
             f"{args.out / WEIGHTS_FILE}: {args.arch}, {label}, {r.epochs} epochs of {images} images in "
-            f"{duration(state.seconds)} ({seen / max(state.seconds, 1e-9):.0f} images/s), {hardware(machine.device)}, "
+            f"{duration(state.seconds)} ({seen / max(state.seconds, 1e-9):.0f} images/s), {hardware(machine)}, "
             f"peak {peak_memory_gib(machine.device):.1f} GiB",
             *state.notes,
             sep="\n",

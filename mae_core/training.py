@@ -34,6 +34,7 @@ class Training:
     the tensors of its forward passes, all with the batch first. loss_of: (model, *tensors) -> mean loss.
     fixed: what must be equal in a resumed run. repeats: samples of each image in a batch. after_epoch: called by every
     process with the number of epochs done and the state; what it returns enters the epoch's line of the log.
+    synchronised: the forward pass waits for the other processes, as SyncBatchNorm's does.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Training:
     repeats: int = 1
     after_epoch: Callable[[int, "State"], dict[str, Any]] | None = None
     prepared: int = 0
+    synchronised: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,6 +170,8 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any
         if changed:
             raise UserError(f"{path} is of another run ({'; '.join(changed)}): choose another --out")
         model.load_state_dict(content["model"])
+        for group, ours in zip(content["optimizer"]["param_groups"], optimizer.param_groups):
+            group |= {flag: ours[flag] for flag in ("foreach", "fused") if flag in ours}
         optimizer.load_state_dict(content["optimizer"])
         if ema is not None:
             ema.module.load_state_dict(content["ema"])

@@ -64,6 +64,7 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     return root
 
 
+@distributed.ends_alone
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     """Run some of a family's tasks on one checkpoint. Exit code: 0 if all gave a number, 1 if not, 2 for a
     wrong call, 130 after Ctrl-C."""

@@ -175,6 +175,8 @@ def run_locked(job: Job) -> Record:
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
     except Exception as e:
+        if distributed.peer_is_gone(e):
+            raise  # the other process's reason is the one to keep
         write_text(job.work / TRACEBACK_FILE, traceback.format_exc())
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
@@ -189,7 +191,7 @@ def run_locked(job: Job) -> Record:
         **vars(replace(result, seconds=round(seconds, 1))),
     )
     if status == "failed" and distributed.world_size() > 1:
-        # The first reason is the one to keep: the others only fail because this process is gone.
+        # The first reason is the one to keep: others may fail because this process is gone.
         if not (job.work / RECORD_FILE).exists():
             write_record(record, job.work)
         raise SystemExit(f"error: {job.task.name}: {reason}")
@@ -241,7 +243,7 @@ def describe(job: Job, **outcome: Any) -> Record:
         data=json.loads(json.dumps(dataclasses.asdict(job.data))),
         identity=job.identity(),
         machine=dataclasses.asdict(job.machine),
-        hardware=hardware(job.machine.device),
+        hardware=hardware(job.machine),
         versions=versions(job.task.packages),
         commit=commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,12 +1,13 @@
 """What a child process is called with, what comes of it, and the lock that it shares."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import run_all
-from benchmarks.children import run_child, task_command
+from benchmarks.children import follow, run_child, task_command
 from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
 from mae_core.lock import take_lock
@@ -47,6 +48,23 @@ def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_
     first, second = log.read_text().split("$ ")[1:]
     assert first == second
     assert first.splitlines()[-3:] == ["one", "two", ""]
+
+
+def test_the_reason_comes_back_and_not_the_report_behind_it(tmp_path: Path) -> None:
+    """torchrun's: rulers, and a line that is the same for every failure."""
+    report = """\
+        Root Cause (first observed failure):
+        [0]:
+          exitcode  : -9 (pid: 4711)
+          error_file: <N/A>
+          traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+        ============================================================
+    """
+    log = io.StringIO()
+    assert follow(report.splitlines(keepends=True), log, "") == "exitcode  : -9 (pid: 4711)"
+    assert log.getvalue() == report
+    lines = ["error: the disk is full\n", "stopped: another process of this run has ended\n", *report.splitlines()]
+    assert follow(lines, log, "") == "error: the disk is full"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from benchmarks.plan import make_plan, settings_by_task
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import save_weights
 from mae_core.errors import UserError
+from mae_core.machine import Machine, hardware
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, write_imagenet, write_split
 
@@ -48,6 +49,7 @@ def test_findings_stand_below_their_task_and_once(root, tmp_path, capsys):
     assert below(lines, "imagenet_a")[0].startswith("data: imagenet-a: 196 of the 200 classes are missing")
     assert below(lines, "coco") == []
     assert sum("996 of the 1000" in line for line in lines) == 1
+    assert lines[1] == f"  on {hardware(Machine())}, fp32"
     assert lines[-1].startswith("  disk: up to 0.")
 
 
@@ -71,7 +73,11 @@ def test_a_root_that_is_not_there_is_one_sentence(tmp_path, capsys, monkeypatch)
     [
         (["--set", "imagenet_knn.k=33"], "imagenet_knn: k=33, but there are 32 training images"),
         (["--set", "imagenet_finetune.batch=34"], "imagenet_finetune: 32 training images are less than one batch=34"),
-        (["--set", "imagenet_finetune.batch=8", "--gpus", "3"], "batch=8 cannot be shared by 3 processes"),
+        (
+            ["--set", "imagenet_finetune.batch=8", "--gpus", "3", "--device", "cpu"],
+            "batch=8 cannot be shared by 3 processes",
+        ),
+        (["--gpus", "2", "--device", "auto"], "2 processes, but torch can use no GPU here: add --device cpu"),
         (["--set", "imagenet_finetune.batch=7", "imagenet_finetune.mixup=1"], "each process gets 7 of batch=7"),
         (["--set", "imagenet_linprobe.batch=8", "--micro-batch", "1"], "BatchNorm cannot learn from one image"),
     ],
@@ -127,8 +133,8 @@ def test_a_folder_that_may_not_be_read_is_skipped_as_missing_data_are(root, tmp_
     monkeypatch.setattr("os.listdir", refuse)  # of the class folders
     code, lines, error = call(capsys, tmp_path / "out", "--data", str(root), "--tasks", "imagenet_knn")
     assert (code, error) == (2, "")
-    assert "skipped  no data: " in lines[2]
-    assert "/imagenet/train/n01498041 may not be read by this user" in lines[2]
+    assert "skipped  no data: " in lines[3]
+    assert "/imagenet/train/n01498041 may not be read by this user" in lines[3]
 
 
 def test_settings_go_to_their_task():

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -6,6 +8,33 @@ import pytest
 from mae_core import distributed
 from mae_core.distributed import PRESET, check_alone, process_group, rank, world_size
 from mae_core.errors import UserError
+from tests.fixtures.transfer import PROCESS, TORCHRUN
+
+# Run by torchrun. The second of two processes fails while the first is at work; leaving the group or Python would wait
+# for the first one, as it does in NCCL.
+FAILS_ALONE = """
+import atexit, sys, time
+import torch.distributed as dist
+from mae_core import distributed
+from mae_core.errors import UserError
+
+dist.destroy_process_group = lambda: time.sleep(600)
+
+@distributed.ends_alone
+def main():
+    try:
+        with distributed.process_group("cpu"):
+            distributed.barrier()
+            atexit.register(time.sleep, 600)
+            if distributed.rank() == 1:
+                raise ERROR
+            time.sleep(600)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    return 1
+
+sys.exit(main())
+"""
 
 
 @pytest.fixture
@@ -76,3 +105,19 @@ def test_batches_are_dealt_out_whole_and_gathered_in_order(monkeypatch, count, s
     batches = distributed.gather_in_turn(dealt[0])
     assert [index for batch in batches for index in batch] == list(range(count))
     assert all(len(batch) == size for batch in batches[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("UserError('the disk is full')", "\nerror: the disk is full\n"),
+        ("ValueError('no such thing')", "\nValueError: no such thing\n"),
+    ],
+)
+def test_a_process_that_fails_alone_says_why_and_ends_the_others(tmp_path, error, said):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_ALONE.replace("ERROR", error))
+    done = subprocess.run([sys.executable, *TORCHRUN, script], **PROCESS, capture_output=True, text=True, timeout=120)
+    assert said in "\n" + done.stderr
+    assert done.returncode == 1

@@ -29,6 +29,19 @@ def test_agrees_with_scikit_learn(features, k, temperature, monkeypatch):
     assert predicted.tolist() == other.predict(test.numpy()).tolist()
 
 
+def test_training_features_may_be_compared_in_parts(features, monkeypatch):
+    """Also where a part is smaller than k."""
+    train, _, test, _ = features
+    similarity, index = knn.nearest_features(train, test, 20, "cpu")
+    assert torch.equal(
+        torch.nn.functional.cosine_similarity(train[index[3]], test[3]).argsort(), torch.arange(19, -1, -1)
+    )
+    monkeypatch.setattr(knn, "PART", 7)
+    parts = knn.nearest_features(train, test, 20, "cpu")
+    assert torch.equal(parts[1], index)
+    torch.testing.assert_close(parts[0], similarity)
+
+
 def test_a_near_neighbour_outvotes_two_far_ones():
     train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
     labels, test = torch.tensor([2, 0, 0]), torch.tensor([[9.0, 1.0]])

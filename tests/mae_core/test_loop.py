@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -93,6 +94,56 @@ def test_out_of_memory_after_part_of_a_step_counts_nothing_twice(noise_images, t
     runs.train(noise_images, tmp_path / "a", Machine(micro_batch=8))
     assert calls == [8] * 6 + [4] * 4 * 6
     runs.assert_equal_to_rounding(tmp_path / "whole", tmp_path / "a", rate_sum=5e-4)
+
+
+def test_out_of_memory_in_the_backward_pass_frees_its_graph_first(noise_images, reference, tmp_path, monkeypatch):
+    graphs = []
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise torch.OutOfMemoryError("simulated")
+
+    def change(call, images, output):
+        assert all(graph() is None for graph in graphs)
+        if len(images) <= 4:
+            return output
+        graphs.append(weakref.ref(output.prediction))
+        return output._replace(loss=Full.apply(output.loss))
+
+    on_forward(monkeypatch, change)
+    assert runs.train(noise_images, tmp_path / "a").micro_batch == 4
+    assert len(graphs) == 2
+    runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_out_of_memory_in_the_optimizer_s_step_is_repeated_only_if_nothing_has_moved(
+    noise_images, reference, tmp_path, monkeypatch, moved
+):
+    step, calls = torch.optim.AdamW.step, []
+
+    def failing(self, closure=None):
+        calls.append(self)
+        if len(calls) == 2:
+            if moved:
+                with torch.no_grad():
+                    self.param_groups[-1]["params"][0].mul_(1)
+            raise torch.OutOfMemoryError("simulated")
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    if moved:
+        said = "step 1 with a micro-batch of 16, in the update of the weights: .*; no checkpoint was written yet"
+        with pytest.raises(UserError, match=said):
+            runs.train(noise_images, tmp_path / "a", Machine(save_minutes=60))
+    else:
+        assert runs.train(noise_images, tmp_path / "a").micro_batch == 8
+        runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
 
 
 def test_out_of_memory_with_a_single_image_is_an_error(noise_images, tmp_path, monkeypatch):
@@ -213,6 +264,18 @@ def test_a_checkpoint_with_zeros_inside_a_weight_is_refused(noise_images, refere
         runs.train(noise_images, tmp_path / "a")
 
 
+def test_a_resumed_optimizer_runs_as_asked_not_as_saved(noise_images, reference, tmp_path, monkeypatch):
+    runs.train_until(2, noise_images, tmp_path / "a", Machine(fused_adamw=True))
+    step, flags = torch.optim.AdamW.step, []
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (flags.append(self.param_groups[0]["fused"]), step(self))
+    )
+    state = runs.train(noise_images, tmp_path / "a", Machine(fused_adamw=False))
+    assert flags == [None] * 5
+    assert "fused_adamw: True -> False" in state.notes[0]
+    runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
+
+
 def assert_good(out, step):
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["state"]["step"] == step
@@ -316,8 +379,8 @@ def test_ctrl_c_and_a_closed_terminal_save_and_exit_with_130(noise_images, tmp_p
     assert len(runs.log(tmp_path)) == step // 4
 
 
-# Run by torchrun: pre-train, with only the second of two processes out of memory in its first forward passes, or told
-# to stop in the sixth step.
+# Run by torchrun: pre-train, with only the second of two processes out of memory in its first forward passes, or from
+# its second step on, when Adam's state is there, or in its first update; or told to stop in the sixth step.
 MISHAP = """
 import os, signal, sys, torch
 from mae_core import pretrain
@@ -327,7 +390,7 @@ mishap, second = sys.argv.pop(1), os.environ["RANK"] == "1"
 forward, step_noise = MaskedAutoencoder.forward, pretrain.step_noise
 
 def small_forward(self, images, noise, mask_ratio):
-    if second and len(images) > 2:
+    if second and len(images) > 2 and (mishap == "memory" or optimizer.state):
         raise torch.OutOfMemoryError("simulated")
     return forward(self, images, noise, mask_ratio)
 
@@ -336,7 +399,18 @@ def stopping_noise(seed, step, *rest):
         os.kill(os.getpid(), signal.SIGINT)
     return step_noise(seed, step, *rest)
 
-if mishap == "memory":
+def adamw(*arguments):
+    global optimizer
+    optimizer = real_adamw(*arguments)
+    if second and mishap == "update":
+        optimizer.step = raising
+    return optimizer
+
+def raising():
+    raise torch.OutOfMemoryError("simulated")
+
+real_adamw, pretrain.adamw = pretrain.adamw, adamw
+if mishap in ("memory", "state"):
     MaskedAutoencoder.forward = small_forward
 if mishap == "stop":
     pretrain.step_noise = stopping_noise
@@ -355,7 +429,7 @@ def torchrun(folder, mishap, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mishap", ["none", "memory", "stop"])
+@pytest.mark.parametrize("mishap", ["none", "memory", "state", "stop"])
 def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, mishap):
     out = tmp_path / "two"
     output, code = torchrun(tmp_path, mishap, runs.command(noise_images, out))
@@ -370,9 +444,16 @@ def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, 
     assert code == 0, output
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["machine"]["processes"] == 2
-    assert content["state"]["micro_batch"] == (2 if mishap == "memory" else 8)
+    assert content["state"]["micro_batch"] == (2 if mishap in ("memory", "state") else 8)
     runs.assert_equal_to_rounding(reference, out, rate_sum=5e-4)
     assert runs.losses(out) == pytest.approx(runs.losses(reference), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_update_that_only_one_process_has_taken_ends_both(noise_images, tmp_path):
+    output, code = torchrun(tmp_path, "update", runs.command(noise_images, tmp_path / "two"))
+    assert code == 1
+    assert "error: out of GPU memory at step 0 with a micro-batch of 8, in another process's update" in output
 
 
 @pytest.mark.slow

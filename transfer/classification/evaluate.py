@@ -90,11 +90,12 @@ def outputs_of(
     batches = distributed.local_batches(len(dataset), machine.micro_batch or 128)
     progress = Progress(label, len(dataset), enabled=distributed.is_main())
     unreadable: list[str] = []
-    done = 0
+    done, size = 0, machine.micro_batch or 128
     for images, labels, unreadable in loader(dataset, batches, machine.workers, machine.device):
         if unreadable:
             break
-        yield forward(model, images, normalization, machine), labels
+        outputs, size = forward(model, images, normalization, machine, size)
+        yield outputs, labels
         done += len(images)
         progress.update(min(len(dataset), done * distributed.world_size()), len(images))
     # All processes stop together: one that stopped by itself would leave the others waiting.
@@ -103,18 +104,24 @@ def outputs_of(
         raise UserError(f"{what}; no number is given over part of the data")
 
 
-def forward(model: nn.Module, images: Tensor, normalization: Normalization, machine: Machine) -> Tensor:
-    """The model's output in float32 for uint8 images, which are normalised here; when GPU memory runs out, the batch is
-    halved and tried again."""
+def forward(
+    model: nn.Module, images: Tensor, normalization: Normalization, machine: Machine, size: int
+) -> tuple[Tensor, int]:
+    """The model's output in float32 for uint8 images, which are normalised here, `size` at a time; when GPU memory runs
+    out, half as many. Also returns the size that worked, for the next batch to begin with."""
+    outputs: list[Tensor] = []
     try:
         images = images.to(machine.device, non_blocking=True)
-        with machine.autocast():
-            return model(normalize(images, normalization)).float()
+        for part in images.split(size):
+            with machine.autocast():
+                outputs.append(model(normalize(part, normalization)).float())
+        return torch.cat(outputs), size
     except torch.OutOfMemoryError:
-        if len(images) == 1:
+        if min(size, len(images)) == 1:
             raise
+    outputs.clear()
     torch.cuda.empty_cache()
-    return torch.cat([forward(model, half, normalization, machine) for half in images.chunk(2)])
+    return forward(model, images, normalization, machine, min(size, len(images)) // 2)
 
 
 def score(logits: Tensor, targets: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from mae_core.checkpoint import load_encoder, model_of, save_tensors
 from mae_core.data import PILLOW_PIXELS, Images
 from mae_core.errors import UserError
 from mae_core.files import open_regular
-from mae_core.knn import knn_predict
+from mae_core.knn import CHUNK, nearest_features, vote
 from mae_core.settings import bounded, check_ranges, choose
 from mae_core.vit import ViT
 from transfer.classification.evaluate import outputs_of
@@ -103,14 +103,18 @@ def knn(job: Job) -> Result:
     if voters is not train:  # else indexing would copy gigabytes for nothing
         row = {file: i for i, file in enumerate(train.files)}
         train_features = train_features[[row[file] for file in voters.files]]
-    train_features, val_features = train_features.to(device), val_features.to(device)
-    labels, truth = torch.tensor(voters.labels, device=device), np.array(val.labels)
+    ks = list(dict.fromkeys((job.recipe.k, *(k for k in OTHER_KS if k <= len(voters.files)))))
+    rows = [torch.tensor(batch) for batch in distributed.local_batches(len(val.files), CHUNK)]
+    mine = val_features[torch.cat([torch.empty(0, dtype=torch.int64), *rows])]
+    similarity, nearest = nearest_features(train_features, mine, max(ks), device)
+    labels, truth = torch.tensor(voters.labels, device=device)[nearest], np.array(val.labels)
     metrics, stderr = {}, {}
-    usable = [k for k in OTHER_KS if k <= len(voters.files)]
-    for k in dict.fromkeys((job.recipe.k, *usable)):
+    for k in ks:
         name = "top1" if k == job.recipe.k else f"top1@{k}"
-        predicted = knn_predict(train_features, labels, val_features, len(wnids()), k, job.recipe.temperature)
-        accuracy = (predicted.cpu().numpy() == truth).mean()
+        predicted = vote(similarity[:, :k], labels[:, :k], len(wnids()), job.recipe.temperature).cpu().numpy()
+        parts = [predicted[start : start + CHUNK] for start in range(0, len(predicted), CHUNK)]
+        everyone = distributed.gather_in_turn(parts)
+        accuracy = (np.concatenate(everyone) == truth).mean()
         metrics[name] = 100 * float(accuracy)
         stderr[name] = 100 * float(np.sqrt(accuracy * (1 - accuracy) / len(truth)))
     feature = "class token after the final norm" if pool == "token" else "mean of the patch tokens after the final norm"

@@ -6,6 +6,7 @@ Its losses and pooling are torchvision's, not detectron2's: every record lists t
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class Jittered(Dataset):
             "boxes": boxes,
             "labels": torch.from_numpy(example.labels)[kept] + 1,
             "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
-            "size": torch.tensor(image.size[::-1]),
+            "size": image.size[::-1],
         }
         return shared.pad_to_square(image, size), target, ""
 
@@ -162,7 +163,7 @@ class MaskRCNN(nn.Module):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+    def forward(self, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         features = self.features(images, [target["size"] for target in targets])
         # The whole square counts as the image: torchvision infers the strides of the maps from its size.
         sizes = [tuple(images.shape[-2:])] * len(images)
@@ -171,11 +172,11 @@ class MaskRCNN(nn.Module):
         found, roi_losses = self.roi_heads(features, proposals, sizes, known)
         return rpn_losses | roi_losses if self.training else found
 
-    def features(self, images: Tensor, sizes: list[Tensor]) -> dict[str, Tensor]:
+    def features(self, images: Tensor, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
         normalised = (images - self.mean) / self.std
         for image, (height, width) in zip(normalised, sizes):  # padding is zero after the normalisation
-            image[:, int(height) :] = 0
-            image[:, :, int(width) :] = 0
+            image[:, height:] = 0
+            image[:, :, width:] = 0
         return self.fpn({str(level): m for level, m in enumerate(self.body(normalised))})
 
 
@@ -212,6 +213,7 @@ def train_and_predict(job: Job) -> Predictions:
             lr_at=rate,
             prepare=lambda images, targets, step, first: (images, targets),
             loss_of=lambda m, images, targets: sum(m(images, targets).values()),
+            synchronised=norm is nn.SyncBatchNorm,
         ),
     )
     distributed.broadcast_buffers(model)
@@ -228,7 +230,7 @@ def predict(model: MaskRCNN, job: Job) -> list[dict]:
     model.eval()
     for batch in shared.validation_batches(job, machine.micro_batch or 8):
         images = [shared.fit_long_side(image, size) for _, image in batch]
-        sizes = [{"size": torch.tensor(image.size[::-1])} for image in images]
+        sizes = [{"size": image.size[::-1]} for image in images]
         squares = torch.stack([shared.pad_to_square(image, size) for image in images])
         with machine.autocast():
             outputs = model(squares.to(machine.device), sizes)

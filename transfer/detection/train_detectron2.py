@@ -205,6 +205,7 @@ class Saver(HookBase):
             self.checkpointer.save(CHECKPOINT_FILE, iteration=done, seconds=self.seconds)
             self.saved = time.monotonic()
         if stopping:
+            distributed.barrier()  # torchrun ends the others with the first that leaves: none before it is saved
             raise KeyboardInterrupt
 
 

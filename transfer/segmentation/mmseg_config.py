@@ -83,7 +83,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
             "activation_checkpointing": machine.activation_checkpointing,
         },
         "decode_head": {
-            "type": "UPerHead",
+            "type": "LossOnlyUPerHead",
             "in_channels": [dim] * 4,
             "in_index": [0, 1, 2, 3],
             "pool_scales": tuple(int(scale) for scale in r.pool_scales),
@@ -92,7 +92,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
             **shared,
         },
         "auxiliary_head": {
-            "type": "FCNHead",
+            "type": "LossOnlyFCNHead",
             "in_channels": dim,
             "in_index": 2,
             "channels": r.auxiliary_channels,

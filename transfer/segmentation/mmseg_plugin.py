@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from mae_core import distributed
 from mae_core.machine import Machine
@@ -90,6 +91,15 @@ def make_pyramid(**options: Any) -> ViTPyramid:
     return ViTPyramid(norm=nn.BatchNorm2d, **options)
 
 
+def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
+    """The loss of one of mmseg's heads with one loss, in place of its own `loss_by_feat`: without the accuracy that it
+    computes beside it, which nobody reads and for which the host would wait for the GPU twice."""
+    labels = head._stack_batch_gt(batch_data_samples)
+    size = labels.shape[2:]
+    logits = functional.interpolate(seg_logits, size, mode="bilinear", align_corners=head.align_corners)
+    return {"loss_ce": head.loss_decode(logits, labels.squeeze(1), ignore_index=head.ignore_index)}
+
+
 @cache
 def register() -> None:
     """Import mmsegmentation and register the parts that `mmseg_config` names."""
@@ -100,6 +110,7 @@ def register() -> None:
         import mmseg.models
         from mmengine.runner import TestLoop
         from mmseg.evaluation import IoUMetric
+        from mmseg.models.decode_heads import FCNHead, UPerHead
         from mmseg.registry import DATASETS, LOOPS, METRICS, MODELS, TRANSFORMS
 
     class FlatADE20K(mmseg.datasets.ADE20KDataset):
@@ -156,6 +167,8 @@ def register() -> None:
 
     DATASETS.register_module(module=FlatADE20K)
     MODELS.register_module(name="MAEPyramid", module=make_pyramid)
+    for head in (UPerHead, FCNHead):
+        MODELS.register_module(module=type(f"LossOnly{head.__name__}", (head,), {"loss_by_feat": loss_only}))
     TRANSFORMS.register_module(name="CheckPair", module=CheckPair)
     LOOPS.register_module(name="PrecisionTestLoop", module=PrecisionTestLoop)
     METRICS.register_module(name="ImageAreas", module=ImageAreas)

@@ -86,6 +86,7 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
         prepare=lambda images, targets, step, first: (images, targets),
         loss_of=loss_of,
         iterations=r.iterations,
+        synchronised=norm_of(machine) == "SyncBN",
     )
     return runner, fit(model, torch.optim.AdamW(groups, lr=r.lr, betas=r.betas), training)
 

@@ -48,7 +48,7 @@ def test_the_parts_are_those_of_the_recipe(start):
     model = start[0]
     assert model.backbone.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     decode, auxiliary = model.decode_head, model.auxiliary_head
-    assert type(decode).__name__ == "UPerHead"
+    assert type(decode).__name__ == "LossOnlyUPerHead"
     assert [type(p[0]).__name__ for p in decode.psp_modules] == ["AdaptiveAvgPool2d"] * 4
     assert [p[0].output_size for p in decode.psp_modules] == [1, 2, 3, 6]
     assert (decode.num_classes, decode.dropout.p, decode.loss_decode.loss_weight) == (150, 0.1, 1.0)
