@@ -7,12 +7,14 @@ PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint lock clean
+.PHONY: help install demo test check gpu-check gpu-bundle lint lock clean
 
 help:
 	@echo "make demo     install, pre-train for a minute, run the main tasks on the miniature, write the tables to $(DEMO)/"
 	@echo "make test     install, run all tests"
 	@echo "make check    install, lint, run the quick tests"
+	@echo "make gpu-check   half an hour on a GPU: does everything run on it, with the CPU's numbers, and how fast?"
+	@echo "make gpu-bundle  the same in a folder for a GPU machine without network"
 	@echo "make install  set up .venv with the versions in uv.lock"
 	@echo "make lint     install, ruff, mypy, codespell, the lock files"
 	@echo "make lock     write uv.lock and requirements.lock after a change to pyproject.toml"
@@ -56,6 +58,12 @@ test: install
 check: install lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
+
+gpu-bundle: install
+	$(BIN)/python benchmarks/gpu_bundle.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,4 +73,4 @@ lint: install
 	@$(EXPORT) | diff requirements.lock - || { echo "error: requirements.lock is not uv.lock's: make lock" >&2; exit 1; }
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf $(DEMO) gpu-check gpu-bundle .pytest_cache .ruff_cache .mypy_cache dist

@@ -81,6 +81,8 @@ NOT_RUN = {
     "-m pytest": "these tests",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
     "--compare|--reference": "needs the official code",
+    "gpu_check.py": "needs a GPU; tests/benchmarks/test_gpu_check.py rehearses it",
+    "gpu_bundle.py": "needs the network",
     "twins.py (upernet|miou)": "tests/benchmarks/test_originals_ade20k.py runs them",
     "dalle_encoder": "needs DALL-E's encoder",
     "demo|unlabelled|docs/images": "takes minutes: the demo, mae_mini and the pictures",
@@ -237,6 +239,8 @@ PROGRAMS = (
     "benchmarks/ablations.py --table 1a",
     "benchmarks/speed.py eval",
     "benchmarks/twins.py pretrain --data d",
+    "benchmarks/gpu_check.py",
+    "benchmarks/gpu_bundle.py",
 )
 OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra"}  # torchrun, pip, uv
 
