@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as v1
 
 from mae_core import data, distributed
@@ -233,6 +234,25 @@ def test_images_are_normalised_as_torchvision_s_first_transforms_did(noise_image
         assert torch.equal(found, normalize(images, pixels))
         assert torch.equal(found[3:5], normalize(images[3:5], pixels))
     assert images.dtype == torch.uint8
+
+
+def test_mean_and_std_are_made_once_for_a_device():
+    """Made from lists for each batch, they would be copied to the GPU and waited for."""
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    with Watch():
+        normalize(images, ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)))
+        assert "aten.lift_fresh.default" in made
+        made.clear()
+        normalize(images, ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)))
+        assert made
+        assert "aten.lift_fresh.default" not in made
 
 
 def test_nothing_is_normalised_twice():

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
@@ -61,6 +62,17 @@ def test_rates_and_weight_decay_are_those_of_mmseg_s_own_constructor(start, mmse
     decayed = {name for name, (_, decay) in ours.items() if decay}
     assert {"backbone.pos_embed", "backbone.cls_token", "backbone.blocks.0.bias"} < decayed
     assert "backbone.blocks.0.ls1.gamma" not in decayed
+
+
+def test_the_heads_losses_are_mmseg_s_own_without_the_accuracy(start):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 150, (2, 1, 48, 48)).masked_fill(torch.rand(2, 1, 48, 48) < 0.2, 255)
+    samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=label)) for label in labels]
+    for head in (start[0].decode_head, start[0].auxiliary_head):
+        logits, own = torch.randn(2, 150, 12, 12), super(type(head), head)
+        theirs, ours = own.loss_by_feat(logits, samples), head.loss_by_feat(logits, samples)
+        assert theirs.keys() - ours.keys() == {"acc_seg"}
+        assert torch.equal(ours["loss_ce"], theirs["loss_ce"])
 
 
 def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
