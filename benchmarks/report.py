@@ -23,7 +23,7 @@ from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.files import printable
-from mae_core.machine import program
+from mae_core.machine import named_path, program
 from mae_core.writing import write_texts
 from transfer.run import fits, read_record
 from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
@@ -213,7 +213,7 @@ def as_csv(table: pd.DataFrame) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: all records are in the tables. 1: some could not be read. 2: no tables were written."""
     parser = argparse.ArgumentParser(prog=program("benchmarks.report"), description="Make the tables of all records.")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="the folder that holds runs/")
+    parser.add_argument("--out", type=named_path, default=Path("results"), help="the folder that holds runs/")
     return answered(partial(run, parser.parse_args(argv)))
 
 

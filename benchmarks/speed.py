@@ -28,6 +28,7 @@ try:
         add_machine_flags,
         hardware,
         machine_from,
+        named_path,
         non_negative_int,
         peak_memory_gib,
         versions,
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")
     parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
     parser.add_argument("--repeats", type=non_negative_int, default=10, help="timed steps of each arm (default: 10)")
-    parser.add_argument("--out", type=Path, default=Path("speed"), help="folder for the JSON and the table")
+    parser.add_argument("--out", type=named_path, default=Path("speed"), help="folder for the JSON and the table")
     parser.add_argument(
         "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="for pretrain (default: on)"
     )

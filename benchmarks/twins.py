@@ -20,7 +20,7 @@ try:
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, commit, hardware, versions
+    from mae_core.machine import Machine, commit, hardware, named_path, versions
     from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=TWINS, metavar="WHAT", help=", ".join(TWINS))
     parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of the original, which is only read")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images, as docs/twins.md says")
-    parser.add_argument("--out", type=Path, default=Path("twins"), help="folder for the JSON and the table")
+    parser.add_argument("--out", type=named_path, default=Path("twins"), help="folder for the JSON and the table")
     return parser.parse_args(arguments)
 
 

@@ -57,6 +57,13 @@ def non_negative_int(text: str) -> int:
     return int(text)
 
 
+def named_path(text: str) -> Path:
+    """A path on a command line: "" would be the current folder, and is what an unset variable of a shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    return Path(text)
+
+
 def seed(text: str) -> int:
     """A seed on a command line: a whole number below 2^63."""
     if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:

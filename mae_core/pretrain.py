@@ -32,6 +32,7 @@ from mae_core.machine import (
     can_compile,
     hardware,
     machine_from,
+    named_path,
     non_negative_int,
     peak_memory_gib,
     program,
@@ -200,7 +201,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--arch", required=True)
     parser.add_argument("--recipe", default="paper", help="paper or mini")
-    parser.add_argument("--out", type=Path, required=True, help="work folder; the same command resumes in it")
+    parser.add_argument("--out", type=named_path, required=True, help="work folder; the same command resumes in it")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"

@@ -23,7 +23,7 @@ from mae_core.command_line import answered
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.machine import program, seed
+from mae_core.machine import named_path, program, seed
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ckpt", nargs="+", required=True, metavar="FILE", help="checkpoints with their decoders")
     parser.add_argument("--images", type=Path, required=True, help="folder of images at any depth")
     parser.add_argument("--mask-ratio", type=float, nargs="+", default=[0.75], metavar="R", help="default: 0.75")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, a .png")
+    parser.add_argument("--out", type=named_path, required=True, help="the picture, a .png")
     parser.add_argument("--limit", type=int, default=8, help="images at most, spread over the folder (default: 8)")
     parser.add_argument("--seed", type=seed, default=0, help="decides the masks")
     parser.add_argument(

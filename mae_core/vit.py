@@ -35,6 +35,8 @@ class Arch:
     image_size: int
 
 
+LARGEST = 8192  # px of a side: a million patches of 8 px, whose positions alone fill 4 GB at a width of 1024
+
 # B, L, H: MAE paper, section 4 and the official models (ViT-H has patches of 14). Ti and S: DeiT (arXiv 2012.12877).
 # Patches of 8: DINO; of 14: DINOv2, whose giant has SwiGLU layers; of 32: AugReg. MoCo v3's ViT-S has 12 heads
 # (facebookresearch/moco-v3 vits.py): the same shapes as DeiT's with 6, but another function.
@@ -188,7 +190,8 @@ def build_distilled(
 
 
 def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
-    """The arguments of timm's VisionTransformer for this arch and input size; UserError if the patches do not fit."""
+    """The arguments of timm's VisionTransformer for this arch and input size; UserError if the patches do not fit, or
+    there would be too many to hold."""
     a = get_arch(arch)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size or (a.image_size, a.image_size)
     if size[0] % a.patch or size[1] % a.patch or min(size) < a.patch:
@@ -196,6 +199,8 @@ def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) ->
             f"{arch} cuts images into patches of {a.patch} px: {size[0]}x{size[1]} is not divisible by it; "
             f"set a multiple of {a.patch}"
         )
+    if max(size) > LARGEST:
+        raise UserError(f"{size[0]}x{size[1]} px are more than this ViT could hold: at most {LARGEST} px a side")
     return {
         "img_size": size,
         "patch_size": a.patch,

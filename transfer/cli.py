@@ -11,7 +11,7 @@ from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import Machine, add_machine_flags, machine_from, seed
+from mae_core.machine import Machine, add_machine_flags, machine_from, named_path, seed
 from mae_core.stopping import stop_on_signals
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
@@ -27,7 +27,7 @@ def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> 
         "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder for runs and tables (default: results)"
+        "--out", type=named_path, default=Path("results"), help="folder for runs and tables (default: results)"
     )
     several = {task.name: list(task.engines) for task in tasks if len(task.engines) > 1}
     names = list(dict.fromkeys(name for engines in several.values() for name in engines))

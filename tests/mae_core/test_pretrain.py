@@ -179,6 +179,7 @@ def test_fused_adamw_is_adamw(noise_images, reference, tmp_path):
         (["--set", "batch=0"], "error: batch=0: it must be at least 1"),
         (["--set", "batch=16", "mask_ratio=1"], "error: mask_ratio=1.0: it must be from 0 to below 1"),
         (["--set", "batch=16", "image_size=50"], "50x50 is not divisible by it"),
+        (["--set", "batch=16", "image_size=10000000"], "10000000x10000000 px are more than this ViT could hold"),
         (["--data", "nowhere"], "error: nowhere is not a folder of images"),
         (["--set", "batch=16", "target=pca", "pca_components=500"], "error: pca_components=500: 1280 patches of 192"),
         (["--set", "batch=16", "target=tokens", "tokenizer=dall-e"], "error: --tokenizer FILE is needed by tokenizer="),

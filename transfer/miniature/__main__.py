@@ -13,14 +13,14 @@ from pathlib import Path
 
 import transfer.miniature
 from mae_core.command_line import answered
-from mae_core.machine import non_negative_int, seed
+from mae_core.machine import named_path, non_negative_int, seed
 from transfer.data.findings import MINIATURE_MARKER
 from transfer.miniature import dense, imagenet
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m transfer.miniature", description=transfer.miniature.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the datasets")
+    parser.add_argument("--out", type=named_path, required=True, help="folder for the datasets")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(
         "--unlabelled", type=non_negative_int, default=0, metavar="N", help="also N unlabelled images (20000 is usual)"
