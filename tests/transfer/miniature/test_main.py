@@ -1,5 +1,7 @@
 """The command line."""
 
+import pytest
+
 from tests.fixtures.miniature import digests
 from transfer.miniature import dense, imagenet
 from transfer.miniature.__main__ import main
@@ -20,6 +22,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert len(digests(tmp_path / "data" / "imagenet-c")) == 16 * 15 * 5
 
     (tmp_path / "file").write_text("")
-    for wrong in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "data"), "--seed", "-1"]):
-        assert main(wrong) == 1
-        assert capsys.readouterr().err.startswith("error: ")
+    assert main(["--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    for wrong in (["--out", str(tmp_path / "data"), "--seed", "-1"], ["--out", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)
+        assert "error: argument" in capsys.readouterr().err
