@@ -139,10 +139,12 @@ def training_seconds(work: Path) -> float | None:
     log = work / LOG_FILE
     try:
         seconds = float(json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["seconds"])
-        return seconds if math.isfinite(seconds) else None
+        if math.isfinite(seconds):
+            return seconds
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        print(f"{log} is damaged or gone: how long this pre-training took is not known", flush=True)
-        return None
+        pass
+    print(f"{log} is damaged or gone: how long this pre-training took is not known", flush=True)
+    return None
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import ablations
 from benchmarks.ablation_grid import DEFAULTS, TABLES, Cell, Default
-from benchmarks.ablation_tables import ACCURACY, WALL_CLOCK, Row, published_rows, write_table
+from benchmarks.ablation_tables import ACCURACY, TASKS, WALL_CLOCK, Row, cell_text, published_rows, write_table
 from benchmarks.plan import settings_by_task
 from mae_core.errors import UserError
 from mae_core.recipe import recipe
@@ -230,3 +230,33 @@ def test_table_2_times_all_of_a_size_in_one_run(tiny_data, tmp_path, monkeypatch
     assert flops[0] > flops[1] > flops[2] == 1
     seconds = [float(line["epoch_seconds"]) for line in ours]
     assert [float(line["speed_up"]) for line in ours] == pytest.approx([seconds[0] / s for s in seconds], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\n", b"{", b"{}", b"[]", b"\xff", b'{"seconds": null}', b'{"seconds": NaN}']
+)
+def test_a_damaged_log_costs_only_the_time(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "log.jsonl").write_bytes(content)
+    assert ablations.training_seconds(tmp_path) is None
+    assert "log.jsonl is damaged or gone" in capsys.readouterr().out
+    row = Row("a", "", {"imagenet_finetune": 50.0, "imagenet_linprobe": 1.0}, dict.fromkeys(TASKS, "50.00"))
+    assert cell_text(row, "seconds") == "unknown"
+
+
+def test_the_plan_without_data_lists_the_cells_and_ends_as_the_run(tmp_path, capsys):
+    assert ablations.main(["--table", "1f", "--plan", "--out", str(tmp_path / "o")]) == 2
+    printed, error = capsys.readouterr()
+    assert "block 50 %" in printed
+    assert "--data DIR is needed" in error
+
+
+def test_the_tables_of_an_ablation_follow_no_link(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "victim").write_text("precious")
+    for suffix in ("csv", "md", "png"):
+        (tmp_path / "tables" / f"table_2.{suffix}").symlink_to(tmp_path / "victim")
+    rows = [Row("=a", "", {"epoch_seconds": 1.0, "spread": 1.5, "speed_up": 2.5, "relative_flops": 1.0}, {})]
+    paths = write_table(tmp_path, "table_2", TABLES["2"], WALL_CLOCK, rows, "CPU")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not any(path.is_symlink() for path in paths)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from benchmarks import run_all
 from benchmarks.children import task_command
 from benchmarks.plan import make_plan, settings_by_task
 from benchmarks.suite import TASKS
-from mae_core.checkpoint import save_weights
+from mae_core.checkpoint import save_weights, sha256_of
 from mae_core.errors import UserError
 from mae_core.machine import Machine, hardware
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, write_imagenet, write_split
+from transfer.run import describe, write_record
+from transfer.task import CLASSIFIER_FILE
 
 
 @pytest.fixture
@@ -156,3 +159,52 @@ def test_from_scratch_the_checkpoints_of_one_size_are_one_job(root, tmp_path):
     command = task_command(jobs[:1], args)
     assert command[command.index("--ckpt") + 1] == arch
     assert len({job.identity()["checkpoint"] for job in jobs}) == 1
+
+
+def test_a_plan_of_which_nothing_can_run_ends_with_2(root, tmp_path, capsys):
+    common = ["--data", str(root), "--set", "imagenet_knn.k=2", "--plan", "--tasks"]
+    assert call(capsys, tmp_path / "out", *common, "imagenet_knn", "coco")[0] == 0
+    code, lines, error = call(capsys, tmp_path / "out", *common[:2], "--plan", "--tasks", "coco", "ade20k")
+    assert (code, error) == (2, "")
+    assert "  2 skipped" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["--set", "imagenet_c.transform=resize", "--tasks", "imagenet_knn"], "imagenet_c.transform=resize"),
+        (["--set", "imagenet_partial.blocks=1"], "imagenet_partial.blocks=1"),  # which runs only if it is named
+    ],
+)
+def test_a_setting_of_a_task_that_is_not_run_is_refused(root, tmp_path, capsys, arguments, unused):
+    code, _, error = call(capsys, tmp_path / "out", "--data", str(root), *arguments, "--plan")
+    task = unused.partition(".")[0]
+    said = f"this call does not run {task}; add it to --tasks, or leave the setting out"
+    assert (code, error) == (2, f"error: --set {unused}: {said}\n")
+
+
+def test_a_classifier_that_was_changed_after_its_record_is_not_evaluated(root, tmp_path, capsys):
+    write_split(root / "imagenet-a", 1)
+    flags = ["--ckpt", f"random:{ARCH}", "--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out")]
+    args = run_all.parse([*flags, "--tasks", "imagenet_finetune", "imagenet_a", "--set", "imagenet_finetune.batch=8"])
+    tuning = next(item.job for item in make_plan(args) if item.job.task.name == "imagenet_finetune")
+    file = tuning.work / CLASSIFIER_FILE
+    tuning.work.mkdir(parents=True)
+    save_weights(file, build_vit(ARCH, num_classes=1000, pool="avg").state_dict(), {})
+    done = describe(tuning, status="ok", metrics={"top1": 50.0}, artifacts={CLASSIFIER_FILE: sha256_of(file)})
+    write_record(done, tuning.work)
+
+    def states() -> dict[str, tuple[str, str]]:
+        return {item.job.task.name: (item.state, item.why) for item in make_plan(args)}
+
+    assert {task: state for task, (state, _) in states().items()} == {
+        "imagenet_finetune": "done",
+        "imagenet_a": "to do",
+    }
+    save_weights(file, build_vit(ARCH, num_classes=1000, pool="avg").state_dict(), {"changed": "yes"})
+    state, why = states()["imagenet_a"]
+    assert (state, why.split(": ")[0]) == (
+        *("failed", f"{file} is not the file that imagenet_finetune wrote, by its hash"),
+    )
+    write_record(replace(done, artifacts={}), tuning.work)  # by another version
+    assert states()["imagenet_a"][0] == "to do"  # which the run then finds out about

@@ -15,7 +15,7 @@ from mae_core import loop, pretrain
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.errors import UserError
 from mae_core.machine import Machine
-from mae_core.training import CHECKPOINT_FILE, LOG_FILE
+from mae_core.training import CHECKPOINT_FILE, LOG_FILE, truncate_log
 from tests.fixtures import pretrain as runs
 
 
@@ -471,3 +471,16 @@ def test_two_processes_share_a_fitted_target_and_the_following(noise_images, tmp
     one, two = (runs.log(tmp_path / name)[1]["knn_top1"] for name in ("one", "two"))
     assert abs(one - two) < 100 * 2 / 24  # a vote may turn by rounding
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_a_log_that_is_no_text_or_a_link_is_a_sentence(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"log\.jsonl is no log of a training: move it away or delete it"):
+        truncate_log(log, 1)
+    log.unlink()
+    (tmp_path / "victim").write_text("1\n2\n")
+    log.symlink_to(tmp_path / "victim")
+    truncate_log(log, 1)
+    assert (tmp_path / "victim").read_text() == "1\n2\n"
+    assert (log.is_symlink(), log.read_text()) == (False, "1\n")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mae_core import fitted_target, pretrain
+from mae_core import fitted_target, pretrain, space
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import read_checkpoint
 from mae_core.dalle import DalleTokenizer
@@ -145,6 +145,14 @@ def test_following_a_run_logs_accuracy_keeps_epochs_and_moves_no_weight(noise_im
     assert 0 <= runs.log(out)[1]["knn_top1"] <= 100
     kept = {"epoch-0001.safetensors", "epoch-0002.safetensors"}
     assert {p.name for p in out.iterdir()} - {p.name for p in reference.iterdir()} == kept
+    model = MaskedAutoencoder(
+        "vit_mini_patch8", 48, *(runs.TINY[f"decoder_{part}"] for part in ("dim", "depth", "heads"))
+    )
+    foreseen = pretrain.pretraining_space(tmp_path / "b", model, epochs=2, keep_every=1)
+    sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.suffix in (".pth", ".safetensors")}
+    assert sum(sizes.values()) == pytest.approx(foreseen.stays, rel=0.1)  # it leaves out names and headers
+    assert foreseen.peak - foreseen.stays == pytest.approx(sizes["checkpoint.pth"] - sizes["mae.safetensors"], rel=0.15)
+    assert pretrain.pretraining_space(out, model, 2, 1).peak == pytest.approx(sizes["checkpoint.pth"], rel=0.15)
     checkpoint = read_checkpoint(out / "epoch-0001.safetensors")
     assert (checkpoint.meta["epochs"], checkpoint.meta["epochs_planned"]) == (1, "2")
 
@@ -197,6 +205,16 @@ def test_the_command_line_refuses_in_one_sentence(noise_images, tmp_path, monkey
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+def test_too_small_a_disk_is_refused_before_the_training(noise_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(space, "free_below", lambda out: 1000)
+    arguments = ["--data", str(noise_images), "--arch", "vit_mini_patch8", "--recipe", "mini", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "--out", str(tmp_path / "a"), "--set", "batch=16"])
+    assert pretrain.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the disk is too small: up to 0.0")
+    assert error.endswith("free; free some, or choose another --out\n")
 
 
 def test_two_runs_in_one_folder_are_refused_by_name(noise_images, tmp_path, monkeypatch, capsys):

@@ -1,14 +1,18 @@
 """The command line of the task families: exit codes, one sentence for a wrong call, one record for each task."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks import ablations, run_all
+from mae_core import reconstruct
 from mae_core.checkpoint import save_weights
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, raising, small_checkpoint, write_imagenet
 from transfer.classification.tasks import TASKS
 from transfer.cli import main
+from transfer.miniature import __main__ as miniature
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record
 
@@ -145,3 +149,32 @@ def test_a_second_call_finds_its_number_and_runs_nothing(tmp_path, data, call, m
     assert first.splitlines()[-1] == second.splitlines()[-1]
     with pytest.raises(AssertionError, match="ran again"):
         call("imagenet_linprobe", *knobs, "--seed", "1", data=data)
+
+
+HUGE = "9" * 30
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (run_all.main, ["--seeds", HUGE]),
+        (run_all.main, ["--seeds", "-1"]),
+        (ablations.main, ["--table", "1a", "--seed", HUGE]),
+        (partial(main, TASKS), ["--task", "imagenet_knn", "--ckpt", "x", "--seed", HUGE]),
+        (miniature.main, ["--out", "x", "--seed", HUGE]),
+        (miniature.main, ["--out", "x", "--unlabelled", "-1"]),
+        (miniature.main, ["--out", "x", "--unlabelled", HUGE]),
+        (reconstruct.main, ["--ckpt", "x", "--images", "x", "--out", "x.png", "--seed", HUGE]),
+    ],
+)
+def test_a_number_out_of_range_ends_every_command_with_exit_code_2(command, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        command(arguments)
+    assert "is not a whole number" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_number_of_workers_is_refused(call):
+    code, _, error = call("imagenet_knn", "--workers", "-5")
+    assert (code, error) == (2, "error: --workers -5: give 0 or more processes, or leave it out\n")

@@ -229,3 +229,11 @@ def test_of_the_machine_only_the_precision_is_part_of_the_experiment(job):
 def test_a_job_that_gave_no_number_is_run_again(job, status):
     write_record(Record("imagenet_finetune", status, "why", identity=job.identity()), job.work)
     assert finished(job) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_claim_is_a_sentence(job, content):
+    claim(job)
+    (job.work / "job.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"job\.json is damaged \(.*\): delete it, or choose another --out"):
+        run_job(job)

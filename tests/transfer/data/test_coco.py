@@ -146,6 +146,7 @@ def test_captions_are_not_instances(root):
         *(("annotations", {"iscrowd": wrong}) for wrong in ("0", 0.0)),
         ("annotations", {"id": 10**30}),
         ("categories", {"id": [1]}),
+        *(("images", {"file_name": name}) for name in ("../../elsewhere.jpg", "/elsewhere.jpg")),
     ],
     ids=str,
 )

@@ -60,3 +60,22 @@ def test_real_data_are_never_overwritten(tmp_path):
             make(tmp_path)
         assert own.read_bytes() == b"mine"
         assert len(list((tmp_path / name).rglob("*"))) == 2
+
+
+def test_no_link_is_written_through(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "sets").mkdir()
+    for name in (".imagenet-sketch.partial", ".imagenet-sketch.discarded"):
+        (tmp_path / "sets" / name).symlink_to(tmp_path / "victim")
+    imagenet.imagenet_sketch(tmp_path / "sets")
+    assert list((tmp_path / "victim").iterdir()) == []
+    assert len(digests(tmp_path / "sets" / "imagenet-sketch")) == 640
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    full = raising(OSError(28, "No space left on device"))
+    drawings = chain([scenes.line_drawing] * 99, repeat(full))
+    monkeypatch.setattr(scenes, "line_drawing", lambda *args: next(drawings)(*args))
+    with pytest.raises(UserError, match=r"cannot write .*imagenet-sketch: the disk is full: free some space"):
+        imagenet.imagenet_sketch(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
