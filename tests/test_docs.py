@@ -54,7 +54,9 @@ QUICK = {
     "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
     "mae-transfer plan --ckpt FILE --data DIR": LITTLE,
     # Only planned here: tests/transfer/data/test_labelled.py and tests/benchmarks/test_ablations.py train.
-    "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": f"{LITTLE} --plan --out out --set folder:imagenet.batch=8",
+    "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": (
+        f"{LITTLE} --plan --out out --set folder:imagenet.batch=8"
+    ),
     "python benchmarks/ablations.py --table 1a --recipe mini --out ablations": "--plan",
     "python -m benchmarks.report --out results": "",
     "python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16": (
