@@ -24,7 +24,7 @@ try:
     from benchmarks.markdown import markdown_table
     from mae_core.command_line import answered
     from mae_core.errors import UserError
-    from mae_core.machine import commit, hardware, non_negative_int, versions
+    from mae_core.machine import Machine, commit, hardware, non_negative_int, versions
     from mae_core.settings import choose
     from mae_core.writing import write_json, write_texts
 except ModuleNotFoundError as e:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     room = Room(device, args.work)
     if args.check:
         return as_child(args.check, room)
-    about = {"hardware": hardware(room.device), "versions": versions(), "commit": commit(), "driver": driver()}
+    about = {"hardware": hardware(Machine(device=room.device)), "versions": versions(), "commit": commit(), "driver": driver()}
     name = args.name or slug(torch.cuda.get_device_name() if room.device == "cuda" else "rehearsal")
     path = args.out / f"{name}.json"
     found: dict[str, Any] = {**about, "checks": {}}

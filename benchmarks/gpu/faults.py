@@ -24,7 +24,7 @@ DETERMINISTIC = "import torch; torch.use_deterministic_algorithms(True); import 
 SHARED_GPU = """
 import os, runpy, sys
 import torch.distributed as dist
-os.environ["LOCAL_RANK"] = "0"
+os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 start = dist.init_process_group
 dist.init_process_group = lambda backend, **more: start("gloo", **more)
 sys.argv = sys.argv[1:]

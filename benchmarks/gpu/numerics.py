@@ -13,7 +13,7 @@ from benchmarks.flops import GIB, build_autoencoder, random_inputs
 from benchmarks.gpu.room import Line, Room, line, relative_error
 from benchmarks.timing import matmul_rate
 from mae_core.knn import knn_predict
-from mae_core.machine import hardware
+from mae_core.machine import Machine, hardware
 from mae_core.recipe import recipe
 from mae_core.vit import build_vit, get_arch
 from transfer.detection.engine_torchvision import MaskRCNN
@@ -34,7 +34,7 @@ def device(room: Room) -> Iterator[Line]:
     rates = {kind: matmul_rate(room.device, kind) / 1e12 for kind in ("fp32", "bf16")[: room.many(2, 1)]}
     capable = room.rehearsal or torch.cuda.is_bf16_supported()
     measured = ", ".join(f"{kind} {rate:.3g}" for kind, rate in rates.items())
-    figure = f"{hardware(room.device)}; matrix products in TFLOP/s: {measured}"
+    figure = f"{hardware(Machine(device=room.device))}; matrix products in TFLOP/s: {measured}"
     yield line("device", capable, figure, teraflops=rates, torch=torch.__version__, cuda=torch.version.cuda)
 
 
