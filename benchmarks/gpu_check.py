@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> int:
     room = Room(device, args.work)
     if args.check:
         return as_child(args.check, room)
-    about = {"hardware": hardware(Machine(device=room.device)), "versions": versions(), "commit": commit(), "driver": driver()}
+    about = {"hardware": hardware(Machine(device=device)), "versions": versions()}
+    about |= {"commit": commit(), "driver": driver()}
     name = args.name or slug(torch.cuda.get_device_name() if room.device == "cuda" else "rehearsal")
     path = args.out / f"{name}.json"
     found: dict[str, Any] = {**about, "checks": {}}
