@@ -1,6 +1,7 @@
 """What signals do: Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP stop a run alike."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,24 @@ def stop_on_signals() -> None:
     """From now on each of them raises KeyboardInterrupt. SIGINT too: a script's background job inherits it ignored."""
     for number in stop_signals():
         signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def stop_postponed() -> Iterator[None]:
+    """A signal that comes within is answered at the end. A library in C or Rust that KeyboardInterrupt interrupts may
+    raise another error in its place, such as that of a damaged file."""
+    if threading.current_thread() is not threading.main_thread():  # whom alone signals interrupt
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: came.append(n)) for number in stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from torch import Tensor
 from mae_core.checkpoint.archive import check_arrays, check_torch, members_of
 from mae_core.checkpoint.array_pickle import NotAllowed, load_arrays
 from mae_core.checkpoint.errors import CheckpointError
+from mae_core.stopping import stop_postponed
 from mae_core.writing import replacing
 
 OUR_FORMAT = "mae-transfer"
@@ -197,7 +198,7 @@ def _read_safetensors(path: Path, size: int, header: int) -> tuple[dict[str, Ten
     if header > size - 8:
         raise CheckpointError(f"{path} is cut short inside its safetensors header: download or copy it again")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with stop_postponed(), safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # SafetensorError, or a type of numbers that this torch does not know
         raise CheckpointError(f"{path} is cut short or damaged ({error}): download or copy it again") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.stopping import stop_on_signals, stop_requested
+from mae_core.stopping import stop_on_signals, stop_postponed, stop_requested
 from tests.fixtures import ROOT
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,6 +33,18 @@ def test_each_signal_stops_like_ctrl_c(number):
         assert stop == [number]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_can_wait_until_a_library_is_done(number):
+    stop_on_signals()
+    done = []
+    with pytest.raises(KeyboardInterrupt), stop_postponed():
+        os.kill(os.getpid(), number)
+        done.append("read")
+    assert done
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
 
