@@ -134,7 +134,7 @@ def meeting() -> dist.Store:
             f"WORLD_SIZE is {world_size()} in the environment, but this process cannot join the others ({why}): {UNSET}"
         ) from None
     store.set_timeout(TOGETHER)
-    return store
+    return dist.PrefixStore("default_pg", store)  # as torch does: torchrun keeps its own keys in it
 
 
 def barrier() -> None:
