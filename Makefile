@@ -7,7 +7,7 @@ PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check gpu-check gpu-bundle lint lock clean
+.PHONY: help install demo test check campaign gpu-check gpu-bundle lint lock clean
 
 help:
 	@echo "make demo     install, pre-train for a minute, run the main tasks on the miniature, write the tables to $(DEMO)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make check    install, lint, run the quick tests"
 	@echo "make gpu-check   half an hour on a GPU: does everything run on it, with the CPU's numbers, and how fast?"
 	@echo "make gpu-bundle  the same in a folder for a GPU machine without network"
+	@echo "make campaign    kills, full disks, bad inputs and hostile files against every command: half an hour, one table"
 	@echo "make install  set up .venv with the versions in uv.lock"
 	@echo "make lint     install, ruff, mypy, codespell, the lock files"
 	@echo "make lock     write uv.lock and requirements.lock after a change to pyproject.toml"
@@ -63,6 +64,10 @@ gpu-check: install
 
 gpu-bundle: install
 	$(BIN)/python benchmarks/gpu_bundle.py
+
+# docs/campaign.md shows its table.
+campaign: install
+	$(BIN)/python -m tests.campaign
 
 lint: install
 	$(BIN)/ruff check .
