@@ -78,4 +78,4 @@ lint: install
 	@$(EXPORT) | diff requirements.lock - || { echo "error: requirements.lock is not uv.lock's: make lock" >&2; exit 1; }
 
 clean:
-	rm -rf $(DEMO) gpu-check gpu-bundle .pytest_cache .ruff_cache .mypy_cache dist
+	rm -rf $(DEMO) gpu-check gpu-bundle .hypothesis .pytest_cache .ruff_cache .mypy_cache dist

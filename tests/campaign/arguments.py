@@ -151,7 +151,6 @@ RECORDS: dict[str, Callable[[Path], None]] = {
     "a record without its metric": replaced(lambda r: r.update(metrics={})),
     "a record whose checkpoint is a number": replaced(lambda r: r.update(checkpoint=3)),
     "a record of an unknown status": replaced(lambda r: r.update(status="great")),
-    "a record of an unknown task": replaced(lambda r: r.update(task="imagenet_nearest")),
     "a record whose recipe is null": replaced(lambda r: r.update(recipe=None)),
 }
 
