@@ -97,9 +97,8 @@ def in_the_middle(name: str, world: World, work: Path, strike: Callable[[], None
     process = start(pipelines(world)[name], work, log)
     deadline = time.monotonic() + PATIENCE
     while not any(work.glob("out/**/checkpoint.pth")) and not any(work.glob("out/**/iter_*.pth")):
-        require(
-            process.poll() is None and time.monotonic() < deadline, "no state is ever saved", finish(process, log, 1)
-        )
+        if process.poll() is not None or time.monotonic() > deadline:
+            require(False, "no state is ever saved", finish(process, log, 1))
         time.sleep(0.01)
     strike()
     return finish(process, log, PATIENCE)

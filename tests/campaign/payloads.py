@@ -3,6 +3,7 @@
 import io
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -99,7 +100,7 @@ def try_state(world: World, name: str, way: str, work: Path) -> None:
     command, log, victim = pipelines(world)[name], work / "printed.txt", work / "victim"
     process = start(command, work, log)
     while not (states := [p for p in work.glob("out/**/*") if p.suffix in (".pth", ".pt")]) and process.poll() is None:
-        pass
+        time.sleep(0.01)
     kill_all([process.pid, *descendants(process.pid)])
     process.wait()
     require(states, "no state was saved before the run ended", finish(process, log, 1))
