@@ -6,6 +6,7 @@ A fork is a process like any other: it has a session, pipes and an exit code of 
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import inspect
 import io
@@ -16,11 +17,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import mae_core
 
 PRELOADED = (
     "benchmarks.ablations", "benchmarks.report", "benchmarks.run_all", "benchmarks.speed", "mae_core.checkpoint",
@@ -72,10 +74,11 @@ def become(
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGXFSZ, signal.SIGPIPE, signal.SIGALRM):
             ignored = number in (signal.SIGPIPE, signal.SIGXFSZ)  # as Python begins
             signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as long as Python itself would be starting
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         faulthandler.disable()
         atexit._clear()
+        gc.callbacks.clear()  # hypothesis's
         if new_session:
             os.setsid()
         for number, descriptor in enumerate(pipes):
@@ -98,14 +101,25 @@ def become(
         os.chdir(cwd or ".")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # that it was imported before
         subprocess.Popen = Fork
+        mae_core.stop_quietly()  # as its import does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run([part for part in args[1:] if part != "-u"])
         atexit._run_exitfuncs()
     except BaseException:
-        traceback.print_exc()
+        code = unexpected()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os._exit(code)
+
+
+def unexpected() -> int:
+    """What Python does with an exception that nobody caught; the exit code."""
+    try:
+        sys.excepthook(*sys.exc_info())
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 1
 
 
 def run(arguments: list[str]) -> int:
