@@ -12,7 +12,7 @@ import torch
 from tests.campaign.cases import Broken
 
 # Fields of records, states and logs that say when and how fast, and a table's durations.
-TIMES = re.compile(r"(.*_)?seconds(_per_.*)?|images_per_second|peak_memory_gib|finished")
+TIMES = re.compile(r"(.*_)?seconds(_per_.*)?|(.*_)?images_per_second|peak_memory_gib|finished")
 DURATION = re.compile(r"\b\d+:\d\d(:\d\d)?\b")
 # Left by a run for the reader, and no result: logs, TensorBoard's events, mmengine's own files, locks.
 PASSING = ("logs/", "tensorboard/", "mmengine/", ".lock")

@@ -55,7 +55,7 @@ def all_pipelines(world: World) -> list[Pipeline]:
     for name, command in pipelines(world).items():
         found.append(Pipeline(name, command, alone if "pre-training" in name else WHOM, kills.get(name, 9)))
     for name, command in two_ranks(world).items():
-        found.append(Pipeline(name, command, ("rank", "rank", "parent", "group"), 4))
+        found.append(Pipeline(name, command, ("rank", "rank", "parent", "group"), 3))
     return found
 
 
