@@ -239,7 +239,7 @@ def cases(world: World, number: int) -> list[Case]:
     for early in (True, False):
         when = "from the start" if early else "in the middle"
         found += [
-            Case(locked, f"{when}: {n}", partial(read_only, world, n, early), small=early and "pre" in n)
+            Case(locked, f"{when}: {n}", partial(read_only, world, n, early), small=early and n == "coco")
             for n in DISTURBED
         ]
     for name in small_commands(world):
