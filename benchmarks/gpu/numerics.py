@@ -94,7 +94,7 @@ def boxes(room: Room) -> Iterator[Line]:
     model = MaskRCNN(body, r, RoIBatchNorm).to(room.device).eval()
     images = torch.rand(1, 3, size, size, device=room.device) * 255
     with torch.inference_mode(), torch.autocast(room.device, torch.bfloat16):
-        maps = model.features(images, [torch.tensor([size, size])])
+        maps = model.features(images, [(size, size)])
         found = model.rpn(ImageList(images, [(size, size)]), maps)[0][0]
     inside = found[(found > 256) & (found < size - 1)]
     off_grid = (inside != inside.bfloat16().float()).float().mean().item() if len(inside) else 0.0

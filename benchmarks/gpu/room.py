@@ -82,7 +82,7 @@ class Room:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
             try:
-                code = subprocess.run(
+                code: int | str = subprocess.run(
                     command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, timeout=seconds,
                     check=False,
                 ).returncode  # fmt: skip
