@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from mae_core.autoencoder import MaskedAutoencoder
 
 torch.set_num_threads(1)  # several threads sum in another order; and the models here are too small to gain by them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for every child too, and some tests send it
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,10 @@ def content(path: Path) -> Any:
     """A file's content for comparison: numbers and text without times, bytes of everything else."""
     if path.suffix == ".pth":
         return as_bytes(without_times(torch.load(path, weights_only=True)))
+    if path.suffix == ".safetensors":  # its header's length, its header, its numbers
+        raw = path.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        return without_times(json.loads(raw[8:end])), raw[end:]
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return [without_times(json.loads(line)) for line in lines]
