@@ -215,7 +215,7 @@ def test_a_table_is_filled_and_resumed_cell_by_cell(tiny_data, tmp_path, monkeyp
     monkeypatch.setitem(TABLES["1a"].cells, "mini", (Cell("wrong", {"target": "pca", "pca_components": 500}),))
     assert ablations.main(["--table", "1a", *call[2:]]) == 1
     text = (tmp_path / "tables" / "table_1a.md").read_text()
-    assert "failed: pre-training ended with exit code 1: error: pca_components=500: 1280 patches of 192 values" in text
+    assert "failed: pre-training ended with exit code 2: error: pca_components=500: 1280 patches of 192 values" in text
 
 
 def test_table_2_times_all_of_a_size_in_one_run(tiny_data, tmp_path, monkeypatch, capsys):
