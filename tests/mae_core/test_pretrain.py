@@ -166,6 +166,7 @@ def test_fused_adamw_and_on_a_gpu_compilation_are_on_unless_switched_off(monkeyp
     assert machine("--device", "cpu") == (False, True)
     assert machine("--device", "cpu", "--compile", "--no-fused-adamw") == (True, False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert machine() == (True, True)
     assert machine("--no-compile", "--no-fused-adamw") == (False, False)
     with pytest.raises(UserError, match="--compile and --no-compile: give one of them"):
