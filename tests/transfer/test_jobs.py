@@ -67,6 +67,7 @@ def test_a_setting_of_the_call_is_refused_and_one_of_the_recipe_is_a_failure(roo
 def test_the_evaluation_that_is_compared_to_three_decimals_is_exact_on_a_gpu_too(root, tmp_path, monkeypatch):
     """Its precision is that of the user's --precision, or fp32; any other task's is the device's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     parser = argparse.ArgumentParser()
     add_common_flags(parser, TASKS)
 
