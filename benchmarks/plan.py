@@ -61,7 +61,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
         chosen = named or [task for task in TASKS if runs_by_default(task, checkpoint)]
         finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
         coming = finetune.task in chosen and not obstacle(finetune)[0]
-        run |= {task.name for task in chosen}
+        run |= {task.name for task in chosen} | {FINETUNE for task in chosen if task.needs is Needs.CLASSIFIER}
         for task in chosen:
             items.append(plan_item(job_of(checkpoint, seed, task), finetune, coming))
     check_used(settings, run)
@@ -109,10 +109,14 @@ def settings_by_task(settings: Sequence[str], tasks: Sequence[Task]) -> dict[str
 
 
 def check_used(settings: dict[str, list[str]], run: Collection[str]) -> None:
-    """UserError for a setting of a task that this call does not run: it would change nothing."""
-    if unused := next((f"{task}.{given[0]}" for task, given in settings.items() if given and task not in run), None):
-        task = unused.partition(".")[0]
-        raise UserError(f"--set {unused}: this call does not run {task}; add it to --tasks, or leave the setting out")
+    """UserError for a setting of a task that this call neither runs nor takes a classifier from: it would change
+    nothing."""
+    for task, given in settings.items():
+        if given and task not in run:
+            which = f"{task}.{given[0]}"
+            raise UserError(
+                f"--set {which}: this call does not run {task}; add it to --tasks, or leave the setting out"
+            )
 
 
 def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:

@@ -173,6 +173,7 @@ def test_a_plan_of_which_nothing_can_run_ends_with_2(root, tmp_path, capsys):
     ("arguments", "unused"),
     [
         (["--set", "imagenet_c.transform=resize", "--tasks", "imagenet_knn"], "imagenet_c.transform=resize"),
+        (["--set", "imagenet_finetune.epochs=9", "--tasks", "imagenet_knn"], "imagenet_finetune.epochs=9"),
         (["--set", "imagenet_partial.blocks=1"], "imagenet_partial.blocks=1"),  # which runs only if it is named
     ],
 )

@@ -86,7 +86,7 @@ def test_both_engines_see_the_pyramids_own_features(pyramid, r):
     tv.body.register_forward_hook(lambda module, inputs, output: seen.extend(output))
     padded = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     padded[0, :, :40] = image
-    tv(padded, [{"size": torch.tensor([40, 64])}])
+    tv(padded, [{"size": (40, 64)}])
     torch.testing.assert_close(seen, alone, rtol=0, atol=1e-5)
 
 

@@ -130,6 +130,7 @@ def test_a_sample_is_a_function_of_seed_and_position(root):
     again, same, _ = dataset[Sample(3, 17)]
     assert torch.equal(image, again)
     assert target.keys() == same.keys() == {"boxes", "labels", "masks", "size"}
+    assert target.pop("size") == same.pop("size")
     assert all(torch.equal(target[key], same[key]) for key in target)
     assert not torch.equal(image, dataset[Sample(3, 18)][0])
     assert not torch.equal(image, Jittered(examples, replace(r, image_size=64), 1)[Sample(3, 17)][0])
@@ -143,7 +144,7 @@ def test_boxes_are_made_anew_and_objects_that_are_cut_away_are_gone(root):
     for position in range(100):
         image, target, _ = dataset[Sample(3, position)]
         masks = target["masks"].numpy()
-        height, width = target["size"].tolist()
+        height, width = target["size"]
         assert masks.shape == (len(target["labels"]), 64, 64)
         assert target["boxes"].shape == (len(masks), 4)
         assert masks.any(axis=(1, 2)).all()
@@ -268,7 +269,7 @@ def test_boxes_keep_their_place_in_bf16(root, tmp_path):
         "boxes": torch.tensor([[33.3, 40.7, 63.1, 62.9], [3.3, 5.7, 17.1, 11.9]]),  # bf16 has quarters from 32 on
         "labels": torch.tensor([1, 2]),
         "masks": torch.ones(2, 64, 64, dtype=torch.uint8),
-        "size": torch.tensor([64, 64]),
+        "size": (64, 64),
     }
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [target])
@@ -314,7 +315,7 @@ def test_an_image_without_proposals_is_evaluated(root, tmp_path):
     model = model_of(job).eval()
     model.rpn.score_thresh = 2.0  # no probability reaches it
     with torch.no_grad():
-        (found,) = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [{"size": torch.tensor([64, 64])}])
+        (found,) = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [{"size": (64, 64)}])
     assert found["boxes"].shape == (0, 4)
     assert found["masks"].shape[0] == 0
 
@@ -427,7 +428,7 @@ class Fixed(nn.Module):
         self.boxes, self.masks, self.given = torch.tensor(boxes).reshape(-1, 4), masks, []
 
     def forward(self, images, targets):
-        self.given += [(image, target["size"].tolist()) for image, target in zip(images, targets)]
+        self.given += [(image, target["size"]) for image, target in zip(images, targets)]
         count = len(self.boxes)
         labels, scores = torch.tensor([17, 12, 80][:count]), torch.linspace(0.9, 0.5, count)
         return [{"boxes": self.boxes, "labels": labels, "scores": scores, "masks": self.masks} for _ in images]
@@ -443,7 +444,7 @@ def test_detections_are_mapped_back_to_the_original_image(tmp_path):
     model = Fixed(boxes, torch.ones(3, 1, 28, 28)).train()
     found = predict(model, job)
     assert not model.training
-    assert [size for _, size in model.given] == [[40, 60], [60, 40], [60, 60]]
+    assert [size for _, size in model.given] == [(40, 60), (60, 40), (60, 60)]
     examples = read_split(tmp_path, "val").examples
     for (image, (height, width)), example in zip(model.given, examples):
         expected = np.asarray(Image.open(example.file).resize((width, height), Image.Resampling.BILINEAR))
