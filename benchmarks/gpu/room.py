@@ -64,10 +64,11 @@ class Room:
 
     @property
     def data(self) -> Path:
-        """The miniature with 2,560 unlabelled images."""
+        """The miniature with 2,560 unlabelled images (64 in a rehearsal)."""
         root = self.work / "data"
         if not (root / "complete").exists():
-            call = [sys.executable, "-m", "transfer.miniature", "--out", str(root), "--unlabelled", "2560"]
+            call = [sys.executable, "-m", "transfer.miniature", "--out", str(root)]
+            call += ["--unlabelled", str(self.many(2560, 64))]
             self.run("data", call)
             (root / "complete").touch()
         return root

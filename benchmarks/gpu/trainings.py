@@ -15,7 +15,7 @@ TASKS = ("imagenet_finetune", "imagenet_linprobe", "imagenet_knn", "imagenet_r",
 
 def curve(room: Room) -> Iterator[Line]:
     """The loss of the mini model's pre-training, epoch by epoch, beside the same training on the CPU."""
-    knobs = ("--recipe", "mini", "--set", f"epochs={room.many(8, 2)}", "warmup_epochs=1", "batch=128")
+    knobs = ("--recipe", "mini", "--set", f"epochs={room.many(8, 2)}", "warmup_epochs=1", f"batch={room.many(128, 16)}")
 
     def losses(device: str, precision: str) -> list[float]:
         name = f"curve-{device}-{precision}"
@@ -35,7 +35,7 @@ def curve(room: Room) -> Iterator[Line]:
 
 def pretraining(room: Room) -> Iterator[Line]:
     """The training loop with its loader, 200 steps, compiled or not."""
-    epochs, batch = room.many(20, 2), room.many(256, 128)
+    epochs, batch = room.many(20, 2), room.many(256, 16)
     precision = "fp32" if room.rehearsal else "bf16"
     peak_rate = matmul_rate(room.device, precision)
     flops = training_flops(room.base, recipe(room.base, room.recipe))

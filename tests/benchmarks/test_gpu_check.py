@@ -9,6 +9,7 @@ import torch
 from benchmarks import gpu_bundle, gpu_check
 from benchmarks.gpu import numerics
 from benchmarks.gpu.room import Room, last_line, line, skipped
+from tests.fixtures.transfer import write_imagenet
 
 
 @pytest.fixture
@@ -79,9 +80,20 @@ def test_wrong_arithmetic_is_seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["boxes", "kill"])
-def test_a_rehearsed_check_passes(check, tmp_path, capsys):
+@pytest.mark.parametrize("check", [numerics.forward, numerics.boxes, numerics.knn])
+def test_a_cpu_computes_what_a_cpu_computes(check, tmp_path):
+    found = list(check(Room("cpu", tmp_path)))
+    assert found
+    assert [one for one in found if one.status != "pass"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["kill", "processes"])
+def test_a_rehearsed_check_passes(check, noise_images, tmp_path, capsys):
     where = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    data = write_imagenet(tmp_path / "work" / "data")
+    (data / "unlabelled").symlink_to(noise_images)
+    (data / "complete").touch()
     assert gpu_check.main(["--rehearse", "--only", check, *where]) == 0, capsys.readouterr().out
 
 
