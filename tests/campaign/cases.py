@@ -51,7 +51,7 @@ def attempt(case: Case, work: Path) -> Outcome:
         result, why = "skipped", str(e)
     except Broken as e:
         result, why = "broken", str(e)
-    except Exception:
+    except Exception:  # a fault of the case counts as broken, and the other cases still run
         result, why = "broken", "the case itself failed: " + traceback.format_exc()
     if result != "broken":
         shutil.rmtree(work, ignore_errors=True)
