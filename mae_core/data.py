@@ -96,7 +96,8 @@ class Images(Dataset):
 
     The transform gets a uint8 tensor [3, H, W]; with pillow=True a PIL image that Pillow decoded, as in the published
     evaluations. A file that cannot be read gives a black image and its name: the caller decides what that means.
-    UserError, with the file's name, where the transform fails.
+    UserError, with the file's name, where the transform fails, and for a file whose folder is gone: with a disk that
+    is no longer mounted all would be black.
     """
 
     def __init__(
@@ -139,7 +140,10 @@ class Images(Dataset):
         path = os.fsdecode(self.files[index])
         try:
             return (read_image if self.pillow else read_pixels)(path), ""
-        except UNREADABLE:
+        except UNREADABLE as e:
+            folder = Path(path).parent
+            if isinstance(e, FileNotFoundError) and not folder.exists():
+                raise UserError(f"{folder} is gone: put it back, or mount its disk, and start again") from None
             black = Image.new("RGB", (64, 64)) if self.pillow else torch.zeros(3, 64, 64, dtype=torch.uint8)
             return black, path
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_origin
@@ -142,7 +143,17 @@ def tidy(job: Job) -> None:
         return
     with contextlib.suppress(OSError):  # a folder that may only be read
         (job.work / CHECKPOINT_FILE).unlink(missing_ok=True)
+        forget_obstacles(job)
     clear_leftovers(job.work)
+
+
+def forget_obstacles(job: Job) -> None:
+    """Delete the records that say that this job could not run for want of its data or its classifier, which are there
+    now: the tables would show them beside its number."""
+    for fingerprint, parent in product({job.data.fingerprint, ""}, {job.parent, None}):
+        other = with_work_folder(replace(job, data=replace(job.data, fingerprint=fingerprint), parent=parent)).work
+        if other != job.work:
+            (other / RECORD_FILE).unlink(missing_ok=True)
 
 
 def run_job(job: Job) -> Record:
@@ -162,8 +173,7 @@ def run_locked(job: Job) -> Record:
     if distributed.is_main():
         for name in (RECORD_FILE, TRACEBACK_FILE):  # from an earlier attempt
             (job.work / name).unlink(missing_ok=True)
-        if job.parent is not None:  # the one that said "skipped" for want of the classifier would be tabled too
-            (with_work_folder(replace(job, parent=None)).work / RECORD_FILE).unlink(missing_ok=True)
+        forget_obstacles(job)
     distributed.barrier()
     if job.machine.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

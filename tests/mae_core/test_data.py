@@ -120,6 +120,11 @@ def test_unreadable_files_give_black_and_their_name(tmp_path, coordinate_image):
     assert images[3].float().std() > 0.1
 
 
+def test_a_folder_that_is_gone_ends_the_run_before_a_black_image_is_learnt(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/unmounted is gone: put it back, or mount its disk"):
+        Images([tmp_path / "unmounted" / "a.png"], pretraining_transform(16))[0]
+
+
 def test_unreadable_files_are_named_once_and_too_many_are_an_error(capsys, monkeypatch):
     unreadable, names = data.UnreadableFiles(), [f"file{number:02}" for number in range(data.MAX_UNREADABLE)]
     for name in names:

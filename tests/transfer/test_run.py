@@ -16,7 +16,17 @@ from mae_core.writing import write_json
 from tests.fixtures.transfer import ARCH, make_job, raising
 from transfer.classification.tasks import FINETUNE
 from transfer.jobs import cached_or_skipped
-from transfer.run import claim, finished, read_record, run_job, shortened, slug, with_work_folder, write_record
+from transfer.run import (
+    claim,
+    describe,
+    finished,
+    read_record,
+    run_job,
+    shortened,
+    slug,
+    with_work_folder,
+    write_record,
+)
 from transfer.task import RECORD_FILE, Data, Job, Record, Result
 
 DATA = Data("root", "found", "4 classes", "subset", "f" * 64, {"classes": 4}, 25.0)
@@ -135,6 +145,22 @@ def test_a_run_that_was_killed_behind_its_record_is_tidied_by_the_next_call(job)
         (job.work / name).write_text("x")
     assert cached_or_skipped(job) == record
     assert {path.name for path in job.work.iterdir()} == {RECORD_FILE, "job.json", LOCK_FILE}
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["run", "done before"])
+def test_what_was_away_and_is_back_leaves_no_record_beside_the_number(job, done):
+    """A run whose data or classifier vanish says so in a folder of its own: it is another experiment."""
+    job = with_work_folder(replace(job, parent=job.checkpoint))
+    if done:
+        run_job(job)
+    away = replace(DATA, status="incomplete", fingerprint="")
+    for changes in ({"data": away}, {"parent": None}, {"data": away, "parent": None}):
+        other = with_work_folder(replace(job, **changes))
+        write_record(describe(other, status="failed", reason="no data"), other.work)
+    elsewhere = with_work_folder(replace(job, data=replace(DATA, fingerprint="e" * 64)))
+    write_record(describe(elsewhere, status="failed", reason="of another data set"), elsewhere.work)
+    assert (cached_or_skipped if done else run_job)(job).status == "ok"
+    assert {path.parent for path in job.out.rglob(RECORD_FILE)} == {job.work, elsewhere.work}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "x"}', '{"task": "x", "status": "ok", "colour": "red"}'])
