@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.autoencoder import MaskedAutoencoder
+from mae_core.flops import count_flops
 from mae_core.masking import mask_noise
 from mae_core.recipe import PretrainRecipe
 from mae_core.targets import Target
@@ -56,17 +56,6 @@ def training_flops(arch: str, r: PretrainRecipe) -> int:
     model = build_autoencoder(arch, r, "meta").train()
     images, noise = random_inputs(arch, r, 1, "meta")
     return count_flops(lambda: model(images, noise, r.mask_ratio).loss.backward(), model)
-
-
-def count_flops(work: Callable[[], object], model: nn.Module) -> int:
-    """FLOPs of the matrix products that `work` computes with the model."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            # The counter sees the products of the explicit form on every device.
-            module.fused_attn = False  # type: ignore[assignment]
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from benchmarks.flops import build_autoencoder, count_flops, training_flops
+from benchmarks.flops import build_autoencoder, training_flops
 from benchmarks.originals import mae as official
 from mae_core.data import (
     MEAN,
@@ -35,13 +35,13 @@ from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.shards import list_shards
 from mae_core.training import State, Training
 from mae_core.vit import build_vit, get_arch
+from transfer.classification.cost import CLASSES, classifier_flops
 from transfer.classification.recipes import finetune_recipe
 
 Workload = Callable[[], object]
 Scaler = torch.amp.GradScaler | None
 SAME, SHIPPED = "official, same precision", "official, as shipped"
 IMAGE_FOLDER = "torchvision's ImageFolder, Pillow"
-CLASSES = 1000
 
 
 def make_workloads(
@@ -219,14 +219,6 @@ def evaluation(arch: str, name: str, batch: int, machine: Machine) -> Arms:
         return inference(other, other, autocast)
 
     return inference(model, forward, machine.autocast), theirs, classifier_flops(arch, size, train=False)
-
-
-def classifier_flops(arch: str, image_size: int, train: bool) -> int:
-    """FLOPs of one image through the classifier: the forward pass and, in training, the backward pass."""
-    with torch.device("meta"):
-        model = build_vit(arch, image_size, CLASSES, "avg")
-        image = torch.empty(1, 3, image_size, image_size)
-    return count_flops(lambda: model(image).sum().backward() if train else model(image), model)
 
 
 def loader_workloads(size: int, batch: int, machine: Machine, data: Path) -> dict[str, Workload]:

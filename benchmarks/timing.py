@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,11 +50,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: str, precision: str) -> float:
-    """FLOP/s of the fastest of a few square matrix products in that precision: the yardstick for a step's FLOP/s."""
+def matmul_rate(device: str, precision: str, sides: Sequence[int] = ()) -> float:
+    """FLOP/s of the fastest of a few square matrix products in that precision, of these sides or of those that suit the
+    device: the yardstick for a step's FLOP/s."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
-    for side in (1024, 2048) if device == "cpu" else (4096, 8192):
+    for side in sides or ((1024, 2048) if device == "cpu" else (4096, 8192)):
         a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
         timing = alternate({"product": partial(torch.matmul, a, b)}, warmup=2, repeats=5, device=device)["product"]
         best = max(best, 2 * side**3 / min(timing.seconds))

@@ -144,7 +144,10 @@ def test_imports_inside_functions_are_engines_and_heavy_or_optional_packages():
 
 
 SHARED = [f"transfer/{name}.py" for name in ("task", "run", "jobs", "cli", "space")]
-SHARED += ["mae_core/settings.py", *(f"benchmarks/{name}.py" for name in ("run_all", "plan", "children", "suite"))]
+SHARED += [
+    "mae_core/settings.py",
+    *(f"benchmarks/{name}.py" for name in ("run_all", "plan", "children", "suite", "cost")),
+]
 
 
 @pytest.mark.parametrize("file", SHARED)

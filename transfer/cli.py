@@ -1,6 +1,7 @@
 """The command line of every task family: its flags, and its main, which runs some of its tasks on one checkpoint."""
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, named_path, seed
+from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
@@ -77,6 +79,8 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KNOB=VALUE", help="override recipe knobs"
     )
+    estimate_help = "wall time that a plan expects of each task, for its record"
+    parser.add_argument("--estimated-seconds", nargs="+", type=finite, default=[], metavar="S", help=estimate_help)
     if any(task.needs is Needs.CLASSIFIER for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_common_flags(parser, tasks)
@@ -100,12 +104,14 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
     parent = classifier_of(checkpoint, classifier, args.recipe, args.seed) if classifier else None
     root = data_root(args, tasks)
     records = []
-    for task in tasks:
+    expected = itertools.chain(args.estimated_seconds, itertools.repeat(None))
+    for task, seconds in zip(tasks, expected):
         evaluated = parent if task.needs is Needs.CLASSIFIER and checkpoint.kind != "classifier" else None
         data = guarded(task.inspect, root)
         job = make_job(
             task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, evaluated
         )
+        job = replace(job, estimated_seconds=seconds)
         record = cached_or_skipped(job)
         if record is None:
             check_space([job], args.out)

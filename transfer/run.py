@@ -191,11 +191,13 @@ def run_locked(job: Job) -> Record:
         first_line = (str(e).strip().splitlines() or [""])[0]
         result, status = Result({}), "failed"
         reason = printable(f"{type(e).__name__}: {first_line} (the traceback is in {job.work / TRACEBACK_FILE})")
-    seconds = result.seconds if result.seconds is not None else time.monotonic() - started
+    wall = time.monotonic() - started
+    seconds = result.seconds if result.seconds is not None else wall
     record = describe(
         job,
         status=status,
         reason=reason,
+        wall_seconds=round(max(wall, seconds), 1),
         images_per_second=round(result.images_seen / seconds, 2) if seconds else 0.0,
         peak_memory_gib=round(peak_memory_gib(job.machine.device), 2),
         **vars(replace(result, seconds=round(seconds, 1))),
@@ -256,6 +258,7 @@ def describe(job: Job, **outcome: Any) -> Record:
         hardware=hardware(job.machine),
         versions=versions(job.task.packages),
         commit=commit(),
+        estimated_seconds=job.estimated_seconds,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
     )

@@ -42,6 +42,22 @@ class Needs(Enum):
     FINE_TUNED_FILE = "fine-tuned file"  # a fine-tuned classifier given as the checkpoint
 
 
+FORWARD, TRAINED = 1.0, 3.0  # passes: the backward pass through all layers costs two forward ones
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that a job takes through its model, at one rate: its training, or its evaluation.
+
+    kind: what sets an image's cost, for one architecture, engine and machine; parts of one kind have one rate, whatever
+    their task. passes: the cost of an image in forward passes.
+    """
+
+    kind: str
+    images: int
+    passes: float = FORWARD
+
+
 Objection = tuple[str, str]  # (knob or flag, why it would make the job fail and what to do)
 
 
@@ -52,7 +68,9 @@ class Task:
     recipe: (arch, "paper", "mini" or the name of a further recipe) -> the recipe, a frozen dataclass. sources: (arch[,
     name of the further recipe]) -> where each value comes from. inspect: data root -> what it holds. miniature: writes
     the generated data below a root. objections: why a job would fail, checked before anything starts; its data may be
-    missing. space: what the files of a job need; called only if its data were found.
+    missing. space: what the files of a job need; parts: what it computes, the part that `Record.seconds` times first
+    (none: its time is not estimated); flops: of one image's forward pass. These three are called only if its data were
+    found.
     """
 
     name: str
@@ -68,6 +86,8 @@ class Task:
     miniature: Callable[[Path], Path]
     objections: Callable[["Job"], Iterable[Objection]] = lambda job: ()
     space: Callable[["Job"], Space] = lambda job: Space(0, 0)
+    parts: Callable[["Job"], tuple[Part, ...]] = lambda job: ()
+    flops: Callable[["Job"], int] = lambda job: 0
     detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says about the data
     needs: Needs = Needs.ENCODER
     higher_is_better: bool = True
@@ -98,6 +118,7 @@ class Job:
     machine: Machine = field(default_factory=Machine)
     parent: Checkpoint | None = None  # the fine-tuned classifier that a robustness task evaluates
     out: Path = Path()  # --out, below which `work` lies
+    estimated_seconds: float | None = None  # by the plan, of wall time
 
     @property
     def recipe_label(self) -> str:
@@ -148,6 +169,8 @@ class Record:
     commit: str = ""
     images_seen: int = 0
     seconds: float = 0.0
+    wall_seconds: float = 0.0  # of the process that ended it, without start-up; at least `seconds`
+    estimated_seconds: float | None = None  # what the plan expected of the wall time, with start-up
     images_per_second: float = 0.0
     peak_memory_gib: float = 0.0
     tables: dict[str, Any] = field(default_factory=dict)

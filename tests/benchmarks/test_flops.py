@@ -4,7 +4,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from benchmarks.flops import build_autoencoder, count_flops, random_inputs, saved_bytes, training_flops, training_memory
+from benchmarks.flops import build_autoencoder, random_inputs, saved_bytes, training_flops, training_memory
+from mae_core.flops import count_flops
 from mae_core.recipe import recipe
 
 

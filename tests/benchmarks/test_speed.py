@@ -14,10 +14,11 @@ from benchmarks import speed
 from benchmarks.flops import training_flops
 from benchmarks.originals import mae as official
 from benchmarks.speed import Result
-from benchmarks.speed_workloads import classifier_flops, loader_workloads, make_workloads
+from benchmarks.speed_workloads import loader_workloads, make_workloads
 from benchmarks.timing import Timing
 from mae_core.machine import Machine
 from mae_core.recipe import recipe
+from transfer.classification.cost import classifier_flops
 
 QUICK = ["--arch", "vit_mini_patch8", "--batch", "4", "--warmup", "1", "--repeats", "2", "--device", "cpu"]
 

@@ -139,9 +139,11 @@ def test_the_classifier_of_another_checkpoint_recipe_or_seed_is_refused(tmp_path
 
 def test_a_second_call_finds_its_number_and_runs_nothing(tmp_path, data, call, monkeypatch):
     knobs = ("--set", "batch=8", "epochs=1", "warmup_epochs=0")
-    code, first, _ = call("imagenet_linprobe", *knobs, data=data)
+    code, first, _ = call("imagenet_linprobe", *knobs, "--estimated-seconds", "12.5", data=data)
     assert code == 0
     before = the_record(tmp_path)
+    assert before.estimated_seconds == 12.5
+    assert before.wall_seconds >= before.seconds > 0  # with the evaluation
     monkeypatch.setattr("transfer.cli.run_job", raising(AssertionError("ran again")))
     code, second, _ = call("imagenet_linprobe", *knobs, data=data)
     assert code == 0

@@ -54,6 +54,7 @@ def test_a_job_that_succeeds_leaves_a_record_with_its_biography(job):
     assert (record.status, record.reason, record.metrics) == ("ok", "", {"top1": 71.25})
     assert (record.n_eval, record.chance, record.notes) == (50, 25.0, ("odd",))
     assert record.images_per_second == 50.0  # 200 images in 4 seconds
+    assert (record.wall_seconds, record.estimated_seconds) == (4.0, None)
     assert record.checkpoint["sha256"] == job.checkpoint.sha256
     assert record.recipe["epochs"] == 2
     assert torch.__version__.startswith(record.versions["torch"])

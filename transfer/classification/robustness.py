@@ -17,6 +17,7 @@ from mae_core.data import PILLOW_PIXELS, Normalization
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.vit import ViT
+from transfer.classification import cost
 from transfer.classification.checks import input_objections
 from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
 from transfer.classification.recipes import eval_recipe, eval_sources
@@ -205,6 +206,8 @@ EVAL = Task(
     exact=True,
     miniature=miniature.imagenet,
     objections=input_objections,
+    parts=cost.evaluation_parts,
+    flops=cost.flops,
     needs=Needs.FINE_TUNED_FILE,
 )
 IMAGENET_A = replace(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transfer.classification import checks, recipes, robustness
+from transfer.classification import checks, cost, recipes, robustness
 from transfer.classification.job import finetune, linprobe
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
@@ -35,6 +35,8 @@ FINETUNE = Task(
     miniature=miniature.imagenet,
     objections=checks.training_objections,
     space=checks.classifier_space,
+    parts=cost.training_parts,
+    flops=cost.flops,
     detail=checks.detail,
 )
 LINPROBE = replace(
@@ -58,6 +60,7 @@ KNN = replace(
     run=knn,
     objections=checks.knn_objections,
     space=checks.knn_space,
+    parts=cost.knn_parts,
 )
 PARTIAL = replace(
     FINETUNE,
@@ -69,6 +72,7 @@ PARTIAL = replace(
     sources=recipes.partial_sources,
     run=partial(partial_finetune, probe=LINPROBE),
     objections=checks.partial_objections,
+    parts=cost.partial_parts,
     opt_in=True,
 )
 SCRATCH = replace(

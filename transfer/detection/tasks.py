@@ -4,21 +4,24 @@ python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--eng
 """
 
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mae_core import distributed
+from mae_core.flops import forward_flops
 from mae_core.loop import batch_objections
 from mae_core.space import Space, training_space
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
-from transfer.detection.recipe import PUBLISHED, recipe, sources
+from transfer.detection.recipe import PUBLISHED, DetectionRecipe, recipe, sources
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, size_objections
-from transfer.task import Job, Objection, Result, Task
+from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
 
 def train_and_predict(job: Job) -> Predictions:
@@ -64,15 +67,40 @@ def objections(job: Job) -> Iterator[Objection]:
         yield from batch_objections(job.data.counts["train"], job.recipe.batch, job.machine.processes)
 
 
-def space(job: Job) -> Space:
-    """Of torchvision's detector, from which detectron2's differs only in its norms."""
+def detector(arch: str, r: DetectionRecipe) -> Any:
+    """torchvision's, from which detectron2's differs only in its norms."""
     from transfer.detection.engine_torchvision import MaskRCNN
 
-    r = job.recipe
+    return MaskRCNN(ViTPyramid(arch, r.image_size, window=r.window), r, RoIBatchNorm)
+
+
+def space(job: Job) -> Space:
     with torch.device("meta"):
-        model = MaskRCNN(ViTPyramid(job.checkpoint.arch, r.image_size, window=r.window), r, RoIBatchNorm)
+        model = detector(job.checkpoint.arch, job.recipe)
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     return training_space(job.work, numbers, numbers)
+
+
+def parts(job: Job) -> tuple[Part, ...]:
+    """Training, and the detection of all validation images."""
+    r, counts = job.recipe, job.data.counts
+    how = f"{r.image_size} px, {job.recipe_name}"
+    training = Part(f"training, {how}", counts["train"] // r.batch * r.batch * r.epochs, TRAINED)
+    return training, Part(f"detection, {how}", counts["val"])
+
+
+@cache
+def image_flops(arch: str, r: DetectionRecipe) -> int:
+    """FLOPs of one image in a forward pass of the training: pyramid, RPN, and the heads on the sampled proposals, of
+    which a quarter holds objects and gets masks."""
+
+    def forward(model: Any) -> None:
+        heads, image = model.roi_heads, torch.empty(1, 3, r.image_size, r.image_size)
+        model.rpn.head(list(model.features(image, []).values()))
+        heads.box_predictor(heads.box_head(torch.empty(r.roi_batch, r.fpn_dim, 7, 7)))
+        heads.mask_predictor(heads.mask_head(torch.empty(r.roi_batch // 4, r.fpn_dim, 14, 14)))
+
+    return forward_flops(partial(detector, arch, r), forward)
 
 
 TASKS = (
@@ -94,5 +122,7 @@ TASKS = (
         plain_vit=True,
         objections=objections,
         space=space,
+        parts=parts,
+        flops=lambda job: image_flops(job.checkpoint.arch, job.recipe),
     ),
 )

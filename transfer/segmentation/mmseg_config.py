@@ -1,7 +1,9 @@
 """A recipe as mmengine's configuration in plain values: the model, the data and the test."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,12 @@ import torch
 
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
+from mae_core.flops import forward_flops
 from mae_core.machine import Machine
 from mae_core.settings import as_typed
 from mae_core.vit import get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
-from transfer.pyramid import ViTPyramid
+from transfer.pyramid import ViTPyramid, patch_side
 from transfer.segmentation.recipe import SegmentationRecipe
 from transfer.task import Job
 
@@ -120,6 +123,31 @@ def weights_of(job: Job) -> int:
     return heads + sum(tensor.numel() for tensor in pyramid.state_dict().values())
 
 
+@cache
+def crop_flops(arch: str, r: SegmentationRecipe) -> int:
+    """FLOPs of one crop's forward pass, counted without mmsegmentation: the pyramid's by torch's counter, and two for
+    each weight of a head's convolutions at each position."""
+    dim, patch = get_arch(arch).dim, patch_side(arch)
+    wide, narrow = r.head_channels, r.auxiliary_channels
+    pyramid = forward_flops(
+        lambda: ViTPyramid(arch, r.image_size, taps=r.taps, beit=True),
+        lambda model: model(torch.empty(1, 3, r.image_size, r.image_size)),
+    )
+    first, second, third, last = ((-(-4 * r.image_size // (patch * n))) ** 2 for n in (1, 2, 4, 8))
+    pooled = last * 9 * (dim + 4 * wide) * wide + sum(scale**2 for scale in r.pool_scales) * dim * wide
+    levels = (first + second + third) * (dim * wide + 9 * wide * wide)
+    merged = first * (9 * 4 * wide * wide + wide * CLASSES)
+    auxiliary = third * (9 * dim * narrow + narrow * CLASSES)
+    return pyramid + 2 * (pooled + levels + merged + auxiliary)
+
+
+def windows_of(r: SegmentationRecipe) -> int:
+    """How many windows cover a validation image of 4:3, in all views of it."""
+    shorts = multi_scale_sides(r) * 2 if r.multi_scale else []
+    sides = [(short, short * 4 // 3) for short in (r.test_short_side, *shorts)]
+    return sum(math.prod(max(-(-(side - r.image_size) // r.stride), 0) + 1 for side in pair) for pair in sides)
+
+
 def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]:
     name = SPLITS[split]
     return {
@@ -163,14 +191,17 @@ def multi_scale_pipeline(r: SegmentationRecipe) -> list[dict]:
     """Twelve views of an image: its short side at RATIOS of the test's, each unflipped and flipped. No short side is
     below the window's, so some sizes come several times; the long side follows. As by `min_size` of mmsegmentation 0.x
     and by implus/mae_segmentation's Resize; 1.x has left it out."""
-    shorts = [max(int(r.test_short_side * ratio), r.image_size) for ratio in RATIOS]
     views = [
-        [resized(UNBOUNDED, short) for short in shorts],
+        [resized(UNBOUNDED, short) for short in multi_scale_sides(r)],
         [{"type": "RandomFlip", "prob": 0.0}, {"type": "RandomFlip", "prob": 1.0}],
         [{"type": "LoadAnnotations"}],
         [{"type": "PackSegInputs"}],
     ]
     return [LOAD_IMAGE, {"type": "TestTimeAug", "transforms": views}]
+
+
+def multi_scale_sides(r: SegmentationRecipe) -> list[int]:
+    return [max(int(r.test_short_side * ratio), r.image_size) for ratio in RATIOS]
 
 
 def test_loader(folder: Path, pipeline: list[dict], machine: Machine) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from transfer.miniature import dense
 from transfer.pyramid import size_objections
 from transfer.run import origin, save_trained
 from transfer.segmentation.evaluate import by_class, scores
-from transfer.segmentation.mmseg_config import config_of, norm_of, weights_of
+from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
 from transfer.segmentation.recipe import recipe, sources
 from transfer.segmentation.train import run_multi_scale_test, run_test, train
-from transfer.task import Job, Objection, Result, Task
+from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
 SEGMENTER_FILE = "segmenter.safetensors"
 # What the public configs of 48.1 mIoU do otherwise, beside what the record's sources and notes say.
@@ -117,6 +117,14 @@ def space(job: Job) -> Space:
     return training_space(job.work, numbers, numbers)
 
 
+def parts(job: Job) -> tuple[Part, ...]:
+    """Training, and the windows that slide over the validation images."""
+    r = job.recipe
+    how = f"{r.image_size} px, {job.recipe_name}"
+    windows = windows_of(r) * job.data.counts["val"]
+    return Part(f"training, {how}", r.iterations * r.batch, TRAINED), Part(f"windows, {how}", windows)
+
+
 TASKS = (
     Task(
         name="ade20k",
@@ -136,5 +144,7 @@ TASKS = (
         plain_vit=True,
         objections=objections,
         space=space,
+        parts=parts,
+        flops=lambda job: crop_flops(job.checkpoint.arch, job.recipe),
     ),
 )
