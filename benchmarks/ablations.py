@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from benchmarks import run_all
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write_table
-    from benchmarks.children import launcher, machine_flags, run_child, take_out
+    from benchmarks.children import launcher, machine_flags, run_child
     from benchmarks.flops import training_flops
+    from benchmarks.launch.local import run_units
+    from benchmarks.launch.units import make_units
     from benchmarks.plan import make_plan
     from benchmarks.wall_clock import measure
     from mae_core.checkpoint import sha256_of
+    from mae_core.claim import claimed, clear_leftovers
     from mae_core.command_line import answered
     from mae_core.data import images_or_shards
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.lock import Lock
     from mae_core.machine import Machine, hardware, machine_from, seed
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
@@ -100,7 +101,7 @@ def cell_folder(cell: Cell, args: argparse.Namespace) -> Path:
     return found[0].parent if found else args.out / "pretraining" / f"{slug(cell.label)}-{digest}"
 
 
-def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: Lock) -> tuple[Path, str]:
+def pretrain_cell(cell: Cell, args: argparse.Namespace) -> tuple[Path, str]:
     """Pre-train a cell in a child process, if that is not done; its folder, and why it failed ("" if it did not)."""
     arch, r = resolve_cell(cell, args)
     work = cell_folder(cell, args)
@@ -114,7 +115,7 @@ def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: Lock) -> tuple[Pat
     if changed := {k: v for k, v in dataclasses.asdict(r).items() if v != named[k]}:
         command += ["--set", *(f"{k}={as_typed(v)}" for k, v in changed.items())]
     log = args.out / "logs" / f"pretrain-{work.name}.log"
-    code, last = run_child(command, log, lock)
+    code, last = run_child(command, log)
     if code == 0:
         return work, ""
     return work, f"pre-training ended with exit code {code}: {last} (log: {log})"
@@ -123,15 +124,16 @@ def pretrain_cell(cell: Cell, args: argparse.Namespace, lock: Lock) -> tuple[Pat
 def evaluation_args(work: Path, args: argparse.Namespace) -> argparse.Namespace:
     """What run_all is called with to probe and fine-tune a pre-trained cell."""
     values = vars(args) | {"ckpt": [str(work / WEIGHTS_FILE)], "tasks": list(TASKS), "seeds": [args.seed]}
+    values |= {"jobs": 1, "gpus_per_job": None}
     transfer = DEFAULTS[args.recipe].transfer
     values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in transfer.items() for k, v in knobs.items()]
     return argparse.Namespace(**values)
 
 
-def evaluate_cell(work: Path, args: argparse.Namespace, lock: Lock) -> dict[str, Record]:
+def evaluate_cell(work: Path, args: argparse.Namespace) -> dict[str, Record]:
     """Linear probing and fine-tuning of a pre-trained cell, as run_all does them: what is done already is only read."""
     call = evaluation_args(work, args)
-    return {record.task: record for record in run_all.run(make_plan(call), call, lock)}
+    return {record.task: record for record in run_units(make_units(make_plan(call)), call)}
 
 
 def training_seconds(work: Path) -> float | None:
@@ -147,18 +149,18 @@ def training_seconds(work: Path) -> float | None:
     return None
 
 
-def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row:
+def run_cell(cell: Cell, args: argparse.Namespace, unit: int) -> Row:
     """Train and evaluate a cell. unit: the default's FLOPs per image."""
     arch, r = resolve_cell(cell, args)
     knobs = ", ".join(f"{knob}={value}" for knob, value in cell.knobs.items())
     numbers: dict[str, float] = {"relative_flops": training_flops(arch, r) / unit}
-    work, failure = pretrain_cell(cell, args, lock)
+    work, failure = pretrain_cell(cell, args)
     if failure:
         return Row(cell.label, knobs, numbers, dict.fromkeys(TASKS, f"failed: {failure}"), cell.x)
     if (seconds := training_seconds(work)) is not None:
         numbers["seconds"] = seconds
     texts = {}
-    for task, record in evaluate_cell(work, args, lock).items():
+    for task, record in evaluate_cell(work, args).items():
         if record.status != "ok":
             texts[task] = f"{record.status}: {record.reason}"
             continue
@@ -167,14 +169,14 @@ def run_cell(cell: Cell, args: argparse.Namespace, lock: Lock, unit: int) -> Row
     return Row(cell.label, knobs, numbers, texts, cell.x)
 
 
-def accuracy_table(name: str, args: argparse.Namespace, lock: Lock) -> bool:
+def accuracy_table(name: str, args: argparse.Namespace) -> bool:
     """Run every cell of a table and write the table after each; True if every cell gave its numbers."""
     table, cells = TABLES[name], table_cells(name, args)
     file_name = f"table_{name}" if name[0] == "1" else name
     unit = training_flops(*resolve_cell(Cell("default"), args))
     rows: list[Row] = []
     for number, cell in enumerate(cells, 1):
-        row = run_cell(cell, args, lock, unit)
+        row = run_cell(cell, args, unit)
         rows.append(row)
         took = duration(row.numbers["seconds"]) if "seconds" in row.numbers else "-"
         shown = ", ".join(f"{task} {text}" for task, text in row.texts.items())
@@ -216,15 +218,13 @@ def wall_clock_table(args: argparse.Namespace, machine: Machine) -> bool:
 
 
 def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
-    lock = take_out(args.out)
-    try:
+    with claimed(args.out):
+        clear_leftovers(args.out / "tables")
         if args.data is None and args.recipe == "mini":
             args.data = args.out / "data"
             miniature.imagenet(args.data)
             miniature.unlabelled(args.data, MINI_IMAGES)
-        return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args, lock) for t in args.table]
-    finally:
-        lock.release()
+        return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args) for t in args.table]
 
 
 def check_call(args: argparse.Namespace) -> Machine:

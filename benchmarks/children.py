@@ -1,6 +1,6 @@
 """Child processes: one task or one pre-training each, with a log of its own, under torchrun if it is several processes.
 
-All of them hold the lock on --out.
+Each claims the folder that it works in itself.
 """
 
 import argparse
@@ -9,13 +9,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from mae_core.files import printable
-from mae_core.lock import Lock, clear_leftovers, take_lock
 from mae_core.settings import as_typed
 from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
@@ -25,13 +23,6 @@ from transfer.task import Job
 TORCHRUN_REPORT = ("error_file: <N/A>", "https://pytorch.org/docs/stable/elastic/errors.html")
 
 
-def take_out(out: Path) -> Lock:
-    """Lock --out for a run and its children, and clear it of what killed runs left."""
-    lock = take_lock(out)
-    clear_leftovers(out / "tables")
-    return lock
-
-
 def launcher(processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable]
@@ -39,9 +30,11 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
-def machine_flags(args: argparse.Namespace) -> list[str]:
-    """The flags of mae_core.machine.add_machine_flags, as this call was given them."""
-    flags = ["--device", args.device, "--precision", args.precision, "--workers", str(args.workers)]
+def machine_flags(args: argparse.Namespace, workers: int | None = None) -> list[str]:
+    """The flags of mae_core.machine.add_machine_flags, as this call was given them. workers: for each process, in place
+    of what the call says."""
+    workers = args.workers if workers is None else workers
+    flags = ["--device", args.device, "--precision", args.precision, "--workers", str(workers)]
     flags += ["--micro-batch", str(args.micro_batch), "--save-minutes", str(args.save_minutes)]
     return flags + ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
 
@@ -50,7 +43,13 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
     """The command that runs these jobs of one checkpoint, seed and task family; what the child makes of it must be
     these very jobs."""
     job = jobs[0]
-    command = [*launcher(args.gpus), "-m", job.task.module, "--task", *(task_argument(job.task) for job in jobs)]
+    command = [
+        *launcher(job.machine.processes),
+        "-m",
+        job.task.module,
+        "--task",
+        *(task_argument(job.task) for job in jobs),
+    ]
     command += ["--ckpt", job.checkpoint.path, "--recipe", args.recipe]
     command += ["--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
     own_recipe = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}
@@ -60,7 +59,7 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
         command += ["--engine", job.engine]
     if job.parent is not None:
         command += ["--classifier", job.parent.path]
-    return command + machine_flags(args)
+    return command + machine_flags(args, job.machine.workers)
 
 
 def waiting(environment: Mapping[str, str]) -> dict[str, str]:
@@ -69,64 +68,87 @@ def waiting(environment: Mapping[str, str]) -> dict[str, str]:
     return {} if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": "10000"}
 
 
-def run_child(command: Sequence[str], log: Path, lock: Lock, title: str = "") -> tuple[int, str]:
-    """Run a command to its end; its exit code and the last line it printed.
+class Child:
+    """A running child process; all it prints is appended to its log.
 
-    All it prints is appended to the log; its last line is shown behind the title, if there is one. Ctrl-C is passed on
-    once, waited for, and raised again.
+    last: the latest line that says something. reason: the latest that begins with "error: ".
     """
-    with named_if_refused(log.parent):
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with open_to_append(log) as file:
-        print("$", *command, file=file, flush=True)
-        # A session of its own keeps the terminal's Ctrl-C from reaching it twice. It inherits the lock's descriptor, so
-        # that --out stays locked for as long as any child lives.
-        process = subprocess.Popen(
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        with named_if_refused(log.parent):
+            log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.last, self.reason = log, "", ""
+        self.torchrun = "torch.distributed.run" in command
+        self.file = open_to_append(log)
+        print("$", *command, file=self.file, flush=True)
+        self.process = subprocess.Popen(
             command,
-            env={**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            pass_fds=(lock.descriptor,),
-            start_new_session=True,
+            start_new_session=True,  # else the terminal's Ctrl-C would reach it twice
         )
-        lock.name_child(process.pid)
-        assert process.stdout is not None  # since it is a pipe
+        assert self.process.stdout is not None  # since it is a pipe
+        self.reader = threading.Thread(target=self.follow, args=[self.process.stdout], daemon=True)
+        self.reader.start()
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Copy the lines to the log as they come. After the reason torchrun prints a report that ends in a ruler."""
+        with self.file:
+            for line in lines:
+                with contextlib.suppress(OSError):  # on a full disk it reads on: the child must not wait for it
+                    self.file.write(line)
+                    self.file.flush()
+                text = printable(line.strip())
+                if text.startswith("error: "):
+                    self.reason = text
+                if any(c.isalnum() for c in text) and not text.endswith(TORCHRUN_REPORT):
+                    self.last = text
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Its exit code; None if it still runs after that time."""
         try:
-            last = follow(process.stdout, file, title)
-            return process.wait(), last
-        except BaseException:  # Ctrl-C, or nobody reads what is printed here any more
-            # torchrun passes SIGTERM on to its processes; a plain child takes SIGINT.
-            process.send_signal(signal.SIGTERM if "torch.distributed.run" in command else signal.SIGINT)
-            with contextlib.suppress(BrokenPipeError):
-                print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
-            try:
-                file.writelines(process.stdout)
-                process.wait()
-            finally:
-                process.kill()
-            raise
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        self.reader.join(5.0)  # not for ever: what it has left behind may hold the pipe
+        return code
+
+    @property
+    def last_word(self) -> str:
+        return self.reason or self.last
+
+    def stop(self) -> None:
+        """Ask it to save and end. torchrun passes SIGTERM on to its processes; a plain child takes SIGINT."""
+        self.process.send_signal(signal.SIGTERM if self.torchrun else signal.SIGINT)
 
 
-def follow(lines: Iterable[str], log: IO[str], title: str) -> str:
-    """Copy the lines to the log as they come; the last "error: ..." among them, else the last one that says something:
-    after the reason torchrun prints a report that ends in a ruler."""
-    last, reason, shown = "", "", 0.0
-    for line in lines:
-        log.write(line)
-        log.flush()
-        text = printable(line.strip())
-        if text.startswith("error: "):
-            reason = text
-        if any(c.isalnum() for c in text) and not text.endswith(TORCHRUN_REPORT):
-            last = text
-        if not title:
-            continue
-        if sys.stdout.isatty():
-            width = os.get_terminal_size().columns - 1
-            print(f"\r\033[K{f'{title} | {last}'[:width]}", end="", flush=True)
-        elif time.monotonic() - shown > 15:
-            shown = time.monotonic()
-            print(f"{title} | {last}", flush=True)
-    return reason or last
+def stop_all(children: Sequence[Child]) -> None:
+    """Ask all of them to save and end, and wait for it. Another Ctrl-C kills them."""
+    if not children:
+        return
+    for child in children:
+        child.stop()
+    with contextlib.suppress(BrokenPipeError):
+        print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
+    try:
+        while any([child.wait(0.1) is None for child in children]):
+            pass
+    finally:
+        for child in children:
+            child.process.kill()
+
+
+def run_child(command: Sequence[str], log: Path) -> tuple[int, str]:
+    """Run a command to its end; its exit code and its last word. Ctrl-C is passed on once, waited for, and raised
+    again."""
+    child = Child(command, log)
+    try:
+        while (code := child.wait(0.1)) is None:
+            pass
+    except BaseException:
+        stop_all([child])
+        raise
+    return code, child.last_word

@@ -9,7 +9,7 @@ from functools import cache
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import hardware, machine_from
+from mae_core.machine import Machine, default_workers, hardware, machine_from
 from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
@@ -41,9 +41,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     named = find_tasks(args.tasks, TASKS) if args.tasks else None
     # "folder" without a path is no task: its knobs are those of the folder that is named.
     settings = settings_by_task(args.set, [*(task for task in TASKS if not task.of), *(named or ())])
-    if args.gpus < 1:
-        raise UserError(f"--gpus {args.gpus}: give 1 or more")
-    machine = machine_from(args, args.gpus)
+    machine = machine_of(args)
     read = cache(read_checkpoint)
     # Random weights are drawn for each seed; a file is read once.
     checkpoints = [(read(c, s if c.startswith("random:") else 0), s) for c in args.ckpt for s in args.seeds]
@@ -54,7 +52,8 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
         data, knobs = inspect(task.inspect), settings[task.name]
-        return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, machine, args.engine)
+        own = replace(machine, processes=(args.gpus_per_job or args.gpus) if task.trains else 1)
+        return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, own, args.engine)
 
     items, run = [], set()
     for checkpoint, seed in checkpoints:
@@ -67,6 +66,20 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     check_used(settings, run)
     own = {item.job.work: item for item in items}  # from scratch, checkpoints of one size are one job
     return sorted(own.values(), key=lambda item: item.job.task.cost)
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The machine that the jobs share; UserError for numbers that do not fit together."""
+    for flag, number in {"--gpus": args.gpus, "--jobs": args.jobs, "--gpus-per-job": args.gpus_per_job}.items():
+        if number is not None and number < 1:
+            raise UserError(f"{flag} {number}: give 1 or more")
+    if args.gpus_per_job and args.gpus_per_job > args.gpus:
+        raise UserError(f"--gpus-per-job {args.gpus_per_job} is more than --gpus {args.gpus}")
+    machine = machine_from(args, args.gpus)
+    if args.jobs > 1 and machine.device == "cuda":
+        raise UserError(f"--jobs {args.jobs} is for CPUs: on GPUs --gpus and --gpus-per-job say what runs side by side")
+    workers = args.workers if args.workers >= 0 else default_workers(args.gpus * args.jobs)
+    return replace(machine, workers=workers)
 
 
 def plan_item(job: Job, finetune: Job, coming: bool) -> Item:

@@ -20,6 +20,7 @@ from benchmarks.markdown import no_formula
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
 from benchmarks.rows import Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
+from mae_core.claim import claimed, clear_leftovers
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.files import printable
@@ -41,9 +42,17 @@ def report(out: Path) -> list[Path]:
 
     UserError if there is no record, or a table cannot be written; UnreadableRecords once all others are in the tables.
     """
+    if not any((out / "runs").rglob(RECORD_FILE)):
+        raise UserError(f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
+    with claimed(out / "tables", wait=True):  # several runs may write to one --out
+        clear_leftovers(out)
+        return write_tables(out)
+
+
+def write_tables(out: Path) -> list[Path]:
     records, unreadable = read_records(out)
     if not records:
-        raise UserError("; ".join(unreadable) or f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
+        raise UserError("; ".join(unreadable))
     sections = group_by_section(records)
     files: dict[str, str | None] = {}
     files |= {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mae_core.claim import take_claim
 from mae_core.errors import UserError
-from mae_core.lock import take_lock
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -181,12 +181,13 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Lock a folder for all processes of this run; each gets the UserError if another run is at work there."""
-    lock, problem = None, ""
+def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Claim a folder for all processes of this run. If another run is at work there, each gets the UserError, or waits
+    for its end."""
+    claim, problem = None, ""
     if is_main():
         try:
-            lock = take_lock(folder)
+            claim = take_claim(folder, wait)
         except UserError as e:
             problem = str(e)
     try:
@@ -194,5 +195,5 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UserError(problem)
         yield
     finally:
-        if lock is not None:
-            lock.release()
+        if claim is not None:
+            claim.release()

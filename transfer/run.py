@@ -1,4 +1,4 @@
-"""Running one job: its work folder, the claim on it, and the record that is written whatever happens."""
+"""Running one job: its work folder, what marks it as its own, and the record that is written whatever happens."""
 
 import contextlib
 import dataclasses
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, save_weights, sha256_of
+from mae_core.claim import clear_leftovers
 from mae_core.errors import UserError
 from mae_core.files import printable
-from mae_core.lock import clear_leftovers
 from mae_core.machine import commit, hardware, peak_memory_gib, versions
 from mae_core.settings import differences
 from mae_core.training import CHECKPOINT_FILE
@@ -116,7 +116,7 @@ def with_work_folder(job: Job) -> Job:
     return replace(job, work=checkpoint_folder(job.out, job.checkpoint) / shortened(job.task.name) / run)
 
 
-def claim(job: Job) -> None:
+def mark(job: Job) -> None:
     """Mark the work folder as this experiment's; UserError with the differences if it belongs to another."""
     marker = job.work / "job.json"
     if marker.exists():
@@ -156,20 +156,20 @@ def forget_obstacles(job: Job) -> None:
             (other / RECORD_FILE).unlink(missing_ok=True)
 
 
-def run_job(job: Job) -> Record:
-    """Run a job in its work folder and write its record whatever happens, except after Ctrl-C. UserError if another
-    process is at work there.
+def run_job(job: Job, wait: bool = False) -> Record:
+    """Run a job in its work folder and write its record whatever happens, except after Ctrl-C. If another run is at
+    work there: UserError, or wait: take its record when it has one.
 
     With several processes a failure ends them all (SystemExit): if only one stopped, the others would wait for it, or
     mix the numbers of its next job with theirs.
     """
-    with distributed.alone_in(job.work):
-        return run_locked(job)
+    with distributed.alone_in(job.work, wait):
+        return finished(job) or run_claimed(job)  # another run may have finished it since the caller looked
 
 
-def run_locked(job: Job) -> Record:
+def run_claimed(job: Job) -> Record:
     started = time.monotonic()
-    claim(job)
+    mark(job)
     if distributed.is_main():
         for name in (RECORD_FILE, TRACEBACK_FILE):  # from an earlier attempt
             (job.work / name).unlink(missing_ok=True)

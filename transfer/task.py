@@ -91,6 +91,8 @@ class Task:
     detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says about the data
     needs: Needs = Needs.ENCODER
     higher_is_better: bool = True
+    trains: bool = True  # on all GPUs that there are; an evaluation runs on one
+    after: tuple[str, ...] = ()  # tasks whose result it takes, if they run too
     exact: bool = False  # fp32 on any device, unless the user gives another precision
     engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
     install: str = ""  # how to install an engine that is absent

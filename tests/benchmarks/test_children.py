@@ -1,16 +1,18 @@
-"""What a child process is called with, what comes of it, and the lock that it shares."""
+"""What a child process is called with, and what comes of it."""
 
-import io
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import run_all
-from benchmarks.children import follow, run_child, task_command
+from benchmarks.children import Child, run_child, stop_all, task_command
 from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
-from mae_core.lock import take_lock
 from tests.fixtures.transfer import CLASSES, write_imagenet
 from transfer.jobs import find_tasks, make_job
 from transfer.run import describe
@@ -38,13 +40,11 @@ def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path
     assert default.work != job.work
 
 
-def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_path: Path, capsys) -> None:
+def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_path: Path) -> None:
     program = "import sys; print('one'); print('two', file=sys.stderr); print('', flush=True); sys.exit(3)"
-    log, lock = tmp_path / "logs" / "a.log", take_lock(tmp_path)
-    for title in ("", "[1/1] a"):
-        assert run_child([sys.executable, "-u", "-c", program], log, lock, title) == (3, "two")
-        assert capsys.readouterr().out == (f"{title} | one\n" if title else "")
-    lock.release()
+    log = tmp_path / "logs" / "a.log"
+    for _ in range(2):
+        assert run_child([sys.executable, "-u", "-c", program], log) == (3, "two")
     first, second = log.read_text().split("$ ")[1:]
     assert first == second
     assert first.splitlines()[-3:] == ["one", "two", ""]
@@ -60,11 +60,11 @@ def test_the_reason_comes_back_and_not_the_report_behind_it(tmp_path: Path) -> N
           traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
         ============================================================
     """
-    log = io.StringIO()
-    assert follow(report.splitlines(keepends=True), log, "") == "exitcode  : -9 (pid: 4711)"
-    assert log.getvalue() == report
-    lines = ["error: the disk is full\n", "stopped: another process of this run has ended\n", *report.splitlines()]
-    assert follow(lines, log, "") == "error: the disk is full"
+    told, log = "import sys; print(sys.argv[1])", tmp_path / "log"
+    assert run_child([sys.executable, "-c", told, report], log) == (0, "exitcode  : -9 (pid: 4711)")
+    assert report in log.read_text()
+    lines = f"error: the disk is full\nstopped: another process of this run has ended\n{report}"
+    assert run_child([sys.executable, "-c", told, lines], log) == (0, "error: the disk is full")
 
 
 @pytest.mark.parametrize(
@@ -83,22 +83,27 @@ def test_threads_of_a_child_sleep_soon_unless_the_user_says_otherwise(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     program = "import os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
-    lock = take_lock(tmp_path)
-    assert run_child([sys.executable, "-c", program], tmp_path / "a.log", lock) == (0, found)
-    lock.release()
+    assert run_child([sys.executable, "-c", program], tmp_path / "a.log") == (0, found)
 
 
-def test_a_child_inherits_the_lock_and_is_written_down(tmp_path: Path) -> None:
-    lock = take_lock(tmp_path)
-    read = "json.loads((p / '.lock').read_text())"
-    program = f"""import json, os, sys, time
-from pathlib import Path
-p = Path(sys.argv[1])
-while not {read}["child"]:
-    time.sleep(0.01)
-found = {read}
-inherited = os.path.samefile("/proc/self/fd/{lock.descriptor}", p / ".lock")
-print(found["pid"] == os.getppid(), found["child"] == os.getpid(), inherited)
-"""
-    assert run_child([sys.executable, "-c", program, str(tmp_path)], tmp_path / "log", lock) == (0, "True True True")
-    lock.release()
+def test_what_a_child_has_left_behind_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """It holds the pipe that the child printed to."""
+    program = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('done')"
+    started = time.monotonic()
+    assert run_child([sys.executable, "-c", program], tmp_path / "log") == (0, "done")
+    assert time.monotonic() - started < 50
+
+
+def test_children_are_stopped_together_and_killed_by_a_second_ctrl_c(tmp_path: Path, capsys) -> None:
+    program = "import signal, time; signal.signal(2, lambda *_: {}); print('deaf', flush=True); time.sleep(600)".format(
+        "print('asked', flush=True)"
+    )
+    children = [Child([sys.executable, "-c", program], tmp_path / f"{n}.log") for n in range(2)]
+    while any(child.last != "deaf" for child in children):
+        time.sleep(0.01)
+    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        stop_all(children)
+    assert [child.wait(60) for child in children] == [-signal.SIGKILL] * 2
+    assert [child.last for child in children] == ["asked"] * 2
+    assert "Ctrl-C again to kill" in capsys.readouterr().out

@@ -11,12 +11,11 @@ import pytest
 
 from benchmarks import ablations, run_all, speed, twins
 from benchmarks.plan import Item
-from mae_core.lock import Lock
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
 from transfer.data.labelled import SETS
-from transfer.run import read_record, write_record
+from transfer.run import read_record
 from transfer.task import Record
 
 RUN_ALL = Path(run_all.__file__).resolve()
@@ -162,6 +161,8 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--ckpt", ARCH, "--set", "epochs=1"], "TASK.KNOB=VALUE"),
         (["--ckpt", ARCH, "--data", str(tmp_path / "nowhere")], "nowhere"),
         (["--ckpt", ARCH, "--gpus", "0"], "--gpus 0"),
+        (["--ckpt", ARCH, "--jobs", "0"], "--jobs 0: give 1 or more"),
+        (["--ckpt", ARCH, "--gpus-per-job", "2"], "--gpus-per-job 2 is more than --gpus 1"),
         (["--ckpt", ARCH, "--set", "imagenet_finetune.image_size=50"], "50x50"),
         (["--ckpt", ARCH, "--set", "imagenet_finetune.epochs=-1"], "epochs=-1"),
         (["--ckpt", ARCH, "--tasks", "imagenet_linprobe", "--set", "imagenet_c.transfrm=1"], "transform"),
@@ -178,28 +179,6 @@ def test_wrong_calls_end_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
         errors = capsys.readouterr().err
         assert said in errors
         assert len(errors.splitlines()) == 1
-
-
-def test_a_group_goes_on_behind_a_child_that_ended_early(data: Path, mini: list[str], monkeypatch) -> None:
-    """Jobs that share a child: one record was written, then the process died; the rest gets a process of its own."""
-    write_split(data / "imagenet-a", 1, TWO)
-    write_split(data / "imagenet-r", 1, TWO)
-    args = run_all.parse(mini)
-    items = [i for i in run_all.make_plan(args) if i.job.task.name in ("imagenet_a", "imagenet_r")]
-    monkeypatch.setattr(run_all, "cached_or_skipped", lambda job: None)
-    started = []
-
-    def run_one(command: list[str], log: Path, lock: Lock, title: str) -> tuple[int, str]:
-        names = [word for word in command if word.startswith("imagenet_")]
-        started.append(names)
-        job = next(item.job for item in items if item.job.task.name == names[0])
-        write_record(Record(names[0], "ok", metric="top1", metrics={"top1": 1.0}), job.work)
-        return 1, ""
-
-    monkeypatch.setattr(run_all, "run_child", run_one)
-    made = run_all.run(items, args, Lock(-1, {}))
-    assert started == [["imagenet_a", "imagenet_r"], ["imagenet_r"]]
-    assert [record.status for record in made] == ["ok", "ok"]
 
 
 def test_nothing_to_run_is_exit_code_2_and_the_summary_names_every_record(tmp_path: Path) -> None:
@@ -238,12 +217,3 @@ def test_missing_dependency_is_one_sentence(tmp_path: Path, name: str) -> None:
     assert done.returncode == 2
     assert "make" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_a_child_that_dies_leaves_a_failed_record(tmp_path: Path, mini: list[str]) -> None:
-    args = run_all.parse(mini)
-    job = next(i.job for i in run_all.make_plan(args) if i.job.task.name == "imagenet_linprobe")
-    record = run_all.read_or_write_failure(job, -signal.SIGKILL, "step 3", tmp_path / "log")
-    assert record.status == "failed"
-    assert "SIGKILL" in record.reason
-    assert read_record(job.work / "record.json") == record

@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_the_same_command_goes_on(noise_i
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert [line for line in lines if line.startswith("code")] == ["code 2", "code 0"]
-    assert sorted(line for line in lines if line.startswith("left")) == ["left .lock"]
+    assert sorted(line for line in lines if line.startswith("left")) == ["left .claim.0"]
     assert sorted(line for line in lines if line.startswith("end")) == [
-        *("end .lock", "end checkpoint.pth", "end log.jsonl", "end mae.safetensors"),
+        *("end .claim.1", "end checkpoint.pth", "end log.jsonl", "end mae.safetensors"),
     ]

@@ -11,10 +11,10 @@ import torch
 from mae_core import fitted_target, pretrain, space
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import read_checkpoint
+from mae_core.claim import claimed
 from mae_core.dalle import DalleTokenizer
 from mae_core.errors import UserError
 from mae_core.follow import labelled_folder
-from mae_core.lock import LOCK_FILE, take_lock
 from mae_core.machine import Machine
 from mae_core.reconstruct import load_autoencoder
 from tests.fixtures import pretrain as runs
@@ -221,8 +221,7 @@ def test_too_small_a_disk_is_refused_before_the_training(noise_images, tmp_path,
 def test_two_runs_in_one_folder_are_refused_by_name(noise_images, tmp_path, monkeypatch, capsys):
     arguments = ["--data", str(noise_images), "--arch", "vit_mini_patch8", "--recipe", "mini", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "--out", str(tmp_path / "a"), "--set", "batch=16"])
-    lock = take_lock(tmp_path / "a")
-    assert pretrain.main() == 2
+    with claimed(tmp_path / "a"):
+        assert pretrain.main() == 2
     assert f"error: {tmp_path / 'a'} is in use by another run (process {os.getpid()}," in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [LOCK_FILE]
-    lock.release()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".claim.0"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mae_core.claim import claimed
 from mae_core.errors import UserError
-from mae_core.lock import LOCK_FILE, take_lock
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.writing import write_json
@@ -17,9 +17,9 @@ from tests.fixtures.transfer import ARCH, make_job, raising
 from transfer.classification.tasks import FINETUNE
 from transfer.jobs import cached_or_skipped
 from transfer.run import (
-    claim,
     describe,
     finished,
+    mark,
     read_record,
     run_job,
     shortened,
@@ -132,11 +132,9 @@ def test_a_live_record_equals_what_is_read_whatever_was_overridden(job):
 
 
 def test_a_folder_where_a_run_is_at_work_is_left_alone(job):
-    lock = take_lock(job.work)
-    with pytest.raises(UserError, match="is in use by another run"):
+    with claimed(job.work), pytest.raises(UserError, match="is in use by another run"):
         run_job(job)
-    assert [path.name for path in job.work.iterdir()] == [LOCK_FILE]
-    lock.release()
+    assert [path.name for path in job.work.iterdir()] == [".claim.0"]
     assert run_job(job).status == "ok"
 
 
@@ -145,7 +143,7 @@ def test_a_run_that_was_killed_behind_its_record_is_tidied_by_the_next_call(job)
     for name in (CHECKPOINT_FILE, ".tmpAb12Cd", ".record.json.4711.part"):
         (job.work / name).write_text("x")
     assert cached_or_skipped(job) == record
-    assert {path.name for path in job.work.iterdir()} == {RECORD_FILE, "job.json", LOCK_FILE}
+    assert {path.name for path in job.work.iterdir()} == {RECORD_FILE, "job.json", ".claim.0"}
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["run", "done before"])
@@ -204,11 +202,11 @@ def test_a_reader_never_sees_half_a_record(tmp_path):
 
 
 def test_a_folder_is_claimed_once_and_another_experiment_is_refused_with_the_differences(job):
-    claim(job)
-    claim(job)
+    mark(job)
+    mark(job)
     other = replace(job, seed=3, recipe=replace(job.recipe, epochs=7))
     with pytest.raises(UserError, match=r"recipe\.epochs: 2 -> 7; seed: 0 -> 3"):
-        claim(other)
+        mark(other)
     with pytest.raises(UserError, match="another experiment"):
         run_job(other)
     assert not (job.work / RECORD_FILE).exists()
@@ -260,7 +258,7 @@ def test_a_job_that_gave_no_number_is_run_again(job, status):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_claim_is_a_sentence(job, content):
-    claim(job)
+    mark(job)
     (job.work / "job.json").write_bytes(content)
     with pytest.raises(UserError, match=r"job\.json is damaged \(.*\): delete it, or choose another --out"):
         run_job(job)

@@ -167,10 +167,12 @@ def read_or_computed(job: Job, model: Representation, split: Split, path: Path) 
     images = digest_of_images(split) if distributed.is_main() else ""
     kept = kept_features(path, images) if distributed.is_main() else None
     if not distributed.gather_to_all(kept is not None)[0]:
-        # run_job holds the lock of the job's own folder already.
-        with contextlib.nullcontext() if path.parent == job.work else distributed.alone_in(path.parent):
-            compute(job, model, split, path, images)
-        kept = kept_features(path, images) if distributed.is_main() else None
+        # run_job holds the claim on the job's own folder already.
+        with contextlib.nullcontext() if path.parent == job.work else distributed.alone_in(path.parent, wait=True):
+            kept = kept_features(path, images) if distributed.is_main() else None
+            if not distributed.gather_to_all(kept is not None)[0]:  # else another run has computed them meanwhile
+                compute(job, model, split, path, images)
+                kept = kept_features(path, images) if distributed.is_main() else None
     return kept or (load_file(path)["features"], 0.0)
 
 

@@ -23,7 +23,7 @@ from transfer.classification.train import ClassifierRecipe, parameters_sha256, t
 from transfer.classification.transforms import train_transform
 from transfer.data.labelled import Reading
 from transfer.jobs import make_job
-from transfer.run import claim, finished, run_job, tidy, with_work_folder
+from transfer.run import finished, mark, run_job, tidy, with_work_folder
 from transfer.task import Job, Record, Result, Task
 
 FIGURE_9 = (0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 12.0, 18.0, 24.0)  # blocks tuned
@@ -95,7 +95,7 @@ def probed(job: Job, task: Task) -> Record:
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
     probe = make_job(task, job.checkpoint, job.recipe_name, settings, job.data, job.out, job.seed, job.machine)
-    record = finished(probe) or run_job(probe)
+    record = finished(probe) or run_job(probe, wait=True)
     if record.status != "ok":
         raise UserError(f"{task.name}, the curve's first point, has no number: {record.reason}")
     return record
@@ -114,11 +114,11 @@ def tune(job: Job, k: float, images: Reading) -> Result:
     """Tune the last k blocks and save the result in the work folder, or read it there if that was done before. A
     checksum proves that the frozen part did not change."""
     with distributed.alone_in(job.work):
-        return tune_locked(job, k, images)
+        return tune_claimed(job, k, images)
 
 
-def tune_locked(job: Job, k: float, images: Reading) -> Result:
-    claim(job)
+def tune_claimed(job: Job, k: float, images: Reading) -> Result:
+    mark(job)
     path = job.work / RESULT_FILE
     if path.exists():
         tidy(job)

@@ -209,6 +209,7 @@ EVAL = Task(
     parts=cost.evaluation_parts,
     flops=cost.flops,
     needs=Needs.FINE_TUNED_FILE,
+    trains=False,
 )
 IMAGENET_A = replace(
     EVAL,

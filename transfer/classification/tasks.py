@@ -61,6 +61,7 @@ KNN = replace(
     objections=checks.knn_objections,
     space=checks.knn_space,
     parts=cost.knn_parts,
+    trains=False,
 )
 PARTIAL = replace(
     FINETUNE,
@@ -74,6 +75,7 @@ PARTIAL = replace(
     objections=checks.partial_objections,
     parts=cost.partial_parts,
     opt_in=True,
+    after=(LINPROBE.name,),
 )
 SCRATCH = replace(
     FINETUNE,

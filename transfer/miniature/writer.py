@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mae_core.claim import take_claim
 from mae_core.errors import UserError, in_words
-from mae_core.lock import take_lock
 from transfer.data.findings import MINIATURE_MARKER
 
 # Part of every marker file; raise it with any change that alters an image or a file name.
@@ -59,7 +59,7 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
     if _is_complete(target, marker):
         clear(discarded)  # which a killed run may have left
         return target
-    lock = take_lock(root, wait=True)  # another process may be writing this very set
+    claim = take_claim(root, wait=True)  # another process may be writing this very set
     try:
         if _is_complete(target, marker):
             return target
@@ -83,7 +83,7 @@ def write_set(root: Path, name: str, seed: int, counts: dict[str, int], files: I
         clear(partial_copy)
         raise UserError(f"cannot write the miniature {target}: {in_words(error)}") from None
     finally:
-        lock.release()
+        claim.release()
     return target
 
 

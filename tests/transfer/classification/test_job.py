@@ -16,7 +16,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.data import PILLOW_PIXELS, normalize
-from mae_core.lock import LOCK_FILE
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit
@@ -96,7 +95,7 @@ def test_the_classifier_is_left_and_reads_as_a_fine_tuned_checkpoint(finetuned):
 
 def test_the_optimizer_state_is_gone_after_success(finetuned):
     job, _ = finetuned
-    left = [LOCK_FILE, CLASSIFIER_FILE, "job.json", "log.jsonl", "record.json"]
+    left = [".claim.0", CLASSIFIER_FILE, "job.json", "log.jsonl", "record.json"]
     assert sorted(p.name for p in job.work.iterdir()) == left
 
 

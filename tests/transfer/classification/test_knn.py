@@ -1,5 +1,6 @@
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
+from mae_core.claim import claimed
 from mae_core.data import normalize
 from mae_core.errors import UserError
-from mae_core.lock import take_lock
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
 from transfer.classification import evaluate, robustness, train
@@ -87,13 +88,15 @@ def test_another_k_reads_the_features_and_computes_none(root, tmp_path, images_s
     assert sorted(p.name for p in files) == ["train.safetensors", "val.safetensors"]
 
 
-def test_what_another_run_computes_is_not_computed_at_the_same_time(root, tmp_path, images_shown):
+def test_what_another_run_computes_is_waited_for_and_taken(root, tmp_path, images_shown):
     job = make_job(KNN, root, tmp_path / "a" / "work", k=5)
-    lock = take_lock(feature_folder(job))
-    record = run_job(job)
-    assert (record.status, images_shown) == ("failed", [])
-    assert f"{feature_folder(job)} is in use by another run" in record.reason
-    lock.release()
+    other = replace(job, work=tmp_path / "a" / "other")
+    with claimed(feature_folder(job)), ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(run_job, one) for one in (job, other)]
+        assert wait(waiting, timeout=1.0).not_done == set(waiting)
+        assert images_shown == []
+    assert [future.result().status for future in waiting] == ["ok", "ok"]
+    assert len(images_shown) == 44
 
 
 def test_kept_features_bring_the_seconds_that_they_took(root, tmp_path):

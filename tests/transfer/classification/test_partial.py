@@ -11,8 +11,8 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from mae_core.checkpoint import read_checkpoint
+from mae_core.claim import claimed
 from mae_core.errors import UserError
-from mae_core.lock import take_lock
 from mae_core.machine import Machine
 from mae_core.settings import override
 from mae_core.training import CHECKPOINT_FILE
@@ -94,10 +94,8 @@ def test_only_the_last_blocks_move_and_have_gradients_and_states(root, tmp_path,
 
 def test_one_run_at_a_time_tunes_in_a_folder(root, tmp_path):
     job = job_of(root, tmp_path)
-    lock = take_lock(partial.part_of(job, 1).work)
-    with pytest.raises(UserError, match="is in use by another run"):
+    with claimed(partial.part_of(job, 1).work), pytest.raises(UserError, match="is in use by another run"):
         tune(job, 1)
-    lock.release()
 
 
 def test_averaged_patch_tokens_keep_their_norm_among_the_tuned():

@@ -1,0 +1,189 @@
+"""The units of a plan on this machine, side by side as far as its GPUs, or --jobs on a CPU, go."""
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.children import Child, stop_all, task_command
+from benchmarks.launch.board import Board
+from benchmarks.launch.units import Unit, label_of, log_name
+from benchmarks.plan import with_classifier
+from mae_core.claim import Watch, in_words
+from mae_core.progress import duration
+from transfer.jobs import cached_or_skipped
+from transfer.run import describe, read_record, shortened, write_record
+from transfer.task import RECORD_FILE, Job, Record
+
+POLL = 0.1  # seconds between two looks at the children
+LOOK = 1.0  # seconds between two looks at a claim that another run holds
+
+
+@dataclass
+class Running:
+    unit: Unit
+    jobs: list[Job]
+    slots: list[int]
+    child: Child
+    title: str
+    started: float
+
+
+@dataclass
+class Suite:
+    """Units on their way. free: the numbers of the GPUs, or of the places on a CPU, that are not taken."""
+
+    args: argparse.Namespace
+    waiting: list[Unit]
+    free: list[int]
+    gpus: bool  # the places are GPUs
+    running: list[Running] = field(default_factory=list)
+    ended: set[Unit] = field(default_factory=set)
+    records: list[Record] = field(default_factory=list)
+    board: Board = field(default_factory=Board)
+    watches: dict[Path, Watch] = field(default_factory=dict)
+    told: set[Path] = field(default_factory=set)
+    look_at: dict[Unit, float] = field(default_factory=dict)
+    numbers: dict[Unit, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.total, self.places = len(self.waiting), len(self.free)
+
+    def goes_on(self) -> bool:
+        """Take what has ended, start what can start; whether there is anything left."""
+        for running in list(self.running):
+            code = running.child.wait(0)
+            if code is not None:
+                self.running.remove(running)
+                self.free = sorted([*self.free, *running.slots])
+                self.take(running, code)
+        for unit in self.order():
+            if all(other in self.ended for other in unit.after) and time.monotonic() >= self.look_at.get(unit, 0.0):
+                self.start(unit)
+        self.board.show({running.title: running.child.last for running in self.running})
+        return bool(self.waiting or self.running)
+
+    def order(self) -> list[Unit]:
+        """Longest first, which fills the places best; one after the other they stay cheapest first, for early
+        numbers."""
+        side_by_side = any(self.wanted(unit) < self.places for unit in self.waiting)
+        return sorted(self.waiting, key=lambda unit: -unit.weight) if side_by_side else list(self.waiting)
+
+    def wanted(self, unit: Unit) -> int:
+        return unit.gpus if self.gpus else 1
+
+    def start(self, unit: Unit) -> None:
+        """Start what is left of a unit, if there is room for it and no other run is at work on it."""
+        if self.wanted(unit) > len(self.free):
+            return
+        number = self.numbers.setdefault(unit, len(self.numbers) + 1)
+        position = f"[{number}/{self.total}]"
+        jobs = []
+        for item in unit.items:
+            # The fine-tuning that it waited for may have run by now.
+            job = with_classifier(item.job, item.finetune) if item.finetune else item.job
+            if any(record.identity == job.identity() for record in self.records):
+                continue
+            record = cached_or_skipped(job)
+            if record is None:
+                jobs.append(job)
+            else:
+                self.records.append(record)
+                self.board.say(f"{position} {job.checkpoint.name} {record.headline}")
+        if not jobs:
+            self.end(unit)
+        elif not self.held(jobs, position):
+            slots, self.free = self.free[: self.wanted(unit)], self.free[self.wanted(unit) :]
+            self.launch(unit, jobs, slots, position)
+            self.waiting.remove(unit)
+        else:
+            self.look_at[unit] = time.monotonic() + LOOK
+
+    def end(self, unit: Unit) -> None:
+        self.ended.add(unit)
+        if unit in self.waiting:
+            self.waiting.remove(unit)
+
+    def watch(self, job: Job) -> Watch:
+        return self.watches.setdefault(job.work, Watch(job.work))
+
+    def held(self, jobs: Sequence[Job], position: str) -> bool:
+        """Whether another run is at work on one of the jobs; said once."""
+        for job in jobs:
+            owner = self.watch(job).holder()
+            if owner is None:
+                continue
+            if owner and job.work not in self.told:
+                self.told.add(job.work)
+                self.board.say(f"{position} {label_of([job])}: {in_words(owner)} is at work on it; its result will do")
+            return True
+        return False
+
+    def launch(self, unit: Unit, jobs: list[Job], slots: list[int], position: str) -> None:
+        for job in jobs:
+            (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt that failed
+        where = f" ({'GPU' if self.gpus else 'place'} {', '.join(map(str, slots))})" if self.places > 1 else ""
+        title = f"{position} {label_of(jobs)}{where}"
+        log = self.args.out / "logs" / f"{shortened(log_name(jobs))}.log"
+        child = Child(task_command(jobs, self.args), log, self.environment(slots))
+        self.running.append(Running(unit, jobs, slots, child, title, time.monotonic()))
+
+    def environment(self, slots: Sequence[int]) -> dict[str, str]:
+        """What confines a child to its places."""
+        if self.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(slot) for slot in range(max(slots) + 1)]
+            return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in slots)}
+        if self.places == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, cores() // self.places))}
+
+    def take(self, running: Running, code: int) -> None:
+        """Take the records that a child has left. One that ended early took the rest of its unit with it: the next one
+        runs what is left of it."""
+        took = duration(time.monotonic() - running.started)
+        left = [job for job in running.jobs if not (job.work / RECORD_FILE).exists()]
+        elsewhere = any(self.watch(job).holder() is not None for job in left)
+        again = left if elsewhere or len(left) < len(running.jobs) else []
+        for job in (job for job in running.jobs if job not in again):
+            record = read_or_write_failure(job, code, running.child.last_word, running.child.log)
+            self.records.append(record)
+            where = f"seed {job.seed}, {took}"
+            position = running.title.partition("]")[0] + "]"
+            self.board.say(f"{position} {job.checkpoint.name} {record.headline} ({where})")
+        if again:
+            self.waiting.insert(0, running.unit)
+        else:
+            self.end(running.unit)
+
+
+def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
+    """The record the child wrote, or a failed one in its place if it died without writing any."""
+    path = job.work / RECORD_FILE
+    if path.exists():
+        return read_record(path)
+    died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    reason = f"its process ended with {died} and left no record; last line: {last} (log: {log})"
+    record = describe(job, status="failed", reason=reason)
+    write_record(record, job.work)
+    return record
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_units(units: Sequence[Unit], args: argparse.Namespace) -> list[Record]:
+    """Run them to their end; one Record for every item. Ctrl-C stops the children, which save, and is raised again."""
+    gpus = any(unit.first.machine.device.startswith("cuda") for unit in units)
+    suite = Suite(args, list(units), list(range(args.gpus if gpus else args.jobs)), gpus)
+    try:
+        while suite.goes_on():
+            time.sleep(POLL)
+    except BaseException:  # Ctrl-C, or nobody reads what is printed here any more
+        stop_all([running.child for running in suite.running])
+        raise
+    return suite.records
