@@ -134,7 +134,7 @@ def stop_all(children: Sequence[Child]) -> None:
     with contextlib.suppress(BrokenPipeError):
         print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
     try:
-        while any([child.wait(0.1) is None for child in children]):
+        while any(child.wait(0.1) is None for child in children):
             pass
     finally:
         for child in children:

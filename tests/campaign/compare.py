@@ -14,8 +14,8 @@ from tests.campaign.cases import Broken
 # Fields of records, states and logs that say when and how fast, and a table's durations.
 TIMES = re.compile(r"(.*_)?seconds(_per_.*)?|(.*_)?images_per_second|peak_memory_gib|finished")
 DURATION = re.compile(r"\b\d+:\d\d(:\d\d)?\b")
-# Left by a run for the reader, and no result: logs, TensorBoard's events, mmengine's own files, locks.
-PASSING = ("logs/", "tensorboard/", "mmengine/", ".lock")
+# Left by a run for the reader, and no result: logs, TensorBoard's events, mmengine's own files, claims.
+PASSING = ("logs/", "tensorboard/", "mmengine/", ".claim.")
 
 
 def results(out: Path) -> dict[str, Path]:

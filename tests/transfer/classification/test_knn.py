@@ -91,10 +91,12 @@ def test_another_k_reads_the_features_and_computes_none(root, tmp_path, images_s
 def test_what_another_run_computes_is_waited_for_and_taken(root, tmp_path, images_shown):
     job = make_job(KNN, root, tmp_path / "a" / "work", k=5)
     other = replace(job, work=tmp_path / "a" / "other")
-    with claimed(feature_folder(job)), ThreadPoolExecutor() as pool:
-        waiting = [pool.submit(run_job, one) for one in (job, other)]
-        assert wait(waiting, timeout=1.0).not_done == set(waiting)
-        assert images_shown == []
+    with ThreadPoolExecutor() as pool:
+        with claimed(feature_folder(job)):
+            waiting = [pool.submit(run_job, one) for one in (job, other)]
+            assert wait(waiting, timeout=1.0).not_done == set(waiting)
+            assert images_shown == []
+        wait(waiting)
     assert [future.result().status for future in waiting] == ["ok", "ok"]
     assert len(images_shown) == 44
 
