@@ -59,6 +59,8 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
         command += ["--engine", job.engine]
     if job.parent is not None:
         command += ["--classifier", job.parent.path]
+    if (expected := [job.estimated_seconds for job in jobs]) and None not in expected:
+        command += ["--estimated-seconds", *map(str, expected)]
     return command + machine_flags(args, job.machine.workers)
 
 

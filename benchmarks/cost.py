@@ -19,7 +19,7 @@ from transfer.task import RECORD_FILE, Job, Part, Record
 
 STARTUP = 10.0  # seconds: the imports, the checkpoint, the model
 RATES_FILE = "rates.json"
-MEASURED, RECORDS, FLOPS = "measured", "records", "FLOPs"  # the sources, best first
+MEASURED, RECORDS, FLOPS = "measured rates", "records", "FLOPs"  # the sources, best first
 # The share of the peak at which a job's FLOPs are computed. Of a GPU's data sheet: assumed, since no GPU has been
 # measured. Of the products that a CPU is timed with: speed.py says 41 % for vit_mini_patch8, trained or evaluated.
 GPU_SHARE, CPU_SHARE = 0.35, 0.4
@@ -116,10 +116,16 @@ def peak(where: str, device: str, precision: str) -> float:
     return matmul_rate(device, precision, sides=(1024,))
 
 
-def gpu_hours(job: Job, seconds: float) -> float:
-    """GPU hours; on a CPU core hours."""
+def hours_of(job: Job) -> float:
+    """The GPU hours, or on a CPU core hours, that a job is expected to take; 0 if that is not known."""
     m = job.machine
-    return seconds * (m.processes if m.device.startswith("cuda") else m.processes * m.threads) / 3600
+    places = m.processes if m.device.startswith("cuda") else m.processes * m.threads
+    return places * (job.estimated_seconds or 0.0) / 3600
+
+
+def hours_in_words(jobs: Sequence[Job]) -> str:
+    unit = "GPU hours" if any(job.machine.device.startswith("cuda") for job in jobs) else "core hours"
+    return f"{sum(map(hours_of, jobs)):.2f} {unit}"
 
 
 def read_rates(out: Path, jobs: Sequence[Job]) -> Rates:

@@ -1,15 +1,18 @@
 """The plan of a call: every job, its checkpoint and data, and whether it is done, to do, or cannot run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+from benchmarks.cost import hours_in_words
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
-from mae_core.machine import Machine, default_workers, hardware, machine_from
+from mae_core.machine import Machine, cores, default_workers, hardware, machine_from
+from mae_core.progress import duration
 from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
@@ -20,20 +23,22 @@ from transfer.space import needed
 from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
 
 FINETUNE = "imagenet_finetune"
+STATES = ("done", "to do", "skipped", "failed", "left out")
 
 
 @dataclass(frozen=True)
 class Item:
     """One line of the plan.
 
-    state: "done", "to do", or why it cannot run: "skipped" or "failed". finetune: the job whose classifier this one
-    evaluates, if that has yet to run.
+    state: "done", "to do", "left out" (by the budget), or why it cannot run: "skipped" or "failed". finetune: the job
+    whose classifier this one evaluates, if that has yet to run. source: what the job's estimate is made from.
     """
 
     job: Job
     state: str
     why: str
     finetune: Job | None = None
+    source: str = ""
 
 
 def make_plan(args: argparse.Namespace) -> list[Item]:
@@ -79,7 +84,8 @@ def machine_of(args: argparse.Namespace) -> Machine:
     if args.jobs > 1 and machine.device == "cuda":
         raise UserError(f"--jobs {args.jobs} is for CPUs: on GPUs --gpus and --gpus-per-job say what runs side by side")
     workers = args.workers if args.workers >= 0 else default_workers(args.gpus * args.jobs)
-    return replace(machine, workers=workers)
+    threads = machine.threads if args.jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, cores() // args.jobs)
+    return replace(machine, workers=workers, threads=threads)
 
 
 def plan_item(job: Job, finetune: Job, coming: bool) -> Item:
@@ -141,7 +147,8 @@ def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:
     return task.needs in (Needs.ENCODER, Needs.CLASSIFIER)
 
 
-def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
+def print_plan(items: Sequence[Item], args: argparse.Namespace, cost: str = "") -> None:
+    """cost: what all jobs together will take."""
     print(f"plan: recipe {args.recipe}, data {items[0].job.data.root if items else args.data}, out {args.out}")
     for machine in dict.fromkeys(f"{hardware(item.job.machine)}, {item.job.machine.precision}" for item in items):
         print(f"  on {machine}")
@@ -155,13 +162,14 @@ def print_plan(items: Sequence[Item], args: argparse.Namespace) -> None:
         print(f"  {name}: {arch}, {kind}, sha256 {sha}, seed {seed}")
         for item in group:
             job = item.job
-            reason = reason_or_task(item, told)
+            reason = reason_or_task(item, told) + expected(item)
             print(f"    {job.task.name:<18} {job.recipe_label:<8} {job.engine:<14} {item.state:<8} {reason}")
             for line in findings.pop(job.task.name, ()):
                 print(f"      data: {line}")
     states = [item.state for item in items]
-    print("  " + ", ".join(f"{states.count(s)} {s}" for s in ("done", "to do", "skipped", "failed") if s in states))
+    print("  " + ", ".join(f"{states.count(state)} {state}" for state in STATES if state in states))
     if jobs := jobs_to_do(items):
+        print(f"  cost: {cost}")
         print(f"  disk: {space_line(needed(jobs), args.out)}")
     sys.stdout.flush()
 
@@ -172,6 +180,14 @@ def reason_or_task(item: Item, told: dict[str, str]) -> str:
     task = told.setdefault(item.why, item.job.task.name)
     again = item.state in ("skipped", "failed") and task != item.job.task.name
     return f"as {task}" if again else item.why
+
+
+def expected(item: Item) -> str:
+    """What a job is expected to take, behind what is said of it; "" if that is not known."""
+    job = item.job
+    if job.estimated_seconds is None:
+        return ""
+    return f"; {duration(job.estimated_seconds)}, {hours_in_words([job])} by {item.source}"
 
 
 def findings_by_task(items: Sequence[Item]) -> dict[str, list[str]]:

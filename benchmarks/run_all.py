@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from benchmarks.launch.local import run_units
+    from benchmarks.budget import budget, cost_line, with_estimates, within
+    from benchmarks.cost import read_rates
+    from benchmarks.launch.local import expected_time, run_units
     from benchmarks.launch.units import make_units
+    from benchmarks.measure import measure
     from benchmarks.plan import Item, jobs_to_do, make_plan, print_plan
     from benchmarks.report import report
     from benchmarks.suite import TASKS
@@ -50,25 +53,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus-per-job", type=int, metavar="M", help="GPUs of each training (default: all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="on a CPU: jobs side by side (default: 1)")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    measure_help = "with --plan: run a little of each kind of job first, to estimate their time from that"
+    parser.add_argument("--measure", action="store_true", help=measure_help)
+    budget_help = "run what fits into so many GPU hours (on a CPU core hours), cheapest first: 48h, 90m, 2d"
+    parser.add_argument("--budget", type=budget, metavar="HOURS", help=budget_help)
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
+    if args.measure and not args.plan:
+        parser.error("argument --measure: it goes with --plan")
     args.ckpt = list(dict.fromkeys(args.ckpt or [mae_mini(), "random:vit_mini_patch8"]))
     args.seeds = list(dict.fromkeys(args.seeds or [0]))
     return args
 
 
 def nothing_can_run(items: Sequence[Item]) -> bool:
-    return all(item.state in ("skipped", "failed") for item in items)
+    return all(item.state in ("skipped", "failed", "left out") for item in items)
 
 
 def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> int:
-    """0: all gave a number, or were skipped without being named; 1: one failed, or a named one was skipped; 2: nothing
-    could run."""
+    """0: all gave a number, or were skipped or left out without being named; 1: one failed, or a named one was skipped
+    or left out; 2: nothing could run."""
     if nothing_can_run(items):
         return 2
-    bad = {"failed", "skipped"} if named else {"failed"}
-    return 1 if any(record.status in bad for record in records) else 0
+    bad = {"failed", "skipped", "left out"} if named else {"failed"}
+    states = {record.status for record in records} | {item.state for item in items if item.state == "left out"}
+    return 1 if states & bad else 0
 
 
 def list_tasks() -> None:
@@ -89,12 +99,19 @@ def plan_and_run(args: argparse.Namespace) -> int:
         return 0
     check_alone(", with --gpus N")
     items = make_plan(args)
-    print_plan(items, args)
+    if args.measure:
+        measure([item.job for item in items if item.state == "to do" and not item.finetune], args)
+    items = with_estimates(items, read_rates(args.out, [item.job for item in items]))
+    if args.budget:
+        items = within(items, args.budget)
+    units = make_units([item for item in items if item.state != "left out"])
+    to_do = make_units([item for item in items if item.state == "to do"])
+    print_plan(items, args, cost_line(items, *expected_time(to_do, args)))
     check_space(jobs_to_do(items), args.out)
     if args.plan:
         return 2 if nothing_can_run(items) else 0
     try:
-        records = run_units(make_units(items), args)
+        records = run_units(units, args)
     except (KeyboardInterrupt, BrokenPipeError):
         with contextlib.suppress(BrokenPipeError):
             if any(args.out.glob(f"runs/**/{RECORD_FILE}")):

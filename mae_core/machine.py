@@ -88,10 +88,14 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-minutes", type=float, default=10.0, help="between two training checkpoints")
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(processes: int) -> int:
     # On few cores one process that decodes and computes by turns is faster than two that feed each other.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores <= 2 else min(16, cores // processes)
+    return 0 if cores() <= 2 else min(16, cores() // processes)
 
 
 def machine_from(args: argparse.Namespace, processes: int = 0) -> Machine:

@@ -6,13 +6,15 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.children import Child, stop_all, task_command
 from benchmarks.launch.board import Board
-from benchmarks.launch.units import Unit, label_of, log_name
+from benchmarks.launch.units import Unit, in_order, label_of, log_name, wall_time
 from benchmarks.plan import with_classifier
 from mae_core.claim import Watch, in_words
+from mae_core.machine import cores
 from mae_core.progress import duration
 from transfer.jobs import cached_or_skipped
 from transfer.run import describe, read_record, shortened, write_record
@@ -60,20 +62,14 @@ class Suite:
                 self.running.remove(running)
                 self.free = sorted([*self.free, *running.slots])
                 self.take(running, code)
-        for unit in self.order():
+        for unit in in_order(self.waiting, self.places, self.wanted):
             if all(other in self.ended for other in unit.after) and time.monotonic() >= self.look_at.get(unit, 0.0):
                 self.start(unit)
         self.board.show({running.title: running.child.last for running in self.running})
         return bool(self.waiting or self.running)
 
-    def order(self) -> list[Unit]:
-        """Longest first, which fills the places best; one after the other they stay cheapest first, for early
-        numbers."""
-        side_by_side = any(self.wanted(unit) < self.places for unit in self.waiting)
-        return sorted(self.waiting, key=lambda unit: -unit.weight) if side_by_side else list(self.waiting)
-
     def wanted(self, unit: Unit) -> int:
-        return unit.gpus if self.gpus else 1
+        return wanted(unit, self.gpus)
 
     def start(self, unit: Unit) -> None:
         """Start what is left of a unit, if there is room for it and no other run is at work on it."""
@@ -172,13 +168,25 @@ def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
     return record
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def wanted(unit: Unit, gpus: bool) -> int:
+    return unit.gpus if gpus else 1
+
+
+def on_gpus(units: Sequence[Unit]) -> bool:
+    return any(unit.first.machine.device.startswith("cuda") for unit in units)
+
+
+def expected_time(units: Sequence[Unit], args: argparse.Namespace) -> tuple[float, str]:
+    """Seconds that the units take on this machine, side by side as `run_units` runs them, and where that is."""
+    gpus = on_gpus(units)
+    places, what = (args.gpus, "GPU") if gpus else (args.jobs, "place")
+    where = f"on {places} {what}{'s' * (places > 1)}"
+    return wall_time(units, places, partial(wanted, gpus=gpus)), where
 
 
 def run_units(units: Sequence[Unit], args: argparse.Namespace) -> list[Record]:
     """Run them to their end; one Record for every item. Ctrl-C stops the children, which save, and is raised again."""
-    gpus = any(unit.first.machine.device.startswith("cuda") for unit in units)
+    gpus = on_gpus(units)
     suite = Suite(args, list(units), list(range(args.gpus if gpus else args.jobs)), gpus)
     try:
         while suite.goes_on():

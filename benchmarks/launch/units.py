@@ -1,6 +1,7 @@
 """From a plan to units: what one child process runs, the GPUs it wants, and what must have ended before."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.plan import Item
@@ -11,7 +12,7 @@ from transfer.task import Job, Needs
 @dataclass(eq=False)
 class Unit:
     """Items that share a child process. gpus: how many of a machine it takes. after: the units whose results it takes.
-    weight: how long it is, in a unit that all share."""
+    weight: how long it is: seconds, or for want of an estimate its tasks' rank."""
 
     items: list[Item]
     gpus: int = 1
@@ -48,11 +49,38 @@ def make_units(items: Sequence[Item]) -> list[Unit]:
         unit = units.setdefault((job.checkpoint.path, job.seed, job.task.module, alone), Unit([]))
         unit.items.append(item)
         unit.gpus = job.machine.processes
-        unit.weight += job.task.cost
+        unit.weight += job.task.cost if job.estimated_seconds is None else job.estimated_seconds
     found = list(units.values())
     for unit in found:
         unit.after = [other for other in found if other is not unit and any(waits_for(i, other) for i in unit.items)]
     return found
+
+
+def in_order(units: Sequence[Unit], places: int, wanted: Callable[[Unit], int]) -> list[Unit]:
+    """Longest first, which fills the places best; one after the other they stay cheapest first, for early numbers.
+    wanted: how many places a unit takes."""
+    if any(wanted(unit) < places for unit in units):
+        return sorted(units, key=lambda unit: -unit.weight)
+    return list(units)
+
+
+def wall_time(units: Sequence[Unit], places: int, wanted: Callable[[Unit], int]) -> float:
+    """Seconds from the first start to the last end, if each unit takes its weight and starts, in order, as soon as what
+    it waits for has ended and there is room."""
+    now, free, waiting = 0.0, places, list(units)
+    running: list[tuple[float, int]] = []  # (when it ends, its number)
+    ended: set[Unit] = set()
+    while True:
+        for unit in in_order(waiting, places, wanted):
+            if wanted(unit) <= free and ended.issuperset(unit.after):
+                waiting.remove(unit)
+                free -= wanted(unit)
+                heapq.heappush(running, (now + unit.weight, units.index(unit)))
+        if not running:
+            return now
+        now, number = heapq.heappop(running)
+        ended.add(units[number])
+        free += wanted(units[number])
 
 
 def waits_for(item: Item, other: Unit) -> bool:

@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path
     assert (job.recipe.epochs, job.recipe.batch, job.recipe.layer_decay) == (360, 64, 1.0)
     command = task_command([job], args)
     knobs = command[command.index("--set") + 1 :][:2]
+    assert "--estimated-seconds" not in command
+    expected = task_command([replace(job, estimated_seconds=seconds) for seconds in (12.5, 3.0)], args)
+    assert expected[expected.index("--estimated-seconds") + 1 :][:2] == ["12.5", "3.0"]
     [task] = find_tasks(["inat2018"], TASKS)
     again = make_job(task, job.checkpoint, "paper", knobs, job.data, args.out, 0, job.machine)
     assert again.work == job.work

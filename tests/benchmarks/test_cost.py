@@ -119,7 +119,7 @@ def test_measured_rates_come_before_records_and_those_before_flops(on_h100):
     assert estimate(job, Rates(recorded={trained: 1000})) == Estimate(pytest.approx(by_record), "records")
     by_measure = STARTUP + training.images / (8 * 1100) + 50000 / (8 * 2000)
     rates = Rates({trained: 1100}, {trained: 1000, evaluated: 2000})
-    assert estimate(job, rates) == Estimate(pytest.approx(by_measure), "measured")
+    assert estimate(job, rates) == Estimate(pytest.approx(by_measure), "measured rates")
     # The evaluation's rate alone serves the training too.
     by_evaluation = STARTUP + training.images / (8 * 700) + 50000 / (8 * 2100)
     assert estimate(job, Rates(recorded={evaluated: 2100})) == Estimate(pytest.approx(by_evaluation), "records")
@@ -132,10 +132,12 @@ def test_a_rate_counts_once_for_each_gpu_and_once_for_all_processes_of_a_cpu(on_
     assert key_of(job, kind, H100) == key_of(one, kind, "1x NVIDIA H100 80GB HBM3")
     rates = Rates({key_of(job, kind, H100): 100})
     assert estimate(one, rates).seconds - STARTUP == pytest.approx(8 * (estimate(job, rates).seconds - STARTUP))
-    assert cost.gpu_hours(job, 3600) == 8
+    assert cost.hours_in_words([replace(job, estimated_seconds=1800)] * 3) == "12.00 GPU hours"
     two, four = (job_of("imagenet_knn", processes=2, threads=threads) for threads in (1, 2))
     assert key_of(two, kind, CPU) != key_of(four, kind, CPU)
-    assert (cost.gpu_hours(two, 3600), cost.gpu_hours(four, 3600)) == (2, 4)
+    jobs = [replace(job, estimated_seconds=3600) for job in (two, four)]
+    assert [cost.hours_of(job) for job in (*jobs, two)] == [2, 4, 0]
+    assert cost.hours_in_words(jobs) == "6.00 core hours"
 
 
 def test_the_peak_is_the_data_sheets_or_measured(monkeypatch):

@@ -1,5 +1,6 @@
 """What the plan says of the data, the disk and the call before anything starts."""
 
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -54,6 +55,24 @@ def test_findings_stand_below_their_task_and_once(root, tmp_path, capsys):
     assert sum("996 of the 1000" in line for line in lines) == 1
     assert lines[1] == f"  on {hardware(Machine())}, fp32"
     assert lines[-1].startswith("  disk: up to 0.")
+
+
+def test_a_plan_says_what_it_costs_and_a_budget_leaves_out_what_is_over_it(root, tmp_path, capsys):
+    out, setting = tmp_path / "out", ["--data", str(root), "--set", "imagenet_knn.k=2"]
+    code, lines, _ = call(capsys, out, *setting, "--tasks", "imagenet_knn", "--plan")
+    assert code == 0
+    assert re.search(r"4 val; \d+:\d\d, \d\.\d\d core hours by FLOPs$", lines[3])
+    assert re.search(r"^  cost: \d\.\d\d core hours, \d+:\d\d on 1 place \(1 by FLOPs\)$", lines[-2])
+    for flags in (["--plan"], []):
+        code, lines, _ = call(capsys, out, *setting, "--tasks", "imagenet_knn", "--budget", "0.01m", *flags)
+        assert code == 2
+        assert "torch          left out over --budget: " in lines[3]
+        assert "hours, 0.000167 of 0.000167 are left" in lines[3]
+        assert "  1 left out" in lines
+    assert list(out.glob("runs/**/record.json")) == []
+    with pytest.raises(SystemExit, match="2"):
+        call(capsys, out, *setting, "--measure")
+    assert "argument --measure: it goes with --plan" in capsys.readouterr().err
 
 
 def test_a_root_that_is_not_there_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -199,6 +199,9 @@ def test_nothing_to_run_is_exit_code_2_and_the_summary_names_every_record(tmp_pa
         (["to do", "to do"], ["ok", "failed"], False, 1),
         (["to do", "failed"], ["ok", "failed"], False, 1),
         (["skipped", "skipped"], ["skipped", "skipped"], True, 2),
+        (["to do", "left out"], ["ok"], False, 0),
+        (["to do", "left out"], ["ok"], True, 1),
+        (["skipped", "left out"], ["skipped"], False, 2),
     ],
 )
 def test_exit_code(states: list[str], statuses: list[str], named: bool, code: int) -> None:
