@@ -27,12 +27,12 @@ from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
 from mae_core.training import (
-    CHECKPOINT_FILE,
     LOG_FILE,
     State,
     Training,
     diverged,
     end_epoch,
+    restart,
     resume,
     save,
     truncate_log,
@@ -202,7 +202,8 @@ def train_step(
         state.micro_batch = max(1, state.micro_batch // 2)
         note = f"out of GPU memory: micro-batch reduced to {state.micro_batch}, effective batch kept"
         state.notes += (note,)
-        print(note, flush=True)
+        if distributed.is_main():
+            print(note, flush=True)
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -233,11 +234,9 @@ def updated(optimizer: torch.optim.Optimizer, step: int, t: Training, state: Sta
 
 
 def out_of_memory(step: int, t: Training, state: State, where: str = "") -> UserError:
-    there = (t.work / CHECKPOINT_FILE).exists()
-    after = "the run goes on from its last checkpoint" if there else "no checkpoint was written yet"
     return UserError(
         f"out of GPU memory at step {step} with a micro-batch of {state.micro_batch}{where}: start again with a "
-        f"smaller --micro-batch or --activation-checkpointing; {after}"
+        f"smaller --micro-batch or --activation-checkpointing; {restart(t.work)}"
     )
 
 

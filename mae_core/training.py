@@ -90,6 +90,12 @@ def diverged(what: str, step: int, t: Training) -> UserError:
     )
 
 
+def restart(work: Path) -> str:
+    """What a run that ends early goes on from, as part of a sentence."""
+    there = (work / CHECKPOINT_FILE).exists()
+    return "the run goes on from its last checkpoint" if there else "no checkpoint was written yet"
+
+
 def end_epoch(t: Training, state: State, lr: float, images_per_second: float, found: dict[str, Any]) -> None:
     """One JSON line: mean loss over the epoch and all processes, rate, time, and what after_epoch found."""
     losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)

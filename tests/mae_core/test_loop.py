@@ -442,6 +442,9 @@ def test_two_processes_equal_one_to_rounding(noise_images, reference, tmp_path, 
         assert "resuming pre-train vit_mini_patch8 at step 6/8" in output
         assert "at step 6/8;" not in output  # on an unchanged machine; a warning of the other process may follow
     assert code == 0, output
+    assert output.count("micro-batch reduced to 4") == 2 * (
+        mishap in ("memory", "state")
+    )  # as it happens, and at the end
     content = torch.load(out / CHECKPOINT_FILE)
     assert content["machine"]["processes"] == 2
     assert content["state"]["micro_batch"] == (2 if mishap in ("memory", "state") else 8)

@@ -26,7 +26,7 @@ from mae_core.errors import UserError
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
-from mae_core.training import CHECKPOINT_FILE
+from mae_core.training import CHECKPOINT_FILE, restart
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import open_image, parameter_groups, schedule
@@ -243,6 +243,6 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
         except torch.OutOfMemoryError:
             raise UserError(
                 f"out of GPU memory at iteration {trainer.iter} with a micro-batch of {micro_batch}: start again with "
-                "a smaller --micro-batch or --activation-checkpointing; the run goes on from its last checkpoint"
+                f"a smaller --micro-batch or --activation-checkpointing; {restart(job.work)}"
             ) from None
     return iterations, saver.seconds

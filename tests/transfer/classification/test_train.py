@@ -20,7 +20,7 @@ from mae_core.machine import Machine
 from mae_core.training import LOG_FILE
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
-from tests.fixtures.classification import Command
+from tests.fixtures.classification import Command, assert_same_training
 from tests.fixtures.transfer import ARCH, PROCESS, make_job, write_imagenet
 from transfer.classification.evaluate import evaluate
 from transfer.classification.job import start_model
@@ -51,16 +51,6 @@ def train(job, bare_head: bool = True, model: nn.Module | None = None):
     split, _ = read_split(Path(job.data.root) / "imagenet" / "train")
     job.work.mkdir(parents=True, exist_ok=True)
     return train_classifier(job, model, split, pretraining_transform(job.recipe.image_size, augmentation="none"))
-
-
-def assert_same_training(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 2e-3) -> None:
-    """Equal to rounding. A key's bias has no effect on attention: its gradient is rounding noise that Adam blows up."""
-    assert a.keys() == b.keys()
-    for name in a:
-        x, y = a[name].double(), b[name].double()
-        if name.endswith("attn.qkv.bias"):
-            x, y = (torch.cat([t[: len(t) // 3], t[-len(t) // 3 :]]) for t in (x, y))
-        assert (x - y).norm() <= rtol * y.norm() + 1e-7, name
 
 
 def test_random_erasing_fills_a_quarter_of_the_images_with_noise():
