@@ -23,17 +23,23 @@ END_SECONDS = 5  # a process closes its connections before it ends
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a batch, also those within objects of other libraries."""
     if isinstance(value, Tensor):
         return [value]
+    if not isinstance(value, list | tuple | dict | type):
+        value = getattr(value, "__dict__", {})
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def bytes_of(batch: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors_in(batch))
 
 
 def fitting_workers(workers: int, batch: Any, held: int) -> int:
     """At most `workers`: as many as shared memory and open files suffice for, when each prepares PREFETCH batches such
     as this one and the caller holds `held` of them at a time. Says so if they are fewer."""
-    tensors = tensors_in(batch)
-    size, files = sum(tensor.nbytes for tensor in tensors), len(tensors)
+    size, files = bytes_of(batch), len(tensors_in(batch))
     if not workers or not size:
         return workers
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

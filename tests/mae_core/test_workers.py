@@ -56,6 +56,14 @@ def test_targets_are_counted_tensor_by_tensor(machine):
     assert fitting_workers(16, (torch.zeros(2, 3), targets, []), held=0) == 3
 
 
+def test_tensors_within_objects_of_other_libraries_are_counted(machine):
+    """As detectron2's Instances and mmengine's PixelData hold them."""
+    machine(64, 10_000)
+    boxes, labels = SimpleNamespace(tensor=torch.zeros(MIB)), SimpleNamespace(_data=torch.zeros(MIB, dtype=torch.int64))
+    fields = {"boxes": boxes, "size": (4, 4), "labels": [labels]}
+    assert fitting_workers(16, [{"instances": SimpleNamespace(_fields=fields)}], held=0) == 2  # 12 MiB each of 57.6
+
+
 class Numbers:
     """A data set of numbers; `happen` is called in the worker that makes one."""
 

@@ -1,6 +1,7 @@
 """Training on detectron2's trainer, hooks, loader and checkpointer, resumable at the exact iteration."""
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,14 @@ from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
 from mae_core.training import CHECKPOINT_FILE, restart
+from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import open_image, parameter_groups, schedule
 from transfer.task import Job
 
 DIVERGED = "the last checkpoint stands; a lower lr, a longer warm-up or --precision fp32 may help"
+TRAINER_LOG = "detectron2.engine.train_loop"  # prints the traceback of every error, also of one that a sentence answers
 METRICS_EVERY = 20  # iterations between two lines of metrics.json
 
 
@@ -151,7 +154,8 @@ class Trainer(SimpleTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         for chunk in range(self.chunks):
             before = time.perf_counter()
-            data = next(self._data_loader_iter)
+            with lost_batches_explained():
+                data = next(self._data_loader_iter)
             waited += time.perf_counter() - before
             seed_all(self.job.seed, self.iter, distributed.rank(), chunk, device=machine.device)
             parallel = isinstance(self.model, DistributedDataParallel)
@@ -223,18 +227,23 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
     if first and distributed.is_main():
         print(f"resuming {job.task.name} {job.checkpoint.name} at iteration {first}/{iterations}", flush=True)
     stream = TrainingStream(len(examples), r.batch, micro_batch, job.seed, first, iterations)
+    mapped, workers = MappedExamples(examples, r, job.seed), machine.workers
+    if workers:
+        workers = fitting_workers(workers, [mapped[sample] for sample in next(iter(stream))], held=1)
     loader = build_detection_train_loader(
-        MappedExamples(examples, r, job.seed),
+        mapped,
         mapper=None,
         sampler=ResumedSampler(stream),
         total_batch_size=micro_batch * machine.processes,
         aspect_ratio_grouping=False,
-        num_workers=machine.workers,
+        num_workers=workers,
     )
+    loader.worker_init_fn = end_at_errors
+    logging.getLogger(TRAINER_LOG).disabled = True
     parallel = DistributedDataParallel(model) if machine.processes > 1 else model
     model.train()
     trainer = Trainer(parallel, loader, optimizer, job, r.batch // machine.processes // micro_batch)
-    with stop_requested() as stop:
+    with dead_workers_explained(), stop_requested() as stop:
         saver = Saver(checkpointer, job, iterations, first, seconds, stop)
         writer = hooks.PeriodicWriter([JSONWriter(str(job.work / "metrics.json"))], period=METRICS_EVERY)
         trainer.register_hooks([LearningRate(rate), saver, writer if distributed.is_main() else None])

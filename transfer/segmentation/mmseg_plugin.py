@@ -23,12 +23,15 @@ from torch.nn import functional
 
 from mae_core import distributed
 from mae_core.machine import Machine
+from mae_core.workers import bytes_of, end_at_errors, fitting_workers
 from transfer.data.ade20k import check_pair
+from transfer.data.findings import spread
 from transfer.pyramid import ViTPyramid, layer_of
 
 # The names that mmseg 1.2.2 imports from mmcv.ops. The classes appear in isinstance checks and as bases.
 FUNCTIONS = ("point_sample", "sigmoid_focal_loss")
 CLASSES = ("CrissCrossAttention", "PSAMask", "DeformConv2d", "ModulatedDeformConv2d")
+SIZED = 8  # images, of different sizes, of which the largest tells how much a worker holds
 
 
 def provide_operators() -> bool:
@@ -100,6 +103,17 @@ def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[s
     return {"loss_ce": head.loss_decode(logits, labels.squeeze(1), ignore_index=head.ignore_index)}
 
 
+def with_workers_that_fit(loader: dict[str, Any], datasets: Any) -> dict[str, Any]:
+    """The configuration of mmengine's loader of single images, with as many workers as there is room for, which end
+    when they cannot hand over an image. datasets: mmseg's registry."""
+    workers = loader["num_workers"]
+    if workers:
+        dataset = datasets.build(loader["dataset"])
+        images = [dataset[i] for i in spread(len(dataset), at_most=SIZED)]
+        workers = fitting_workers(workers, max(images, key=bytes_of), held=1)
+    return {**loader, "num_workers": workers, "worker_init_fn": {"type": end_at_errors}}
+
+
 @cache
 def register() -> None:
     """Import mmsegmentation and register the parts that `mmseg_config` names."""
@@ -125,7 +139,7 @@ def register() -> None:
         """mmengine's, in a Machine's precision; calls `each` with the number of images done."""
 
         def __init__(self, runner: Any, dataloader: dict, evaluator: Any, machine: dict, each: Callable) -> None:
-            super().__init__(runner, dataloader, evaluator)
+            super().__init__(runner, with_workers_that_fit(dataloader, DATASETS), evaluator)
             self.machine, self.each = Machine(**machine), each
 
         @torch.inference_mode()

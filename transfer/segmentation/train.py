@@ -18,6 +18,7 @@ from mae_core.loop import fit, micro_batch_for
 from mae_core.progress import Progress
 from mae_core.training import State, Training
 from mae_core.vit import get_arch
+from mae_core.workers import lost_batches_explained
 from transfer.data import ade20k
 from transfer.pyramid import load_pyramid
 from transfer.segmentation.mmseg_config import (
@@ -130,7 +131,8 @@ def run_test(runner: Any) -> Any:
     """Run the configured test and return its metric, which holds the counts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about shapes that mmseg's multi-scale test converts
-        runner.test()
+        with lost_batches_explained():
+            runner.test()
     return runner.test_loop.evaluator.metrics[0]
 
 

@@ -1,6 +1,8 @@
 """The detectron2 engine against our own pyramid, against torchvision's, and against being killed."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from mae_core import workers
 from mae_core.checkpoint import read_checkpoint
 from mae_core.data import MEAN, STD
 from mae_core.errors import UserError
@@ -276,6 +279,26 @@ def test_micro_batches_take_the_images_of_the_batch(root, tmp_path, monkeypatch,
     assert iterations == 2
     assert [sample.position for sample in taken] == list(range(24))
     assert sorted(sample.index for sample in taken) == list(range(24))
+
+
+def test_a_dead_worker_of_those_that_fit_is_one_sentence(root, tmp_path, monkeypatch, capfd, caplog):
+    job, here = make_job(root, tmp_path, Machine(workers=16)), os.getpid()
+    # Images, boxes and labels of four: two such batches for one worker and one for the training, but not two more.
+    monkeypatch.setattr(workers.resource, "getrlimit", lambda kind: (workers.RESERVE + 3 * 12 + 23,) * 2)
+    monkeypatch.setattr(workers.resource, "setrlimit", lambda kind, limits: None)
+    item = train_detectron2.MappedExamples.__getitem__
+
+    def dying(mapped, sample):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(mapped, sample)
+
+    monkeypatch.setattr(train_detectron2.MappedExamples, "__getitem__", dying)
+    model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    with pytest.raises(UserError, match=r"a process that decodes images died .*: memory or /dev/shm may be"):
+        train_detectron2.train(model, training_examples(root), job, 4)
+    assert "starting 1 of them" in capfd.readouterr().out
+    assert not caplog.records
 
 
 def test_gradients_of_micro_batches_are_averaged(tmp_path, root):

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mae_core import workers
 from mae_core.errors import UserError
-from tests.fixtures.segmentation import make_job
+from mae_core.machine import Machine
+from tests.fixtures.segmentation import make_config, make_job
 from tests.fixtures.transfer import finished
 from transfer.data.ade20k import FOLDER
 from transfer.segmentation import mmseg_config, mmseg_plugin
@@ -123,3 +125,24 @@ def test_full_mmcv_is_left_alone(mmseg, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv.ops", real)
     assert mmseg_plugin.provide_operators() is False
     assert sys.modules["mmcv.ops"] is real
+
+
+def test_the_test_has_as_many_workers_as_there_is_shared_memory_for(root, tmp_path, mmseg, monkeypatch, capsys):
+    """The largest image, shrunk to a short side of 56 px, and its label of 8 bytes a pixel: two of them wait for the
+    test, which has one."""
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+
+    init_default_scope("mmseg")
+    config = make_config(make_job(root, tmp_path, Machine(workers=16)))["test_dataloader"]
+    sizes = [Image.open(path).size for path in (root / FOLDER / "images/validation").iterdir()]
+    assert max(max(size) / min(size) for size in sizes) < 4  # the long side's limit
+    largest = max(8 * w * h + 3 * 56 * round(56 * max(w, h) / min(w, h)) for w, h in sizes)
+    free = SimpleNamespace(f_bavail=(2 * 1 + 1) * largest / 0.9 + 9, f_frsize=1)
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: free)
+    fitting = mmseg_plugin.with_workers_that_fit(config, mmseg.registry.DATASETS)
+    assert "starting 1 of them" in capsys.readouterr().out
+    loader = Runner.build_dataloader(fitting)
+    assert (loader.num_workers, fitting | {"num_workers": 16}) == (1, fitting | config | {"num_workers": 16})
+    assert [min(batch["inputs"][0].shape[1:]) for batch in loader] == [56] * 5
+    assert loader.worker_init_fn.func is workers.end_at_errors
