@@ -25,6 +25,7 @@ from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.machine import named_path, program
+from mae_core.stopping import stop_postponed
 from mae_core.writing import write_texts
 from transfer.run import fits, read_record
 from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
@@ -62,10 +63,11 @@ def write_tables(out: Path) -> list[Path]:
         files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
         files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
     texts = {out / name: text for name, text in files.items() if text is not None}
-    write_texts(texts)
-    for name, text in files.items():
-        if text is None:
-            (out / name).unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
+    with stop_postponed():  # or some tables would be of now, others of an earlier call
+        write_texts(texts)
+        for name, text in files.items():
+            if text is None:
+                (out / name).unlink(missing_ok=True)  # the table of an earlier call, whose records are gone
     if unreadable:
         raise UnreadableRecords(*unreadable)
     return list(texts)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import ablations, run_all, speed, twins
 from benchmarks.plan import Item
+from benchmarks.report import report
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
@@ -113,6 +114,53 @@ def test_interrupt_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, mini:
     last = call(tmp_path, *mini, *LONG)
     assert last.returncode == 0, last.stdout + last.stderr
     assert "resuming" in next((tmp_path / "out" / "logs").glob("*.log")).read_text()
+
+
+def tables_in(out: Path) -> dict[str, str]:
+    """With any that are half written."""
+    files = [path for path in (*out.glob("*.*"), *out.glob("tables/*")) if path.name != ".lock"]
+    return {path.name: path.read_text() for path in files}
+
+
+INTERRUPTED = """
+import os, signal, sys
+from benchmarks import run_all
+
+def struck(function, now):
+    def call(*arguments):
+        if now(*arguments) and not os.path.exists("struck"):
+            open("struck", "w").close()
+            signal.raise_signal(signal.SIGINT)
+        return function(*arguments)
+    return call
+
+if sys.argv[1] == "reading":
+    run_all.report = struck(run_all.report, lambda out: True)
+else:
+    os.replace = struck(os.replace, lambda old, new: str(new).endswith("robustness.md"))
+sys.exit(run_all.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "written"), [("reading", False), ("replacing", True)])
+def test_an_interrupt_while_the_last_tables_are_written_leaves_all_of_them_or_none(
+    tmp_path: Path, moment: str, written: bool
+) -> None:
+    (tmp_path / "data").mkdir()
+    arguments = ["--ckpt", ARCH, "--data", "data", "--out", "out"]
+    assert call(tmp_path, *arguments, "--tasks", "imagenet_a").returncode == 2  # skipped: there are no data
+    before = tables_in(tmp_path / "out")
+    child = [sys.executable, "-c", INTERRUPTED, moment, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(child, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (tmp_path / "struck").exists()
+    assert (done.returncode, done.stderr) == (130, "stopped; the same command goes on from here\n")
+    after = tables_in(tmp_path / "out")
+    assert (after != before) == written
+    if written:
+        report(tmp_path / "out")
+        assert after == tables_in(tmp_path / "out")
 
 
 def test_what_a_platform_presets_for_several_processes_is_dropped(
