@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -52,8 +53,9 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """The images of a file, in its order, made one by one as they are asked for. All is kept in the file's bytes and in
-    arrays, which forked workers share; Python objects would be copied page by page as they are touched."""
+    """The images of a file, in its order, made one by one as they are asked for. All is kept in arrays and, once `hold`
+    was called, in the file's bytes, which forked workers share; Python objects would be copied page by page as they are
+    touched."""
 
     def __init__(self, content: Content, folder: Path, kept: np.ndarray, image_of: np.ndarray) -> None:
         """kept: the annotations that count; image_of: the image of each annotation."""
@@ -132,11 +134,17 @@ def read_split(root: Path, split: str) -> Split:
 
 @cache
 def read_once(path: Path, folder: Path, changed: int) -> Split:
-    with open_regular(path) as file:
-        whole = file.read()
-    digest = hashlib.sha256(whole).hexdigest()
+    file = open_regular(path)
+    split = split_of(path, folder, file)
+    if not split.examples:  # whose outlines are read from it later
+        file.close()
+    return split
+
+
+def split_of(path: Path, folder: Path, file: BinaryIO) -> Split:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        content = Content(whole)
+        content = Content(file)
     except (ValueError, KeyError, RecursionError) as e:
         what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError) else e
         problem = f"{path} is no file of COCO instances ({what}): unpack annotations_trainval2017.zip"
@@ -281,7 +289,7 @@ def inspect_coco(root: Path) -> Data:
         return incomplete(root, f"{' and '.join(absent)} missing: COCO must lie at {where}")
     train, val = read_split(root, "train"), read_split(root, "val")
     problems = train.problems + val.problems
-    if not problems and not training_examples(root):
+    if not problems and isinstance(train.examples, Examples) and not train.examples.with_objects():
         problems = (f"{annotation_file(root, 'train')} has no object to learn",)
     if problems:
         return incomplete(root, *problems)
@@ -293,8 +301,12 @@ def inspect_coco(root: Path) -> Data:
 
 @cache
 def training_examples(root: Path) -> Examples:
-    """The training images that have at least one object; UserError if they cannot be read."""
+    """The training images that have at least one object, their outlines in memory; UserError if they cannot be read."""
     split = read_split(root, "train")
     if not isinstance(split.examples, Examples):
         raise UserError("; ".join(split.problems))
+    try:
+        split.examples.content.hold(split.sha256)
+    except ValueError as e:
+        raise UserError(f"{annotation_file(root, 'train')} {e}: start again") from None
     return split.examples.with_objects()

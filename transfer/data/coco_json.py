@@ -1,11 +1,13 @@
 """A file of COCO instances, read piece by piece: as a whole, its outlines would be 45 million Python numbers."""
 
+import hashlib
 import json
 import math
+import os
 import re
 from array import array
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from pycocotools import mask as mask_util
@@ -15,7 +17,8 @@ from mae_core.files import leaves
 FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
 MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
 WINDOW, MARGIN = 1 << 24, 1 << 16  # bytes that are text at a time, and that stay ahead
-SPACE = re.compile(r"[ \t\n\r]*")
+SPACES = " \t\n\r"
+SPACE = re.compile(f"[{SPACES}]*")
 # What an outline may be: polygons, all of them valid; polygons, some valid; nothing valid; runs, which are to be
 # compared with the image's size.
 POLYGONS, PARTS, NOTHING, RUNS = range(4)
@@ -24,31 +27,51 @@ POLYGONS, PARTS, NOTHING, RUNS = range(4)
 class Content:
     """The three lists of a file. images: (id, file name, height, width); categories: (id, name); of the annotations, in
     the file's order, one column for each value, four numbers a box, the outline's kind, and where in the file the
-    annotation stands. Raises ValueError or KeyError, with the place, unless everything is there and of its type."""
+    annotation stands. Raises ValueError or KeyError, with the place, unless everything is there and of its type.
 
-    def __init__(self, file: bytes) -> None:
-        self.file = file
+    The file stays open, since `segmentation` reads it, until `hold` has read it as a whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.held = file, b""
         self.images: list[tuple[int, str, int, int]] = []
         self.categories: list[tuple[int, str]] = []
         self.clear_annotations()
         lists = {"images": self.add_image, "categories": self.add_category, "annotations": self.add_annotation}
         seen = set()
-        for key, number, entry, start, end in Elements(file, lists):
+        for key, number, entry, start, end in Elements(self.read, os.fstat(file.fileno()).st_size, lists):
             if number < 0:  # the list begins; one that comes twice counts once, as for every reader of JSON
                 seen.add(key)
                 self.clear_annotations() if key == "annotations" else getattr(self, key).clear()
                 continue
             try:
-                if key != "annotations" and not file[start:end].isascii():
-                    entry = json.loads(file[start:end])
                 lists[key](entry, start, end)
             except (TypeError, ValueError, KeyError, OverflowError) as e:
                 raise ValueError(f"{key}[{number}]: {wrong_value(entry) or f'{type(e).__name__}: {e}'}") from None
         if absent := [key for key in lists if key not in seen]:
             raise KeyError(absent[0])
 
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes of the file. Processes that share it do not move each other's place in it."""
+        return self.held[start : start + length] if self.held else os.pread(self.file.fileno(), length, start)
+
+    def hold(self, sha256: str) -> None:
+        """Keep the file's bytes in memory; ValueError if it no longer is the one of that hash."""
+        if self.held:
+            return
+        self.file.seek(0)
+        whole = self.file.read()
+        if hashlib.sha256(whole).hexdigest() != sha256:
+            raise ValueError("was changed since it was checked")
+        self.held = whole
+        self.file.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With the file's bytes in its place."""
+        return {**vars(self), "file": None, "held": self.held or self.read(0, os.fstat(self.file.fileno()).st_size)}
+
     def segmentation(self, number: int) -> Any:
-        return json.loads(self.file[self.starts[number] : self.ends[number]])["segmentation"]
+        start = self.starts[number]
+        return json.loads(self.read(start, self.ends[number] - start))["segmentation"]
 
     def clear_annotations(self) -> None:
         self.ids, self.image_ids, self.category_ids, self.crowds = (array("q") for _ in range(4))
@@ -99,13 +122,16 @@ def wrong_value(entry: Any) -> str:
 
 class Elements:
     """Iterates over (list, number, element, its first byte, the byte after it) for some lists of the JSON object in a
-    file's content, in its order; with number -1 where a list begins. ValueError for what is no JSON object, or no list
-    in place of one. Text outside of ASCII is not right yet: a byte is one character, so that places are bytes."""
+    file of `size` bytes, in its order; with number -1 where a list begins. ValueError for what is no JSON object, or no
+    list in place of one.
 
-    def __init__(self, content: bytes, lists: Collection[str]) -> None:
-        self.content, self.lists, self.scan = content, lists, json.JSONDecoder().raw_decode
-        self.base, self.place = 0, 3 * content.startswith(b"\xef\xbb\xbf")  # a byte order mark
-        self.text = content[:WINDOW].decode("latin-1")
+    read: (first byte, how many) -> bytes. A byte is one character of `text`, so that places are bytes."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, lists: Collection[str]) -> None:
+        self.read, self.size, self.lists, self.scan = read, size, lists, json.JSONDecoder().raw_decode
+        self.base = 3 * (read(0, 3) == b"\xef\xbb\xbf")  # a byte order mark
+        self.text, self.ascii, self.place = "", True, 0
+        self.slide(WINDOW)
 
     def __iter__(self) -> Iterator[tuple[str, int, Any, int, int]]:
         self.take("{")
@@ -131,6 +157,8 @@ class Elements:
             self.next()
             start = self.base + self.place
             entry = self.value()
+            if not self.ascii:
+                entry = decoded(self.text[start - self.base : self.place], f"{key}[{number}]")
             yield key, number, entry, start, self.base + self.place
             number, end = number + 1, self.take(",]")
 
@@ -138,8 +166,11 @@ class Elements:
         """The next character that is no space; "" at the end."""
         if len(self.text) - self.place < MARGIN:
             self.slide(WINDOW)
-        self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it always matches
-        return self.text[self.place : self.place + 1]
+        found = self.text[self.place : self.place + 1]
+        if found in SPACES:
+            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it always matches
+            found = self.text[self.place : self.place + 1]
+        return found
 
     def take(self, allowed: str) -> str:
         found = self.next()
@@ -149,11 +180,12 @@ class Elements:
         return found
 
     def value(self) -> Any:
+        """The value behind any spaces."""
         self.next()
         try:
             found, self.place = self.scan(self.text, self.place)
         except json.JSONDecodeError as e:
-            if self.base + len(self.text) < len(self.content):  # perhaps only the window ended
+            if self.base + len(self.text) < self.size:  # perhaps only the window ended
                 self.slide(2 * len(self.text))
                 return self.value()
             raise ValueError(f"{e.msg} at byte {self.base + e.pos}") from None
@@ -161,9 +193,18 @@ class Elements:
 
     def slide(self, length: int) -> None:
         """Begin the window at the current place, if there is more to come."""
-        if self.base + len(self.text) < len(self.content):
+        if self.base + len(self.text) < self.size:
             self.base += self.place
-            self.text, self.place = self.content[self.base : self.base + length].decode("latin-1"), 0
+            piece = self.read(self.base, length)
+            self.text, self.ascii, self.place = piece.decode("latin-1"), piece.isascii(), 0
+
+
+def decoded(text: str, where: str) -> Any:
+    """The JSON value in bytes that stand as characters."""
+    try:
+        return json.loads(text.encode("latin-1"))
+    except ValueError as e:
+        raise ValueError(f"{where}: {type(e).__name__}: {e}") from None
 
 
 def kind_of(segmentation: Any) -> int:

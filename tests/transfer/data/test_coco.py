@@ -1,5 +1,6 @@
 """The reader of COCO's annotations, against pycocotools and what was written."""
 
+import hashlib
 import json
 import math
 import os
@@ -373,20 +374,27 @@ def test_a_file_is_read_whatever_its_spaces_order_and_length(tmp_path, monkeypat
     values = json.loads(path.read_text())
     values["images"][1]["file_name"] = "caf\u00e9 \u20ac.jpg"
     values = {"info": {"deep": [[1, {}], "]}"]}, "year": 2017, **dict(reversed(values.items())), "licenses": []}
-    plain = Content(json.dumps(values).encode())
+
+    def content(text: str) -> Content:
+        path.write_text(text, encoding="utf-8")
+        found = Content(path.open("rb"))
+        found.hold(hashlib.sha256(text.encode()).hexdigest())
+        return found
+
+    plain = content(json.dumps(values))
     assert [image[1] for image in plain.images] == [image["file_name"] for image in values["images"]]
     assert [plain.segmentation(i) for i in (0, 1)] == [a["segmentation"] for a in values["annotations"]]
     monkeypatch.setattr(coco_json, "WINDOW", 64)
     monkeypatch.setattr(coco_json, "MARGIN", 16)
     for options in ({"indent": 3}, {"separators": (",", ":")}, {"ensure_ascii": False}):
         for mark in ("", "\ufeff"):
-            found = Content((mark + json.dumps(values, **options) + "\n ").encode())
+            found = content(mark + json.dumps(values, **options) + "\n ")
             assert (found.images, found.categories, found.boxes) == (plain.images, plain.categories, plain.boxes)
             assert [found.segmentation(i) for i in (0, 1)] == [a["segmentation"] for a in values["annotations"]]
     whole = json.dumps(values)
     for broken in (whole[:-1], whole + "x", whole.replace("[{", "[,{", 1), whole.replace("}, {", "} {", 1), "", "[]"):
         with pytest.raises(ValueError, match="at byte"):
-            Content(broken.encode())
+            content(broken)
 
 
 def test_both_repairs_are_one_note(tmp_path):
@@ -434,6 +442,17 @@ def test_an_image_without_an_object_is_read_but_not_trained_on(tmp_path):
     empty = split.examples[0]
     assert (empty.boxes.shape, empty.labels.shape, empty.masks().shape) == ((0, 4), (0,), (0, 48, 64))
     assert (empty.boxes.dtype, empty.labels.dtype) == (np.float32, np.int64)
+
+
+def test_a_file_that_changes_between_its_check_and_the_training_is_refused(root):
+    """Within one tick of its file system's clock, and at the same length."""
+    path = annotation_file(root, "train")
+    ticked = path.stat().st_mtime_ns
+    assert read_split(root, "train").examples
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    os.utime(path, ns=(ticked, ticked))
+    with pytest.raises(UserError, match=f"{path} was changed since it was checked: start again"):
+        training_examples(root)
 
 
 def test_training_examples_of_a_broken_file_are_an_error(tmp_path):
