@@ -95,8 +95,8 @@ def refused(done: Done, work: Path, said: str = "") -> None:
     require(done.code != -9, f"it hung, or filled the memory: {done.seconds:.0f} s", done)
     no_traceback(done, work)
     require(done.code in (1, 2), "accepted, or killed", done)
-    last = (done.text.strip().splitlines() or [""])[-1]
-    require(len(last.split()) > 4, "no sentence", done)
+    lines = [line for line in done.text.strip().splitlines() if not line.startswith("tables: ")]
+    require(lines and len(lines[-1].split()) > 4, "no sentence", done)
     require(said in done.text, f"it does not say {said!r}", done)
 
 

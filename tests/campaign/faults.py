@@ -15,14 +15,39 @@ from tests.campaign.cases import Case, Skipped, no_traceback, refused, require, 
 from tests.campaign.compare import compare, results
 from tests.campaign.kills import PATIENCE, undisturbed
 from tests.campaign.starts import Done, call, finish, start
-from tests.campaign.tiny import ARCH, World, pipelines
+from tests.campaign.tiny import ARCH, World, pipelines, two_ranks
 
 PRIVATE = "CAMPAIGN_MOUNTS"  # set in a process that has mounts of its own
 ROOM = 512  # MiB: more than any run here needs
 CLASSIFYING = "fine-tuning, probing, k-NN, A, R, C"
+OTHERS = "from scratch, iNaturalist, Places, a folder"
 DISTURBED = (CLASSIFYING, "coco", "ade20k", "pre-training with k-NN")
+FURTHER = ("partial", OTHERS, "pre-training", "ablations")  # with fewer cases: what they share was tried before
+PRETRAINING = ("pre-training", "pre-training with k-NN")
+RANKS = ("fine-tuning on two ranks", "pre-training on two ranks")
 FULL = ("space left", "too large", "disk", "full")
 READ_ONLY = ("ead-only", "may not be written", "not writable")
+
+
+def commands(world: World) -> dict[str, list[str]]:
+    return pipelines(world) | two_ranks(world)
+
+
+def stopped_by_fault(done: Done, work: Path, name: str, words: Sequence[str]) -> None:
+    """torchrun prints a traceback of its own for every process that it loses."""
+    if name in RANKS:
+        require(done.code == 1, "accepted, or killed", done)
+    else:
+        refused(done, work)
+    said(done, words)
+
+
+def goes_on(world: World, name: str, work: Path) -> None:
+    """The same command ends well. A log of several processes still has what torchrun printed of the fault."""
+    done = call(commands(world)[name], work, PATIENCE)
+    require(done.code == 0, "the command failed", done)
+    if name not in RANKS:
+        no_traceback(done, work)
 
 
 def with_own_mounts() -> None:
@@ -70,7 +95,7 @@ def full_at_each_new_file(world: World, name: str, number: int, work: Path) -> N
     """The disk has room for one to three more files each time: a run fails at every kind of file in turn."""
     rng, out, files = random.Random(f"{number} {name}"), work / "out", 3
     with small_disk(out, f"size={ROOM}m,nr_inodes={files}"):
-        while (done := call(pipelines(world)[name], work, PATIENCE)).code:
+        while (done := call(commands(world)[name], work, PATIENCE)).code:
             refused(done, work)
             said(done, FULL)
             files += rng.randint(2, 6)
@@ -83,18 +108,18 @@ def full_at_each_new_file(world: World, name: str, number: int, work: Path) -> N
 def no_file_larger(world: World, name: str, work: Path) -> None:
     """No file may become larger than a limit that grows: the large ones fail first, then none."""
     for limit in (100, 2_000, 30_000, 300_000, 4_000_000, 9_000_000, 40_000_000):
-        done = call(pipelines(world)[name], work, PATIENCE, largest=limit)
+        done = call(commands(world)[name], work, PATIENCE, largest=limit)
         if done.code == 0:
             break
         refused(done, work)
-    succeeded(call(pipelines(world)[name], work, PATIENCE), work)
+    goes_on(world, name, work)
     compare(undisturbed(name, world).folder / "out", work / "out")
 
 
 def in_the_middle(name: str, world: World, work: Path, strike: Callable[[], None]) -> Done:
     """A run to which something happens once it has saved a state."""
     log = work / "printed.txt"
-    process = start(pipelines(world)[name], work, log)
+    process = start(commands(world)[name], work, log)
     deadline = time.monotonic() + PATIENCE
     while not any(work.glob("out/**/checkpoint.pth")) and not any(work.glob("out/**/iter_*.pth")):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -116,10 +141,9 @@ def full_in_the_middle(world: World, name: str, work: Path) -> None:
     with small_disk(out, f"size={ROOM}m"):
         done = in_the_middle(name, world, work, fill)
         if done.code:
-            refused(done, work)
-            said(done, FULL)
+            stopped_by_fault(done, work, name, FULL)
         filler.unlink(missing_ok=True)
-        succeeded(call(pipelines(world)[name], work, PATIENCE), work)
+        goes_on(world, name, work)
         compare(undisturbed(name, world).folder / "out", out)
         no_leftovers(out)
 
@@ -127,7 +151,7 @@ def full_in_the_middle(world: World, name: str, work: Path) -> None:
 def too_small(world: World, name: str, work: Path) -> None:
     """A disk that is too small from the start."""
     with small_disk(work / "out", "size=64k"):
-        done = call(pipelines(world)[name], work, PATIENCE)
+        done = call(commands(world)[name], work, PATIENCE)
         refused(done, work)
         said(done, FULL)
 
@@ -145,14 +169,13 @@ def read_only(world: World, name: str, early: bool, work: Path) -> None:
     with small_disk(out, f"size={ROOM}m"):
         if early:
             strike()
-            done = call(pipelines(world)[name], work, PATIENCE)
+            done = call(commands(world)[name], work, PATIENCE)
         else:
             done = in_the_middle(name, world, work, strike)
         if early or done.code:
-            refused(done, work)
-            said(done, READ_ONLY)
+            stopped_by_fault(done, work, name, READ_ONLY)
         resize(out, "rw")
-        succeeded(call(pipelines(world)[name], work, PATIENCE), work)
+        goes_on(world, name, work)
         compare(undisturbed(name, world).folder / "out", out)
         no_leftovers(out)
 
@@ -165,7 +188,7 @@ def vanishes(world: World, name: str, what: str, work: Path) -> None:
         "--out": work / "out",
     }[what]
     if path is None:
-        sets = {"ade20k": "ADEChallengeData2016/images", "pre-training with k-NN": "unlabelled"}
+        sets = {"ade20k": "ADEChallengeData2016/images"} | dict.fromkeys(PRETRAINING, "unlabelled")
         path = world.data / sets.get(name, "imagenet/train")
     away = path.with_name(f"{path.name} away")
     try:
@@ -178,7 +201,7 @@ def vanishes(world: World, name: str, what: str, work: Path) -> None:
                 file.rmdir() if file.is_dir() else file.unlink()
             path.rmdir()
         away.rename(path)
-    succeeded(call(pipelines(world)[name], work, PATIENCE), work)
+    goes_on(world, name, work)
     if "could not be read" in "".join(p.read_text() for p in work.glob("out/**/record.json")):
         return  # the number is of fewer images, and its record says so
     compare(undisturbed(name, world).folder / "out", work / "out")
@@ -233,22 +256,30 @@ def full_or_read_only(world: World, name: str, options: str, work: Path) -> None
 def cases(world: World, number: int) -> list[Case]:
     full, gone, locked = "full disk", "a file or folder vanishes", "read-only folder"
     found = [Case(full, f"at each new file: {n}", partial(full_at_each_new_file, world, n, number)) for n in DISTURBED]
+    for name in (OTHERS, "ablations"):
+        found.append(Case(full, f"at each new file: {name}", partial(full_at_each_new_file, world, name, number)))
     found += [Case(full, f"at each size of file: {n}", partial(no_file_larger, world, n)) for n in DISTURBED]
-    found += [Case(full, f"in the middle: {n}", partial(full_in_the_middle, world, n)) for n in DISTURBED]
-    found += [Case(full, f"from the start: {n}", partial(too_small, world, n), small=n == "coco") for n in DISTURBED]
+    for name in (*DISTURBED, *FURTHER, *RANKS):
+        found.append(Case(full, f"in the middle: {name}", partial(full_in_the_middle, world, name)))
+    for name in (*DISTURBED, *FURTHER):
+        found.append(Case(full, f"from the start: {name}", partial(too_small, world, name), small=name == "coco"))
     for early in (True, False):
         when = "from the start" if early else "in the middle"
-        found += [
-            Case(locked, f"{when}: {n}", partial(read_only, world, n, early), small=early and n == "coco")
-            for n in DISTURBED
-        ]
+        # A child's log is always open, for which the kernel refuses to make a disk read-only.
+        for name in (*DISTURBED, *(FURTHER if early else PRETRAINING[:1])):
+            try_it, small = partial(read_only, world, name, early), early and name == "coco"
+            found.append(Case(locked, f"{when}: {name}", try_it, small=small))
     for name in small_commands(world):
         found += [
             Case(full, f"{name}: no room", partial(full_or_read_only, world, name, "size=4k")),
             Case(full, f"{name}: no new file", partial(full_or_read_only, world, name, f"size={ROOM}m,nr_inodes=1")),
             Case(locked, name, partial(full_or_read_only, world, name, f"ro,size={ROOM}m")),
         ]
-    for name in DISTURBED:
-        things = ("the images", "--out") if "pre" in name else ("the images", "the checkpoint", "--out")
+    for name in (*DISTURBED, *FURTHER):
+        things = (
+            ("the images", "--out")
+            if name in (*PRETRAINING, "ablations")
+            else ("the images", "the checkpoint", "--out")
+        )
         found += [Case(gone, f"{what}: {name}", partial(vanishes, world, name, what)) for what in things]
     return found
