@@ -142,7 +142,7 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
 
 
 def split_of(path: Path, folder: Path, file: BinaryIO) -> Split:
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
     try:
         content = Content(file)
     except (ValueError, KeyError, RecursionError) as e:
