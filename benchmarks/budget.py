@@ -33,13 +33,13 @@ def with_estimates(items: Sequence[Item], rates: Rates) -> list[Item]:
     return found
 
 
-def cost_line(items: Sequence[Item], wall: float, where: str) -> str:
-    """What all that is to do will take. wall: seconds from start to end, `where`."""
+def cost_line(items: Sequence[Item], wall: float, how: str) -> str:
+    """What all that is to do will take. wall: seconds from start to end, run as `how` says."""
     jobs, sources = jobs_to_do(items), [item.source for item in items if item.state == "to do"]
     by = [f"{sources.count(source)} by {source}" for source in (MEASURED, RECORDS, FLOPS) if source in sources]
     unknown = sum(job.estimated_seconds is None for job in jobs)
     by += [f"{unknown} of unknown length, which {'is' if unknown == 1 else 'are'} not counted"] * bool(unknown)
-    return f"{hours_in_words(jobs)}, {duration(wall)} {where} ({', '.join(by)})"
+    return f"{hours_in_words(jobs)}, {duration(wall)} {how} ({', '.join(by)})"
 
 
 def within(items: Sequence[Item], hours: float) -> list[Item]:

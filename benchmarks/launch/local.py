@@ -177,11 +177,12 @@ def on_gpus(units: Sequence[Unit]) -> bool:
 
 
 def expected_time(units: Sequence[Unit], args: argparse.Namespace) -> tuple[float, str]:
-    """Seconds that the units take on this machine, side by side as `run_units` runs them, and where that is."""
+    """Seconds that the units take on this machine as `run_units` runs them, and how that is."""
     gpus = on_gpus(units)
-    places, what = (args.gpus, "GPU") if gpus else (args.jobs, "place")
-    where = f"on {places} {what}{'s' * (places > 1)}"
-    return wall_time(units, places, partial(wanted, gpus=gpus)), where
+    places = args.gpus if gpus else args.jobs
+    pool = f"on {places} GPU{'s' * (places > 1)}" if gpus else f"with --jobs {places}"
+    how = pool if gpus or places > 1 else "one after the other"
+    return wall_time(units, places, partial(wanted, gpus=gpus)), how
 
 
 def run_units(units: Sequence[Unit], args: argparse.Namespace) -> list[Record]:

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import cost
 from benchmarks.cost import CPU_SHARE, GPU_SHARE, STARTUP, Estimate, Rates, estimate, key_of, recorded_rates
@@ -92,6 +93,16 @@ def test_a_family_says_how_many_images_a_job_computes(task, settings, parts):
     for part, (kind, images, passes) in zip(found, parts, strict=True):
         assert kind in (part.kind, ...)
         assert (part.images, part.passes) == (images, pytest.approx(passes))
+
+
+def test_a_classifier_is_evaluated_at_the_size_that_it_is_or_will_be_fine_tuned_at():
+    job = job_of("imagenet_sketch", "vit_large_patch16", "mini")
+    assert [part.kind for part in job.task.parts(job)] == ["evaluation, 48 px"]
+    made = replace(job.checkpoint, meta={})  # what with_classifier knows of an encoder of another format
+    assert job.task.parts(replace(job, checkpoint=made, parent=made)) == job.task.parts(job)
+    classifier = {"head.weight": torch.zeros(1000, 1024)}
+    released = replace(job.checkpoint, format="mae-finetuned", meta={"image_size": 448}, classifier=classifier)
+    assert [part.kind for part in job.task.parts(replace(job, checkpoint=released))] == ["evaluation, 448 px"]
 
 
 def test_windows_of_all_views_are_counted():

@@ -62,7 +62,7 @@ def test_a_plan_says_what_it_costs_and_a_budget_leaves_out_what_is_over_it(root,
     code, lines, _ = call(capsys, out, *setting, "--tasks", "imagenet_knn", "--plan")
     assert code == 0
     assert re.search(r"4 val; \d+:\d\d, \d\.\d\d core hours by FLOPs$", lines[3])
-    assert re.search(r"^  cost: \d\.\d\d core hours, \d+:\d\d on 1 place \(1 by FLOPs\)$", lines[-2])
+    assert re.search(r"^  cost: \d\.\d\d core hours, \d+:\d\d one after the other \(1 by FLOPs\)$", lines[-2])
     for flags in (["--plan"], []):
         code, lines, _ = call(capsys, out, *setting, "--tasks", "imagenet_knn", "--budget", "0.01m", *flags)
         assert code == 2

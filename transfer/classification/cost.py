@@ -14,7 +14,7 @@ from transfer.classification.recipes import finetune_recipe, linprobe_recipe
 from transfer.classification.train import ClassifierRecipe
 from transfer.data.imagenet import columns
 from transfer.data.imagenet_shifts import clean_split
-from transfer.task import FORWARD, TRAINED, Job, Part
+from transfer.task import FORWARD, TRAINED, Job, Needs, Part
 
 CLASSES = 1000
 WITH_CLEAN = ("imagenet_a", "imagenet_r")  # also evaluated on ImageNet's own images of their classes
@@ -64,14 +64,11 @@ def evaluation_parts(job: Job) -> tuple[Part, ...]:
 
 
 def evaluated_size(job: Job) -> int:
-    """The classifier's own size, if the recipe has no other; before there is a classifier, that of fine-tuning."""
-    classifier = job.parent or (job.checkpoint if job.checkpoint.kind == "classifier" else None)
-    own = (
-        classifier.meta["image_size"]
-        if classifier
-        else finetune_recipe(job.checkpoint.arch, job.recipe_name).image_size
-    )
-    return job.recipe.image_size or own
+    """The classifier's own size, if the recipe has no other: of an encoder's, that of its fine-tuning."""
+    c = job.checkpoint
+    ready = c.kind == "classifier" or job.task.needs is Needs.FINE_TUNED_FILE
+    own = c.meta.get("image_size") if ready else finetune_recipe(c.arch, job.recipe_name).image_size
+    return job.recipe.image_size or own or get_arch(c.arch).image_size
 
 
 def flops(job: Job) -> int:
