@@ -1,7 +1,7 @@
 # demo, test and check set up what they need first, in .venv of this checkout. PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 BIN := .venv/bin
-EXPORT := $(BIN)/uv export --quiet --frozen --extra segmentation --no-emit-project --no-hashes --no-annotate --no-header
+EXPORT := $(BIN)/uv export --quiet --frozen --extra segmentation --extra slurm --no-emit-project --no-hashes --no-annotate --no-header
 # A process per core; a file's tests stay together, since they share what they set up.
 PARALLEL := -n auto --dist loadfile
 DEMO := demo
@@ -32,7 +32,7 @@ install: .venv/.installed
 	@echo "== setting up .venv (about 6 GB, some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
-	$(BIN)/uv sync --quiet --frozen --inexact --extra segmentation
+	$(BIN)/uv sync --quiet --frozen --inexact --extra segmentation --extra slurm
 	@touch $@
 	@echo "== .venv is ready"
 

@@ -22,12 +22,19 @@ from transfer.task import Job
 # The last words of torchrun's report on a failed process, which are the same for every reason.
 TORCHRUN_REPORT = ("error_file: <N/A>", "https://pytorch.org/docs/stable/elastic/errors.html")
 
+# Seconds that a node is waited for: it may first finish what it is at work on.
+LATEST = 7 * 24 * 3600
 
-def launcher(processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable]
+
+def launcher(processes: int, nodes: int = 1, endpoint: str = "", name: str = "") -> list[str]:
+    """What starts so many processes here. With several nodes the same command meets on each of them: at the endpoint
+    (HOST:PORT), under the name."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if nodes > 1:
+        torchrun += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
+        return [*torchrun, "--rdzv-conf", f"join_timeout={LATEST}"]
     # --standalone makes torchrun choose a free port.
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*torchrun, "--standalone"] if processes > 1 else [sys.executable]
 
 
 def machine_flags(args: argparse.Namespace, workers: int | None = None) -> list[str]:
@@ -43,13 +50,10 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
     """The command that runs these jobs of one checkpoint, seed and task family; what the child makes of it must be
     these very jobs."""
     job = jobs[0]
-    command = [
-        *launcher(job.machine.processes),
-        "-m",
-        job.task.module,
-        "--task",
-        *(task_argument(job.task) for job in jobs),
-    ]
+    nodes = args.nodes if job.task.trains else 1
+    meeting = f"{job.work.parent.parent.name}-{job.task.name}-{job.work.name}"
+    command = launcher(job.machine.processes // nodes, nodes, args.rdzv_endpoint, meeting)
+    command += ["-m", job.task.module, "--task", *(task_argument(job.task) for job in jobs)]
     command += ["--ckpt", job.checkpoint.path, "--recipe", args.recipe]
     command += ["--data", job.data.root, "--out", str(args.out), "--seed", str(job.seed)]
     own_recipe = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}

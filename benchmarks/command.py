@@ -8,6 +8,7 @@ from mae_core.settings import unknown
 COMMANDS = {
     "run": ("benchmarks.run_all", "one checkpoint through every task, to the paper's tables"),
     "plan": ("benchmarks.run_all", "say what `run` would do, with which data, and stop"),
+    "status": ("benchmarks.run_all", "the plan of `run`, with what is done, at work or queued"),
     "report": ("benchmarks.report", "make the tables again from all records"),
     "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
     "pretrain": ("mae_core.pretrain", "pre-train a masked autoencoder"),
@@ -27,7 +28,7 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"mae-transfer: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv = [f"mae-transfer {name}", *["--plan"][: name == "plan"], *arguments]
+    sys.argv = [f"mae-transfer {name}", *["--plan"][: name in ("plan", "status")], *arguments]
     try:
         return importlib.import_module(COMMANDS[name][0]).main()
     except KeyboardInterrupt:  # during the imports, which take seconds, or where a command does not handle it itself

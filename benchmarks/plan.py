@@ -23,7 +23,7 @@ from transfer.space import needed
 from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
 
 FINETUNE = "imagenet_finetune"
-STATES = ("done", "to do", "skipped", "failed", "left out")
+STATES = ("done", "at work", "queued", "to do", "skipped", "failed", "left out")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
         data, knobs = inspect(task.inspect), settings[task.name]
-        own = replace(machine, processes=(args.gpus_per_job or args.gpus) if task.trains else 1)
+        own = replace(machine, processes=(args.gpus_per_job or args.gpus) * args.nodes if task.trains else 1)
         return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, own, args.engine)
 
     items, run = [], set()
@@ -75,17 +75,33 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """The machine that the jobs share; UserError for numbers that do not fit together."""
-    for flag, number in {"--gpus": args.gpus, "--jobs": args.jobs, "--gpus-per-job": args.gpus_per_job}.items():
+    numbers = {"--gpus": args.gpus, "--jobs": args.jobs, "--gpus-per-job": args.gpus_per_job, "--nodes": args.nodes}
+    for flag, number in numbers.items():
         if number is not None and number < 1:
             raise UserError(f"{flag} {number}: give 1 or more")
     if args.gpus_per_job and args.gpus_per_job > args.gpus:
         raise UserError(f"--gpus-per-job {args.gpus_per_job} is more than --gpus {args.gpus}")
+    if args.launcher == "slurm":
+        return machine_elsewhere(args)
+    if args.nodes > 1 and not args.rdzv_endpoint:
+        raise UserError(f"--nodes {args.nodes}: say where they meet, --rdzv-endpoint HOST:PORT of one of them")
     machine = machine_from(args, args.gpus)
     if args.jobs > 1 and machine.device == "cuda":
         raise UserError(f"--jobs {args.jobs} is for CPUs: on GPUs --gpus and --gpus-per-job say what runs side by side")
     workers = args.workers if args.workers >= 0 else default_workers(args.gpus * args.jobs)
     threads = machine.threads if args.jobs == 1 or "OMP_NUM_THREADS" in os.environ else max(1, cores() // args.jobs)
     return replace(machine, workers=workers, threads=threads)
+
+
+def machine_elsewhere(args: argparse.Namespace) -> Machine:
+    """The machine of a SLURM job: with GPUs unless --device cpu, whatever the one has that submits it."""
+    if args.jobs > 1:
+        raise UserError(f"--jobs {args.jobs} is for this machine: SLURM runs as many jobs as fit")
+    args.device = "cuda" if args.device == "auto" else args.device
+    asked = argparse.Namespace(**vars(args) | {"device": "cpu"})
+    machine = machine_from(asked, args.gpus)
+    precision = "bf16" if args.device == "cuda" and args.precision == "auto" else machine.precision
+    return replace(machine, device=args.device, precision=precision)
 
 
 def plan_item(job: Job, finetune: Job, coming: bool) -> Item:
@@ -150,8 +166,10 @@ def runs_by_default(task: Task, checkpoint: Checkpoint) -> bool:
 def print_plan(items: Sequence[Item], args: argparse.Namespace, cost: str = "") -> None:
     """cost: what all jobs together will take."""
     print(f"plan: recipe {args.recipe}, data {items[0].job.data.root if items else args.data}, out {args.out}")
-    for machine in dict.fromkeys(f"{hardware(item.job.machine)}, {item.job.machine.precision}" for item in items):
-        print(f"  on {machine}")
+    machines = [item.job.machine for item in items]
+    where = ((args.launcher == "slurm" and "SLURM") or hardware(machine) for machine in machines)
+    for line in dict.fromkeys(f"{name}, {machine.precision}" for name, machine in zip(where, machines)):
+        print(f"  on {line}")
     by_checkpoint: dict[tuple, list[Item]] = {}
     for item in items:
         c = item.job.checkpoint

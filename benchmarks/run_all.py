@@ -15,7 +15,9 @@ try:
     from benchmarks.budget import budget, cost_line, with_estimates, within
     from benchmarks.cost import read_rates
     from benchmarks.launch.local import expected_time, run_units
-    from benchmarks.launch.units import make_units
+    from benchmarks.launch.progress import with_progress
+    from benchmarks.launch.slurm import submit
+    from benchmarks.launch.units import export, make_units
     from benchmarks.measure import measure
     from benchmarks.plan import Item, jobs_to_do, make_plan, print_plan
     from benchmarks.report import report
@@ -23,7 +25,7 @@ try:
     from mae_core.command_line import answered, describe_os_error
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import seed
+    from mae_core.machine import named_path, seed
     from mae_core.stopping import stop_on_signals
     from transfer.cli import add_common_flags
     from transfer.data.shipped import shipped
@@ -52,11 +54,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs shared out among the jobs (default: 1)")
     parser.add_argument("--gpus-per-job", type=int, metavar="M", help="GPUs of each training (default: all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="on a CPU: jobs side by side (default: 1)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines of each training (default: 1)")
+    endpoint_help = "where --nodes meet; start the same command on each"
+    parser.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help=endpoint_help)
+    parser.add_argument(
+        "--launcher", default="local", choices=("local", "slurm"), help="where jobs run (default: local)"
+    )
+    slurm_help = "of each SLURM job: partition, account, qos, time, cpus_per_task, mem, ..."
+    parser.add_argument("--slurm", **several, default=[], metavar="KEY=VALUE", help=slurm_help)
     parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
     measure_help = "with --plan: run a little of each kind of job first, to estimate their time from that"
     parser.add_argument("--measure", action="store_true", help=measure_help)
     budget_help = "run what fits into so many GPU hours (on a CPU core hours), cheapest first: 48h, 90m, 2d"
     parser.add_argument("--budget", type=budget, metavar="HOURS", help=budget_help)
+    json_help = "print the plan as JSON, with a command for each job, or write it to FILE"
+    parser.add_argument("--json", nargs="?", const="-", type=named_path, metavar="FILE", help=json_help)
     parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
@@ -93,23 +105,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return answered(partial(plan_and_run, args), "stopped; the same command goes on from here")
 
 
+def check_launcher(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+    slurm = args.launcher == "slurm"
+    if args.slurm and not slurm:
+        raise UserError(f"--slurm {args.slurm[0]}: it is for --launcher slurm")
+    for flag, given in {"--measure": args.measure, "--budget": args.budget}.items():
+        if given and (slurm or args.nodes > 1):
+            raise UserError(f"{flag} knows only this machine: leave it out with --launcher slurm and --nodes")
+
+
 def plan_and_run(args: argparse.Namespace) -> int:
     if args.list:
         list_tasks()
         return 0
     check_alone(", with --gpus N")
+    check_launcher(args)
     items = make_plan(args)
     if args.measure:
         measure([item.job for item in items if item.state == "to do" and not item.finetune], args)
-    items = with_estimates(items, read_rates(args.out, [item.job for item in items]))
+    if args.launcher == "local":  # elsewhere it is not known what the jobs will run on
+        items = with_estimates(items, read_rates(args.out, [item.job for item in items]))
     if args.budget:
         items = within(items, args.budget)
-    units = make_units([item for item in items if item.state != "left out"])
-    to_do = make_units([item for item in items if item.state == "to do"])
-    print_plan(items, args, cost_line(items, *expected_time(to_do, args)))
+    units = make_units([item for item in items if item.state != "left out"], args.nodes)
+    if args.json:
+        export(units, args)
+        return 2 if nothing_can_run(items) else 0
+    to_do = make_units([item for item in items if item.state == "to do"], args.nodes)
+    local = args.launcher == "local"
+    cost = cost_line(items, *expected_time(to_do, args)) if local else "not known before it runs on SLURM's machines"
+    print_plan(with_progress(items, args) if args.plan else items, args, cost)
     check_space(jobs_to_do(items), args.out)
     if args.plan:
         return 2 if nothing_can_run(items) else 0
+    if args.launcher == "slurm":
+        return submit(units, args)
     try:
         records = run_units(units, args)
     except (KeyboardInterrupt, BrokenPipeError):

@@ -53,6 +53,7 @@ QUICK = {
     "--out picture.png": "--limit 1",
     "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
     "mae-transfer plan --ckpt FILE --data DIR": LITTLE,
+    "mae-transfer plan --ckpt mae_vit_l.pth --data /datasets --json plan.json": LITTLE,
     # Only planned here: tests/transfer/data/test_labelled.py and tests/benchmarks/test_ablations.py train.
     "python benchmarks/run_all.py --ckpt FILE --tasks folder:/path/to/images": (
         f"{LITTLE} --plan --out out --set folder:imagenet.batch=8"
@@ -244,7 +245,14 @@ PROGRAMS = (
     "benchmarks/gpu_check.py",
     "benchmarks/gpu_bundle.py",
 )
-OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra"}  # torchrun, pip, uv
+OTHERS_FLAGS = {
+    "--nproc-per-node",
+    "--no-build-isolation",
+    "--no-deps",
+    "--frozen",
+    "--extra",
+    "--env",
+}  # torchrun, pip, uv, sky
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

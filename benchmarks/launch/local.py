@@ -21,6 +21,7 @@ from transfer.run import describe, read_record, shortened, write_record
 from transfer.task import RECORD_FILE, Job, Record
 
 POLL = 0.1  # seconds between two looks at the children
+LATE = 60.0  # seconds
 LOOK = 1.0  # seconds between two looks at a claim that another run holds
 
 
@@ -141,6 +142,8 @@ class Suite:
         """Take the records that a child has left. One that ended early took the rest of its unit with it: the next one
         runs what is left of it."""
         took = duration(time.monotonic() - running.started)
+        if code == 0:
+            wait_for_records(running.jobs)
         left = [job for job in running.jobs if not (job.work / RECORD_FILE).exists()]
         elsewhere = any(self.watch(job).holder() is not None for job in left)
         again = left if elsewhere or len(left) < len(running.jobs) else []
@@ -154,6 +157,13 @@ class Suite:
             self.waiting.insert(0, running.unit)
         else:
             self.end(running.unit)
+
+
+def wait_for_records(jobs: Sequence[Job]) -> None:
+    """A record that another node has written may take a moment to show on a shared file system."""
+    deadline = time.monotonic() + LATE
+    while not all((job.work / RECORD_FILE).exists() for job in jobs) and time.monotonic() < deadline:
+        time.sleep(1.0)
 
 
 def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
