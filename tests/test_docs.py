@@ -245,14 +245,8 @@ PROGRAMS = (
     "benchmarks/gpu_check.py",
     "benchmarks/gpu_bundle.py",
 )
-OTHERS_FLAGS = {
-    "--nproc-per-node",
-    "--no-build-isolation",
-    "--no-deps",
-    "--frozen",
-    "--extra",
-    "--env",
-}  # torchrun, pip, uv, sky
+# Of torchrun, pip, uv and sky.
+OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra", "--env"}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
