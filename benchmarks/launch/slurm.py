@@ -21,8 +21,8 @@ from transfer.jobs import cached_or_skipped
 INSTALL = "install it with pip install 'mae-transfer[slurm]'"
 DEFAULTS = {"time": 24 * 60, "signal_delay_s": 120}  # minutes; seconds before the limit, for the last save
 # What --slurm takes: submitit's names, which are sbatch's.
-KNOWN = ("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude", "nodelist", "comment")
-KNOWN += ("array_parallelism", "signal_delay_s", "mail_type", "mail_user")
+KNOWN: tuple[str, ...] = ("partition", "account", "qos", "time", "cpus_per_task", "mem", "constraint", "exclude")
+KNOWN += ("nodelist", "comment", "array_parallelism", "signal_delay_s", "mail_type", "mail_user")
 REQUEUES = 10_000  # submitit's own limit of 3 would end a long training
 
 

@@ -27,9 +27,9 @@ class Unit:
 
     items: list[Item]
     gpus: int = 1
-    nodes: int = 1
     after: list["Unit"] = field(default_factory=list)
     weight: float = 0.0
+    nodes: int = 1
 
     @property
     def first(self) -> Job:
