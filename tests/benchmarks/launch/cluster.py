@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def free_ports(count: int) -> list[int]:
 class Cluster:
     """environment: for programs that are to find it."""
 
-    def __init__(self, base: Path) -> None:
-        self.base = base
+    def __init__(self) -> None:
+        # Munge wants a folder that every user may enter, which pytest's are not.
+        self.base = base = Path(tempfile.mkdtemp(prefix="slurm-"))
+        base.chmod(0o755)
         (base / "munge").mkdir(mode=0o755)
         (base / "state").mkdir()
         (base / "bin").mkdir()
@@ -87,6 +90,13 @@ class Cluster:
             "PATH": f"{wrapper.parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
         }
+        try:
+            self.start(base)
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self, base: Path) -> None:
         key = base / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -120,3 +130,4 @@ class Cluster:
                 os.kill(int(file.read_text()), signal.SIGTERM)
             except (OSError, ValueError):
                 continue
+        shutil.rmtree(self.base, ignore_errors=True)

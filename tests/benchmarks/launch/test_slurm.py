@@ -106,11 +106,11 @@ def test_on_a_cluster_the_gpus_are_not_those_of_the_machine_that_submits(data, t
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def cluster():
     pytest.importorskip("submitit")
     if os.getuid() != 0 or not all(shutil.which(program) for program in PROGRAMS):
         pytest.skip("no SLURM here (Debian: apt install slurm-wlm munge), or not as root")
-    started = Cluster(tmp_path_factory.mktemp("slurm"))
+    started = Cluster()
     yield started
     started.stop()
 
