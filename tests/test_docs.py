@@ -84,6 +84,8 @@ NOT_RUN = {
     "-m pytest": "these tests",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
     "--compare|--reference": "needs the official code",
+    "launch.rehearse": "needs a plan; tests/benchmarks/launch/test_rehearse.py runs it",
+    "real/": "takes more than an hour, with pictures from the network",
     "gpu_check.py": "needs a GPU; tests/benchmarks/test_gpu_check.py rehearses it",
     "gpu_bundle.py": "needs the network",
     "twins.py (upernet|miou)": "tests/benchmarks/test_originals_ade20k.py runs them",
@@ -244,6 +246,7 @@ PROGRAMS = (
     "benchmarks/twins.py pretrain --data d",
     "benchmarks/gpu_check.py",
     "benchmarks/gpu_bundle.py",
+    "-m benchmarks.launch.rehearse plan.json --gpus 1",
 )
 # Of torchrun, pip, uv and sky.
 OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra", "--env"}

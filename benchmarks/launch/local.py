@@ -199,10 +199,14 @@ def run_units(units: Sequence[Unit], args: argparse.Namespace) -> list[Record]:
     """Run them to their end; one Record for every item. Ctrl-C stops the children, which save, and is raised again."""
     gpus = on_gpus(units)
     suite = Suite(args, list(units), list(range(args.gpus if gpus else args.jobs)), gpus)
+    run_suite(suite)
+    return suite.records
+
+
+def run_suite(suite: Suite) -> None:
     try:
         while suite.goes_on():
             time.sleep(POLL)
     except BaseException:  # Ctrl-C, or nobody reads what is printed here any more
         stop_all([running.child for running in suite.running])
         raise
-    return suite.records
