@@ -39,7 +39,7 @@ def test_times_are_slurms(text, found) -> None:
     ("setting", "said"),
     [
         ("partition", "write KEY=VALUE"),
-        ("partiton=gpu", "did you mean partition?"),
+        ("partitin=gpu", "did you mean partition?"),
         ("time=soon", "give minutes, H:MM:SS or D-HH:MM:SS"),
         ("nodes=2", "unknown key"),
     ],
