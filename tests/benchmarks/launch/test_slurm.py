@@ -16,6 +16,7 @@ from mae_core.errors import UserError
 from tests.benchmarks.launch.cluster import PROGRAMS, Cluster
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
+from transfer.data.imagenet import wnids
 from transfer.run import read_record
 from transfer.task import Record
 
@@ -62,6 +63,7 @@ def test_settings_of_slurm_are_submitits() -> None:
 def data(tmp_path: Path) -> Path:
     root = write_imagenet(tmp_path / "data", train=4, val=3, classes=TWO)
     write_split(root / "imagenet-a", 1, TWO)
+    write_split(root / "imagenet-sketch", 1, TWO)
     return root
 
 
@@ -129,31 +131,39 @@ def records(out: Path) -> dict[tuple[str, int], Record]:
 
 @pytest.mark.slow
 def test_jobs_of_a_plan_run_in_arrays_and_after_what_they_need(cluster, data, tmp_path) -> None:
+    """One of them fails: its job does too, and its record says why."""
     out = tmp_path / "out"
-    wanted = flags(data, out, "imagenet_knn", "imagenet_finetune", "imagenet_a")
+    (data / "imagenet-sketch" / wnids()[TWO[0]] / "broken.jpg").write_bytes(b"not an image")
+    wanted = flags(data, out, "imagenet_knn", "imagenet_finetune", "imagenet_a", "imagenet_sketch")
     first = submit(cluster, *wanted, *SLURM)
     assert first.count("SLURM job ") == 3
     queued = cluster.queue()
     assert len({name.partition("_")[0] for name in queued}) == 2  # an array of two, and the one that waits for it
     again = submit(cluster, *wanted, *SLURM)
     assert "SLURM job " not in again.partition("disk:")[2]
-    assert "0 submitted, 3 tasks queued before" in again
+    assert "0 submitted, 4 tasks queued before" in again
     cluster.wait(lambda: not cluster.queue(), LIMIT)
-    assert {key: record.status for key, record in records(out).items()} == {
-        (task, 0): "ok" for task in ("imagenet_knn", "imagenet_finetune", "imagenet_a")
-    }, [path.read_text() for path in out.glob("slurm/**/*.err")]
-    assert (out / "tables" / "robustness.md").exists()
-    assert "0 submitted, 0 tasks queued before" in submit(cluster, *wanted, *SLURM)
+    found, logs = records(out), [path.read_text() for path in out.glob("slurm/**/*.err")]
+    fine = {(task, 0): "ok" for task in ("imagenet_knn", "imagenet_finetune", "imagenet_a")}
+    assert {key: record.status for key, record in found.items()} == {**fine, ("imagenet_sketch", 0): "failed"}, logs
+    assert "broken.jpg" in found["imagenet_sketch", 0].reason
+    [last] = [name for name in queued if "_" not in name]
+    assert "JobState=FAILED" in cluster.call("scontrol", "show", "job", last)
+    assert "failed" in (out / "tables" / "robustness.md").read_text()
+    finished = [task for task, _ in fine]
+    assert "0 submitted, 0 tasks queued before" in submit(cluster, *flags(data, out, *finished), *SLURM)
 
 
 @pytest.mark.slow
-def test_a_training_that_is_preempted_goes_on_and_ends_with_the_same_weights(cluster, data, tmp_path) -> None:
+@pytest.mark.parametrize("by", [("scancel", "--signal=USR2"), ("scontrol", "requeue")], ids=["signal", "requeue"])
+def test_a_training_that_is_preempted_goes_on_and_ends_with_the_same_weights(cluster, data, tmp_path, by) -> None:
+    """USR2 is what SLURM sends before a preemption or the time limit; a requeue by hand ends the job without it."""
     out, plain = tmp_path / "out", tmp_path / "plain"
     wanted = ["imagenet_finetune"]
     submit(cluster, *flags(data, out, *wanted, epochs=150), *SLURM, "--save-minutes", "0")
     cluster.wait(lambda: any(out.glob("runs/**/checkpoint.pth")), LIMIT)
     [job] = json.loads((out / "slurm" / "jobs.json").read_text()).values()
-    cluster.call("scancel", "--signal=USR2", job)  # what SLURM sends before a preemption or the limit
+    cluster.call(*by, job)
     cluster.wait(lambda: not cluster.queue(), LIMIT)
     log = next((out / "logs").glob("*.log")).read_text()
     assert "resuming" in log
