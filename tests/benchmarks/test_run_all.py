@@ -118,7 +118,7 @@ def test_interrupt_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, mini:
 
 def tables_in(out: Path) -> dict[str, str]:
     """With any that are half written."""
-    files = [path for path in (*out.glob("*.*"), *out.glob("tables/*")) if path.name != ".lock"]
+    files = [path for path in (*out.glob("*.*"), *out.glob("tables/*")) if not path.name.startswith(".claim.")]
     return {path.name: path.read_text() for path in files}
 
 
