@@ -10,7 +10,7 @@ EVERY = 15.0  # seconds between two lines of a job where they are not rewritten
 
 class Board:
     def __init__(self) -> None:
-        self.drawn = 0  # lines on the terminal that the next drawing replaces
+        self.drawn: list[str] = []  # on the terminal, to be replaced by what is drawn next
         self.printed: dict[str, float] = {}
 
     def show(self, lines: Mapping[str, str]) -> None:
@@ -30,10 +30,11 @@ class Board:
         print(text, flush=True)
 
     def draw(self, lines: list[str]) -> None:
-        if not sys.stdout.isatty() or not (lines or self.drawn):
+        if not sys.stdout.isatty():
             return
         size = os.get_terminal_size()
         shown = [line[: size.columns - 1] for line in lines[: size.lines - 1]]
-        up = f"\033[{self.drawn - 1}A" if self.drawn > 1 else ""
-        print(f"\r{up}\033[J" + "\n".join(shown), end="", flush=True)
-        self.drawn = len(shown)
+        if shown != self.drawn:
+            up = f"\033[{len(self.drawn) - 1}A" if len(self.drawn) > 1 else ""
+            print(f"\r{up}\033[J" + "\n".join(shown), end="", flush=True)
+            self.drawn = shown
