@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mae_core
+from transfer.data import coco
 
 PRELOADED = (
     "benchmarks.ablations", "benchmarks.report", "benchmarks.run_all", "benchmarks.speed", "mae_core.checkpoint",
@@ -79,6 +80,7 @@ def become(
         faulthandler.disable()
         atexit._clear()
         gc.callbacks.clear()  # hypothesis's
+        coco.read_once.cache_clear()  # a new process holds none of this one's files
         if new_session:
             os.setsid()
         for number, descriptor in enumerate(pipes):
