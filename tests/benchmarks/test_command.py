@@ -22,7 +22,7 @@ def call(monkeypatch, *arguments):
 def test_help_lists_every_command(monkeypatch, capsys, arguments):
     assert call(monkeypatch, *arguments) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == ["run", "plan", "report", "checkpoint", "pretrain", "reconstruct", "ablations", "speed"]
+    assert listed == ["run", "plan", "status", "report", "checkpoint", "pretrain", "reconstruct", "ablations", "speed"]
 
 
 def test_help_and_a_misspelt_command_import_nothing_heavy():

@@ -110,7 +110,7 @@ RUN_ALL, ABLATIONS = (str(ROOT / "benchmarks" / f"{name}.py") for name in ("run_
         (["-m", "mae_core.checkpoint", "--formats"], "argparse.py", "parse_args"),
         (["-m", "mae_core.reconstruct", "--ckpt", "x", "--images", "x", "--out", "x.png"], "argparse.py", "parse_args"),
         (["-m", "transfer.miniature", "--out", "x"], "writer.py", "write_set"),
-        (["-m", "benchmarks.report"], "report.py", "read_records"),
+        (["-m", "benchmarks.report"], "report.py", "report"),
         ([ABLATIONS, "--table", "1a", "--recipe", "mini", "--plan"], "ablations.py", "cell_state"),
         ([RUN_ALL, "--plan"], "plan.py", "make_plan"),
         # Nothing can run, so that it comes to its tables at once.
