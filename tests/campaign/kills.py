@@ -16,7 +16,7 @@ from tests.campaign.tiny import World, pipelines, two_ranks
 PATIENCE = 300  # seconds for a run that takes some
 WHOM = ("parent", "child", "group")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
-# SIGABRT: a second signal, which ends a run at once, may meet torch in C++ code that lets no error of Python through.
+# SIGABRT: a signal may meet torch in C++ code that lets no error of Python through.
 EXPECTED = (0, 1, 2, 130, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGABRT)
 
 
