@@ -143,7 +143,7 @@ def test_a_second_call_finds_its_number_and_runs_nothing(tmp_path, data, call, m
     assert code == 0
     before = the_record(tmp_path)
     assert before.estimated_seconds == 12.5
-    assert before.wall_seconds >= before.seconds > 0  # with the evaluation
+    assert before.wall_seconds >= before.seconds  # with the evaluation; both may round to 0.0
     monkeypatch.setattr("transfer.cli.run_job", raising(AssertionError("ran again")))
     code, second, _ = call("imagenet_linprobe", *knobs, data=data)
     assert code == 0
