@@ -3,15 +3,21 @@
 import re
 from collections import defaultdict
 
+from benchmarks.checkpoints import pretraining
 from benchmarks.markdown import harmless, markdown_table
-from benchmarks.rows import Cell, Line, Section, counted_runs, fill, group_by_row, pretraining, records_for, row_key
-from benchmarks.tables import TABLES, Column, Table, published_numbers, reference_numbers, with_fractions
+from benchmarks.rows import Cell, Line, Section, counted_runs, fill, group_by_row, records_for, row_key
+from benchmarks.tables import TABLES, Column, Table, with_fractions
+from benchmarks.verdict import THRESHOLD
 from transfer.task import Record
 
-LEGEND = """\
+LEGEND = f"""\
 One run: value ± standard error from the sampling of the test images. Several seeds: mean ± the same standard error of
 one run (mean over the seeds); then the number of seeds and sd, the standard deviation (n - 1) of their values. `failed`
 and `skipped` have their reasons below the table; `-`: no record. ↑ higher is better, ↓ lower is better.
+params: of the encoder. hours: wall time times processes, of all runs in the row.
+A verdict compares ours with the published number of the same encoder, input side and pre-training length, or of the
+nearest length. `matches`: the difference is within {THRESHOLD:g} SE, else ours is `below` or `above` by so much.
+SE: standard error of the difference, from the sampling of the test images and the spread over seeds in both.
 """
 
 
@@ -71,24 +77,28 @@ def section_table(table: Table, section: Section, records: list[Record]) -> str:
     """The table in one section: its caption, its rows, and what its numbers assume and lack."""
     lines = fill(table, section, records)
     columns = [c for c in table.columns if not c.optional or any(shows_number(r, c) for r in records)]
-    header = {"name": "checkpoint", "arch": "arch", "image_size": "input px"}
+    header = {"name": "checkpoint", "arch": "arch", "parameters": "params", "image_size": "input px"}
+    header |= {"pretraining": "pre-training"}
     header |= {
         key: key for key in ("engine", "precision") if len({getattr(x, key) for x in lines if not x.published}) > 1
     }
-    with_delta = {c.key for c in columns if any(x.cells.get(c.key, Cell()).delta is not None for x in lines)}
-    titles = [title for c in columns for title in ([c.header, "Δ MAE"] if c.key in with_delta else [c.header])]
+    shown = {key for x in lines for key, cell in x.cells.items() if cell.delta is not None}
+    with_delta = {c.key for c in columns if c.delta and c.key in shown}
+    titles = [title for c in columns for title in ([c.header, delta_title(c)] if c.key in with_delta else [c.header])]
     grid = []
     for x in lines:
         label = f"{x.name} (published)" if x.published else f"**{x.name}** {x.sha256[:8]}"
-        grid.append([label, *(getattr(x, key) or "-" for key in list(header)[1:])])
+        about = vars(x) | {"parameters": millions(x.parameters)}
+        grid.append([label, *(about[key] or "-" for key in list(header)[1:])])
         for c in columns:
             entry = x.cells.get(c.key, Cell())
             grid[-1].append(cell_text(entry, c))
             if c.key in with_delta:
                 delta = None if entry.delta is None else round(entry.delta, c.decimals) + 0.0  # + 0.0: no "-0.00"
                 grid[-1].append("" if delta is None else f"{delta:+.{c.decimals}f}")
-    below = footnotes(table, records, lines, columns, with_delta)
-    rows = [[*header.values(), *titles], *grid]
+        grid[-1].append(hours(x))
+    below = footnotes(records, lines, columns)
+    rows = [[*header.values(), *titles, "hours"], *grid]
     return "\n\n".join(part for part in (table.caption, markdown_table(rows, len(header), padded=True), below) if part)
 
 
@@ -107,12 +117,23 @@ def cell_text(cell: Cell, column: Column) -> str:
     return f"{number} ({', '.join(seeds)})" if seeds else number
 
 
-def footnotes(table: Table, records: list[Record], lines: list[Line], columns: list[Column], deltas: set[str]) -> str:
-    """A list: test images and chance, what the differences assume, reasons, notes, records that the table leaves out.
+def millions(number: int | None) -> str:
+    return f"{number / 1e6:.1f} M" if number else ""
 
-    deltas: keys of the columns that have differences.
-    """
-    notes, tested, sources = [], defaultdict(list), defaultdict(list)
+
+def hours(line: Line) -> str:
+    """ "12.50 GPU h", "<0.01 CPU h", or both; "-" for a published row."""
+    found = {"GPU h": line.gpu_hours, "CPU h": line.cpu_hours}
+    return ", ".join(f"{n:.2f} {unit}" if n >= 0.01 else f"<0.01 {unit}" for unit, n in found.items() if n) or "-"
+
+
+def delta_title(column: Column) -> str:
+    return f"Δ {column.reference.split(', ')[0]}" if column.reference.startswith("MAE") else "Δ"
+
+
+def footnotes(records: list[Record], lines: list[Line], columns: list[Column]) -> str:
+    """A list: test images and chance, verdicts, what the data lack, reasons, notes, records that are left out."""
+    notes, tested = [], defaultdict(list)
     for c in columns:
         mine = [r for r in records if c.shows(r) and r.status == "ok" and r.metric == c.metric]
         facts = [f"{n} test images" for n in sorted({r.n_eval for r in mine if r.n_eval})]
@@ -121,19 +142,7 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
         if facts:
             tested[", ".join(facts)].append(c.title)
     notes += [f"- {', '.join(titles)}: {facts}" for facts, titles in tested.items()]
-    if deltas:
-        published = published_numbers(table)
-        for c in columns:
-            if c.key in deltas:
-                found = reference_numbers(c, published)
-                source, pretrain = dict.fromkeys(n.source for n in found), dict.fromkeys(n.pretrain for n in found)
-                sources[f"{', '.join(source)} ({'; '.join(pretrain)})"].append(c.title)
-        assumed = "; ".join(f"{', '.join(titles)}: {source}" for source, titles in sources.items())
-        ours = [f"{x.name} {x.sha256[:8]}: {x.pretraining}" for x in lines if not x.published]
-        notes.append(
-            "- Δ MAE: ours minus MAE's published number for the same encoder and input side, which assumes the "
-            f"pre-training in brackets. {assumed}. Pre-training of ours: {'; '.join(dict.fromkeys(ours))}."
-        )
+    notes += verdicts(lines, columns, {note for r in records for note in r.notes})
     rows = group_by_row(records)
     by_record = {(c.task, c.train_fraction): c for c in columns}.values()  # several columns may show one record
     counting = [r for members in rows.values() for column in by_record for r in counted_runs(members, column)]
@@ -148,6 +157,22 @@ def footnotes(table: Table, records: list[Record], lines: list[Line], columns: l
             "counts, then the latest; only seeds of one experiment are averaged."
         )
     return "\n".join(notes)
+
+
+def verdicts(lines: list[Line], columns: list[Column], said: set[str]) -> list[str]:
+    """The verdicts of a table, one for all columns of a row that share it. said: what stands below it already."""
+    found = defaultdict(list)
+    for x in lines:
+        for c in columns:
+            cell = x.cells.get(c.key, Cell())
+            text = cell.verdict
+            if text and not text.startswith("not"):
+                text += f"; published: {cell.reference}, {cell.source}"
+            if text.startswith(("below", "above")) and (why := [w for w in cell.why if w not in said]):
+                text += f". Could explain it: {'; '.join(why)}"
+            if text:
+                found[f"{x.name} {x.sha256[:8]}", without_paths(text)].append(c.title)
+    return [f"- verdict: {row}, {', '.join(titles)}: {text}" for (row, text), titles in found.items()]
 
 
 def data_notes(counting: list[Record], columns: list[Column]) -> list[str]:
@@ -179,7 +204,7 @@ def bullets(entries: list[tuple[str, str, int]]) -> str:
 def checkpoints(records: list[Record]) -> str:
     rows = {
         tuple(str(r.checkpoint.get(key) or "-") for key in ("name", "arch", "format"))
-        + (pretraining(r.checkpoint), str(r.checkpoint.get("sha256") or "-"))
+        + (pretraining(r.checkpoint) or "-", str(r.checkpoint.get("sha256") or "-"))
         for r in records
     }
     header = ("checkpoint", "arch", "format", "pre-training", "sha256")

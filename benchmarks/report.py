@@ -207,12 +207,17 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
             recipe, data = ("", "") if x.published else section[:2]
             line: dict[str, Any] = {"row": "published" if x.published else "ours", "recipe": recipe, "data": data}
             line |= {"name": x.name, "sha256": x.sha256[:8], "arch": x.arch, "image_size": x.image_size}
-            line |= {"engine": x.engine, "precision": x.precision, "pretraining": x.pretraining}
+            line |= {"engine": x.engine, "precision": x.precision, "parameters": x.parameters or ""}
+            line |= {"pretraining": x.pretraining, "epochs": x.made.epochs or "", "target": x.made.target}
+            line |= {"pretraining_images": x.made.images or ""}
+            line |= {"gpu_hours": fixed(x.gpu_hours or None, 4), "cpu_hours": fixed(x.cpu_hours or None, 4)}
             for column in table.columns:
                 c = x.cells.get(column.key, Cell())
                 line[column.key] = c.text or fixed(c.value, 4)
                 line |= {f"{column.key}.{k}": fixed(getattr(c, k), 4) for k in ("stderr", "sd", "delta")}
                 line |= {f"{column.key}.seeds": c.seeds or "", f"{column.key}.status": c.status}
+                line |= {f"{column.key}.verdict": c.verdict, f"{column.key}.published": c.reference}
+                line[f"{column.key}.why"] = without_paths("; ".join(c.why))
             lines.append(line)
     return as_csv(pd.DataFrame(lines))
 

@@ -11,12 +11,17 @@ import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.tables import Column, Published, Table, published_numbers, reference_numbers
+from benchmarks.checkpoints import Pretraining, in_words, is_random, parameters, pretraining, pretraining_of
+from benchmarks.suite import TASKS
+from benchmarks.tables import Column, Published, Table, published_numbers
+from benchmarks.verdict import OFFICIAL, Number, judge, reference_in_words
 from mae_core.vit import ARCHS
 from transfer.run import STATUS
 from transfer.task import Record
+
+EVALUATIONS = {task.name for task in TASKS if not task.trains}
 
 
 class Section(NamedTuple):
@@ -29,7 +34,7 @@ class Section(NamedTuple):
     @property
     def official(self) -> bool:
         """Whether these numbers may be compared with published ones."""
-        return (self.recipe, self.data) == ("paper", "official data")
+        return self[:2] == OFFICIAL
 
     @property
     def title(self) -> str:
@@ -52,8 +57,9 @@ class Cell:
     """One number, or the word in its place.
 
     status: "ok", "failed", "skipped", "published", or "" for a hole. stderr: of one run, from the sampling of the test
-    images. sd: over seeds. delta: ours minus the column's reference. without: seeds without a number, e.g. "1 failed".
-    text: a published number as it was printed.
+    images. sd: over seeds. without: seeds without a number, e.g. "1 failed". text: a published number as printed.
+    verdict, why: of ours beside a published number (benchmarks/verdict.py), "" where there is none. reference: that
+    number in words; source: where it was published; delta: ours minus it.
     """
 
     status: str = ""
@@ -64,11 +70,16 @@ class Cell:
     delta: float | None = None
     without: str = ""
     text: str = ""
+    verdict: str = ""
+    why: tuple[str, ...] = ()
+    reference: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table; cells by column key. The name of a published row is its method."""
+    """One row of a table; cells by column key. The name of a published row is its method. gpu_hours, cpu_hours: wall
+    time times processes of all the runs that its cells are made of."""
 
     name: str
     sha256: str
@@ -76,31 +87,53 @@ class Line:
     image_size: str
     engine: str = ""
     precision: str = ""
+    made: Pretraining = field(default_factory=Pretraining)
     pretraining: str = ""
     published: bool = False
     cells: dict[str, Cell] = field(default_factory=dict)
+    gpu_hours: float = 0.0
+    cpu_hours: float = 0.0
+
+    @property
+    def parameters(self) -> int | None:
+        return parameters(self.arch)
 
 
 def fill(table: Table, section: Section, records: list[Record]) -> list[Line]:
     """The table's rows in one section, by arch; in an official section the published rows come before ours."""
-    published = published_numbers(table) if section.official and table.published else None
-    lines = [] if published is None else published_lines(published)
+    published = published_numbers(table)
+    lines = published_lines(published) if section.official else []
     for row, members in group_by_row(records_for(records, table)).items():
-        cells = {column.key: make_cell(members, row, column, published) for column in table.columns}
-        lines.append(Line(*row, pretraining(members[0].checkpoint), cells=cells))
+        cells = {column.key: make_cell(members, row, column, section, published) for column in table.columns}
+        made = pretraining_of(members[0].checkpoint), pretraining(members[0].checkpoint)
+        gpu, cpu = (hours_of(members, table, on_gpu) for on_gpu in (True, False))
+        lines.append(Line(*row, *made, cells=cells, gpu_hours=gpu, cpu_hours=cpu))
     return sorted(lines, key=lambda line: arch_order(line.arch))
 
 
 def published_lines(published: list[Published]) -> list[Line]:
-    groups = defaultdict(list)
+    """A row for each method, arch, input side and pre-training. A number whose source leaves the length or the target
+    open joins the first row that it fits."""
+    lines: list[tuple[Published, Line]] = []
     for n in published:
-        groups[n.method, n.arch, n.resolution].append(n)
-    lines = []
-    for (method, arch, side), group in groups.items():
-        cells = {f"{n.task}.{n.metric}": Cell("published", float(n.value), text=n.value) for n in group}
-        known = "; ".join(dict.fromkeys(n.pretrain for n in group if n.pretrain))
-        lines.append(Line(method, "", arch, side, pretraining=known, published=True, cells=cells))
-    return lines
+        key = f"{n.task}.{n.metric}"
+        fitting = (i for i, (other, line) in enumerate(lines) if same_row(n, other) and key not in line.cells)
+        place = next(fitting, len(lines))
+        if place == len(lines):
+            lines.append((n, Line(n.method, "", n.arch, n.resolution, published=True)))
+        first, line = lines[place]
+        known = n._replace(epochs=first.epochs or n.epochs, target=first.target or n.target)
+        cells = line.cells | {key: Cell("published", float(n.value), text=n.value)}
+        epochs = int(known.epochs) if known.epochs else None
+        made = Pretraining(epochs, epochs, known.target)
+        line = dataclasses.replace(line, made=made, pretraining=in_words(epochs, known.target), cells=cells)
+        lines[place] = known, line
+    return [line for _, line in lines]
+
+
+def same_row(a: Published, b: Published) -> bool:
+    open_or_equal = all(x == y or not x or not y for x, y in ((a.epochs, b.epochs), (a.target, b.target)))
+    return open_or_equal and (a.method, a.arch, a.resolution) == (b.method, b.arch, b.resolution)
 
 
 def canonical_json(record: Record) -> str:
@@ -170,45 +203,48 @@ def counted_runs(records: list[Record], column: Column) -> list[Record]:
     return [best[seed] for seed in sorted(best)]
 
 
-def make_cell(records: list[Record], row: Row, column: Column, published: list[Published] | None) -> Cell:
+def hours_of(records: list[Record], table: Table, on_gpu: bool) -> float:
+    """Hours of wall time, times processes, of the runs that one row of the table is made of."""
+    counted = {id(r): r for column in table.columns for r in counted_runs(records, column) if r.status == "ok"}
+    mine = [r for r in counted.values() if str(r.machine.get("device")).startswith("cuda") == on_gpu]
+    return sum(max(r.wall_seconds, r.seconds) * r.machine.get("processes", 1) for r in mine) / 3600
+
+
+def one_of_equals(records: list[Record]) -> list[Record]:
+    """Of the runs of a task that the seed does not enter, the first; all of them where any number differs.
+
+    Nothing is trained, the weights are the same file's, and neither the identities nor the metrics differ but in seed.
+    """
+    first = records[0]
+    same = [{k: v for k, v in r.identity.items() if k != "seed"} | {"metrics": r.metrics} for r in records]
+    fixed = first.task in EVALUATIONS and not is_random(first.checkpoint) and all(other == same[0] for other in same)
+    return records[:1] if fixed else records
+
+
+def make_cell(records: list[Record], row: Row, column: Column, section: Section, published: list[Published]) -> Cell:
     counting = counted_runs(records, column)
     numbers = [r for r in counting if r.status == "ok" and column.metric in r.metrics]
     without = {status: sum(r.status == status for r in counting) for status in ("failed", "skipped")}
     if not numbers:
         word = next((status for status, n in without.items() if n), "")
         return Cell("" if any(r.status == "ok" for r in counting) else word)
+    numbers = one_of_equals(numbers)
     values = [r.metrics[column.metric] for r in numbers]
     errors = [r.stderr[column.metric] for r in numbers if column.metric in r.stderr]
-    mean = statistics.fmean(values)
-    return Cell(
-        status="ok",
-        value=mean,
+    number = Number(
+        value=statistics.fmean(values),
         stderr=statistics.fmean(errors) if len(errors) == len(values) else None,
         sd=statistics.stdev(values) if len(values) > 1 else None,
         seeds=len(values),
-        delta=difference(mean, row, column, published),
-        without=", ".join(f"{n} {status}" for status, n in without.items() if n),
     )
-
-
-def difference(value: float, row: Row, column: Column, published: list[Published] | None) -> float | None:
-    """Ours minus the reference at the same arch and input side; None if there is no such reference."""
-    if published is None or column.train_fraction < 1:
-        return None
-    same_arch = [n for n in reference_numbers(column, published) if n.arch == row.arch]
-    found = [n for n in same_arch if row.image_size in ("", n.resolution)]
-    return value - float(found[0].value) if len(found) == 1 else None
-
-
-def pretraining(checkpoint: dict[str, Any]) -> str:
-    """Epochs and target of the pre-training as the checkpoint file states them, else "unknown"."""
-    if checkpoint.get("format") == "random":
-        return "none (random weights)"
-    meta = checkpoint.get("meta") or {}
-    if not meta.get("epochs"):
-        return "unknown"
-    done = meta.get("epochs_done", meta["epochs"])
-    epochs = f"{meta['epochs']} ep" if done == meta["epochs"] else f"{done} of {meta['epochs']} ep"
-    # The metadata of a safetensors file are text.
-    target = {"true": "normalised pixels", "false": "pixels"}.get(str(meta.get("norm_pix")).lower(), "unknown target")
-    return f"{epochs}, {target}"
+    verdict = judge(column, numbers, number, row.image_size, section[:2], published)
+    return Cell(
+        status="ok",
+        **number._asdict(),
+        delta=verdict.delta,
+        without=", ".join(f"{n} {status}" for status, n in without.items() if n),
+        verdict=verdict.words,
+        why=verdict.why,
+        reference=reference_in_words(verdict.reference) if verdict.reference else "",
+        source=verdict.reference.source if verdict.reference else "",
+    )

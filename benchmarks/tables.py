@@ -4,7 +4,7 @@ To add a table: add a `Table` to TABLES and, if numbers are published for it, re
 """
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from transfer.data.shipped import shipped
 from transfer.task import Record
 
 PUBLISHED = shipped("published")
+FROM_SCRATCH = "supervised, from scratch"
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Column:
 
     better: "higher", "lower", or "" if unknown.
     optional: shown only in sections with a record that has the metric or was meant to (its headline).
-    reference: the published method that ours is compared with in the difference column, at the same arch and input
-    side. train_fraction: the share of the training images that was used; published numbers are for all of them.
+    reference: the published method that ours is compared with (benchmarks/verdict.py). delta: whether the difference
+    has a column. tolerance: what two numbers of the very same weights may differ by, in place of standard errors.
+    train_fraction: the share of the training images that was used; published numbers are for all of them.
     """
 
     task: str
@@ -32,6 +34,8 @@ class Column:
     decimals: int = 2
     optional: bool = False
     reference: str = "MAE"
+    delta: bool = True
+    tolerance: float | None = None
     train_fraction: float = 1.0
 
     @property
@@ -96,6 +100,7 @@ TABLES = (
                 decimals=3,
                 optional=True,
                 reference="MAE, official PyTorch code",
+                tolerance=0.1,  # users of its own code differ by 0.08: facebookresearch/mae issue 90
             ),
         ),
     ),
@@ -107,7 +112,7 @@ TABLES = (
         "blocks are frozen.",
         published="partial",
         columns=tuple(
-            Column("imagenet_partial", f"top1@{k:g}", f"{k:g}", optional=True, reference="")
+            Column("imagenet_partial", f"top1@{k:g}", f"{k:g}", optional=True, delta=False)
             for k in (0, 0.5, 1, 2, 4, 6, 12, 18, 24, 32, 40)
         ),
     ),
@@ -118,8 +123,8 @@ TABLES = (
         "moving average of the weights (EMA) and of the weights themselves.",
         published="scratch",
         columns=(
-            Column("imagenet_scratch", "top1", "EMA", reference=""),
-            Column("imagenet_scratch", "top1_without_ema", "without EMA", reference=""),
+            Column("imagenet_scratch", "top1", "EMA", reference=FROM_SCRATCH),
+            Column("imagenet_scratch", "top1_without_ema", "without EMA", reference=FROM_SCRATCH),
         ),
     ),
     Table(
@@ -181,16 +186,21 @@ TABLES = (
 
 
 class Published(NamedTuple):
-    """One published number as it was printed, and where. resolution: input side in px."""
+    """One published number as it was printed, and where. resolution: input side in px. epochs, target: of its
+    pre-training, "" if it has none or the source does not say. seeds: how many runs it is the mean of, sd: their
+    spread; "" for one run."""
 
     table: str
     method: str
     arch: str
-    pretrain: str
+    epochs: str
+    target: str
     resolution: str
     task: str
     metric: str
     value: str
+    seeds: str
+    sd: str
     source: str
     confidence: str
 
@@ -206,12 +216,6 @@ def read_published(name: str) -> list[Published]:
 
 
 def published_numbers(table: Table) -> list[Published]:
-    """What is published for the table's columns."""
+    """What is published for the table's columns; nothing for a table without a file."""
     wanted = {(c.task, c.metric) for c in table.columns}
-    return [n for n in read_published(table.published) if (n.task, n.metric) in wanted]
-
-
-def reference_numbers(column: Column, published: Sequence[Published]) -> list[Published]:
-    """The published numbers that this column's are compared with."""
-    wanted = (column.reference, column.task, column.metric)
-    return [n for n in published if (n.method, n.task, n.metric) == wanted]
+    return [n for n in read_published(table.published) if (n.task, n.metric) in wanted] if table.published else []

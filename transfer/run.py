@@ -56,10 +56,10 @@ INNER: dict[str, type | dict[str, type]] = {
     "metrics": float,
     "stderr": float,
     "artifacts": str,
-    "checkpoint": dict.fromkeys(("name", "path", "format", "arch", "sha256"), str) | {"meta": dict},
+    "checkpoint": dict.fromkeys(("name", "path", "format", "arch", "sha256"), str) | {"meta": dict, "input": dict},
     "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list},
     "identity": {"task": str, "parent": str},
-    "machine": {"device": str, "precision": str},
+    "machine": {"device": str, "precision": str, "processes": int},
 }
 
 

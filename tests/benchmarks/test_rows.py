@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import timm
+import torch
 
+from benchmarks.checkpoints import parameters, pretraining
 from tests.fixtures.records import CHECKPOINT, DATA, broken, cells, grid, made, official, ok, ours
 from transfer.task import Record
 
@@ -101,6 +104,33 @@ def test_seeds_with_their_own_fine_tuned_classifier_are_one_experiment(tmp_path)
     records = [ok("imagenet_a", s, top1=10.0 + s) for s in (0, 1)]
     out = made(tmp_path, *(replace(r, identity={**r.identity, "parent": str(r.seed)}) for r in records))
     assert grid(out)[0]["IN-A ↑"] == "10.50 (2 seeds, sd 0.71)"
+
+
+RANDOM = {**CHECKPOINT, "format": "random"}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "said"),
+    [
+        ("imagenet_knn", [{}, {}, {}], "32.00 ± 1.00"),
+        ("imagenet_a", [{}, {}, {}], "32.00 ± 1.00"),
+        # What differs beside the seed, or could: the number, the classifier, the weights; and a training.
+        ("imagenet_knn", [{}, {}, {"metrics": {"top1": 32.0, "top1@20": 1.0}}], "32.00 ± 1.00 (3 seeds, sd 0.00)"),
+        ("imagenet_a", [{}, {"parent": "x"}, {"parent": "y"}], "32.00 ± 1.00 (3 seeds, sd 0.00)"),
+        ("imagenet_knn", [{"checkpoint": RANDOM}] * 3, "32.00 ± 1.00 (3 seeds, sd 0.00)"),
+        ("imagenet_linprobe", [{}, {}, {}], "32.00 ± 1.00 (3 seeds, sd 0.00)"),
+    ],
+)
+def test_a_task_that_the_seed_does_not_enter_has_one_number(tmp_path, task, changes, said):
+    records = []
+    for seed, change in enumerate(changes):
+        record = ok(task, seed, {"top1": 1.0}, top1=32.0)
+        identity = record.identity | {"parent": change.get("parent", "")}
+        records.append(replace(record, identity=identity, **{k: v for k, v in change.items() if k != "parent"}))
+    out = made(tmp_path, *records)
+    table = "robustness" if task == "imagenet_a" else "imagenet"
+    assert said in grid(out, f"tables/{table}.md")[0].values()
+    assert cells(out, table).iloc[0][f"{task}.top1.seeds"] == (3 if "seeds" in said else 1)
 
 
 def test_numbers_of_different_meaning_share_no_row(tmp_path):
@@ -206,3 +236,46 @@ def test_a_share_of_the_training_images_is_a_column_of_its_own(tmp_path):
     assert pd.isna(found["imagenet_finetune.top1@0.01.delta"])
     robustness = (out / "tables/robustness.md").read_text()
     assert "classifier from paper with train_fraction=0.01, official data" in robustness
+
+
+def test_a_row_says_its_size_its_pretraining_and_what_it_cost(tmp_path):
+    meta = {"epochs": "300", "epochs_planned": "1600", "norm_pix": "false", "images": "1281167"}
+    gpus = {"device": "cuda", "precision": "bf16", "processes": 8}
+    tuned = replace(ok("imagenet_finetune", top1=80.0), machine=gpus, seconds=3600.0, wall_seconds=4500.0)
+    probes = [replace(ok("imagenet_linprobe", seed, top1=50.0), machine=gpus, seconds=450.0) for seed in (0, 1)]
+    failed = replace(broken("imagenet_knn", "failed", "x"), machine=gpus, seconds=9999.0)
+    records = [replace(r, checkpoint={**CHECKPOINT, "meta": meta}) for r in (tuned, *probes, failed)]
+    on_cpu = replace(ok("imagenet_knn", top1=9.0), checkpoint={**CHECKPOINT, "arch": "vit_huge_patch14"}, seconds=36.0)
+    out = made(tmp_path, *records, on_cpu)
+    first, second = grid(out, "tables/imagenet.md")
+    # 8 processes: 4500 s with the evaluation, and twice 450 s.
+    assert (first["params"], first["hours"]) == ("85.8 M", "12.00 GPU h")
+    assert first["pre-training"] == "300 of 1600 ep, pixels, 1,281,167 images"
+    assert (second["params"], second["pre-training"], second["hours"]) == ("630.8 M", "-", "0.01 CPU h")
+    row = cells(out, "imagenet").iloc[0]
+    assert (row.parameters, row.epochs, row.pretraining_images, row.target) == (85_798_656, 300, 1_281_167, "pixels")
+    assert (row.gpu_hours, pd.isna(row.cpu_hours)) == (12.0, True)
+
+
+@pytest.mark.parametrize("arch", ["vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"])
+def test_parameters_are_those_of_timms_model(arch):
+    with torch.device("meta"):
+        model = timm.create_model(f"{arch}_224", num_classes=0)
+    assert parameters(arch) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({}, ""),
+        ({"epochs": 40, "norm_pix": False}, "40 ep, pixels"),
+        ({"epochs": "800", "norm_pix": "true", "images": 5}, "800 ep, normalised pixels, 5 images"),
+        ({"epochs": "800", "epochs_done": 400}, "400 of 800 ep"),
+        ({"epochs": "2", "norm_pix": "false", "target": "tokens"}, "2 ep, k-means tokens"),
+        ({"epochs": "2", "norm_pix": "false", "target": "tokens", "tokenizer": "dall-e"}, "2 ep, dVAE tokens"),
+        ({"epochs": "2", "norm_pix": "false", "target": "pca"}, "2 ep, PCA coefficients"),
+        ({"epochs": "many", "images": [1], "norm_pix": None}, ""),
+    ],
+)
+def test_pretraining_is_what_the_checkpoint_says(meta, words):
+    assert pretraining({**CHECKPOINT, "meta": meta}) == words
