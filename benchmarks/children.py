@@ -38,11 +38,12 @@ def launcher(processes: int, nodes: int = 1, endpoint: str = "", name: str = "")
 
 
 def machine_flags(args: argparse.Namespace, workers: int | None = None) -> list[str]:
-    """The flags of mae_core.machine.add_machine_flags, as this call was given them. workers: for each process, in place
-    of what the call says."""
+    """The flags of mae_core.machine.add_machine_flags and --tracker, as this call was given them. workers: for each
+    process, in place of what the call says."""
     workers = args.workers if workers is None else workers
     flags = ["--device", args.device, "--precision", args.precision, "--workers", str(workers)]
     flags += ["--micro-batch", str(args.micro_batch), "--save-minutes", str(args.save_minutes)]
+    flags += ["--tracker", args.tracker] if args.tracker else []
     return flags + ["--activation-checkpointing"] * args.activation_checkpointing + ["--compile"] * args.compile
 
 

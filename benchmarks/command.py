@@ -10,6 +10,7 @@ COMMANDS = {
     "plan": ("benchmarks.run_all", "say what `run` would do, with which data, and stop"),
     "status": ("benchmarks.run_all", "the plan of `run`, with what is done, at work or queued"),
     "report": ("benchmarks.report", "make the tables again from all records"),
+    "export": ("benchmarks.export", "write the results as LaTeX, a model card or JSON"),
     "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
     "pretrain": ("mae_core.pretrain", "pre-train a masked autoencoder"),
     "reconstruct": ("mae_core.reconstruct", "draw images masked, reconstructed and as they are"),

@@ -90,7 +90,7 @@ def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, str]:
     sightings = Sightings(job.task.name, part.images if job.task.trains else None)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".measure-", dir=args.out, ignore_cleanup_errors=True) as scratch:
-        own = argparse.Namespace(**{**vars(args), "out": Path(scratch)})
+        own = argparse.Namespace(**{**vars(args), "out": Path(scratch), "tracker": ""})
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(job.machine.threads)}
         child = Child(task_command([job], own), Path(scratch) / "log", threads)
         try:

@@ -2,6 +2,8 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from benchmarks.checkpoints import pretraining
 from benchmarks.markdown import harmless, markdown_table
@@ -37,14 +39,27 @@ def without_paths(text: str) -> str:
 
 def summary_markdown(sections: dict[Section, list[Record]], records: list[Record]) -> str:
     """Every section with its tables, then the checkpoints."""
-    parts = ["# Transfer results", LEGEND.strip()]
-    for section, members in sections.items():
-        parts += [f"## {section.title}", circumstances(members)]
-        for table in (*TABLES, other_tasks(members)):
-            if found := records_for(members, table):
-                parts += [f"### {table.title}", section_table(with_fractions(table, found), section, found)]
-    parts += ["## Checkpoints", checkpoints(records)]
+    return page(["# Transfer results", *sections_markdown(sections), "## Checkpoints", checkpoints(records)])
+
+
+def page(parts: Iterable[str]) -> str:
     return harmless("\n\n".join(part for part in parts if part) + "\n")
+
+
+def sections_markdown(sections: dict[Section, list[Record]]) -> Iterator[str]:
+    """How to read a number, then every section with its tables."""
+    yield LEGEND.strip()
+    for section, members in sections.items():
+        yield from (f"## {section.title}", circumstances(members))
+        for table, found in tables_of(members):
+            yield from (f"### {table.title}", section_table(table, section, found))
+
+
+def tables_of(records: list[Record]) -> Iterator[tuple[Table, list[Record]]]:
+    """Each table that these records fill, with those of them that it shows."""
+    for table in (*TABLES, other_tasks(records)):
+        if found := records_for(records, table):
+            yield with_fractions(table, found), found
 
 
 def table_markdown(table: Table, sections: dict[Section, list[Record]]) -> str:
@@ -52,7 +67,7 @@ def table_markdown(table: Table, sections: dict[Section, list[Record]]) -> str:
     parts = [f"# {table.title}", LEGEND.strip()]
     for section, members in sections.items():
         parts += [f"## {section.title}", circumstances(members), section_table(table, section, members)]
-    return harmless("\n\n".join(part for part in parts if part) + "\n")
+    return page(parts)
 
 
 def other_tasks(records: list[Record]) -> Table:
@@ -73,8 +88,26 @@ def circumstances(records: list[Record]) -> str:
     return "; ".join(f"{key}: {', '.join(sorted(filter(None, found)))}" for key, found in facts.items() if any(found))
 
 
+class Grid(NamedTuple):
+    """A table in one section as plain texts. left: so many columns of the header, the row's label first, hold no
+    numbers. rows: each with the texts behind its label. below: what the numbers assume and lack, a Markdown list."""
+
+    header: list[str]
+    left: int
+    rows: list[tuple[Line, list[str]]]
+    below: str
+
+
 def section_table(table: Table, section: Section, records: list[Record]) -> str:
-    """The table in one section: its caption, its rows, and what its numbers assume and lack."""
+    """The table in one section as Markdown: its caption, its rows, and what its numbers assume and lack."""
+    grid = section_grid(table, section, records)
+    labels = (f"{x.name} (published)" if x.published else f"**{x.name}** {x.sha256[:8]}" for x, _ in grid.rows)
+    rows = [grid.header, *([label, *texts] for label, (_, texts) in zip(labels, grid.rows))]
+    parts = (table.caption, markdown_table(rows, grid.left, padded=True), grid.below)
+    return "\n\n".join(part for part in parts if part)
+
+
+def section_grid(table: Table, section: Section, records: list[Record]) -> Grid:
     lines = fill(table, section, records)
     columns = [c for c in table.columns if not c.optional or any(shows_number(r, c) for r in records)]
     header = {"name": "checkpoint", "arch": "arch", "parameters": "params", "image_size": "input px"}
@@ -85,21 +118,19 @@ def section_table(table: Table, section: Section, records: list[Record]) -> str:
     shown = {key for x in lines for key, cell in x.cells.items() if cell.delta is not None}
     with_delta = {c.key for c in columns if c.delta and c.key in shown}
     titles = [title for c in columns for title in ([c.header, delta_title(c)] if c.key in with_delta else [c.header])]
-    grid = []
+    rows = []
     for x in lines:
-        label = f"{x.name} (published)" if x.published else f"**{x.name}** {x.sha256[:8]}"
         about = vars(x) | {"parameters": millions(x.parameters)}
-        grid.append([label, *(about[key] or "-" for key in list(header)[1:])])
+        texts = [about[key] or "-" for key in list(header)[1:]]
         for c in columns:
             entry = x.cells.get(c.key, Cell())
-            grid[-1].append(cell_text(entry, c))
+            texts.append(cell_text(entry, c))
             if c.key in with_delta:
                 delta = None if entry.delta is None else round(entry.delta, c.decimals) + 0.0  # + 0.0: no "-0.00"
-                grid[-1].append("" if delta is None else f"{delta:+.{c.decimals}f}")
-        grid[-1].append(hours(x))
+                texts.append("" if delta is None else f"{delta:+.{c.decimals}f}")
+        rows.append((x, [*texts, hours(x)]))
     below = footnotes(records, lines, columns)
-    rows = [[*header.values(), *titles, "hours"], *grid]
-    return "\n\n".join(part for part in (table.caption, markdown_table(rows, len(header), padded=True), below) if part)
+    return Grid([*header.values(), *titles, "hours"], len(header), rows, below)
 
 
 def shows_number(r: Record, column: Column) -> bool:

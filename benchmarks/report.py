@@ -30,6 +30,8 @@ from mae_core.writing import write_texts
 from transfer.run import fits, read_record
 from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
 
+DECIMALS = {"value": 4, "stderr": 4, "chance": 4, "seconds": 1, "images_per_second": 2, "peak_memory_gib": 2}
+
 
 class UnreadableRecords(UserError):
     """All other records are in the tables. Its arguments: a sentence for each of these."""
@@ -158,45 +160,55 @@ def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
     return {key: sections[key] for key in sorted(sections, key=lambda s: (not s.official, s))}
 
 
-def summary_csv(records: list[Record]) -> str:
-    """One line per record and metric, the headline first, which is empty for failed and skipped records."""
+def summary_lines(records: list[Record]) -> list[dict[str, Any]]:
+    """One line per record and metric, the headline first, whose value is None for failed and skipped records. Hashes
+    are whole and numbers as they are in the records."""
     lines, title = [], data_titles(records)
     for r in records:
         row = row_key(r)
         for metric in sorted(r.metrics, key=lambda m: (m != r.metric, m)) or [r.metric]:
             line = {
                 "checkpoint": row.name,
-                "sha256": row.sha256[:8],
+                "sha256": row.sha256,
                 "arch": row.arch,
                 "task": r.task,
                 "metric": metric,
-                "value": fixed(r.metrics.get(metric), 4),
-                "stderr": fixed(r.stderr.get(metric), 4),
+                "value": r.metrics.get(metric),
+                "stderr": r.stderr.get(metric),
                 "n_eval": r.n_eval,
-                "chance": fixed(r.chance, 4),
+                "chance": r.chance,
                 "seed": r.seed,
                 "recipe": r.recipe_label,
                 "data": title(r),
                 "data_detail": without_paths(r.data.get("detail") or ""),
                 "data_findings": without_paths("; ".join(r.data.get("findings") or ())),
-                "data_fingerprint": (r.data.get("fingerprint") or "")[:8],
+                "data_fingerprint": r.data.get("fingerprint") or "",
                 "image_size": row.image_size,
                 "engine": row.engine,
                 "precision": row.precision,
                 "status": r.status,
                 "reason": without_paths(r.reason),
                 "notes": without_paths("; ".join(r.notes)),
-                "seconds": fixed(r.seconds, 1),
-                "images_per_second": fixed(r.images_per_second, 2),
-                "peak_memory_gib": fixed(r.peak_memory_gib, 2),
+                "seconds": r.seconds,
+                "images_per_second": r.images_per_second,
+                "peak_memory_gib": r.peak_memory_gib,
                 "device": r.machine.get("device", ""),
                 "hardware": r.hardware,
                 "commit": r.commit,
                 "finished": r.finished,
+                "identity": r.identity,
             }
             lines.append(line)
     keys = ["checkpoint", "sha256", "arch", "recipe", "data", "task", "seed", "engine", "precision", "finished"]
-    return as_csv(pd.DataFrame(lines).sort_values(keys, kind="stable"))
+    return sorted(lines, key=lambda line: [line[key] for key in keys])
+
+
+def summary_csv(records: list[Record]) -> str:
+    lines = summary_lines(records)
+    for line in lines:
+        line |= {key: fixed(line[key], decimals) for key, decimals in DECIMALS.items()}
+        line |= {key: line[key][:8] for key in ("sha256", "data_fingerprint")}
+    return as_csv(pd.DataFrame(lines).drop(columns="identity"))
 
 
 def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:

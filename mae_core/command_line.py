@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 from collections.abc import Callable
 
 from mae_core.errors import UserError, in_words
@@ -13,7 +12,6 @@ def answered(work: Callable[[], int], stopped: str = "stopped") -> int:
     """The exit code of `work`. 2, after one sentence, for what the user can mend: a wrong call, absent data, a full
     disk; 130 after Ctrl-C, which is answered by `stopped`, and where nobody reads what is printed any more."""
     escape_output()
-    threading.excepthook = warn_of_os_error
     try:
         return work()
     except UserError as e:
@@ -28,15 +26,6 @@ def answered(work: Callable[[], int], stopped: str = "stopped") -> int:
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
-
-
-def warn_of_os_error(failure: threading.ExceptHookArgs) -> None:
-    """In place of a traceback where the system refuses a thread something: TensorBoard writes its events in one, and
-    the training itself fails, or goes on, without it."""
-    if isinstance(failure.exc_value, OSError):
-        print(f"warning: {describe_os_error(failure.exc_value)}", file=sys.stderr)
-    else:
-        threading.__excepthook__(failure)
 
 
 def describe_os_error(error: OSError) -> str:

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from mae_core.machine import Machine, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
+from mae_core.tracker import Curves, Run
 from mae_core.training import (
     LOG_FILE,
     State,
@@ -96,13 +96,13 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # what replaces it starts with one
             forward = DistributedDataParallel(forward, broadcast_buffers=False)
     model.train()
-    writer = open_writer(t.work, state.step) if t.tensorboard and main else None
     progress = Progress(t.label, t.steps, state.step, enabled=main, unit="it")
     waiting: list[tuple[int, Tensor]] = []
     seconds_before, started, saved = state.seconds, time.monotonic(), time.monotonic()
     batches, note, careful = steps_of(t, state.step, unreadable), "", state.step + CAREFUL_STEPS
 
-    with dead_workers_explained(), stop_requested() as stop:
+    curves = Curves(Run(t.work, state.step, t.label, t.fixed), t.tracker)
+    with curves, dead_workers_explained(), stop_requested() as stop:
         for step in range(state.step, t.steps):
             lr = t.lr_at(step)
             set_learning_rate(optimizer, lr)
@@ -119,9 +119,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping:
                 last_loss = flush(waiting, state, t)
                 note = f"epoch {step // t.steps_per_epoch + 1}/{t.epochs} loss {last_loss:.4f} lr {lr:.2e}"
-                if writer:
-                    writer.add_scalar("train/loss", last_loss, step)
-                    writer.add_scalar("train/lr", lr, step)
+                curves.training(step, last_loss, lr, progress.rate())
             progress.update(state.step, t.batch, note)
             if end_of_epoch or due or stopping:
                 state.unreadable = unreadable.of_all_processes()
@@ -131,6 +129,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                 started += time.monotonic() - before  # evaluation is not training time
                 progress.started += time.monotonic() - before
                 end_epoch(t, state, lr, progress.rate(), found)
+                curves.evaluation(step, found)
             if due or stopping or state.step == t.steps:
                 # There is one checkpoint for all processes: each resumes from the mean of their losses.
                 losses = distributed.gather_to_all(state.loss_sum)
@@ -141,8 +140,6 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             if stopping:
                 distributed.barrier()  # torchrun ends the others with the first that leaves: none before it is saved
                 raise KeyboardInterrupt
-    if writer:
-        writer.close()
     return with_unreadable(state)
 
 
@@ -272,9 +269,3 @@ def flush(waiting: list[tuple[int, Tensor]], state: State, t: Training) -> float
     state.loss_sum += sum(values)
     waiting.clear()
     return values[-1]
-
-
-def open_writer(work: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # late: the import takes a second
-
-    return SummaryWriter(str(work / "tensorboard"), purge_step=step)

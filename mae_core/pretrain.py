@@ -45,6 +45,7 @@ from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.settings import override
 from mae_core.space import FLOAT, Space, check_free, training_space
 from mae_core.stopping import stop_on_signals
+from mae_core.tracker import add_tracker_flag
 from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
 from mae_core.vit import get_arch
 
@@ -94,10 +95,11 @@ def pretrain(
     machine: Machine,
     tokenizer: Path | None = None,
     following: Following = Following(),
+    tracker: str = "",
 ) -> tuple[State, int]:
     """Pre-train to the end (resuming what lies in `out`) and write mae.safetensors: encoder and decoder under the
     official names, and the tensors of a fitted target. tokenizer: the state dict of DALL-E's encoder, if the recipe
-    needs it. Returns the final state and the number of images."""
+    needs it. tracker: where its curves go besides TensorBoard. Returns the final state and the number of images."""
     files = training_images(data)
     check_batch(len(files), r.batch, str(data))
     local_batch = r.batch // machine.processes
@@ -152,7 +154,7 @@ def pretrain(
             lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
             prepare=preparation(r, seed, model.patch_embed.grid_size),
             loss_of=lambda m, images, noise: m(images, noise, r.mask_ratio).loss,
-            tensorboard=True,
+            tracker=tracker,
             repeats=r.repeated_augmentation,
             after_epoch=after_epoch,
         ),
@@ -214,6 +216,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--keep-every", type=non_negative_int, default=0, metavar="N", help="keep the weights of every Nth epoch"
     )
+    add_tracker_flag(parser)
     add_machine_flags(parser)
     parser.add_argument("--no-compile", action="store_true", help="on GPU, where pre-training compiles by default")
     parser.add_argument(
@@ -254,7 +257,8 @@ def run(args: argparse.Namespace) -> int:
     machine, following = machine_of(args), following_of(args)
     with distributed.process_group(machine.device) as device, distributed.alone_in(args.out):
         machine = replace(machine, device=device)
-        state, images = pretrain(args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following)
+        what = (args.data, args.arch, r, args.out, args.seed, machine, args.tokenizer, following, args.tracker)
+        state, images = pretrain(*what)
     if distributed.is_main():
         seen = state.step * r.batch
         label = f"{args.recipe} recipe with {changed}" if changed else f"{args.recipe} recipe"

@@ -32,9 +32,10 @@ class Training:
     that `prepare` gets at a time, a multiple of micro_batch (0: micro_batch).
     lr_at: step -> learning rate. prepare: (images, labels, step, index of the first image in the effective batch) ->
     the tensors of its forward passes, all with the batch first. loss_of: (model, *tensors) -> mean loss.
-    fixed: what must be equal in a resumed run. repeats: samples of each image in a batch. after_epoch: called by every
-    process with the number of epochs done and the state; what it returns enters the epoch's line of the log.
-    synchronised: the forward pass waits for the other processes, as SyncBatchNorm's does.
+    fixed: what must be equal in a resumed run. tracker: where its curves go besides TensorBoard. repeats: samples of
+    each image in a batch. after_epoch: called by every process with the number of epochs done and the state; what it
+    returns enters the epoch's line of the log. synchronised: the forward pass waits for the other processes, as
+    SyncBatchNorm's does.
     """
 
     label: str
@@ -49,7 +50,7 @@ class Training:
     lr_at: Callable[[int], float]
     prepare: Callable[[Tensor, Tensor, int, int], tuple[Tensor, ...]]
     loss_of: Callable[..., Tensor]
-    tensorboard: bool = False
+    tracker: str = ""
     repeats: int = 1
     after_epoch: Callable[[int, "State"], dict[str, Any]] | None = None
     prepared: int = 0

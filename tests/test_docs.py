@@ -60,6 +60,9 @@ QUICK = {
     ),
     "python benchmarks/ablations.py --table 1a --recipe mini --out ablations": "--plan",
     "python -m benchmarks.report --out results": "",
+    "mae-transfer export --to latex --out results --file tables.tex": "",
+    "mae-transfer export --to hf-card --out results --ckpt mae_mini --file README.md": "",
+    "mae-transfer export --to json --out results --file results.json": "",
     "python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16": (
         "--precision fp32 --device cpu --batch 2 --warmup 0 --repeats 1"
     ),
@@ -240,6 +243,7 @@ PROGRAMS = (
     "-m transfer.segmentation --task t --ckpt c",
     "-m transfer.miniature --out o",
     "-m benchmarks.report",
+    "-m benchmarks.export --to json",
     "benchmarks/run_all.py",
     "benchmarks/ablations.py --table 1a",
     "benchmarks/speed.py eval",
@@ -248,8 +252,8 @@ PROGRAMS = (
     "benchmarks/gpu_bundle.py",
     "-m benchmarks.launch.rehearse plan.json --gpus 1",
 )
-# Of torchrun, pip, uv and sky.
-OTHERS_FLAGS = {"--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra", "--env"}
+# Of tensorboard, torchrun, pip, uv and sky.
+OTHERS_FLAGS = {"--logdir", "--nproc-per-node", "--no-build-isolation", "--no-deps", "--frozen", "--extra", "--env"}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

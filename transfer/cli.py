@@ -15,6 +15,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine, add_machine_flags, machine_from, named_path, seed
 from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
+from mae_core.tracker import add_tracker_flag
 from transfer.data.findings import guarded
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
 from transfer.run import run_job
@@ -23,7 +24,7 @@ from transfer.task import RECORD_FILE, Needs, Record, Task
 
 
 def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
-    """--recipe, --data, --out, the machine's flags, and --engine if a task has several."""
+    """--recipe, --data, --out, --tracker, the machine's flags, and --engine if a task has several."""
     parser.add_argument("--recipe", default="paper", choices=RECIPES, help="default: paper")
     parser.add_argument(
         "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
@@ -38,6 +39,7 @@ def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> 
         parser.add_argument("--engine", default="auto", choices=("auto", *names), help=f"default: auto ({which})")
     else:
         parser.set_defaults(engine="auto")
+    add_tracker_flag(parser)
     add_machine_flags(parser)
 
 
@@ -111,7 +113,7 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
         job = make_job(
             task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, evaluated
         )
-        job = replace(job, estimated_seconds=seconds)
+        job = replace(job, estimated_seconds=seconds, tracker=args.tracker)
         record = cached_or_skipped(job)
         if record is None:
             check_space([job], args.out)

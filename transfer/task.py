@@ -121,6 +121,7 @@ class Job:
     parent: Checkpoint | None = None  # the fine-tuned classifier that a robustness task evaluates
     out: Path = Path()  # --out, below which `work` lies
     estimated_seconds: float | None = None  # by the plan, of wall time
+    tracker: str = ""  # where the curves of its training go besides TensorBoard
 
     @property
     def recipe_label(self) -> str:

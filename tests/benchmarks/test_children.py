@@ -35,6 +35,10 @@ def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path
     assert "--estimated-seconds" not in command
     expected = task_command([replace(job, estimated_seconds=seconds) for seconds in (12.5, 3.0)], args)
     assert expected[expected.index("--estimated-seconds") + 1 :][:2] == ["12.5", "3.0"]
+    args.tracker = "trackio"
+    tracked = task_command([job], args)
+    assert tracked[tracked.index("--tracker") + 1] == "trackio"
+    assert "--tracker" not in command
     [task] = find_tasks(["inat2018"], TASKS)
     again = make_job(task, job.checkpoint, "paper", knobs, job.data, args.out, 0, job.machine)
     assert again.work == job.work

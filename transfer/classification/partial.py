@@ -95,7 +95,7 @@ def probed(job: Job, task: Task) -> Record:
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
     probe = make_job(task, job.checkpoint, job.recipe_name, settings, job.data, job.out, job.seed, job.machine)
-    record = finished(probe) or run_job(probe, wait=True)
+    record = finished(probe) or run_job(replace(probe, tracker=job.tracker), wait=True)
     if record.status != "ok":
         raise UserError(f"{task.name}, the curve's first point, has no number: {record.reason}")
     return record

@@ -142,6 +142,7 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
             seed=job.seed,
             machine=machine,
             fixed=job.identity(),
+            tracker=job.tracker,
             lr_at=lambda step: half_cosine(step, steps_per_epoch, lr, r.epochs, r.warmup_epochs, r.min_lr),
             prepare=prepare,
             loss_of=lambda m, images, labels: loss_function(m(images).float(), labels),

@@ -210,6 +210,7 @@ def train_and_predict(job: Job) -> Predictions:
             seed=job.seed,
             machine=replace(machine, compile=False),
             fixed=job.identity(),
+            tracker=job.tracker,
             lr_at=rate,
             prepare=lambda images, targets, step, first: (images, targets),
             loss_of=lambda m, images, targets: sum(m(images, targets).values()),

@@ -27,6 +27,7 @@ from mae_core.errors import UserError
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
+from mae_core.tracker import Curves, Run
 from mae_core.training import CHECKPOINT_FILE, restart
 from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
@@ -184,13 +185,21 @@ class LearningRate(HookBase):
 
 
 class Saver(HookBase):
-    """Saves every few minutes, at the end and on a request to stop; shows progress and counts the seconds."""
+    """Saves every few minutes, at the end and on a request to stop; shows progress, draws the curves and counts the
+    seconds."""
 
     def __init__(
-        self, checkpointer: Checkpointer, job: Job, iterations: int, first: int, seconds: float, stop: list[int]
+        self,
+        checkpointer: Checkpointer,
+        job: Job,
+        iterations: int,
+        first: int,
+        seconds: float,
+        stop: list[int],
+        curves: Curves,
     ) -> None:
         self.checkpointer, self.job, self.iterations = checkpointer, job, iterations
-        self.before, self.stop = seconds, stop
+        self.before, self.stop, self.curves = seconds, stop, curves
         self.started = self.saved = time.monotonic()
         label = f"{job.task.name} {job.checkpoint.name}"
         self.progress = Progress(label, iterations, first, enabled=distributed.is_main(), unit="it")
@@ -203,6 +212,9 @@ class Saver(HookBase):
         done = self.trainer.iter + 1
         latest = self.trainer.storage.latest().get("total_loss")
         self.progress.update(done, self.job.recipe.batch, f"loss {latest[0]:.4f}" if latest else "")
+        if latest and latest[1] == self.trainer.iter:  # it is fetched from the device every METRICS_EVERY iterations
+            lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+            self.curves.training(self.trainer.iter, latest[0], lr, self.progress.rate())
         due = distributed.is_main() and time.monotonic() - self.saved >= 60 * self.job.machine.save_minutes
         due, stopping = distributed.any_process(due, bool(self.stop))
         if due or stopping or done == self.iterations:
@@ -243,8 +255,9 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
     parallel = DistributedDataParallel(model) if machine.processes > 1 else model
     model.train()
     trainer = Trainer(parallel, loader, optimizer, job, r.batch // machine.processes // micro_batch)
-    with dead_workers_explained(), stop_requested() as stop:
-        saver = Saver(checkpointer, job, iterations, first, seconds, stop)
+    curves = Curves(Run(job.work, first, f"{job.task.name} {job.checkpoint.name}", job.identity()), job.tracker)
+    with curves, dead_workers_explained(), stop_requested() as stop:
+        saver = Saver(checkpointer, job, iterations, first, seconds, stop, curves)
         writer = hooks.PeriodicWriter([JSONWriter(str(job.work / "metrics.json"))], period=METRICS_EVERY)
         trainer.register_hooks([LearningRate(rate), saver, writer if distributed.is_main() else None])
         try:

@@ -83,6 +83,7 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
         seed=job.seed,
         machine=machine,
         fixed=job.identity(),
+        tracker=job.tracker,
         lr_at=r.lr_at,
         prepare=lambda images, targets, step, first: (images, targets),
         loss_of=loss_of,

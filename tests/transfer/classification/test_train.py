@@ -21,6 +21,7 @@ from mae_core.training import LOG_FILE
 from mae_core.vit import build_vit
 from tests.fixtures import ROOT
 from tests.fixtures.classification import Command, assert_same_training
+from tests.fixtures.curves import curves
 from tests.fixtures.transfer import ARCH, PROCESS, make_job, write_imagenet
 from transfer.classification.evaluate import evaluate
 from transfer.classification.job import start_model
@@ -202,6 +203,9 @@ def test_accumulation_keeps_the_effective_batch(sixteen, tmp_path, task):
     (whole, whole_losses), (parts, parts_losses) = found
     assert_same_training(parts, whole)
     assert parts_losses == pytest.approx(whole_losses, rel=1e-4)
+    drawn = curves(job.work)
+    assert drawn["train/loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in enumerate(parts_losses)]
+    assert drawn.keys() == {"train/loss", "train/lr", "train/images_per_second"}
 
 
 def test_the_moving_average_is_its_recursion_and_is_what_is_evaluated(sixteen, tmp_path):

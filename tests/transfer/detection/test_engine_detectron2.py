@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.fixtures.curves import curves
 from tests.fixtures.miniature import write_few
 from tests.fixtures.transfer import TORCHRUN, assert_same_weights, finished, kill_when, record_samples
 
@@ -267,6 +268,9 @@ def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 3, 5]
     assert all(line["total_loss"] > 0 for line in lines)
+    drawn = curves(tmp_path)
+    assert drawn.keys() == {"train/loss", "train/lr", "train/images_per_second"}
+    assert drawn["train/loss"] == [(x["iteration"], pytest.approx(x["total_loss"], rel=1e-6)) for x in lines]
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])

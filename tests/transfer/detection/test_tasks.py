@@ -17,6 +17,7 @@ import transfer.detection
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
+from tests.fixtures.curves import curves
 from tests.fixtures.detection import TASK, TINY, by_hand, job_of
 from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
 from transfer import cli, jobs
@@ -223,6 +224,9 @@ def test_a_stopped_job_goes_on_at_its_step_and_ends_with_the_same_weights(root, 
     lines = [(job.work / LOG_FILE).read_text().splitlines() for job in (whole, stopped)]
     logs = [[json.loads(line)["loss"] for line in log] for log in lines]
     assert logs[0] == logs[1]
+    drawn = [curves(job.work)["train/loss"] for job in (whole, stopped)]
+    assert drawn[0] == drawn[1]
+    assert [step for step, _ in drawn[0]] == [0, 1, 2, 3]
     assert len(logs[0]) == 2
 
 

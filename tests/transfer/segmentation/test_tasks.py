@@ -17,6 +17,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
 from tests.fixtures import SHARED
+from tests.fixtures.curves import curves
 from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
 from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
 from transfer import jobs
@@ -67,6 +68,7 @@ def test_a_run_leaves_a_record_the_weights_and_a_picture(root, tmp_path):
     assert set(record.artifacts) == {SEGMENTER_FILE, PICTURE_FILE}
     assert Image.open(tmp_path / PICTURE_FILE).height > 5 * 200
     assert not (tmp_path / CHECKPOINT_FILE).exists()
+    assert [step for step, _ in curves(tmp_path)["train/loss"]][-1] == job.recipe.iterations - 1
     json.loads((tmp_path / "record.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in the record"))
 
 
