@@ -1,4 +1,5 @@
-"""Records -> tables. Reads every record under OUT/runs, writes OUT/summary.csv, OUT/summary.md and OUT/tables.
+"""Records -> tables. Reads every record under OUT/runs, writes OUT/index.html, OUT/summary.csv, OUT/summary.md and
+OUT/tables.
 
     python -m benchmarks.report --out results
 
@@ -17,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.markdown import no_formula
+from benchmarks.page.build import page
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
 from benchmarks.rows import Cell, Section, canonical_json, fill, records_for, row_key
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
@@ -40,8 +42,9 @@ class UnreadableRecords(UserError):
         return "; ".join(self.args)
 
 
-def report(out: Path) -> list[Path]:
-    """Write the tables of all records under out/runs, all of them or none, and return their paths.
+def report(out: Path, going: bool = False) -> list[Path]:
+    """Write the tables and the page of all records under out/runs, all of them or none, and return their paths. going:
+    more jobs will follow, so that the page looks for their results.
 
     UserError if there is no record, or a table cannot be written; UnreadableRecords once all others are in the tables.
     """
@@ -49,21 +52,23 @@ def report(out: Path) -> list[Path]:
         raise UserError(f"{out / 'runs'} holds no records: run benchmarks/run_all.py first")
     with claimed(out / "tables", wait=True):  # several runs may write to one --out
         clear_leftovers(out)
-        return write_tables(out)
+        return write_tables(out, going)
 
 
-def write_tables(out: Path) -> list[Path]:
-    records, unreadable = read_records(out)
-    if not records:
+def write_tables(out: Path, going: bool) -> list[Path]:
+    found, unreadable = read_records(out)
+    if not found:
         raise UserError("; ".join(unreadable))
+    records = [record for record, _ in found]
     sections = group_by_section(records)
     files: dict[str, str | None] = {}
     files |= {"summary.csv": summary_csv(records), "summary.md": summary_markdown(sections, records)}
     for table in TABLES:
-        mine = {section: found for section, members in sections.items() if (found := records_for(members, table))}
+        mine = {section: own for section, members in sections.items() if (own := records_for(members, table))}
         table = with_fractions(table, records)
         files[f"tables/{table.name}.csv"] = table_csv(table, mine) if mine else None
         files[f"tables/{table.name}.md"] = table_markdown(table, mine) if mine else None
+    files["index.html"] = page(out, found, unreadable, sections, data_titles(records), going)
     texts = {out / name: text for name, text in files.items() if text is not None}
     with stop_postponed():  # or some tables would be of now, others of an earlier call
         write_texts(texts)
@@ -75,18 +80,19 @@ def write_tables(out: Path) -> list[Path]:
     return list(texts)
 
 
-def read_records(out: Path) -> tuple[list[Record], list[str]]:
-    """The records under out/runs, sorted by their content, wherever they lie; a sentence for each unreadable one."""
+def read_records(out: Path) -> tuple[list[tuple[Record, Path]], list[str]]:
+    """The records under out/runs with their files, sorted by their content, wherever they lie; a sentence for each
+    unreadable one."""
     records, unreadable = [], []
     for path in sorted((out / "runs").rglob(RECORD_FILE)):
         try:
             record = read_record(path)
             if not fits(train_fraction(record), float):
                 raise UserError(f"{path} is not a record of this version (wrong: recipe); move it away or delete it")
-            records.append(shown(record))
+            records.append((shown(record), path))
         except UserError as e:
             unreadable.append(str(e))
-    return sorted(records, key=canonical_json), unreadable
+    return sorted(records, key=lambda found: (canonical_json(found[0]), found[1])), unreadable
 
 
 def shown(record: Record) -> Record:

@@ -6,7 +6,6 @@ the seeds of one experiment. Its standard error is one run's, from the sampling 
 seeds is a number of its own.
 """
 
-import dataclasses
 import json
 import statistics
 from collections import defaultdict
@@ -137,7 +136,7 @@ def same_row(a: Published, b: Published) -> bool:
 
 
 def canonical_json(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), sort_keys=True)
+    return json.dumps(vars(record), sort_keys=True)
 
 
 def rank(record: Record) -> tuple:

@@ -1,6 +1,7 @@
 """The units of a plan on this machine, side by side as far as its GPUs, or --jobs on a CPU, go."""
 
 import argparse
+import contextlib
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from benchmarks.children import Child, stop_all, task_command
 from benchmarks.launch.board import Board
 from benchmarks.launch.units import Unit, in_order, label_of, log_name, wall_time
 from benchmarks.plan import with_classifier
+from benchmarks.report import report
 from mae_core.claim import Watch, in_words
 from mae_core.machine import cores
 from mae_core.progress import duration
@@ -157,6 +159,8 @@ class Suite:
             self.waiting.insert(0, running.unit)
         else:
             self.end(running.unit)
+        with contextlib.suppress(Exception):  # the report at the end says what is wrong; the jobs go on meanwhile
+            report(self.args.out, going=bool(self.waiting or self.running))
 
 
 def wait_for_records(jobs: Sequence[Job]) -> None:

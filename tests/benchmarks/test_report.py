@@ -115,7 +115,7 @@ def test_no_records_is_an_error(tmp_path, capsys):
 
 
 def test_tables_that_cannot_be_written_stay_as_they_were(tmp_path, monkeypatch, capsys):
-    """On a full disk, which refuses the last of the files."""
+    """On a full disk, which refuses the last of the files, the page."""
     made(tmp_path, ok("imagenet_finetune", top1=61.0))
     before = {path: path.read_bytes() for path in tmp_path.rglob("[!.]*.*") if path.is_file()}
     write_record(ok("imagenet_a", top1=1.0), tmp_path / "runs" / "b")
@@ -124,7 +124,7 @@ def test_tables_that_cannot_be_written_stay_as_they_were(tmp_path, monkeypatch, 
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 6:  # two summaries, two tables of two files
+        if len(calls) == 7:  # two summaries, two tables of two files, the page
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -177,5 +177,5 @@ def test_the_command_prints_the_files_that_it_wrote(tmp_path, capsys):
     write_record(ok("imagenet_finetune", top1=61.0), tmp_path / "runs" / "x")
     assert main(["--out", str(tmp_path)]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert [path.name for path in printed] == ["summary.csv", "summary.md", "imagenet.csv", "imagenet.md"]
+    assert [path.name for path in printed] == ["summary.csv", "summary.md", "imagenet.csv", "imagenet.md", "index.html"]
     assert all(path.is_file() for path in printed)

@@ -1,0 +1,228 @@
+"""The tables of the page: an overview of each block, the tables of benchmarks/tables.py, and where each number's story
+is."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.page.series import Block, Identity, identity_of
+from benchmarks.render import cell_text, fixed, footnotes, other_tasks, shows_number
+from benchmarks.rows import Cell, Line, Row, Section, counted_runs, fill, group_by_row, records_for
+from benchmarks.tables import TABLES, Column, Published, Table, published_numbers, with_fractions
+from transfer.task import Record
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell. kind: a Cell's status, "" for a hole. detail: a second line. story: what opens; -1: nothing. order:
+    what it is sorted by."""
+
+    text: str = ""
+    kind: str = ""
+    detail: str = ""
+    story: int = -1
+    order: float | None = None
+    best: bool = False
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table whose columns sort. header: the title of each column, and whether it holds numbers."""
+
+    title: str
+    caption: str
+    header: list[tuple[str, bool]]
+    rows: list[tuple[Line, list[Entry]]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the overview. cells: for each checkpoint of the block one entry for each of its rows."""
+
+    table: str
+    title: str
+    chance: str
+    cells: list[list[Entry]]
+
+
+@dataclass
+class Book:
+    """The stories that the cells open, and which number of the page's list each record has (id -> number)."""
+
+    number: dict[int, int]
+    stories: list[dict[str, Any]] = field(default_factory=list)
+
+    def tell(self, title: str, text: str, verdict: str, metric: str, runs: Iterable[Record]) -> int:
+        records = [self.number[id(r)] for r in runs]
+        story = {"title": title, "text": text, "verdict": verdict, "metric": metric, "records": records}
+        self.stories.append(story)
+        return len(self.stories) - 1
+
+    def cite(self, title: str, text: str, found: Sequence[Published]) -> int:
+        """The story of a published number."""
+        kept = ("table", "method", "arch", "pretrain", "resolution", "metric", "source", "confidence")
+        lines = [[key.replace("_", " "), getattr(n, key)] for n in found for key in kept if getattr(n, key)]
+        self.stories.append({"title": title, "text": text, "verdict": "", "metric": "", "records": [], "lines": lines})
+        return len(self.stories) - 1
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One table in one section, with the cells of each row."""
+
+    table: Table
+    section: Section
+    records: list[Record]
+    columns: list[Column]
+    lines: list[Line]
+    entries: list[list[Entry]]
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.section.engine}: " if self.section.engine else ""
+
+
+def filled(block: Block, book: Book) -> list[Filled]:
+    found = []
+    for section, records in block.sections.items():
+        for table in (*TABLES, other_tasks(records)):
+            if mine := records_for(records, table):
+                found.append(fill_one(with_fractions(table, mine), section, mine, book))
+    order = [table.name for table in TABLES]
+    return sorted(found, key=lambda f: order.index(f.table.name) if f.table.name in order else len(order))
+
+
+def fill_one(table: Table, section: Section, records: list[Record], book: Book) -> Filled:
+    lines = fill(table, section, records)
+    columns = [c for c in table.columns if not c.optional or any(shows_number(r, c) for r in records)]
+    published = published_numbers(table) if table.published else []
+    members = group_by_row(records)
+    entries = []
+    for line in lines:
+        if line.published:
+            entries.append([cited(line, c, published, book) for c in columns])
+        else:
+            row = Row(line.name, line.sha256, line.arch, line.image_size, line.engine, line.precision)
+            entries.append([counted(line, c, counted_runs(members[row], c), book) for c in columns])
+    return Filled(table, section, records, columns, lines, entries)
+
+
+def counted(line: Line, column: Column, runs: list[Record], book: Book) -> Entry:
+    cell = line.cells.get(column.key, Cell())
+    if not runs:
+        return Entry("-", order=None)
+    runs = [r for r in runs if r.status != "ok" or column.metric in r.metrics] or runs
+    number, _, rest = cell_text(cell, column).partition(" (")
+    verdict = getattr(cell, "verdict", "") or compared(cell, column)
+    title = f"{line.name} {line.sha256[:8]}: {column.title}"
+    story = book.tell(title, f"{number} ({rest}" if rest else number, verdict, column.metric, runs)
+    seeds = rest.removesuffix(")")
+    detail = "; ".join(part for part in (verdict, seeds) if part)
+    return Entry(number, cell.status, detail, story, cell.value, label=title)
+
+
+def compared(cell: Cell, column: Column) -> str:
+    if cell.delta is None:
+        return ""
+    return f"{round(cell.delta, column.decimals) + 0.0:+.{column.decimals}f} to {column.reference}"
+
+
+def cited(line: Line, column: Column, published: Sequence[Published], book: Book) -> Entry:
+    cell = line.cells.get(column.key)
+    if cell is None:
+        return Entry("-", "published")
+    wanted = (line.name, line.arch, line.image_size, column.task, column.metric, cell.text)
+    found = [n for n in published if (n.method, n.arch, n.resolution, n.task, n.metric, n.value) == wanted]
+    title = f"{line.name} (published): {column.title}"
+    return Entry(cell.text, "published", "", book.cite(title, cell.text, found), cell.value, label=title)
+
+
+def grid(found: Filled) -> Grid:
+    keys = {"name": "checkpoint", "arch": "arch", "image_size": "input px"}
+    ours = [line for line in found.lines if not line.published]
+    keys |= {key: key for key in ("engine", "precision") if len({getattr(line, key) for line in ours}) > 1}
+    rows = []
+    for line, cells in zip(found.lines, found.entries):
+        names = [Entry(getattr(line, key) or "-", "name" if key == "name" else "") for key in keys]
+        names = [replace(entry, order=as_number(entry.text)) for entry in names]
+        rows.append((line, [*names, *cells, Entry(line.pretraining or "-")]))
+    with_delta = {
+        c.key for c in found.columns if any(line.cells.get(c.key, Cell()).delta is not None for line in found.lines)
+    }
+    notes = footnotes(found.table, found.records, found.lines, found.columns, with_delta)
+    header = [(title, False) for title in keys.values()] + [(column.header, True) for column in found.columns]
+    header.append(("pre-training", False))
+    listed = [note.removeprefix("- ") for note in notes.splitlines() if note]
+    return Grid(found.prefix + found.table.title, found.table.caption, header, rows, listed)
+
+
+def as_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def identities(block: Block) -> list[Identity]:
+    return sorted({identity_of(record) for record in block.records})
+
+
+def overview(block: Block, tables: Sequence[Filled]) -> list[Score]:
+    """The headline of every task, and what else no table leaves out, for each checkpoint of the block."""
+    scores = []
+    for found in tables:
+        for i, column in enumerate(found.columns):
+            mine = [r for r in found.records if column.shows(r)]
+            if not mine or (column.optional and column.metric not in {r.metric for r in mine}):
+                continue
+            cells: list[list[Entry]] = []
+            for identity in identities(block):
+                own = [n for n, line in enumerate(found.lines) if (line.name, line.sha256) == identity]
+                own = [n for n in own if not found.lines[n].published and found.entries[n][i].kind]
+                cells.append([named(found, n, found.entries[n][i], len(own) > 1) for n in own])
+            levels = {fixed(r.chance, 2) for r in mine if r.chance is not None and column.better != "lower"}
+            chance = levels.pop() if len(levels) == 1 else ""
+            values = {(line.name, line.sha256): line.cells[column.key] for line in found.lines if not line.published}
+            scores.append(Score(found.table.title, found.prefix + column.header, chance, marked(cells, column, values)))
+    return scores
+
+
+def named(found: Filled, n: int, entry: Entry, several: bool) -> Entry:
+    """The entry, with what tells its row apart where a checkpoint has several."""
+    if not several:
+        return entry
+    line = found.lines[n]
+    own = ", ".join(part for part in (f"{line.image_size} px" if line.image_size else "", line.precision) if part)
+    return replace(entry, detail="; ".join(part for part in (own, entry.detail) if part))
+
+
+def marked(cells: list[list[Entry]], column: Column, values: dict[Any, Cell]) -> list[list[Entry]]:
+    """The best number is marked, with those that lie within two standard errors of it, if there is anything to beat."""
+    numbers = [entry.order for entries in cells for entry in entries if entry.order is not None]
+    if len(numbers) < 2 or not column.better:
+        return cells
+    sign = 1 if column.better == "higher" else -1
+    best = max(numbers, key=lambda number: sign * number)
+    errors = {cell.value: cell.stderr or 0.0 for cell in values.values()}
+
+    def good(entry: Entry) -> bool:
+        if entry.order is None:
+            return False
+        margin = 2 * math.hypot(errors.get(best, 0.0), errors.get(entry.order, 0.0))
+        return sign * (best - entry.order) <= margin
+
+    return [[replace(entry, best=good(entry)) for entry in entries] for entries in cells]
+
+
+def everything(records: Sequence[Record], paths: Sequence[str]) -> list[dict[str, Any]]:
+    """What the list of all records says of each."""
+    found = []
+    for r, path in zip(records, paths):
+        value, error = r.metrics.get(r.metric), r.stderr.get(r.metric)
+        text = fixed(value, 4) + (f" ± {fixed(error, 4)}" if error is not None else "")
+        found.append({"record": r, "identity": identity_of(r), "text": text or r.status, "value": value, "path": path})
+    return found
