@@ -6,6 +6,7 @@ the seeds of one experiment. Its standard error is one run's, from the sampling 
 seeds is a number of its own.
 """
 
+import dataclasses
 import json
 import statistics
 from collections import defaultdict

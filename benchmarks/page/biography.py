@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.checkpoints import pretraining
 from benchmarks.page.series import hours, identity_of
 from benchmarks.render import fixed, without_paths
-from benchmarks.rows import pretraining, row_key
+from benchmarks.rows import row_key
 from mae_core.settings import as_typed
 from transfer.task import Record
 

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from benchmarks.checkpoints import pretraining
 from benchmarks.page.biography import biography
 from benchmarks.page.content import Book, everything, filled, grid, identities, overview
 from benchmarks.page.curves import other_trainings, trainings
 from benchmarks.page.pictures import pictures_of
 from benchmarks.page.plots import Plot, plots_of
-from benchmarks.page.series import blocks_of, styles_of
+from benchmarks.page.series import Block, blocks_of, styles_of
 from benchmarks.render import circumstances, without_paths
-from benchmarks.rows import Section, pretraining
+from benchmarks.rows import Section
 from mae_core.claim import SILENT, Watch
 from mae_core.files import printable
 from transfer.task import Record
@@ -49,7 +50,8 @@ def page(
         plots.extend(kept)
         return list(enumerate(kept, len(plots) - len(kept)))
 
-    blocks, where = [], {}
+    blocks = []
+    where: dict[int, Block] = {}
     for block in blocks_of(sections):
         where |= {id(record): block for record in block.records}
         tables = filled(block, book)
@@ -68,7 +70,7 @@ def page(
     listed = everything(records, paths)
     for line in listed:
         r, block = line["record"], where[id(line["record"])]
-        line["story"] = book.tell(f"{line['identity'].label}: {r.task}, seed {r.seed}", line["text"], "", r.metric, [r])
+        line["story"] = book.tell(f"{line['identity'].label}: {r.task}, seed {r.seed}", line["text"], r.metric, [r])
         line |= {"recipe": block.recipe, "data": block.data}
     data = {
         "plots": [[{"traces": p.traces, "layout": p.layout} for p in plot.panels] for plot in plots],
@@ -135,7 +137,7 @@ def checkpoints(records: Sequence[Record]) -> list[tuple[str, ...]]:
     return sorted(
         {
             tuple(str(r.checkpoint.get(key) or "-") for key in keys)
-            + (pretraining(r.checkpoint), str(r.checkpoint.get("sha256") or "-"))
+            + (pretraining(r.checkpoint) or "-", str(r.checkpoint.get("sha256") or "-"))
             for r in records
         }
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.page.series import Block, Identity, identity_of
-from benchmarks.render import cell_text, fixed, footnotes, other_tasks, shows_number
+from benchmarks.render import cell_text, fixed, footnotes, hours, millions, other_tasks, shows_number, without_paths
 from benchmarks.rows import Cell, Line, Row, Section, counted_runs, fill, group_by_row, records_for
 from benchmarks.tables import TABLES, Column, Published, Table, published_numbers, with_fractions
 from transfer.task import Record
@@ -24,7 +24,6 @@ class Entry:
     story: int = -1
     order: float | None = None
     best: bool = False
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,16 @@ class Book:
     number: dict[int, int]
     stories: list[dict[str, Any]] = field(default_factory=list)
 
-    def tell(self, title: str, text: str, verdict: str, metric: str, runs: Iterable[Record]) -> int:
+    def tell(self, title: str, text: str, metric: str, runs: Iterable[Record], cell: Cell | None = None) -> int:
         records = [self.number[id(r)] for r in runs]
-        story = {"title": title, "text": text, "verdict": verdict, "metric": metric, "records": records}
-        self.stories.append(story)
+        lines = judged(cell) if cell else []
+        self.stories.append({"title": title, "text": text, "metric": metric, "records": records, "lines": lines})
         return len(self.stories) - 1
 
     def cite(self, title: str, text: str, found: Sequence[Published]) -> int:
         """The story of a published number."""
-        kept = ("table", "method", "arch", "pretrain", "resolution", "metric", "source", "confidence")
-        lines = [[key.replace("_", " "), getattr(n, key)] for n in found for key in kept if getattr(n, key)]
-        self.stories.append({"title": title, "text": text, "verdict": "", "metric": "", "records": [], "lines": lines})
+        lines = [[key, value] for n in found for key, value in n._asdict().items() if value]
+        self.stories.append({"title": title, "text": text, "metric": "", "records": [], "lines": lines})
         return len(self.stories) - 1
 
 
@@ -116,18 +114,21 @@ def counted(line: Line, column: Column, runs: list[Record], book: Book) -> Entry
         return Entry("-", order=None)
     runs = [r for r in runs if r.status != "ok" or column.metric in r.metrics] or runs
     number, _, rest = cell_text(cell, column).partition(" (")
-    verdict = getattr(cell, "verdict", "") or compared(cell, column)
     title = f"{line.name} {line.sha256[:8]}: {column.title}"
-    story = book.tell(title, f"{number} ({rest}" if rest else number, verdict, column.metric, runs)
-    seeds = rest.removesuffix(")")
-    detail = "; ".join(part for part in (verdict, seeds) if part)
-    return Entry(number, cell.status, detail, story, cell.value, label=title)
+    story = book.tell(title, f"{number} ({rest}" if rest else number, column.metric, runs, cell)
+    verdict = cell.verdict.partition(":")[0]
+    known = f"published {cell.reference.partition(' ')[0]}" if cell.reference else ""
+    detail = "; ".join(part for part in (verdict, known, rest.removesuffix(")")) if part)
+    return Entry(number, cell.status, detail, story, cell.value)
 
 
-def compared(cell: Cell, column: Column) -> str:
-    if cell.delta is None:
-        return ""
-    return f"{round(cell.delta, column.decimals) + 0.0:+.{column.decimals}f} to {column.reference}"
+def judged(cell: Cell) -> list[list[str]]:
+    """The verdict on a cell's number, what it was compared with, and what could explain a difference."""
+    published = f"{cell.reference}, {cell.source}" if cell.reference else ""
+    found = [["verdict", cell.verdict], ["published", published]]
+    if not cell.verdict.startswith("matches"):
+        found += [["could explain it", why] for why in cell.why]
+    return [[what, without_paths(text)] for what, text in found if text]
 
 
 def cited(line: Line, column: Column, published: Sequence[Published], book: Book) -> Entry:
@@ -136,25 +137,25 @@ def cited(line: Line, column: Column, published: Sequence[Published], book: Book
         return Entry("-", "published")
     wanted = (line.name, line.arch, line.image_size, column.task, column.metric, cell.text)
     found = [n for n in published if (n.method, n.arch, n.resolution, n.task, n.metric, n.value) == wanted]
+    found = [n for n in found if n.epochs in ("", str(line.made.epochs)) and n.target in ("", line.made.target)]
     title = f"{line.name} (published): {column.title}"
-    return Entry(cell.text, "published", "", book.cite(title, cell.text, found), cell.value, label=title)
+    return Entry(cell.text, "published", "", book.cite(title, cell.text, found), cell.value)
 
 
 def grid(found: Filled) -> Grid:
-    keys = {"name": "checkpoint", "arch": "arch", "image_size": "input px"}
+    keys = {"name": "checkpoint", "arch": "arch", "parameters": "params", "image_size": "input px"}
     ours = [line for line in found.lines if not line.published]
     keys |= {key: key for key in ("engine", "precision") if len({getattr(line, key) for line in ours}) > 1}
     rows = []
     for line, cells in zip(found.lines, found.entries):
-        names = [Entry(getattr(line, key) or "-", "name" if key == "name" else "") for key in keys]
-        names = [replace(entry, order=as_number(entry.text)) for entry in names]
-        rows.append((line, [*names, *cells, Entry(line.pretraining or "-")]))
-    with_delta = {
-        c.key for c in found.columns if any(line.cells.get(c.key, Cell()).delta is not None for line in found.lines)
-    }
-    notes = footnotes(found.table, found.records, found.lines, found.columns, with_delta)
+        about = vars(line) | {"parameters": millions(line.parameters)}
+        names = [Entry(about[key] or "-", "name" if key == "name" else "") for key in keys]
+        names = [replace(entry, order=as_number(entry.text.removesuffix(" M"))) for entry in names]
+        spent = Entry(hours(line), order=line.gpu_hours + line.cpu_hours or None)
+        rows.append((line, [*names, *cells, spent, Entry(line.pretraining or "-")]))
+    notes = footnotes(found.records, found.lines, found.columns)
     header = [(title, False) for title in keys.values()] + [(column.header, True) for column in found.columns]
-    header.append(("pre-training", False))
+    header += [("hours", True), ("pre-training", False)]
     listed = [note.removeprefix("- ") for note in notes.splitlines() if note]
     return Grid(found.prefix + found.table.title, found.table.caption, header, rows, listed)
 

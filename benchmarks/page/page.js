@@ -127,8 +127,7 @@ async function tell(number) {
   const body = $("#story-body");
   $("#story-title").textContent = story.title;
   body.replaceChildren(element("p", story.text, { className: "big" }));
-  if (story.verdict) body.append(element("p", story.verdict));
-  if (story.lines) body.append(lines(story.lines));
+  body.append(lines(story.lines));
   if (runs.length) {
     const table = runs.map((run) => {
       const cell = element("td");

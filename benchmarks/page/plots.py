@@ -13,12 +13,12 @@ from benchmarks.page.series import (
     Identity,
     Series,
     Style,
-    epochs,
     hours,
     series_of,
     tasks_of,
     title_of,
 )
+from benchmarks.rows import published_lines
 from benchmarks.tables import TABLES, published_numbers
 from transfer.run import fits
 from transfer.task import Record
@@ -101,17 +101,17 @@ def bar(series: Series, metric: str) -> dict[str, Any]:
 
 def published_pairs() -> list[dict[str, Any]]:
     """One trace for each method and encoder of which both numbers are published."""
-    numbers = published_numbers(next(table for table in TABLES if table.name == "imagenet"))
+    lines = published_lines(published_numbers(next(table for table in TABLES if table.name == "imagenet")))
     traces = []
-    for y in (n for n in numbers if n.task == "imagenet_finetune"):
-        for x in (n for n in numbers if n.task == "imagenet_linprobe"):
-            same = (x.method, x.arch, x.resolution) == (y.method, y.arch, y.resolution)
-            if same and (epochs(x.pretrain) == epochs(y.pretrain) or not epochs(x.pretrain) or not epochs(y.pretrain)):
-                traces.append(published(f"{x.method}, {x.arch}", [float(x.value)], [float(y.value)], "markers"))
+    for line in lines:
+        x, y = (line.cells.get(f"imagenet_{task}.top1") for task in ("linprobe", "finetune"))
+        if x and y:
+            name = ", ".join(part for part in (line.name, line.arch, line.pretraining) if part)
+            traces.append(published(name, [x.value], [y.value], "markers"))
     return traces
 
 
-def published(name: str, x: list[Any], y: list[float], mode: str, number: int = 0) -> dict[str, Any]:
+def published(name: str, x: list[Any], y: list[Any], mode: str, number: int = 0) -> dict[str, Any]:
     marker = {"color": GREY, "size": 7, "symbol": f"{SYMBOLS[number % len(SYMBOLS)]}-open"}
     line = {"color": GREY, "width": 1.4, "dash": "dash"}
     name = f"{name} (published)"
@@ -122,7 +122,7 @@ def partial(block: Block, styles: dict[Identity, Style]) -> Plot | None:
     """Top-1 by the number of tuned blocks, evenly spaced as in Figure 9."""
     traces: list[dict[str, Any]] = []
     for series in series_of(block, styles, "imagenet_partial"):
-        found = {blocks_in(metric): metric for metric in series.runs[0].metrics if blocks_in(metric) is not None}
+        found = {k: metric for metric in series.runs[0].metrics if (k := blocks_in(metric)) is not None}
         curve = {k: mean for k in sorted(found) if (mean := series.mean(found[k])) is not None}
         if curve:
             errors = [series.stderr(found[k]) for k in curve]
@@ -134,7 +134,7 @@ def partial(block: Block, styles: dict[Identity, Style]) -> Plot | None:
         curves: dict[str, dict[float, float]] = defaultdict(dict)
         for n in published_numbers(next(table for table in TABLES if table.name == "partial")):
             if (k := blocks_in(n.metric)) is not None:
-                curves[f"{n.method}, {n.arch}, {n.pretrain}"][k] = float(n.value)
+                curves[f"{n.method}, {n.arch}, {n.epochs} ep"][k] = float(n.value)
         traces = [
             *(
                 published(name, sorted(curve), [curve[k] for k in sorted(curve)], "lines+markers", i)
@@ -216,8 +216,8 @@ def classes(block: Block, styles: dict[Identity, Style]) -> Plot | None:
         by_class: dict[str, list[float]] = defaultdict(list)
         for run in series.runs:
             for name, values in table_of(run, "per_class").items():
-                if isinstance(values, dict) and fits(iou := values.get("iou"), float):
-                    by_class[name.strip()].append(iou)
+                if isinstance(values, dict) and fits(values.get("iou"), float):
+                    by_class[name.strip()].append(values["iou"])
         means = {name: round(statistics.fmean(values), 2) for name, values in by_class.items()}
         if means:
             found.append((series, means))

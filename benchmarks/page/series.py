@@ -1,6 +1,5 @@
 """The rows of one task and metric that a plot shows, and how each checkpoint is drawn."""
 
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -129,12 +128,6 @@ def series_of(block: Block, styles: dict[Identity, Style], task: str, metric: st
     return labelled
 
 
-def epochs(pretrain: str) -> str:
-    """ "1600" of "1600 ep, normalised pixels"; "" where the source does not say."""
-    found = re.search(r"(\d+) ep", pretrain)
-    return found[1] if found else ""
-
-
 def title_of(task: str) -> str:
     """The title of a task's first column, such as "fine-tuning"; the name of a task that has none."""
     columns = (column for table in TABLES for column in table.columns if "@" not in column.metric)
@@ -149,12 +142,7 @@ def tasks_of(records: Sequence[Record]) -> list[str]:
 
 
 def hours(record: Record) -> tuple[float, str]:
-    """GPU hours, or on a CPU core hours, that a record took, and the name of the unit."""
-    machine = record.machine
-    on_gpu = str(machine.get("device", "")).startswith("cuda")
-    places = whole(machine.get("processes")) * (1 if on_gpu else whole(machine.get("threads")))
-    return max(record.seconds, record.wall_seconds) * places / 3600, "GPU hours" if on_gpu else "core hours"
-
-
-def whole(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 1
+    """Wall time times processes, as in the tables, and its unit."""
+    processes = record.machine.get("processes", 1)
+    unit = "GPU hours" if str(record.machine.get("device")).startswith("cuda") else "CPU hours"
+    return max(record.seconds, record.wall_seconds) * processes / 3600, unit

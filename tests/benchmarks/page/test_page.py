@@ -203,13 +203,23 @@ def test_the_overview_marks_the_best_and_what_may_be_as_good(tmp_path):
     ]
 
 
+def summary(out: Path) -> str:
+    return (out / "summary.md").read_text(encoding="utf-8")
+
+
 def test_an_official_number_stands_beside_the_published_ones(tmp_path):
-    page = read_page(made(tmp_path, official(ok("imagenet_finetune", top1=83.1, stderr={"top1": 0.2}))))
+    page = read_page(made(tmp_path, official(ok("imagenet_finetune", top1=82.1, stderr={"top1": 0.2}))))
     [(_, text)] = overview(page, "fine-tuning")
-    assert text == "83.10 ± 0.20"
+    assert text == "82.10 ± 0.20"
+    verdict = re.search(r"enc abababab, fine-tuning: (below by .*?\(.*?\)).*?; published: (83.6)", summary(tmp_path))
+    assert f"{verdict[1]}, 1600 epochs assumed; published {verdict[2]}" in page.text
+    story = next(story for story in page.data["stories"] if story["title"] == "enc abababab: fine-tuning")
+    assert ["verdict", f"{verdict[1]}, 1600 epochs assumed"] in story["lines"]
+    assert {"published", "could explain it"} <= {line[0] for line in story["lines"]}
     published = [story for story in page.data["stories"] if story["title"].startswith("MAE (published): fine-tuning")]
     assert "83.6" in {story["text"] for story in published}
     sources = {line[1] for story in published for line in story["lines"] if line[0] == "source"}
     assert any("Table 3" in source for source in sources)
     mini = read_page(made(tmp_path / "mini", ok("imagenet_finetune", top1=83.1)))
-    assert "published" not in mini.text
+    assert "not comparable" in mini.text
+    assert "(published)" not in json.dumps(mini.data)

@@ -66,7 +66,7 @@ def test_each_plot_shows_the_numbers_of_its_records(tmp_path):
     [panel] = page.plot("ADE20K: IoU by class")
     assert (panel["traces"][0]["y"], panel["traces"][0]["x"]) == (["wall", "sky"], [41.0, 60.0])
     [panel] = page.plot("Cost against score")
-    assert [(t["x"], t["y"]) for t in panel["traces"]] == [([2.0], [81.0]), ([2.0], [80.0])]
+    assert [(t["x"], t["y"]) for t in panel["traces"]] == [([1.0], [81.0]), ([1.0], [80.0])]
 
 
 def test_plotly_knows_every_property(tmp_path):
