@@ -56,7 +56,7 @@ def report(out: Path, going: bool = False) -> list[Path]:
 
 
 def write_tables(out: Path, going: bool) -> list[Path]:
-    found, unreadable = read_records(out)
+    found, unreadable = find_records(out)
     if not found:
         raise UserError("; ".join(unreadable))
     records = [record for record, _ in found]
@@ -80,9 +80,14 @@ def write_tables(out: Path, going: bool) -> list[Path]:
     return list(texts)
 
 
-def read_records(out: Path) -> tuple[list[tuple[Record, Path]], list[str]]:
-    """The records under out/runs with their files, sorted by their content, wherever they lie; a sentence for each
-    unreadable one."""
+def read_records(out: Path) -> tuple[list[Record], list[str]]:
+    """The records under out/runs, sorted by their content, wherever they lie; a sentence for each unreadable one."""
+    found, unreadable = find_records(out)
+    return [record for record, _ in found], unreadable
+
+
+def find_records(out: Path) -> tuple[list[tuple[Record, Path]], list[str]]:
+    """What `read_records` returns, each record with its file."""
     records, unreadable = [], []
     for path in sorted((out / "runs").rglob(RECORD_FILE)):
         try:

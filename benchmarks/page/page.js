@@ -111,8 +111,8 @@ function merged(runs, title) {
   const groups = runs.map((run) => new Map(run.groups).get(title) ?? []);
   if (groups.every((group) => JSON.stringify(group) === JSON.stringify(groups[0]))) return groups[0];
   const found = [];
-  const whats = [...new Set(groups.flat().map(([what]) => what))];
-  for (const what of whats) {
+  const names = [...new Set(groups.flat().map(([what]) => what))];
+  for (const what of names) {
     const mine = groups.map((group) => group.filter(([other]) => other === what));
     if (mine.every((entries) => JSON.stringify(entries) === JSON.stringify(mine[0]))) found.push(...mine[0]);
     else mine.forEach((entries, i) => entries.forEach(([, ...v]) => found.push([`${what}, seed ${runs[i].seed}`, ...v])));
