@@ -9,6 +9,7 @@ COMMANDS = {
     "run": ("benchmarks.run_all", "one checkpoint through every task, to the paper's tables"),
     "plan": ("benchmarks.run_all", "say what `run` would do, with which data, and stop"),
     "status": ("benchmarks.run_all", "the plan of `run`, with what is done, at work or queued"),
+    "ls": ("benchmarks.run_all", "list the tasks"),
     "report": ("benchmarks.report", "make the tables again from all records"),
     "export": ("benchmarks.export", "write the results as LaTeX, a model card or JSON"),
     "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
@@ -17,6 +18,8 @@ COMMANDS = {
     "ablations": ("benchmarks.ablations", "the paper's ablations: pre-train and evaluate every cell of a table"),
     "speed": ("benchmarks.speed", "measure images/s and memory of pre-training, fine-tuning, evaluation, loading"),
 }
+# Flags that a command's name stands for.
+IMPLIED = {"plan": ["--plan"], "status": ["--plan"], "ls": ["--list"]}
 
 
 def main() -> int:
@@ -29,7 +32,7 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"mae-transfer: {unknown('command', name, COMMANDS)}", file=sys.stderr)
         return 2
-    sys.argv = [f"mae-transfer {name}", *["--plan"][: name in ("plan", "status")], *arguments]
+    sys.argv = [f"mae-transfer {name}", *IMPLIED.get(name, ()), *arguments]
     try:
         return importlib.import_module(COMMANDS[name][0]).main()
     except KeyboardInterrupt:  # during the imports, which take seconds, or where a command does not handle it itself

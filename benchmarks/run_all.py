@@ -62,14 +62,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     slurm_help = "of each SLURM job: partition, account, qos, time, cpus_per_task, mem, ..."
     parser.add_argument("--slurm", **several, default=[], metavar="KEY=VALUE", help=slurm_help)
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--plan", "--dry-run", action="store_true", help="print what would be done, and stop")
     measure_help = "with --plan: run a little of each kind of job first, to estimate their time from that"
     parser.add_argument("--measure", action="store_true", help=measure_help)
     budget_help = "run what fits into so many GPU hours (on a CPU core hours), cheapest first: 48h, 90m, 2d"
     parser.add_argument("--budget", type=budget, metavar="HOURS", help=budget_help)
     json_help = "print the plan as JSON, with a command for each job, or write it to FILE"
     parser.add_argument("--json", nargs="?", const="-", type=named_path, metavar="FILE", help=json_help)
-    parser.add_argument("--list", action="store_true", help="list the tasks, and stop")
+    parser.add_argument("--list", "--ls", action="store_true", help="list the tasks, and stop")
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
     if args.measure and not args.plan:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,11 +22,25 @@ from transfer.task import Job, Needs, Record, Task
 RECIPES = ("paper", "mini")  # of every task
 
 
+def split_names(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """["a,b", "c"] -> ["a", "b", "c"]. A comma in a "NAME:PATH" belongs to the path, unless a known name follows it."""
+    found = []
+    for name in names:
+        parts: list[str] = []
+        for part in name.split(","):
+            if parts and ":" in parts[-1] and part.strip().partition(":")[0] not in known:
+                parts[-1] += f",{part}"
+            elif part.strip():
+                parts.append(part.strip())
+        found += parts or [name]
+    return found
+
+
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with these names; "NAME:PATH" is the task NAME on that folder."""
+    """The tasks with these names, also as "NAME,NAME"; "NAME:PATH" is the task NAME on that folder."""
     known = {task.name: task for task in tasks}
     found: dict[str, Task] = {}
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(split_names(names, known)):
         family, colon, path = name.partition(":")
         of = known[family].of if family in known else None
         if family not in known or (colon and not of):

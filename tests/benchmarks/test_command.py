@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from benchmarks import command, run_all
+from benchmarks.suite import TASKS
 from tests.fixtures import ROOT
 from transfer.run import read_record
 
@@ -22,7 +23,7 @@ def call(monkeypatch, *arguments):
 def test_help_lists_every_command(monkeypatch, capsys, arguments):
     assert call(monkeypatch, *arguments) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    expected = "run plan status report export checkpoint pretrain reconstruct ablations speed"
+    expected = "run plan status ls report export checkpoint pretrain reconstruct ablations speed"
     assert " ".join(listed) == expected
 
 
@@ -42,10 +43,19 @@ def test_every_command_shows_its_own_flags_under_its_own_name(monkeypatch, capsy
     assert capsys.readouterr().out.startswith(f"usage: mae-transfer {name} [-h]")
 
 
-def test_plan_is_run_with_plan(monkeypatch, capsys, tmp_path):
+def test_ls_lists_the_tasks(monkeypatch, capsys):
+    assert run_all.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == [task.name for task in TASKS]
+    assert (call(monkeypatch, "ls"), run_all.main(["--ls"])) == (0, 0)
+    assert capsys.readouterr().out == listed * 2
+
+
+@pytest.mark.parametrize("flag", ["--plan", "--dry-run"])
+def test_plan_is_run_with_plan(monkeypatch, capsys, tmp_path, flag):
     monkeypatch.chdir(tmp_path)
     flags = ["--ckpt", "random:vit_mini_patch8", "--recipe", "mini", "--tasks", "imagenet_knn", "--out", "out"]
-    assert run_all.main(["--plan", *flags]) == 0
+    assert run_all.main([flag, *flags]) == 0
     planned, _, free = capsys.readouterr().out.rpartition(", ")
     assert "imagenet_knn" in planned
     assert free.endswith("GiB free\n")

@@ -18,7 +18,7 @@ from transfer import jobs
 from transfer.classification.robustness import EVAL
 from transfer.classification.tasks import FINETUNE, KNN, TASKS
 from transfer.cli import add_common_flags
-from transfer.jobs import find_tasks, obstacle
+from transfer.jobs import find_tasks, obstacle, task_argument
 from transfer.run import run_job
 
 
@@ -34,11 +34,31 @@ def root(tmp_path_factory) -> Path:
         ("folder", "say which folder, as folder:/path/to/images"),
         ("folders:/x", "did you mean folder"),
         ("inat2018:/x", "unknown task 'inat2018:/x'"),
+        ("imagenet_a,inat2020", "unknown task 'inat2020'; did you mean"),
+        (",", "unknown task ','"),
     ],
 )
 def test_a_task_that_is_not_known_is_refused(name, said):
     with pytest.raises(UserError, match=said):
         find_tasks([name], TASKS)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["imagenet_a,imagenet_r"], ["imagenet_a", "imagenet_r"]),
+        (
+            ["inat2018,imagenet_a, imagenet_r,", "places365", "inat2018"],
+            ["inat2018", "imagenet_a", "imagenet_r", "places365"],
+        ),
+        (["folder:/x/a,b,inat2018"], ["folder:a,b", "inat2018"]),
+        (["inat2018,folder:/x/a,folder:/x/b"], ["inat2018", "folder:a", "folder:b"]),
+    ],
+)
+def test_names_may_be_separated_by_commas_which_a_path_may_have_too(names, found):
+    tasks = find_tasks(names, TASKS)
+    assert [task.name for task in tasks] == found
+    assert [task.name for task in find_tasks([task_argument(task) for task in tasks], TASKS)] == found
 
 
 @pytest.mark.parametrize(
