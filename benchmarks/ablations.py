@@ -124,7 +124,7 @@ def pretrain_cell(cell: Cell, args: argparse.Namespace) -> tuple[Path, str]:
 def evaluation_args(work: Path, args: argparse.Namespace) -> argparse.Namespace:
     """What run_all is called with to probe and fine-tune a pre-trained cell."""
     values = vars(args) | {"ckpt": [str(work / WEIGHTS_FILE)], "tasks": list(TASKS), "seeds": [args.seed]}
-    values |= {"jobs": 1, "gpus_per_job": None, "nodes": 1, "rdzv_endpoint": "", "launcher": "local"}
+    values |= {"limit": 0, "jobs": 1, "gpus_per_job": None, "nodes": 1, "rdzv_endpoint": "", "launcher": "local"}
     transfer = DEFAULTS[args.recipe].transfer
     values["set"] = [f"{task}.{k}={as_typed(v)}" for task, knobs in transfer.items() for k, v in knobs.items()]
     return argparse.Namespace(**values)

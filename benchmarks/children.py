@@ -60,6 +60,7 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
     own_recipe = {"recipe": job.recipe_name} if job.recipe_name != args.recipe else {}
     if knobs := own_recipe | job.overrides:
         command += ["--set", *(f"{knob}={as_typed(value)}" for knob, value in knobs.items())]
+    command += ["--limit", str(args.limit)] if args.limit else []
     if len(job.task.engines) > 1:
         command += ["--engine", job.engine]
     if job.parent is not None:

@@ -16,7 +16,7 @@ from mae_core.progress import duration
 from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
-from transfer.data.findings import guarded
+from transfer.data.findings import guarded, limited
 from transfer.jobs import find_tasks, make_job, obstacle, resolve
 from transfer.run import finished, with_work_folder
 from transfer.space import needed
@@ -53,7 +53,8 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     for task in TASKS:
         resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also for tasks that are not run
     root = data_root(args, named or TASKS)
-    inspect = cache(lambda function: guarded(function, root))  # tasks may share their data: list it once
+    # Tasks may share their data: list it once.
+    inspect = cache(lambda function: limited(guarded(function, root), args.limit))
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
         data, knobs = inspect(task.inspect), settings[task.name]

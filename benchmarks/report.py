@@ -142,7 +142,7 @@ def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
 
     def section_of(r: Record) -> Section:
         overrides = {knob: value for knob, value in r.overrides.items() if knob != "train_fraction"}
-        label = recipe_label(r.recipe_name, overrides)
+        label = recipe_label(r.recipe_name, overrides, r.limit)
         return Section(label, title(r), r.engine if r.task in by_engine else "")
 
     def origin_of(r: Record) -> Section:

@@ -27,7 +27,7 @@ try:
     from mae_core.errors import UserError
     from mae_core.machine import named_path, seed
     from mae_core.stopping import stop_on_signals
-    from transfer.cli import add_common_flags
+    from transfer.cli import add_common_flags, add_limit_flag
     from transfer.data.shipped import shipped
     from transfer.space import check_space
     from transfer.task import RECORD_FILE, Record
@@ -70,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     json_help = "print the plan as JSON, with a command for each job, or write it to FILE"
     parser.add_argument("--json", nargs="?", const="-", type=named_path, metavar="FILE", help=json_help)
     parser.add_argument("--list", "--ls", action="store_true", help="list the tasks, and stop")
+    add_limit_flag(parser)
     add_common_flags(parser, TASKS)
     args = parser.parse_args(arguments)
     if args.measure and not args.plan:

@@ -103,6 +103,9 @@ def obstacles_of(column: Column, records: Sequence[Record], section: tuple[str, 
             found.append(("random weights", "the encoder was not pre-trained"))
         elif method := other_method(first.checkpoint):
             found.append((f"an encoder of {method}", f"the published number is MAE's, the checkpoint is {method}'s"))
+    if first.limit:
+        found.append((f"limited to {first.limit} images", f"at most {first.limit} images of each split were used"))
+        recipe = recipe.replace(f", limit {first.limit}", "", 1)
     if recipe != OFFICIAL[0]:
         found.append((f"recipe {recipe}", recipe_sentence(first)))
     if data != OFFICIAL[1]:

@@ -59,6 +59,11 @@ def check_batch(images: int, batch: int, where: str) -> None:
         )
 
 
+def batch_within(batch: int, images: int) -> int:
+    """The batch, or the largest power of two that so few images fill."""
+    return batch if images >= batch else 1 << (max(images, 1).bit_length() - 1)
+
+
 def batch_objections(images: int, batch: int, processes: int, part: str = "") -> Iterator[tuple[str, str]]:
     """(knob or flag, why an epoch would have no step or the processes no equal parts). part: of all images, which."""
     if images < batch:

@@ -16,7 +16,7 @@ from mae_core.machine import Machine, add_machine_flags, machine_from, named_pat
 from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
 from mae_core.tracker import add_tracker_flag
-from transfer.data.findings import guarded
+from transfer.data.findings import guarded, limited
 from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
 from transfer.run import run_job
 from transfer.space import check_space
@@ -68,6 +68,17 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     return root
 
 
+def add_limit_flag(parser: argparse.ArgumentParser) -> None:
+    limit_help = "a quick look: at most N training and N validation images of each task; never called paper"
+    parser.add_argument("--limit", type=at_least_two, default=0, metavar="N", help=limit_help)
+
+
+def at_least_two(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number of images from 2 on")
+    return int(text)
+
+
 @distributed.ends_alone
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     """Run some of a family's tasks on one checkpoint. Exit code: 0 if all gave a number, 1 if not, 2 for a
@@ -85,6 +96,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     parser.add_argument("--estimated-seconds", nargs="+", type=finite, default=[], metavar="S", help=estimate_help)
     if any(task.needs is Needs.CLASSIFIER for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
+    add_limit_flag(parser)
     add_common_flags(parser, tasks)
     args = parser.parse_args(arguments)
     return answered(partial(run, tasks, args), "stopped; the same command goes on from here")
@@ -109,7 +121,7 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
     expected = itertools.chain(args.estimated_seconds, itertools.repeat(None))
     for task, seconds in zip(tasks, expected):
         evaluated = parent if task.needs is Needs.CLASSIFIER and checkpoint.kind != "classifier" else None
-        data = guarded(task.inspect, root)
+        data = limited(guarded(task.inspect, root), args.limit)
         job = make_job(
             task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, evaluated
         )
@@ -118,7 +130,7 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
         if record is None:
             check_space([job], args.out)
             if distributed.is_main():
-                for finding in data.findings:
+                for finding in job.data.findings:
                     print(f"{task.name}: data: {finding}", flush=True)
             record = run_job(job)
         if distributed.is_main():

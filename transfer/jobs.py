@@ -1,5 +1,6 @@
 """From names and settings to jobs, and the reasons why a job cannot run."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -95,6 +96,11 @@ def make_job(
     if task.from_scratch:
         checkpoint = scratch_of(checkpoint.arch, seed)
     task, recipe_name, recipe, overrides = resolve(task, checkpoint.arch, recipe_name, settings)
+    if data.limit and data.status == "found":
+        fitted = task.few(recipe, data)
+        changes = differences(dataclasses.asdict(recipe), dataclasses.asdict(fitted))
+        said = (f"{task.name}, fitted to so few images: {', '.join(changes)}",) if changes else ()
+        recipe, data = fitted, replace(data, findings=(*data.findings, *said))
     engine = choose_engine(task, engine)
     if task.exact and not machine.precision_given:
         machine = replace(machine, precision="fp32")

@@ -57,7 +57,7 @@ INNER: dict[str, type | dict[str, type]] = {
     "stderr": float,
     "artifacts": str,
     "checkpoint": dict.fromkeys(("name", "path", "format", "arch", "sha256"), str) | {"meta": dict, "input": dict},
-    "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list},
+    "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list, "limit": int},
     "identity": {"task": str, "parent": str},
     "machine": {"device": str, "precision": str, "processes": int},
 }

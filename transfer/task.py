@@ -89,6 +89,7 @@ class Task:
     parts: Callable[["Job"], tuple[Part, ...]] = lambda job: ()
     flops: Callable[["Job"], int] = lambda job: 0
     detail: Callable[["Job"], str] = lambda job: job.data.detail  # what the plan says about the data
+    few: Callable[[Any, Data], Any] = lambda recipe, data: recipe  # the recipe, fitted to the few images of --limit
     needs: Needs = Needs.ENCODER
     higher_is_better: bool = True
     trains: bool = True  # on all GPUs that there are; an evaluation runs on one
@@ -125,7 +126,7 @@ class Job:
 
     @property
     def recipe_label(self) -> str:
-        return recipe_label(self.recipe_name, self.overrides)
+        return recipe_label(self.recipe_name, self.overrides, self.data.limit)
 
     def identity(self) -> dict[str, Any]:
         """The fields that make two runs the same experiment, as plain JSON values: a number is this job's only if all
@@ -182,8 +183,12 @@ class Record:
     finished: str = ""  # UTC, ISO 8601
 
     @property
+    def limit(self) -> int:
+        return self.data.get("limit") or 0
+
+    @property
     def recipe_label(self) -> str:
-        return recipe_label(self.recipe_name, self.overrides)
+        return recipe_label(self.recipe_name, self.overrides, self.limit)
 
     @property
     def headline(self) -> str:
@@ -194,7 +199,7 @@ class Record:
         return f"{self.task}: {self.metric} {self.metrics[self.metric]:.2f}{error}"
 
 
-def recipe_label(name: str, overrides: dict[str, Any]) -> str:
-    """ "paper" for the recipe without overrides, else "paper with knob=value, ..."."""
+def recipe_label(name: str, overrides: dict[str, Any], limit: int = 0) -> str:
+    """ "paper" for the recipe without overrides, else "paper with knob=value, ..."; with --limit ", limit N" behind."""
     knobs = ", ".join(f"{knob}={as_typed(value)}" for knob, value in sorted(overrides.items()))
-    return f"{name} with {knobs}" if overrides else name
+    return (f"{name} with {knobs}" if overrides else name) + (f", limit {limit}" if limit else "")

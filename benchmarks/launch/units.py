@@ -114,6 +114,7 @@ def unit_command(items: Sequence[Item], args: argparse.Namespace, gpus: int) -> 
     command += ["--tasks", *(task_argument(item.job.task) for item in items), "--seeds", str(job.seed)]
     command += ["--recipe", args.recipe, "--out", str(args.out), "--engine", args.engine, "--gpus", str(gpus)]
     command += ["--data", str(args.data)] if args.data else []
+    command += ["--limit", str(args.limit)] if args.limit else []
     if settings := [setting for setting in args.set if setting.partition("=")[0].rpartition(".")[0] in own]:
         command += ["--set", *settings]
     return command + machine_flags(args)

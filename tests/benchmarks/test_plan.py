@@ -180,6 +180,26 @@ def test_from_scratch_the_checkpoints_of_one_size_are_one_job(root, tmp_path):
     assert len({job.identity()["checkpoint"] for job in jobs}) == 1
 
 
+def test_a_limit_is_in_the_plan_its_estimates_and_its_commands(root, tmp_path, capsys):
+    flags = ["--ckpt", f"random:{ARCH}", "--recipe", "mini", "--data", str(root), "--out", str(tmp_path / "out")]
+    flags += ["--tasks", "imagenet_linprobe,imagenet_knn"]
+    few, full = (run_all.parse([*flags, *more]) for more in (["--limit", "2"], ["--set", "imagenet_linprobe.batch=4"]))
+    assert run_all.main([*flags, "--limit", "2", "--plan"]) == 0
+    printed = capsys.readouterr().out
+    assert "mini, limit 2" in printed
+    assert "at most 2 images a split of 4 classes" in printed
+    assert "imagenet_linprobe, fitted to so few images: batch: 256 -> 2" in printed
+    for item, other in zip(make_plan(few), make_plan(full), strict=True):
+        job = item.job
+        assert (job.data.counts["train"], job.recipe_label) == (2, "mini, limit 2")
+        assert job.work.name.startswith("mini--limit-2-")
+        assert sum(p.images for p in job.task.parts(job)) < sum(p.images for p in other.job.task.parts(other.job))
+        assert job.identity()["data"] != other.job.identity()["data"]
+        command = task_command([job], few)
+        assert command[command.index("--limit") + 1] == "2"
+        assert "--limit" not in task_command([other.job], full)
+
+
 def test_a_plan_of_which_nothing_can_run_ends_with_2(root, tmp_path, capsys):
     common = ["--data", str(root), "--set", "imagenet_knn.k=2", "--plan", "--tasks"]
     assert call(capsys, tmp_path / "out", *common, "imagenet_knn", "coco")[0] == 0

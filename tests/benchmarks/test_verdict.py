@@ -9,7 +9,7 @@ from benchmarks.rows import Cell, Section, fill
 from benchmarks.tables import TABLES
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS
 from tests.fixtures.records import CHECKPOINT, DATA, grid, made, official, ok, ours
-from transfer.task import Record, recipe_label
+from transfer.task import Record
 
 BASE, LARGE = "vit_base_patch16", "vit_large_patch16"
 
@@ -28,7 +28,7 @@ def run(task: str = "imagenet_finetune", metric: str = "top1", value: float = 83
 def cell(*records: Record, column: str = "imagenet_finetune.top1", data: str = "official data") -> Cell:
     """Our only row's cell, in the section of the first record."""
     table = next(t for t in TABLES if column in {c.key for c in t.columns})
-    section = Section(recipe_label(records[0].recipe_name, records[0].overrides), data)
+    section = Section(records[0].recipe_label, data)
     [line] = [x for x in fill(table, section, list(records)) if not x.published]
     return line.cells[column]
 
@@ -101,6 +101,8 @@ def test_linear_probing_and_other_tables_have_their_rows_of_other_lengths_too():
         ({"recipe_name": "mini"}, "recipe mini", "the mini recipe is made for the generated miniature"),
         ({"recipe_name": "table-9"}, "recipe table-9",
          "table-9 is another recipe than the one of the published number"),
+        ({"data": {**DATA, "label": "official", "limit": 100}}, "limited to 100 images",
+         "at most 100 images of each split were used"),
         ({"overrides": {"epochs": 1}}, "recipe paper with epochs=1",
          "recipe knobs differ from the published recipe: epochs=1"),
         ({"data": {**DATA, "label": "subset", "findings": ["990 of the 1000 classes are missing"]}},

@@ -88,6 +88,34 @@ def test_incomplete_data_is_a_failure(tmp_path, call):
     assert "lacks train" in record.reason
 
 
+@pytest.mark.parametrize(("task", "fitted"), [("imagenet_knn", "k: 20 -> 2"), ("imagenet_finetune", "batch: 64 -> 2")])
+def test_a_limit_makes_a_run_of_its_own_on_so_few_images(tmp_path, call, task, fitted):
+    data = write_imagenet(tmp_path / "data", train=16, val=2)
+    more = [] if task == "imagenet_knn" else ["--set", "epochs=1", "warmup_epochs=0", "train_fraction=1"]
+    assert call(task, "--limit", "2", *more, data=data)[0] == 0
+    record = the_record(tmp_path)
+    assert (record.n_eval, record.resolved["train_images"], record.chance) == (2, 2, 50.0)
+    assert record.recipe_label.endswith(", limit 2")
+    assert record.data["counts"] == {"classes": 2, "train": 2, "val": 2}
+    assert record.data["findings"][-2:] == [
+        "a quick look: at most 2 images of each split",
+        f"{task}, fitted to so few images: {fitted}",
+    ]
+    assert call(task, "--limit", "2", *more, data=data)[0] == 0
+    assert the_record(tmp_path) == record  # it was done already
+    full = [*more, "batch=64"] if more else ["--set", "k=20"]
+    assert call(task, *full, data=data)[0] == 0
+    records = [read_record(path) for path in (tmp_path / "out").rglob(RECORD_FILE)]
+    assert sorted(r.n_eval for r in records) == [2, 8]
+
+
+@pytest.mark.parametrize("number", ["0", "1", "-3", "many", "1e3"])
+def test_a_limit_is_a_number_of_images(call, number, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call("imagenet_knn", "--limit", number)
+    assert "is not a number of images from 2 on" in capsys.readouterr().err
+
+
 def write_classifier(path: Path, **metadata: str) -> Path:
     save_weights(path, build_vit(ARCH, num_classes=1000, pool="avg").state_dict(), metadata)
     return path

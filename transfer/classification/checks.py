@@ -1,14 +1,17 @@
 """What is known of a classifier's job before it starts: the objections to it, and the space its files need."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from mae_core.errors import UserError
-from mae_core.loop import batch_objections, batchnorm_objections
+from mae_core.loop import batch_objections, batch_within, batchnorm_objections
 from mae_core.settings import as_typed
 from mae_core.space import FLOAT, Space, training_space
 from mae_core.vit import get_arch, vit_arguments
 from transfer.classification.knn import feature_folder
 from transfer.classification.recipes import linprobe_recipe
+from transfer.data.findings import Data
 from transfer.space import encoder_numbers
 from transfer.task import Job, Objection
 
@@ -19,6 +22,16 @@ def training_images(job: Job) -> int:
     """How many images the recipe's share leaves, as `Split.share` counts them."""
     images, fraction = job.data.counts.get("train", 0), job.recipe.train_fraction
     return images if fraction == 1 else max(int(images * fraction + 1e-9), job.data.counts.get("classes", 0))
+
+
+def fit_batch(recipe: Any, data: Data) -> Any:
+    """A training's recipe, with a batch that the few images of --limit fill."""
+    return replace(recipe, batch=batch_within(recipe.batch, int(data.counts["train"] * recipe.train_fraction)))
+
+
+def fit_k(recipe: Any, data: Data) -> Any:
+    """k-NN's recipe, with no more neighbours than images."""
+    return replace(recipe, k=max(1, min(recipe.k, int(data.counts["train"] * recipe.train_fraction))))
 
 
 def detail(job: Job) -> str:
@@ -67,7 +80,7 @@ def partial_objections(job: Job) -> Iterator[Objection]:
     if blocks[-1] > depth:
         yield "blocks", f"blocks={as_typed(blocks)}, but {arch} has {depth} blocks: set numbers up to {depth}"
     batch = linprobe_recipe(arch, job.recipe_name).batch
-    if 0 in blocks and job.data.status == "found" and images < batch:
+    if 0 in blocks and job.data.status == "found" and not job.data.limit and images < batch:
         why = f"0 blocks means linear probing by its own recipe, whose batch={batch} is larger than the {images}"
         yield "blocks", f"{why} training images: leave 0 out of blocks"
     yield from training_objections(job)

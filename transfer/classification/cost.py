@@ -59,7 +59,8 @@ def evaluation_parts(job: Job) -> tuple[Part, ...]:
     counts = job.data.counts
     images = counts.get("images", counts.get("val", 0))
     if job.task.name in WITH_CLEAN:
-        images += len(clean_split(Path(job.data.root)).of_classes(columns(job.task.name)).files)
+        clean = clean_split(Path(job.data.root)).of_classes(columns(job.task.name))
+        images += len(clean.few(job.data.limit).files)
     return (evaluation(evaluated_size(job), images),)
 
 

@@ -19,7 +19,7 @@ from transfer.classification.train import backbone_tensors, parameters_sha256, t
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
-from transfer.data.split import Split
+from transfer.data.split import Split, few_of_both
 from transfer.run import origin, save_trained
 from transfer.task import CLASSIFIER_FILE, Job, Result
 
@@ -36,7 +36,8 @@ def images_of(job: Job) -> Reading:
     else:
         train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
         reading = Reading(train, val, len(wnids()))
-    return replace(reading, train=reading.train.share(job.recipe.train_fraction, job.seed))
+    train, val = few_of_both(reading.train, reading.val, job.data.limit)
+    return replace(reading, train=train.share(job.recipe.train_fraction, job.seed), val=val)
 
 
 def start_model(job: Job, classes: int | None = None) -> ViT:

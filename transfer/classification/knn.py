@@ -27,7 +27,7 @@ from transfer.classification.recipes import miniature_size
 from transfer.classification.transforms import eval_transform
 from transfer.data.findings import spread
 from transfer.data.imagenet import read_split, wnids
-from transfer.data.split import Split
+from transfer.data.split import Split, few_of_both
 from transfer.task import Job, Result
 
 OTHER_KS = (10, 20, 100, 200)  # what DINO evaluates
@@ -82,7 +82,7 @@ def knn(job: Job) -> Result:
     patch tokens.
     """
     folder = Path(job.data.root) / "imagenet"
-    (train, _), (val, _) = read_split(folder / "train"), read_split(folder / "val")
+    train, val = few_of_both(read_split(folder / "train")[0], read_split(folder / "val")[0], job.data.limit)
     voters = train.share(job.recipe.train_fraction, job.seed)
     if len(voters.files) < job.recipe.k:
         of_it = f" in its share of {job.recipe.train_fraction:g}" if job.recipe.train_fraction < 1 else ""

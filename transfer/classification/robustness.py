@@ -108,20 +108,20 @@ def evaluate_split(job: Job, split: Split, kept: Sequence[int] | None = None) ->
 def shifted_split(job: Job) -> Split:
     folder = folder_of(Path(job.data.root), job.task.name)
     assert folder is not None  # or its data would not have been found
-    return read_split(folder)[0]
+    return read_split(folder)[0].few(job.data.limit)
 
 
 def run_released(job: Job) -> Result:
     """ImageNet's own validation images. Where it is fp32, all of it is: cuDNN would round a convolution's inputs."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return evaluate_split(job, read_split(Path(job.data.root) / "imagenet" / "val")[0])
+        return evaluate_split(job, read_split(Path(job.data.root) / "imagenet" / "val")[0].few(job.data.limit))
 
 
 def run_200(job: Job) -> Result:
     """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
     kept = columns(job.task.name)
     result = evaluate_split(job, shifted_split(job), kept)
-    clean = clean_split(Path(job.data.root)).of_classes(kept)
+    clean = clean_split(Path(job.data.root)).of_classes(kept).few(job.data.limit)
     if not clean.files:
         return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
     metrics, stderr = scores_of(job, clean, "clean", kept).metrics()
@@ -141,7 +141,8 @@ def run_c(job: Job) -> Result:
     """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
     wrong: dict[str, list[np.ndarray]] = {}
     for number, corruption in enumerate(ALEXNET_ERROR):
-        splits = [read_split(corruption_folder(Path(job.data.root), corruption) / str(s))[0] for s in SEVERITIES]
+        folder = corruption_folder(Path(job.data.root), corruption)
+        splits = [read_split(folder / str(s))[0].few(job.data.limit) for s in SEVERITIES]
         if job.recipe.transform == "center_crop":
             check_crop(splits[0].files[0], classifier(job)[1])
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))

@@ -38,6 +38,7 @@ FINETUNE = Task(
     parts=cost.training_parts,
     flops=cost.flops,
     detail=checks.detail,
+    few=checks.fit_batch,
 )
 LINPROBE = replace(
     FINETUNE,
@@ -61,6 +62,7 @@ KNN = replace(
     objections=checks.knn_objections,
     space=checks.knn_space,
     parts=cost.knn_parts,
+    few=checks.fit_k,
     trains=False,
 )
 PARTIAL = replace(

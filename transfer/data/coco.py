@@ -75,6 +75,12 @@ class Examples(Sequence[Example]):
         some.rows = np.flatnonzero(np.diff(self.first))
         return some
 
+    def few(self, limit: int) -> "Examples":
+        """Only the first `limit` images; all for 0."""
+        some = copy.copy(self)
+        some.rows = self.rows[: limit or None]
+        return some
+
     def __len__(self) -> int:
         return len(self.rows)
 

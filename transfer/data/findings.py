@@ -3,10 +3,11 @@
 A problem prevents the run; a finding goes with the number, into the plan, the record and below the tables.
 """
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ class Data:
     "subset".
     fingerprint: hash over the listing, the class list and the counts.
     findings: what the reader of a number must know about its data; not part of the fingerprint.
+    limit: only so many images of each split are used (`limited`); 0: all. unlimited: the counts without it.
     """
 
     root: str
@@ -37,6 +39,33 @@ class Data:
     counts: dict[str, int] = field(default_factory=dict)
     chance: float | None = None  # the accuracy (percent) of guessing among the classes that occur
     findings: tuple[str, ...] = ()
+    limit: int = 0
+    unlimited: dict[str, int] = field(default_factory=dict)
+
+
+def limited(data: Data, limit: int) -> Data:
+    """The data of which at most `limit` images of each split are used, under a fingerprint of its own; all for 0.
+
+    The readers take the images that `Split.few` does, of COCO and ADE20K the first ones. `counts` may have "versions":
+    how often each image occurs (ImageNet-C).
+    """
+    if not limit:
+        return data
+    if data.status != "found":
+        return replace(data, limit=limit)
+    versions = data.counts.get("versions", 1)
+    most = {"images": limit * versions, "versions": versions}
+    counts = {name: min(n, most.get(name, limit)) for name, n in data.counts.items()}
+    return replace(
+        data,
+        limit=limit,
+        counts=counts,
+        unlimited=data.counts,
+        chance=data.chance and max(data.chance, 100 / limit),
+        detail=f"at most {limit} images a split of {data.detail}",
+        fingerprint=hashlib.sha256(f"{data.fingerprint} limit {limit}".encode()).hexdigest(),
+        findings=(*data.findings, f"a quick look: at most {limit} images of each split"),
+    )
 
 
 def guarded(inspect: Callable[[Path], Data], root: Path) -> Data:

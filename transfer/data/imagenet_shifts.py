@@ -97,8 +97,8 @@ def inspect_c(root: Path) -> Data:
         return incomplete(root, *problems)
     ordered = [splits[name] for name in sorted(splits)]
     classes = ordered[0].classes
-    counts = {"classes": len(classes), "images": sum(sizes.values())}
-    official = {"classes": 1000, "images": 3750000}
+    counts = {"classes": len(classes), "images": sum(sizes.values()), "versions": len(sizes)}
+    official = {"classes": 1000, "images": 3750000, "versions": 75}
     detail = f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images"
     return found(root, base, detail, fingerprint(root, *ordered), counts, official, without(classes))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_core.data import seed_for
+from transfer.data.findings import spread
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,26 @@ class Split:
             left -= wanted
         kept.sort()
         return Split(tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
+
+    def few(self, limit: int) -> "Split":
+        """At most `limit` images, equally many of each class and the first ones of it, in all processes and calls the
+        same; of fewer classes, spread over all, where there are more than that. All images for 0."""
+        if not limit or len(self.files) <= limit:
+            return self
+        members: dict[int, list[int]] = {}
+        for i, label in enumerate(self.labels):
+            members.setdefault(label, []).append(i)
+        classes = sorted(members)
+        each, left = divmod(limit, len(classes))
+        more = {classes[i] for i in spread(len(classes), left)} if left else set()
+        kept = sorted(i for label in classes for i in members[label][: each + (label in more)])
+        return Split(tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
+
+
+def few_of_both(train: Split, val: Split, limit: int) -> tuple[Split, Split]:
+    """`Split.few` of both, of the same classes."""
+    few = val.few(limit)
+    return (train if few is val else train.of_classes(few.classes)).few(limit), few
 
 
 def fingerprint(root: Path, *splits: Split) -> str:

@@ -188,7 +188,7 @@ def head_norm(machine: Machine) -> type[nn.Module]:
 def train_and_predict(job: Job) -> Predictions:
     """Train by job.recipe, resuming from job.work; detect on the validation images; save detections and weights."""
     r, machine = job.recipe, job.machine
-    examples = training_examples(Path(job.data.root))
+    examples = training_examples(Path(job.data.root)).few(job.data.limit)
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = shared.build_pyramid(job)
     norm = head_norm(machine)

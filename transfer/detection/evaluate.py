@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,9 @@ class Evaluation:
     per_class: dict[str, dict[str, float]]
 
 
-def evaluate(annotations: Path, results: Path, seed: int = 0) -> Evaluation:
+def evaluate(annotations: Path, results: Path, seed: int = 0, only: Sequence[int] | None = None) -> Evaluation:
     """Box and mask AP (percent) of a COCO-results file. A metric without ground truth (such as large objects in a small
-    set) is left out. Standard errors: bootstrap over the images."""
+    set) is left out. Standard errors: bootstrap over the images. only: the ids of the images that count."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO(str(annotations))
         found = json.loads(results.read_text(encoding="utf-8"))
@@ -38,6 +39,8 @@ def evaluate(annotations: Path, results: Path, seed: int = 0) -> Evaluation:
         stderr, per_class = {}, {}
         for name, kind in KINDS.items():
             evaluator = COCOeval(truth, load(truth, found, name), kind)
+            if only is not None:
+                evaluator.params.imgIds = sorted(only)
             evaluator.evaluate()
             evaluator.accumulate()
             evaluator.summarize()

@@ -22,7 +22,7 @@ from mae_core.machine import Machine
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
 from mae_core.writing import write_json
-from transfer.data.coco import IDS, Example, read_split
+from transfer.data.coco import IDS, Example, Examples, read_split
 from transfer.detection.recipe import DetectionRecipe
 from transfer.pyramid import ViTPyramid, load_pyramid
 from transfer.run import save_trained
@@ -143,9 +143,16 @@ def pad_to_square(image: Image.Image, size: int) -> Tensor:
     return F.pad(pil_to_tensor(image), (0, size - image.width, 0, size - image.height))
 
 
+def tested_examples(job: Job) -> Examples:
+    """The validation images, with --limit the first ones."""
+    examples = read_split(Path(job.data.root), "val").examples
+    assert isinstance(examples, Examples)  # or its data would not have been found
+    return examples.few(job.data.limit)
+
+
 def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Image.Image]]]:
     """This process's batches of the validation images (`distributed.local_batches`). Shows progress."""
-    examples = read_split(Path(job.data.root), "val").examples
+    examples = tested_examples(job)
     batches = distributed.local_batches(len(examples), size)
     total, done = sum(map(len, batches)), 0
     progress = Progress(f"predict {job.task.name} {job.checkpoint.name}", total, enabled=distributed.is_main())

@@ -4,6 +4,7 @@ python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--eng
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 
 from mae_core import distributed
 from mae_core.flops import forward_flops
-from mae_core.loop import batch_objections
+from mae_core.loop import batch_objections, batch_within
 from mae_core.space import Space, training_space
 from transfer.data.coco import annotation_file, inspect_coco, read_split
+from transfer.data.findings import Data
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, DetectionRecipe, recipe, sources
-from transfer.detection.shared import Predictions, RoIBatchNorm
+from transfer.detection.shared import Predictions, RoIBatchNorm, tested_examples
 from transfer.miniature import dense
 from transfer.pyramid import ViTPyramid, size_objections
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
@@ -41,8 +43,10 @@ def run(job: Job) -> Result:
     predictions = train_and_predict(job)
     evaluation = None
     if distributed.is_main():
-        evaluation = evaluate(annotation_file(root, "val"), predictions.results, job.seed)
-        draw_predictions(read_split(root, "val").examples, predictions.results, job.work / PICTURE_FILE)
+        examples = tested_examples(job)
+        only = examples.ids[examples.rows].tolist() if job.data.limit else None
+        evaluation = evaluate(annotation_file(root, "val"), predictions.results, job.seed, only)
+        draw_predictions(examples, predictions.results, job.work / PICTURE_FILE)
     evaluation = distributed.gather_to_all(evaluation)[0]
     iterations, seconds, notes = predictions.iterations, predictions.seconds, predictions.notes
     if job.recipe_name == "paper" and job.checkpoint.arch not in PUBLISHED:
@@ -59,6 +63,11 @@ def run(job: Job) -> Result:
         artifacts=predictions.artifacts,
         notes=(*notes, *read_split(root, "train").notes),
     )
+
+
+def few(r: DetectionRecipe, data: Data) -> DetectionRecipe:
+    """The recipe with a batch that so few images fill."""
+    return replace(r, batch=batch_within(r.batch, data.counts["train"]))
 
 
 def objections(job: Job) -> Iterator[Objection]:
@@ -123,6 +132,7 @@ TASKS = (
         objections=objections,
         space=space,
         parts=parts,
+        few=few,
         flops=lambda job: image_flops(job.checkpoint.arch, job.recipe),
     ),
 )

@@ -27,16 +27,23 @@ UNBOUNDED = 10**6  # px, longer than any image
 
 
 def config_of(
-    checkpoint: Checkpoint, r: SegmentationRecipe, folder: Path, work: Path, machine: Machine, kept: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    r: SegmentationRecipe,
+    folder: Path,
+    work: Path,
+    machine: Machine,
+    kept: Sequence[str] = (),
+    limit: int = 0,
 ) -> dict[str, Any]:
     """The arguments of mmengine's Runner, which silently ignores unknown ones.
 
-    folder: ADEChallengeData2016. kept: names of the validation images whose predictions the metric keeps.
+    folder: ADEChallengeData2016. kept: names of the validation images whose predictions the metric keeps. limit: how
+    many of them are tested; 0: all.
     """
     return {
         "model": model_of(checkpoint, r, machine),
         "work_dir": str(work / "mmengine"),
-        "test_dataloader": test_loader(folder, test_pipeline(r), machine),
+        "test_dataloader": test_loader(folder, test_pipeline(r), machine, limit),
         "test_cfg": {"type": "PrecisionTestLoop", "machine": asdict(machine)},
         "test_evaluator": {"type": "ImageAreas", "kept": list(kept)},
         "default_hooks": dict.fromkeys(
@@ -148,13 +155,15 @@ def windows_of(r: SegmentationRecipe) -> int:
     return sum(math.prod(max(-(-(side - r.image_size) // r.stride), 0) + 1 for side in pair) for pair in sides)
 
 
-def dataset_of(folder: Path, split: str, pipeline: list[dict]) -> dict[str, Any]:
+def dataset_of(folder: Path, split: str, pipeline: list[dict], limit: int = 0) -> dict[str, Any]:
+    """limit: only the first so many images; 0: all."""
     name = SPLITS[split]
     return {
         "type": "FlatADE20K",
         "data_root": str(folder),
         "data_prefix": {"img_path": f"images/{name}", "seg_map_path": f"annotations/{name}"},
         "pipeline": pipeline,
+        "indices": limit or None,
     }
 
 
@@ -204,10 +213,10 @@ def multi_scale_sides(r: SegmentationRecipe) -> list[int]:
     return [max(int(r.test_short_side * ratio), r.image_size) for ratio in RATIOS]
 
 
-def test_loader(folder: Path, pipeline: list[dict], machine: Machine) -> dict[str, Any]:
+def test_loader(folder: Path, pipeline: list[dict], machine: Machine, limit: int) -> dict[str, Any]:
     return {
         "batch_size": 1,
         "num_workers": machine.workers,
         "sampler": {"type": "DefaultSampler", "shuffle": False},
-        "dataset": {**dataset_of(folder, "val", pipeline), "test_mode": True},
+        "dataset": {**dataset_of(folder, "val", pipeline, limit), "test_mode": True},
     }

@@ -5,6 +5,7 @@ python -m transfer.segmentation --task ade20k --ckpt FILE --data DIR --out DIR
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,19 +13,19 @@ import torch
 from mae_core import distributed
 from mae_core.checkpoint import sha256_of
 from mae_core.errors import UserError
-from mae_core.loop import batch_objections, batchnorm_objections, check_batch
+from mae_core.loop import batch_objections, batch_within, batchnorm_objections, check_batch
 from mae_core.settings import as_typed
 from mae_core.space import Space, training_space
 from mae_core.vit import get_arch
 from transfer.data import ade20k
-from transfer.data.findings import spread
+from transfer.data.findings import Data, spread
 from transfer.miniature import dense
 from transfer.pyramid import size_objections
 from transfer.run import origin, save_trained
 from transfer.segmentation.evaluate import by_class, scores
 from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
-from transfer.segmentation.recipe import recipe, sources
+from transfer.segmentation.recipe import SegmentationRecipe, recipe, sources
 from transfer.segmentation.train import run_multi_scale_test, run_test, train
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
@@ -53,11 +54,13 @@ def run(job: Job) -> Result:
     check_batch(job.data.counts["train"], r.batch, f"the training split of {folder}")
     if machine.device == "cpu" and torch.cuda.is_available():
         raise UserError(TAKES_GPU)
-    for pair in ade20k.pairs(folder, "val"):
+    tested = ade20k.pairs(folder, "val")[: job.data.limit or None]
+    for pair in tested:
         ade20k.check_pair(*pair)  # half a minute, to find a bad file before the training, not after it
-    validation = [image for image, _ in ade20k.pairs(folder, "val")]
+    validation = [image for image, _ in tested]
     shown = [validation[i] for i in spread(len(validation), IMAGES)]
-    config = config_of(job.checkpoint, r, folder, job.work, machine, [image.name for image in shown])
+    names = [image.name for image in shown]
+    config = config_of(job.checkpoint, r, folder, job.work, machine, names, job.data.limit)
     runner, state = train(job, config)
     model = runner.model
     distributed.broadcast_buffers(model)
@@ -112,6 +115,15 @@ def objections(job: Job) -> Iterator[Objection]:
         yield "--device", TAKES_GPU
 
 
+def few(r: SegmentationRecipe, data: Data) -> SegmentationRecipe:
+    """The recipe with a batch that so few images fill, for as many epochs as on all."""
+    share = data.counts["train"] / data.unlimited["train"]
+    iterations = max(2, round(r.iterations * share))
+    warmup = min(round(r.warmup_iterations * share), iterations - 1)
+    batch = batch_within(r.batch, data.counts["train"])
+    return replace(r, batch=batch, iterations=iterations, warmup_iterations=warmup)
+
+
 def space(job: Job) -> Space:
     numbers = weights_of(job)
     return training_space(job.work, numbers, numbers)
@@ -145,6 +157,7 @@ TASKS = (
         objections=objections,
         space=space,
         parts=parts,
+        few=few,
         flops=lambda job: crop_flops(job.checkpoint.arch, job.recipe),
     ),
 )

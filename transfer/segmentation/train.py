@@ -72,7 +72,8 @@ def train(job: Job, config: dict[str, Any]) -> tuple[Any, State]:
     load_pyramid(model.backbone, job.checkpoint)
     model.init_weights()  # of the heads: the pyramid has no such method
     groups = layer_groups(model, get_arch(job.checkpoint.arch).depth, r.layer_decay, r.weight_decay)
-    dataset = DATASETS.build(dataset_of(Path(job.data.root) / ade20k.FOLDER, "train", train_pipeline(r)))
+    folder = Path(job.data.root) / ade20k.FOLDER
+    dataset = DATASETS.build(dataset_of(folder, "train", train_pipeline(r), job.data.limit))
     training = IterationTraining(
         label=f"{job.task.name} {job.checkpoint.name}",
         work=job.work,
@@ -139,6 +140,7 @@ def run_test(runner: Any) -> Any:
 
 def run_multi_scale_test(job: Job, config: dict[str, Any], model: nn.Module) -> Any:
     """As `run_test`, over twelve views of each image."""
-    loader = test_loader(Path(job.data.root) / ade20k.FOLDER, multi_scale_pipeline(job.recipe), job.machine)
+    folder = Path(job.data.root) / ade20k.FOLDER
+    loader = test_loader(folder, multi_scale_pipeline(job.recipe), job.machine, job.data.limit)
     config = config | {"model": {"type": "SegTTAModel", "module": model}, "test_dataloader": loader}
     return run_test(make_runner(config, job))

@@ -145,9 +145,14 @@ def test_what_browsers_of_files_leave_behind_is_passed_over(root):
     from mmseg.registry import DATASETS
 
     dataset = DATASETS.build(dataset_of(root / FOLDER, "train", []))  # what is trained on
-    assert [Path(entry["img_path"]) for entry in map(dataset.get_data_info, range(len(dataset)))] == [
-        image for image, _ in ade20k.pairs(root / FOLDER, "train")
-    ]
+    listed = [image for image, _ in ade20k.pairs(root / FOLDER, "train")]
+    assert images_of(dataset) == listed
+    few = DATASETS.build(dataset_of(root / FOLDER, "train", [], limit=2))
+    assert images_of(few) == listed[:2] != listed
+
+
+def images_of(dataset) -> list[Path]:
+    return [Path(entry["img_path"]) for entry in map(dataset.get_data_info, range(len(dataset)))]
 
 
 @pytest.mark.parametrize("name", [IMAGE, LABEL])

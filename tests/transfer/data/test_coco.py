@@ -439,6 +439,8 @@ def test_an_image_without_an_object_is_read_but_not_trained_on(tmp_path):
     split = train_of(tmp_path, [*objects, crowd(FIRST + 3, 1, np.ones((48, 64), np.uint8))], [(64, 48)] * 4)
     assert [example.id for example in split.examples] == [FIRST, FIRST + 1, FIRST + 2, FIRST + 3]
     assert [example.id for example in training_examples(tmp_path)] == [FIRST + 1]
+    assert [example.id for example in split.examples.few(3)] == [FIRST, FIRST + 1, FIRST + 2]
+    assert len(split.examples.few(0)) == len(split.examples.few(9)) == 4
     empty = split.examples[0]
     assert (empty.boxes.shape, empty.labels.shape, empty.masks().shape) == ((0, 4), (0,), (0, 48, 64))
     assert (empty.boxes.dtype, empty.labels.dtype) == (np.float32, np.int64)

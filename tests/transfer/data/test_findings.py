@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from benchmarks.suite import TASKS
 from tests.fixtures.transfer import raising
 from transfer.data import coco
-from transfer.data.findings import against_official, guarded, spread, unusable
+from transfer.data.findings import Data, against_official, guarded, limited, missing, spread, unusable
 from transfer.data.imagenet import inspect_imagenet
 
 OFFICIAL = {"classes": 1000, "train": 1281167, "val": 50000}
@@ -34,6 +35,25 @@ def test_a_damaged_copy_is_told_from_another_set():
     assert one.endswith("unpack the archive again")
     (far,) = against_official("imagenet", {**OFFICIAL, "val": 49499}, OFFICIAL)  # 1.002 % fewer
     assert far.endswith("not the official set")
+
+
+def test_a_limit_is_part_of_what_the_data_are():
+    counts = {"classes": 1000, "train": 1281167, "val": 50000}
+    data = Data("/data", "found", "1000 classes", "official", "f" * 64, counts, chance=0.1)
+    few = limited(data, 250)
+    assert few.counts == {"classes": 250, "train": 250, "val": 250}
+    assert (few.limit, few.unlimited, few.chance) == (250, counts, 0.4)
+    assert few.detail == "at most 250 images a split of 1000 classes"
+    assert few.findings == ("a quick look: at most 250 images of each split",)
+    assert len({data.fingerprint, few.fingerprint, limited(data, 251).fingerprint}) == 3
+    assert limited(data, 250) == few
+    assert limited(data, 0) is data
+    # Each image of ImageNet-C has 75 versions.
+    versions = replace(data, counts={"classes": 1000, "images": 3750000, "versions": 75}, chance=None)
+    assert limited(versions, 250).counts == {"classes": 250, "images": 18750, "versions": 75}
+    assert limited(versions, 250).chance is None
+    absent = missing(Path("/data"), "x")
+    assert limited(absent, 250) == replace(absent, limit=250)
 
 
 def test_the_files_inspected_are_spread_over_the_whole_list():

@@ -25,7 +25,7 @@ def test_the_corruptions_are_those_of_mce():
 def test_a_complete_tree_is_found(tmp_path):
     data = inspect_c(write_c(tmp_path))
     assert (data.status, data.label) == ("found", "subset")
-    assert data.counts == {"classes": 2, "images": 15 * 5 * 4}
+    assert data.counts == {"classes": 2, "images": 15 * 5 * 4, "versions": 75}
 
 
 def test_the_released_archives_groups_are_found(tmp_path):

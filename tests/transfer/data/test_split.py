@@ -2,7 +2,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from transfer.data.split import Split, fingerprint
+from transfer.data.split import Split, few_of_both, fingerprint
 
 
 def test_of_classes_keeps_files_and_labels_together():
@@ -48,3 +48,24 @@ def test_a_share_is_drawn_by_its_seed():
     assert everything.share(0.1, 0) != everything.share(0.1, 1)
     assert everything.share(1.0, 1) is everything
     assert set(everything.share(0.1, 0).files) <= set(everything.files)
+
+
+def test_a_few_images_are_spread_over_the_classes():
+    everything = numbered({0: 50, 1: 2, 2: 50, 3: 50})
+    # Two of each; the fifth class that there is not would be next, so the first and the last get the odd ones.
+    assert Counter(everything.few(10).labels) == {0: 3, 1: 2, 2: 2, 3: 3}
+    assert [file.name for file in everything.few(10).files[:3]] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert Counter(everything.few(2).labels) == {0: 1, 3: 1}
+    assert Counter(everything.few(20).labels) == {0: 5, 1: 2, 2: 5, 3: 5}  # a small class has no more
+    assert everything.few(152) is everything
+    assert everything.few(0) is everything
+
+
+def test_a_few_images_of_two_splits_share_their_classes():
+    train, val = numbered(dict.fromkeys(range(100), 20)), numbered(dict.fromkeys(range(1, 100), 5))
+    few_train, few_val = few_of_both(train, val, 10)
+    assert few_train.classes == few_val.classes
+    assert Counter(few_train.labels) == Counter(few_val.labels) == dict.fromkeys(few_val.classes, 1)
+    assert {1, 99} <= few_val.classes
+    assert few_of_both(train, val, 0) == (train, val)
+    assert few_of_both(train, val, 1000)[1] is val

@@ -108,6 +108,19 @@ def test_metrics_are_those_of_cocoeval(crowded, noisy, tmp_path):
     assert found.metrics["box_ap"] != found.metrics["mask_ap"]
 
 
+def test_only_some_images_count_as_in_a_file_of_those_alone(crowded, noisy, tmp_path):
+    some = [VAL + i for i in (1, 4, 5, 9)]
+    content = json.loads(crowded.read_text())
+    content["images"] = [image for image in content["images"] if image["id"] in some]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in some]
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    theirs = [one for one in noisy if one["image_id"] in some]
+    expected = evaluate(tmp_path / "some.json", write(tmp_path / "theirs.json", theirs))
+    found = evaluate(crowded, write(tmp_path / "found.json", theirs), only=some)
+    assert found == expected
+    assert found.metrics != evaluate(crowded, tmp_path / "found.json").metrics
+
+
 def test_ap_per_class_is_that_of_cocoeval_on_that_class(crowded, noisy, tmp_path):
     found = evaluate(crowded, write(tmp_path / "found.json", noisy)).per_class
     for name, kind in (("box_ap", "bbox"), ("mask_ap", "segm")):
