@@ -153,9 +153,9 @@ def millions(number: int | None) -> str:
 
 
 def hours(line: Line) -> str:
-    """ "12.50 GPU h", "<0.01 CPU h", or both; "-" for a published row."""
+    """ "12.50 GPU h", "0.003 CPU h", or both; "-" for a published row."""
     found = {"GPU h": line.gpu_hours, "CPU h": line.cpu_hours}
-    return ", ".join(f"{n:.2f} {unit}" if n >= 0.01 else f"<0.01 {unit}" for unit, n in found.items() if n) or "-"
+    return ", ".join(f"{n:.2f} {unit}" if n >= 0.1 else f"{n:.1g} {unit}" for unit, n in found.items() if n) or "-"
 
 
 def delta_title(column: Column) -> str:
