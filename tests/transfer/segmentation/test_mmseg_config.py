@@ -76,7 +76,7 @@ def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
 
     init_default_scope("mmseg")
     job = make_job(root, tmp_path)
-    loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine)
+    loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine, 0)
     views = DATASETS.build(loader["dataset"])[0]  # 96 x 96 px, to be shown at 56
     shown = [(3, side, side) for side in (48, 48, 56, 70, 84, 98) for _ in range(2)]
     assert [tuple(view.shape) for view in views["inputs"]] == shown
