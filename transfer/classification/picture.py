@@ -22,7 +22,8 @@ def published_curves() -> dict[str, dict[float, float]]:
         rows = list(csv.DictReader(file))
     curves: dict[str, dict[float, float]] = {}
     for row in rows:
-        curve = curves.setdefault(f"{row['method']} ({row['arch']}, {row['pretrain']})", {})
+        made = ", ".join(part for part in (f"{row['epochs']} ep", row["target"]) if part)
+        curve = curves.setdefault(f"{row['method']} ({row['arch']}, {made})", {})
         curve[float(row["metric"].removeprefix("top1@"))] = float(row["value"])
     return curves
 
