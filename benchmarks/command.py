@@ -12,6 +12,8 @@ COMMANDS = {
     "ls": ("benchmarks.run_all", "list the tasks"),
     "report": ("benchmarks.report", "make the tables again from all records"),
     "export": ("benchmarks.export", "write the results as LaTeX, a model card or JSON"),
+    "compare": ("benchmarks.compare", "is checkpoint A better than B? Paired tests on the same images"),
+    "verify": ("benchmarks.verify", "compute the numbers of records again from their stored predictions"),
     "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
     "pretrain": ("mae_core.pretrain", "pre-train a masked autoencoder"),
     "reconstruct": ("mae_core.reconstruct", "draw images masked, reconstructed and as they are"),

@@ -136,7 +136,7 @@ def test_imports_inside_functions_are_engines_and_heavy_or_optional_packages():
         inside = ast.Module([part for function in functions for part in function.body], [])
         late |= {(module_of(path), name) for name in modules_named_in(inside)}
     allowed = {"matplotlib", "tensorboard", "huggingface_hub", "sklearn", "mmcv", "mmengine", "mmseg"}
-    allowed |= {"detectron2", "fvcore", "submitit", "wandb", "trackio", "jinja2", "markupsafe", "plotly"}
+    allowed |= {"detectron2", "fvcore", "submitit", "wandb", "trackio", "jinja2", "markupsafe", "plotly", "pyarrow"}
     strange = {(module, name) for module, name in late if not {*name.split(".")} & allowed}
     engines = ("transfer.detection.engine_torchvision", "transfer.detection.engine_detectron2")
     strange -= {("transfer.detection.tasks", "transfer.detection")}  # "import engine_..." from it

@@ -35,7 +35,19 @@ LONGEST_NAME = 200  # bytes
 
 
 def write_record(record: Record, work: Path) -> None:
-    write_json(work / RECORD_FILE, dataclasses.asdict(record))
+    write_json(work / RECORD_FILE, dataclasses.asdict(sealed(record)))
+
+
+def sealed(record: Record) -> Record:
+    return replace(record, digest=digest_of(record))
+
+
+def digest_of(record: Record) -> str:
+    """SHA-256 of the record's fields but its own digest and those that are empty: a field that a later version adds
+    changes no earlier record's."""
+    fields = {name: value for name, value in dataclasses.asdict(record).items() if name != "digest" and value}
+    as_read = json.loads(json.dumps(fields))  # keys are texts in a file, and sorted as such
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def read_record(path: Path) -> Record:
@@ -56,6 +68,7 @@ INNER: dict[str, type | dict[str, type]] = {
     "metrics": float,
     "stderr": float,
     "artifacts": str,
+    "predictions": str,
     "checkpoint": dict.fromkeys(("name", "path", "format", "arch", "sha256"), str) | {"meta": dict, "input": dict},
     "data": dict.fromkeys(("root", "status", "label", "detail", "fingerprint"), str) | {"findings": list, "limit": int},
     "identity": {"task": str, "parent": str},
@@ -232,7 +245,7 @@ def origin(job: Job) -> dict[str, str]:
 def describe(job: Job, **outcome: Any) -> Record:
     """The record of a job: what it was, where it ran, and its outcome, given by field name."""
     c = job.checkpoint
-    return Record(
+    record = Record(
         task=job.task.name,
         metric=job.task.metric,
         chance=job.data.chance,
@@ -262,3 +275,4 @@ def describe(job: Job, **outcome: Any) -> Record:
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         **outcome,
     )
+    return sealed(record)

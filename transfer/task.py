@@ -31,6 +31,7 @@ class Result:
     tables: dict[str, Any] = field(default_factory=dict)  # e.g. error per corruption and severity
     resolved: dict[str, Any] = field(default_factory=dict)  # what the recipe leaves open and the run decides
     artifacts: dict[str, str] = field(default_factory=dict)  # file name in the work folder -> sha256
+    predictions: dict[str, str] = field(default_factory=dict)  # what the number is made of: file, sha256, images
     notes: tuple[str, ...] = ()  # deviations from the recipe, for the reader of the number
 
 
@@ -179,8 +180,10 @@ class Record:
     peak_memory_gib: float = 0.0
     tables: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+    predictions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     finished: str = ""  # UTC, ISO 8601
+    digest: str = ""  # SHA-256 of all other fields, which shows whether the file was altered
 
     @property
     def limit(self) -> int:

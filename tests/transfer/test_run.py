@@ -22,6 +22,7 @@ from transfer.run import (
     mark,
     read_record,
     run_job,
+    sealed,
     shortened,
     slug,
     with_work_folder,
@@ -78,7 +79,7 @@ def test_a_users_mistake_is_the_reason_in_one_sentence(tmp_path):
     record = run_job(job_that(raising(UserError("the batch is too large: make it smaller")), tmp_path))
     assert (record.status, record.reason) == ("failed", "the batch is too large: make it smaller")
     assert not (tmp_path / "error.txt").exists()
-    assert read_record(tmp_path / RECORD_FILE) == record
+    assert read_record(tmp_path / RECORD_FILE) == sealed(record)
 
 
 def test_an_unexpected_error_leaves_its_traceback_beside_the_record_until_the_next_attempt(job):
@@ -115,13 +116,20 @@ def test_ctrl_c_leaves_no_record_not_even_an_earlier_one(tmp_path):
     assert not (tmp_path / RECORD_FILE).exists()
 
 
+def test_a_digest_is_of_every_field_but_itself():
+    record = sealed(Record("imagenet_c", "ok", metric="mce", metrics={"mce": 51.7}, tables={"t": {2: 1.0, 10: 2.0}}))
+    assert sealed(record) == record
+    changes = ({"notes": ("b",)}, {"metrics": {"mce": 51.8}}, {"seed": 1}, {"predictions": {"file": "x"}})
+    assert len({sealed(replace(record, **change)).digest for change in ({}, *changes)}) == 5
+
+
 def test_a_record_comes_back_from_json_as_it_was(tmp_path):
     recipe = {"betas": [0.9, 0.95], "epochs": 3}
     record = Record(
         "imagenet_c", "ok", metric="mce", metrics={"mce": 51.7}, chance=None, recipe=recipe, notes=("a", "ü")
     )
     write_record(record, tmp_path)
-    assert read_record(tmp_path / RECORD_FILE) == record
+    assert read_record(tmp_path / RECORD_FILE) == sealed(record)
 
 
 def test_a_live_record_equals_what_is_read_whatever_was_overridden(job):

@@ -16,6 +16,7 @@ from mae_core.machine import Machine
 from mae_core.progress import Progress
 from mae_core.vit import ViT
 from transfer.classification.transforms import eval_transform
+from transfer.data.predictions import names_of
 from transfer.data.split import Split
 
 
@@ -35,18 +36,42 @@ class EvalRecipe:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per image, in the order of the split: cross-entropy [n], correct at 1 [n] and at 5 [n]."""
+    """Per image, in the order of the split: its name, its label [n], the cross-entropy [n], the classes of the five
+    highest logits [n, 5], highest first (of fewer classes: of all), and their log-probabilities [n, 5]."""
 
+    images: Sequence[str]
+    label: np.ndarray
     loss: np.ndarray
-    top1: np.ndarray
-    top5: np.ndarray
+    classes: np.ndarray
+    log_probs: np.ndarray
+
+    @property
+    def top1(self) -> np.ndarray:
+        """Correct at 1 [n]."""
+        return self.classes[:, 0] == self.label
+
+    @property
+    def top5(self) -> np.ndarray:
+        """Correct at 5 [n]."""
+        return (self.classes == self.label[:, None]).any(axis=1)
+
+    def part(self, start: int, end: int, images: Sequence[str]) -> "Scores":
+        """Those of the images from start to end, under other names."""
+        return Scores(images, *(values[start:end] for values in (self.label, self.loss, self.classes, self.log_probs)))
+
+    def columns(self) -> dict[str, Sequence | np.ndarray]:
+        """What is kept of it: image, label, loss, top1 to top5 (the classes), log_prob1 to log_prob5."""
+        own: dict[str, Sequence | np.ndarray] = {"image": self.images, "label": self.label, "loss": self.loss}
+        own |= {f"top{rank}": classes for rank, classes in enumerate(self.classes.T, 1)}
+        return own | {f"log_prob{rank}": values for rank, values in enumerate(self.log_probs.T, 1)}
 
     def metrics(self) -> tuple[dict[str, float], dict[str, float]]:
         """top1, top5 (percent) and loss, and the standard error of each over the images."""
         n, accuracies = len(self.loss), {"top1": self.top1.mean(), "top5": self.top5.mean()}
-        metrics = {name: 100 * p for name, p in accuracies.items()} | {"loss": self.loss.mean()}
+        loss = self.loss.astype(np.float64)  # or its sum would be rounded to float32
+        metrics = {name: 100 * p for name, p in accuracies.items()} | {"loss": loss.mean()}
         stderr = {name: 100 * np.sqrt(p * (1 - p) / n) for name, p in accuracies.items()}
-        stderr["loss"] = self.loss.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+        stderr["loss"] = loss.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
         return {k: float(v) for k, v in metrics.items()}, {k: float(v) for k, v in stderr.items()}
 
 
@@ -74,10 +99,14 @@ def evaluate(
         score(logits if kept is None else logits[:, list(kept)], targets.to(logits.device))
         for logits, targets in outputs_of(model, dataset, normalization, machine, f"evaluate {label}")
     ]
-    loss, top1, top5 = np.concatenate(distributed.gather_in_turn(rows)).T
+    found = np.concatenate(distributed.gather_in_turn(rows))
+    loss, (classes, log_probs) = found[:, 0], np.hsplit(found[:, 1:], 2)
     if not np.isfinite(loss).all():
         raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(loss)))]} are not finite")
-    return Scores(loss, top1.astype(bool), top5.astype(bool))
+    classes = classes.astype(np.int32)
+    classes = classes if kept is None else np.array(kept, np.int32)[classes]
+    truth = np.array(split.labels, np.int32)
+    return Scores(names_of(split.files), truth, loss.astype(np.float32), classes, log_probs.astype(np.float32))
 
 
 @torch.inference_mode()
@@ -125,10 +154,12 @@ def forward(
 
 
 def score(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """[n, 3]: cross-entropy, correct at 1, correct at 5 (with fewer classes: at all of them)."""
+    """[n, 1 + 2k]: cross-entropy, the classes of the k highest logits, their log-probabilities. k is 5; with fewer
+    classes, their number."""
     loss = nn.functional.cross_entropy(logits, targets, reduction="none")
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack([loss.double(), ranked[:, 0].double(), ranked.any(dim=1).double()], dim=1).cpu().numpy()
+    values, classes = logits.topk(min(5, logits.shape[1]), dim=1)
+    log_probs = values - logits.logsumexp(dim=1, keepdim=True)
+    return torch.cat([loss[:, None].double(), classes.double(), log_probs.double()], dim=1).cpu().numpy()
 
 
 def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:

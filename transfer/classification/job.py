@@ -2,6 +2,7 @@
 scores, the files that are saved."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.files import printable
 from mae_core.training import State, unreadable_metadata
 from mae_core.vit import ViT, init_as_timm
-from transfer.classification.evaluate import evaluate
+from transfer.classification.evaluate import Scores, evaluate
 from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
+from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.split import Split, few_of_both
 from transfer.run import origin, save_trained
 from transfer.task import CLASSIFIER_FILE, Job, Result
 
-Metrics = tuple[dict[str, float], dict[str, float]]  # by name: values, standard errors
+WITHOUT_EMA = "without_ema"  # the set that the weights themselves were scored on, beside their moving average
 
 
 def images_of(job: Job) -> Reading:
@@ -57,10 +59,10 @@ def start_model(job: Job, classes: int | None = None) -> ViT:
     return model
 
 
-def validate(job: Job, model: nn.Module, val: Split) -> Metrics:
-    """The metrics on the validation images, and their standard errors."""
+def validate(job: Job, model: nn.Module, val: Split) -> Scores:
+    """The scores of the validation images."""
     transform = eval_transform(job.recipe.image_size)
-    return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name).metrics()
+    return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name)
 
 
 def save_artifacts(
@@ -73,7 +75,10 @@ def save_artifacts(
     return save_trained(job, name, tensors, metadata | metadata_of(job.checkpoint, job.recipe.pool, tensors))
 
 
-def trained_result(job: Job, state: State, images: Reading, scores: Metrics, artifacts: dict[str, str]) -> Result:
+def trained_result(
+    job: Job, state: State, images: Reading, scores: Mapping[str, Scores], artifacts: dict[str, str]
+) -> Result:
+    """scores: by the name of the set, under which they are kept in the work folder; the metrics are MAIN's."""
     r = job.recipe
     load = "none: initialised as timm 0.3.2, which the official fine-tuning code uses, not as MAE"
     if not job.task.from_scratch:
@@ -81,11 +86,12 @@ def trained_result(job: Job, state: State, images: Reading, scores: Metrics, art
             model = model_of(job.checkpoint, r.image_size, images.classes, r.pool)
         load = load_encoder(model, job.checkpoint).summary()
     return Result(
-        *scores,
+        *scores[MAIN].metrics(),
         len(images.val.files),
         images_seen=state.step * r.batch,
         seconds=state.seconds,
         artifacts=artifacts,
+        predictions=write_predictions(job.work, {name: each.columns() for name, each in scores.items()}),
         notes=state.notes,
         resolved={
             "load": load,
@@ -103,12 +109,15 @@ def finetune(job: Job) -> Result:
     model = start_model(job, images.classes).to(job.machine.device)
     transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
     state, trained = train_classifier(job, model, images.train, transform)
-    metrics, stderr = validate(job, trained, images.val)
+    scores = {MAIN: validate(job, trained, images.val)}
     if r.ema:
-        for values, without in zip((metrics, stderr), validate(job, model, images.val)):
-            values["top1_without_ema"] = without["top1"]
+        scores[WITHOUT_EMA] = validate(job, model, images.val)
     artifacts = save_artifacts(job, CLASSIFIER_FILE, trained.state_dict(), state, images)
-    return trained_result(job, state, images, (metrics, stderr), artifacts)
+    result = trained_result(job, state, images, scores, artifacts)
+    if r.ema:
+        for values, without in zip((result.metrics, result.stderr), scores[WITHOUT_EMA].metrics()):
+            values["top1_without_ema"] = without["top1"]
+    return result
 
 
 def linprobe(job: Job) -> Result:
@@ -127,7 +136,7 @@ def linprobe(job: Job) -> Result:
     scores = validate(job, trained, images.val)
     head = {name: tensor for name, tensor in trained.state_dict().items() if name.startswith("head.")}
     artifacts = save_artifacts(job, "probe.safetensors", head, state, images)
-    result = trained_result(job, state, images, scores, artifacts)
+    result = trained_result(job, state, images, {MAIN: scores}, artifacts)
     resolved = result.resolved | {"batchnorm_batch": state.micro_batch, "backbone_sha256": before}
     official = min(512, r.batch)  # one GPU's share of the official probe's batch
     notes = result.notes

@@ -27,6 +27,7 @@ from transfer.classification.recipes import miniature_size
 from transfer.classification.transforms import eval_transform
 from transfer.data.findings import spread
 from transfer.data.imagenet import read_split, wnids
+from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.data.split import Split, few_of_both
 from transfer.task import Job, Result
 
@@ -109,14 +110,18 @@ def knn(job: Job) -> Result:
     similarity, nearest = nearest_features(train_features, mine, max(ks), device)
     labels, truth = torch.tensor(voters.labels, device=device)[nearest], np.array(val.labels)
     metrics, stderr = {}, {}
+    kept: dict[str, list[str] | np.ndarray] = {"image": names_of(val.files), "label": truth.astype(np.int32)}
     for k in ks:
         name = "top1" if k == job.recipe.k else f"top1@{k}"
         predicted = vote(similarity[:, :k], labels[:, :k], len(wnids()), job.recipe.temperature).cpu().numpy()
-        parts = [predicted[start : start + CHUNK] for start in range(0, len(predicted), CHUNK)]
-        everyone = distributed.gather_in_turn(parts)
-        accuracy = (np.concatenate(everyone) == truth).mean()
+        predicted = gathered(predicted).astype(np.int32)
+        kept[name] = predicted
+        accuracy = (predicted == truth).mean()
         metrics[name] = 100 * float(accuracy)
         stderr[name] = 100 * float(np.sqrt(accuracy * (1 - accuracy) / len(truth)))
+    for name, tensor in {"neighbours": nearest, "neighbour_labels": labels, "similarities": similarity}.items():
+        values = gathered(tensor[:, : job.recipe.k].cpu().numpy())
+        kept[name] = values if name == "similarities" else values.astype(np.int32)
     feature = "class token after the final norm" if pool == "token" else "mean of the patch tokens after the final norm"
     return Result(
         metrics,
@@ -124,6 +129,7 @@ def knn(job: Job) -> Result:
         n_eval=len(val.files),
         images_seen=len(train.files) + len(val.files),
         seconds=sum(seconds for _, seconds in found) + time.monotonic() - started,
+        predictions=write_predictions(job.work, {MAIN: kept}),
         resolved={
             "feature": feature,
             "features": store.name,
@@ -132,6 +138,12 @@ def knn(job: Job) -> Result:
             "train_images": len(voters.files),
         },
     )
+
+
+def gathered(mine: np.ndarray) -> np.ndarray:
+    """The rows of every process, in the order of the images; each has those of its `local_batches` of CHUNK."""
+    parts = [mine[start : start + CHUNK] for start in range(0, len(mine), CHUNK)]
+    return np.concatenate(distributed.gather_in_turn(parts))
 
 
 def feature_folder(job: Job) -> Path:

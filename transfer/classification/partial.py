@@ -7,6 +7,7 @@ or made in its usual folder. Each other k is a training below this task's folder
 
 import dataclasses
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from transfer.classification.picture import PICTURE_FILE, draw_curve
 from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
 from transfer.classification.transforms import train_transform
 from transfer.data.labelled import Reading
+from transfer.data.predictions import MAIN, read_predictions, write_predictions
 from transfer.jobs import make_job
 from transfer.run import finished, mark, run_job, tidy, with_work_folder
 from transfer.task import Job, Record, Result, Task
@@ -56,7 +58,10 @@ def partial_finetune(job: Job, probe: Task) -> Result:
     r, depth = job.recipe, get_arch(job.checkpoint.arch).depth
     if r.blocks[-1] > depth:
         raise UserError(f"blocks: {r.blocks[-1]:g} blocks cannot be tuned, {job.checkpoint.arch} has {depth}")
-    curve: dict[float, Record | Result] = {0.0: probed(job, probe)} if 0 in r.blocks else {}
+    curve: dict[float, Record | Result] = {}
+    folders = {k: part_of(job, k).work for k in r.blocks}
+    if 0 in r.blocks:
+        curve[0.0], folders[0.0] = probed(job, probe)
     images = images_of(job)
     tuned = {k: tune(part_of(job, k), k, images) for k in r.blocks if k}
     curve |= tuned
@@ -78,8 +83,20 @@ def partial_finetune(job: Job, probe: Task) -> Result:
         images_seen=sum(result.images_seen for result in tuned.values()),
         seconds=sum(result.seconds or 0.0 for result in tuned.values()),
         tables={"by_blocks": {f"{k:g}": described(outcome) for k, outcome in curve.items()}},
+        predictions=joined(
+            {k: folders[k] / outcome.predictions["file"] for k, outcome in curve.items() if outcome.predictions},
+            job.work,
+        ),
         notes=tuple(notes),
     )
+
+
+def joined(files: dict[float, Path], work: Path) -> dict[str, str]:
+    """Write the predictions of each k to one file in the work folder, as a set named after it. A point of the curve
+    that an earlier version made has none."""
+    if not files or not distributed.is_main():
+        return {}
+    return write_predictions(work, {f"{k:g}": read_predictions(file)[MAIN] for k, file in files.items()})
 
 
 def described(outcome: Record | Result) -> dict:
@@ -89,8 +106,8 @@ def described(outcome: Record | Result) -> dict:
     return values | {name: value for name, value in outcome.resolved.items() if name != "load"}
 
 
-def probed(job: Job, task: Task) -> Record:
-    """The record of linear probing by its own recipe of the same name; run now if there is none."""
+def probed(job: Job, task: Task) -> tuple[Record, Path]:
+    """The record of linear probing by its own recipe of the same name, and its folder; run now if there is none."""
     unchanged = job.task.recipe(job.checkpoint.arch, job.recipe_name)
     changed = [knob for knob in SHARED if getattr(job.recipe, knob) != getattr(unchanged, knob)]
     settings = [f"{knob}={as_typed(getattr(job.recipe, knob))}" for knob in changed]
@@ -98,7 +115,7 @@ def probed(job: Job, task: Task) -> Record:
     record = finished(probe) or run_job(replace(probe, tracker=job.tracker), wait=True)
     if record.status != "ok":
         raise UserError(f"{task.name}, the curve's first point, has no number: {record.reason}")
-    return record
+    return record, probe.work
 
 
 def part_of(job: Job, k: float) -> Job:
@@ -136,7 +153,7 @@ def tune_claimed(job: Job, k: float, images: Reading) -> Result:
     state, trained = train_classifier(job, model, images.train, transform)
     if checksum_of_others(trained, tuned) != before:
         raise RuntimeError(f"the frozen part changed while {k:g} blocks were tuned")
-    result = trained_result(job, state, images, validate(job, trained, images.val), {})
+    result = trained_result(job, state, images, {MAIN: validate(job, trained, images.val)}, {})
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     resolved = result.resolved | {"trained_parameters": parameters}
     resolved |= {"frozen_sha256": before} if k < len(model.blocks) else {}

@@ -6,6 +6,7 @@ python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transfer.data.imagenet_shifts import (
     inspect_c,
     inspect_shift,
 )
+from transfer.data.predictions import MAIN, Columns, names_of, prediction_space, write_predictions
 from transfer.data.split import Split
 from transfer.miniature import imagenet as miniature
 from transfer.task import Job, Needs, Result, Task
@@ -100,9 +102,16 @@ def resolved(job: Job) -> dict[str, Any]:
     return {"image_size": classifier(job)[1], "val_pixels": PILLOW_PIXELS}
 
 
-def evaluate_split(job: Job, split: Split, kept: Sequence[int] | None = None) -> Result:
-    images = len(split.files)
-    return Result(*scores_of(job, split, kept=kept).metrics(), images, images, resolved=resolved(job))
+def evaluated(job: Job, scores: Scores, **others: Scores) -> Result:
+    """The scores of the job's own set; all are kept in the work folder, others by the names of their sets."""
+    images, sets = len(scores.loss), {MAIN: scores, **others}
+    return Result(
+        *scores.metrics(),
+        n_eval=images,
+        images_seen=sum(len(each.loss) for each in sets.values()),
+        resolved=resolved(job),
+        predictions=write_predictions(job.work, {name: each.columns() for name, each in sets.items()}),
+    )
 
 
 def shifted_split(job: Job) -> Split:
@@ -114,32 +123,36 @@ def shifted_split(job: Job) -> Split:
 def run_released(job: Job) -> Result:
     """ImageNet's own validation images. Where it is fp32, all of it is: cuDNN would round a convolution's inputs."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return evaluate_split(job, read_split(Path(job.data.root) / "imagenet" / "val")[0].few(job.data.limit))
+        split = read_split(Path(job.data.root) / "imagenet" / "val")[0].few(job.data.limit)
+        return evaluated(job, scores_of(job, split))
 
 
 def run_200(job: Job) -> Result:
     """ImageNet-A or -R: the 200 classes of the set compete among themselves; beside it the same on clean images."""
     kept = columns(job.task.name)
-    result = evaluate_split(job, shifted_split(job), kept)
-    clean = clean_split(Path(job.data.root)).of_classes(kept).few(job.data.limit)
-    if not clean.files:
+    scores = scores_of(job, shifted_split(job), kept=kept)
+    images = clean_split(Path(job.data.root)).of_classes(kept).few(job.data.limit)
+    if not images.files:
+        result = evaluated(job, scores)
         return replace(result, notes=("no clean accuracy: ImageNet's validation images are not there",))
-    metrics, stderr = scores_of(job, clean, "clean", kept).metrics()
+    clean = scores_of(job, images, "clean", kept)
+    result, (metrics, stderr) = evaluated(job, scores, clean=clean), clean.metrics()
     return replace(
         result,
-        images_seen=result.images_seen + len(clean.files),
         metrics=result.metrics | {"clean_200_top1": metrics["top1"]},
         stderr=result.stderr | {"clean_200_top1": stderr["top1"]},
     )
 
 
 def run_sketch(job: Job) -> Result:
-    return evaluate_split(job, shifted_split(job))
+    return evaluated(job, scores_of(job, shifted_split(job)))
 
 
 def run_c(job: Job) -> Result:
     """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
     wrong: dict[str, list[np.ndarray]] = {}
+    sets: dict[str, Columns] = {}
+    images: list[str] = []
     for number, corruption in enumerate(ALEXNET_ERROR):
         folder = corruption_folder(Path(job.data.root), corruption)
         splits = [read_split(folder / str(s))[0].few(job.data.limit) for s in SEVERITIES]
@@ -147,17 +160,22 @@ def run_c(job: Job) -> Result:
             check_crop(splits[0].files[0], classifier(job)[1])
         whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
         scores = scores_of(job, whole, f"{number + 1}/15 {corruption}")
-        wrong[corruption] = np.split(~scores.top1, np.cumsum([len(s.files) for s in splits])[:-1])
+        images = images or names_of(splits[0].files)  # those of all 75 folders, or there would be no number
+        starts = [len(images) * i for i in range(len(splits) + 1)]
+        parts = [scores.part(start, end, images) for start, end in pairwise(starts)]
+        wrong[corruption] = [~part.top1 for part in parts]
+        sets |= {f"{corruption}/{s}": part.columns() for s, part in zip(SEVERITIES, parts)}
     errors = {c: [float(part.mean()) for part in parts] for c, parts in wrong.items()}
     metrics = {"mce": mce(errors), "mean_err": 100 * float(np.mean([np.mean(e) for e in errors.values()]))}
-    images = sum(len(part) for parts in wrong.values() for part in parts)
+    count = sum(len(part) for parts in wrong.values() for part in parts)
     return Result(
         metrics,
         mce_stderr(wrong),
-        n_eval=images,
-        images_seen=images,
+        n_eval=count,
+        images_seen=count,
         tables={"error_percent_by_corruption_and_severity": {c: [100 * e for e in v] for c, v in errors.items()}},
         resolved=resolved(job),
+        predictions=write_predictions(job.work, sets),
     )
 
 
@@ -210,6 +228,7 @@ EVAL = Task(
     objections=input_objections,
     parts=cost.evaluation_parts,
     flops=cost.flops,
+    space=lambda job: prediction_space(job.data.counts.get("images", job.data.counts.get("val", 0))),
     needs=Needs.FINE_TUNED_FILE,
     trains=False,
 )

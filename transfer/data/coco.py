@@ -81,6 +81,10 @@ class Examples(Sequence[Example]):
         some.rows = self.rows[: limit or None]
         return some
 
+    @property
+    def files(self) -> list[str]:
+        return [str(self.folder / os.fsdecode(self.names[image])) for image in self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 

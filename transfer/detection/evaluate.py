@@ -56,6 +56,18 @@ def evaluate(annotations: Path, results: Path, seed: int = 0, only: Sequence[int
     return Evaluation(metrics, stderr, per_class)
 
 
+def matches_of(annotations: Path, results: Path, name: str, only: Sequence[int] | None = None) -> "Matches":
+    """The matches of a COCO-results file, of boxes or masks. only: the ids of the images that count, if not all."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        found = json.loads(results.read_text(encoding="utf-8"))
+        evaluator = COCOeval(truth, load(truth, found, name), KINDS[name])
+        if only is not None:
+            evaluator.params.imgIds = sorted(only)
+        evaluator.evaluate()
+    return Matches(evaluator)
+
+
 def load(truth: COCO, found: list[dict], name: str) -> COCO:
     """The detections for boxes or for masks. pycocotools takes an object's size from its box if it has one; without
     the boxes, masks are sorted into sizes by their own area."""

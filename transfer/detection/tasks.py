@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from mae_core import distributed
+from mae_core.checkpoint import sha256_of
 from mae_core.flops import forward_flops
 from mae_core.loop import batch_objections, batch_within
 from mae_core.space import Space, training_space
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.data.findings import Data
+from transfer.data.predictions import MAIN, digest_of, names_of
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, DetectionRecipe, recipe, sources
@@ -61,6 +63,7 @@ def run(job: Job) -> Result:
         tables={"per_class": evaluation.per_class},
         resolved={**resolved, **predictions.resolved},
         artifacts=predictions.artifacts,
+        predictions=kept_results(job, predictions.results),
         notes=(*notes, *read_split(root, "train").notes),
     )
 
@@ -68,6 +71,14 @@ def run(job: Job) -> Result:
 def few(r: DetectionRecipe, data: Data) -> DetectionRecipe:
     """The recipe with a batch that so few images fill."""
     return replace(r, batch=batch_within(r.batch, data.counts["train"]))
+
+
+def kept_results(job: Job, results: Path) -> dict[str, str]:
+    """What the record says of the COCO-results file."""
+    if not distributed.is_main():
+        return {}
+    digest = digest_of({MAIN: {"image": names_of(tested_examples(job).files)}})
+    return {"file": results.name, "sha256": sha256_of(results), "images": digest}
 
 
 def objections(job: Job) -> Iterator[Objection]:

@@ -1,5 +1,7 @@
 """mIoU, mean and overall accuracy from per-image pixel counts, with standard errors over the images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 RESAMPLES = 200
@@ -56,3 +58,14 @@ def by_class(areas: np.ndarray, names: tuple[str, ...]) -> dict[str, dict[str, f
         }
         for i, name in enumerate(names)
     }
+
+
+def columns_of(images: Sequence[str], areas: np.ndarray) -> dict[str, Sequence | np.ndarray]:
+    """A row for each image and class that the image's label or prediction has, from counts [N, 3, C]: intersection,
+    union and label in pixels. An image without any has one row, of class 0 and no pixels."""
+    present = areas[:, 1] > 0
+    present[:, 0] |= ~present.any(axis=1)
+    owner, classes = np.nonzero(present)
+    pixels = dict(zip(("intersection", "union", "label_pixels"), np.moveaxis(areas, 1, 0)))
+    rows = {name: counts[owner, classes] for name, counts in pixels.items()}
+    return {"image": [images[int(i)] for i in owner], "class": classes.astype(np.int32), **rows}

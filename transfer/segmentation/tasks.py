@@ -19,16 +19,18 @@ from mae_core.space import Space, training_space
 from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.data.findings import Data, spread
+from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.miniature import dense
 from transfer.pyramid import size_objections
 from transfer.run import origin, save_trained
-from transfer.segmentation.evaluate import by_class, scores
+from transfer.segmentation.evaluate import by_class, columns_of, scores
 from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
 from transfer.segmentation.recipe import SegmentationRecipe, recipe, sources
 from transfer.segmentation.train import run_multi_scale_test, run_test, train
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
+MULTI_SCALE = "multi_scale"  # the set of the test over several scales
 SEGMENTER_FILE = "segmenter.safetensors"
 # What the public configs of 48.1 mIoU do otherwise, beside what the record's sources and notes say.
 UNLIKE_PUBLIC = (
@@ -68,9 +70,11 @@ def run(job: Job) -> Result:
     metric = run_test(runner)
     test_seconds = time.monotonic() - started
     metrics, stderr = scores(metric.areas)
+    kept = {MAIN: columns_of(names_of(validation), metric.areas)}
     if r.multi_scale:
-        several = scores(run_multi_scale_test(job, config, model).areas)
-        for single, many in zip((metrics, stderr), several):
+        areas = run_multi_scale_test(job, config, model).areas
+        kept[MULTI_SCALE] = columns_of(names_of(validation), areas)
+        for single, many in zip((metrics, stderr), scores(areas)):
             single |= {f"{name}_ms": value for name, value in many.items()}
     metainfo = runner.test_loop.dataloader.dataset.metainfo
     artifacts = {}
@@ -97,6 +101,7 @@ def run(job: Job) -> Result:
             "test_images_per_second": round(len(validation) / test_seconds, 2),
         },
         artifacts=artifacts,
+        predictions=write_predictions(job.work, kept),
         notes=state.notes + notes,
     )
 

@@ -1,11 +1,14 @@
 """What is refused before anything starts fails indeed, and the rest runs; the space that is asked for is what real
 trainings take."""
 
+import numpy as np
 import pytest
 
 from mae_core.machine import Machine
 from tests.fixtures.transfer import assert_objection_is_right, assert_space_is_right, make_job
+from transfer.classification.evaluate import Scores
 from transfer.classification.tasks import TASKS
+from transfer.data.predictions import BYTES, PREDICTIONS_FILE, write_predictions
 from transfer.task import CLASSIFIER_FILE
 
 BY_NAME = {task.name: task for task in TASKS}
@@ -82,9 +85,19 @@ def test_space_of_the_features_of_k_nn(root, tmp_path):
     assert job.task.space(job) == (0, 0)
 
 
-def test_evaluation_takes_no_space(root, tmp_path):
+def test_evaluation_takes_the_space_of_its_predictions(root, tmp_path):
+    """Twelve images; in so small a file the names of the columns count for more than the rows."""
     job = make_job(BY_NAME["imagenet_eval"], root, tmp_path)
-    assert job.task.space(job) == (0, 0)
+    assert job.task.space(job) == (12 * BYTES, 12 * BYTES)
+
+
+def test_space_of_predictions_is_that_of_many_rows(tmp_path):
+    rng, n = np.random.default_rng(0), 20000
+    arrays = (np.arange(n) // 20, rng.random(n), rng.integers(0, 1000, (n, 5)), rng.random((n, 5)))
+    label, loss, classes, log_probs = (a.astype(np.int32 if a.dtype.kind == "i" else np.float32) for a in arrays)
+    names = [f"n{i // 20:08}/ILSVRC2012_val_{rng.integers(50000):08}.JPEG" for i in range(n)]
+    write_predictions(tmp_path, {"": Scores(names, label, loss, classes, log_probs).columns()})
+    assert 0.7 * n * BYTES < (tmp_path / PREDICTIONS_FILE).stat().st_size <= n * BYTES
 
 
 def test_space_of_a_head_of_the_sets_own_size(tmp_path):

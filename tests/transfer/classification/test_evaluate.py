@@ -33,7 +33,8 @@ def evaluated(model, split: Split, kept=None, size: int = 16, micro_batch: int =
 
 def test_scores_count_and_err_as_computed_by_hand():
     loss = np.array([1.0, 2.0, 3.0, 6.0])
-    scores = Scores(loss, np.array([True, False, True, True]), np.array([True, True, True, True]))
+    ranked = np.array([[7, 1], [2, 7], [7, 3], [7, 4]])
+    scores = Scores(["a", "b", "c", "d"], np.full(4, 7), loss, ranked, np.zeros((4, 2)))
     metrics, stderr = scores.metrics()
     assert metrics == {"top1": 75.0, "top5": 100.0, "loss": 3.0}
     # sqrt(0.75 * 0.25 / 4) = 0.2165; the losses' variance is (4 + 1 + 0 + 9) / 3, over 4 images.
@@ -46,9 +47,9 @@ def test_score_ranks_as_computed_by_hand():
     logits = torch.zeros(4, 10)
     logits[:, :7] = torch.tensor([7.0, 6, 5, 4, 3, 2, 1])
     rows = score(logits, torch.tensor([0, 4, 5, 1]))
-    assert rows[:, 1].tolist() == [1, 0, 0, 0]
-    assert rows[:, 2].tolist() == [1, 1, 0, 1]
+    assert rows[:, 1:6].tolist() == [[0, 1, 2, 3, 4]] * 4
     total = sum(np.exp([7, 6, 5, 4, 3, 2, 1])) + 3
+    np.testing.assert_allclose(rows[:, 6:], [np.array([7, 6, 5, 4, 3]) - np.log(total)] * 4, rtol=1e-6)
     np.testing.assert_allclose(rows[:, 0], [np.log(total) - v for v in (7, 3, 2, 6)], rtol=1e-6)
 
 

@@ -95,7 +95,7 @@ def test_the_classifier_is_left_and_reads_as_a_fine_tuned_checkpoint(finetuned):
 
 def test_the_optimizer_state_is_gone_after_success(finetuned):
     job, _ = finetuned
-    left = [".claim.0", CLASSIFIER_FILE, "job.json", "log.jsonl", "record.json"]
+    left = [".claim.0", CLASSIFIER_FILE, "job.json", "log.jsonl", "predictions.parquet", "record.json"]
     assert sorted(p.name for p in job.work.iterdir()) == left
 
 
@@ -123,7 +123,8 @@ def test_the_left_classifier_evaluates_to_the_recorded_numbers(finetuned, root, 
 
 def test_nothing_of_the_evaluation_is_rounded_to_tf32(root, tmp_path, monkeypatch):
     seen, before = [], torch.backends.cudnn.allow_tf32
-    monkeypatch.setattr(robustness, "evaluate_split", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(robustness, "scores_of", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(robustness, "evaluated", lambda *_: None)
     robustness.run_released(make_job(EVAL, root, tmp_path))
     assert (seen, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == ([False], before, True)
 

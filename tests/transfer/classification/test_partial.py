@@ -23,6 +23,7 @@ from tests.fixtures.transfer import ARCH, small_checkpoint, write_imagenet
 from transfer.classification import partial
 from transfer.classification.picture import PICTURE_FILE, draw_curve, published_curves
 from transfer.classification.tasks import LINPROBE, PARTIAL
+from transfer.data.predictions import PREDICTIONS_FILE, read_predictions
 from transfer.jobs import make_job
 from transfer.run import read_record, run_job, with_work_folder
 
@@ -207,6 +208,8 @@ def test_no_block_is_the_probe_and_all_blocks_are_trained_here(curve):
     (found,) = records_of(job.out, "imagenet_linprobe")
     assert found == probe  # taken as it was: run again it would have another time
     assert (record.metrics["top1@0"], record.stderr["top1@0"]) == (probe.metrics["top1"], probe.stderr["top1"])
+    kept = {k: rows["label"] == rows["top1"] for k, rows in read_predictions(job.work / PREDICTIONS_FILE).items()}
+    assert {f"top1@{k}": 100 * right.mean() for k, right in kept.items()} == pytest.approx(record.metrics)
     assert not records_of(job.out, "imagenet_finetune")  # another recipe
     (path,) = job.work.parent.glob(f"6/*/{partial.RESULT_FILE}")
     assert json.loads(path.read_text())["metrics"]["top1"] == record.metrics["top1@6"]
@@ -251,7 +254,7 @@ def test_a_probe_that_fails_fails_the_curve_by_name(root, tmp_path):
 
 
 def test_the_input_size_and_the_share_of_the_images_hold_for_the_probe_too(root, tmp_path):
-    record = partial.probed(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(LINPROBE))
+    record, _ = partial.probed(job_of(root, tmp_path, image_size=32, train_fraction=0.5, epochs=1), small(LINPROBE))
     assert record.recipe_label == "mini with image_size=32, train_fraction=0.5"
     assert (record.recipe["epochs"], record.images_seen, record.resolved["train_images"]) == (2, 32, 16)
 

@@ -76,7 +76,7 @@ def scores_of_eleven(split: Split) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = build_vit(ARCH, num_classes=1000)
     scores = evaluate(model, split, eval_transform(48), IMAGENET_NORMALIZATION, Machine(micro_batch=2), "x")
-    return {name: torch.from_numpy(values) for name, values in vars(scores).items()}
+    return {name: torch.from_numpy(values) for name, values in scores.columns().items() if name != "image"}
 
 
 def eleven_images(root: Path) -> Split:

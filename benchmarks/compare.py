@@ -1,0 +1,219 @@
+"""Is encoder A better than B? Per task: the difference, its 95 % interval, p, and a word.
+
+    mae-transfer compare A B [--out DIR]
+
+A and B are checkpoints in DIR, by name or SHA-256, or other folders that hold runs. Only numbers of the same images, by
+the same version of a task, are compared; what else differs is named. benchmarks/significance.py has the tests.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.markdown import harmless, markdown_table
+from benchmarks.samples import sample_of
+from benchmarks.significance import Difference, Sample, compare, holm, word
+from benchmarks.suite import TASKS
+from benchmarks.verify import check_hash, check_unaltered
+from mae_core.command_line import answered
+from mae_core.errors import UserError
+from mae_core.machine import named_path, program
+from mae_core.settings import did_you_mean, differences
+from transfer.run import read_record
+from transfer.task import RECORD_FILE, Record
+
+AP_RESAMPLES = 200  # of COCO's images: a resample takes a tenth of a second or more
+ABOUT = """\
+A - B in the metric's unit, and p by a paired test on the same images, then corrected by Holm for the number of tasks. A
+is better or worse where the corrected p is below 0.05. docs/predictions.md describes the tests.
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record with predictions, and where it lies."""
+
+    record: Record
+    path: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task that both sides have. why: not empty if it was not compared; differs: what else is not the same."""
+
+    task: str
+    metric: str
+    seeds: tuple[int, int] = (0, 0)
+    images: int = 0
+    difference: Difference | None = None
+    differs: tuple[str, ...] = ()
+    why: str = ""
+
+
+def runs_of(name: str, out: Path) -> list[Run]:
+    """The successful runs of a checkpoint in `out`, or in the folder of that name; UserError if it is not one."""
+    folder = Path(name)
+    everything = [(read_record(path), path) for path in sorted((folder if folder.is_dir() else out).rglob(RECORD_FILE))]
+    chosen = [(r, path) for r, path in everything if folder.is_dir() or called(r, name)]
+    if not chosen:
+        known = dict.fromkeys(str(r.checkpoint.get("name")) for r, _ in everything)
+        raise UserError(
+            f"{out} has no record of '{name}': {did_you_mean(name, list(known)) if known else 'it holds none'}"
+        )
+    trained = {(r.checkpoint.get("name"), r.checkpoint.get("sha256")) for r, _ in chosen if not drawn(r)}
+    names = {(r.checkpoint.get("name"), "random") for r, _ in chosen if drawn(r)} | trained
+    if len(names) > 1:
+        listed = ", ".join(sorted(f"{known} {str(sha)[:8]}" for known, sha in names))
+        raise UserError(f"'{name}' is several checkpoints: {listed}; choose one, by its SHA-256 where names are equal")
+    return [Run(r, path) for r, path in chosen if r.status == "ok"]
+
+
+def called(record: Record, name: str) -> bool:
+    own, sha256 = record.checkpoint.get("name"), record.checkpoint.get("sha256") or ""
+    return name == own or (len(name) >= 8 and sha256.startswith(name))
+
+
+def drawn(record: Record) -> bool:
+    """Whether the encoder is random weights, which each seed draws anew."""
+    return record.checkpoint.get("format") == "random"
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, dict[tuple, list[Run]]]:
+    """Task -> (recipe, engine, precision, images) -> its seeds' runs, the latest of each."""
+    found: dict[str, dict[tuple, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in sorted(runs, key=lambda run: run.record.finished):
+        r = run.record
+        key = (r.recipe_label, r.engine, r.machine.get("precision", ""), r.predictions.get("images", ""))
+        found[r.task][key][r.seed] = run
+    return {task: {key: distinct(seeds) for key, seeds in groups.items()} for task, groups in found.items()}
+
+
+def distinct(seeds: dict[int, Run]) -> list[Run]:
+    """One run for each set of predictions: a seed that changes nothing is none."""
+    return list({seeds[s].record.predictions.get("sha256", s): seeds[s] for s in sorted(seeds, reverse=True)}.values())
+
+
+def rows_of(a: Sequence[Run], b: Sequence[Run], data: Path | None) -> list[Row]:
+    """A row for each comparison of a task that both have, in the suite's order."""
+    order = {task.name: number for number, task in enumerate(TASKS)}
+    sides = grouped(a), grouped(b)
+    tasks = sorted(sides[0].keys() & sides[1].keys(), key=lambda name: (order.get(name, len(order)), name))
+    return [row for task in tasks for row in rows_of_task(sides[0][task], sides[1][task], data)]
+
+
+def rows_of_task(a: dict[tuple, list[Run]], b: dict[tuple, list[Run]], data: Path | None) -> list[Row]:
+    """Equal recipes with each other; if there are none, the only one of either side, which names the difference."""
+    pairs = [(a[key], b[key]) for key in a if key in b]
+    if not pairs:
+        if len(a) > 1 or len(b) > 1:
+            first = next(iter(a.values()))[0].record
+            labels = [" / ".join(dict.fromkeys(key[0] for key in side)) for side in (a, b)]
+            return [Row(first.task, first.metric, why=f"A was run with {labels[0]}, B with {labels[1]}: no two agree")]
+        pairs = [(next(iter(a.values())), next(iter(b.values())))]
+    return [row_of(mine, theirs, data) for mine, theirs in pairs]
+
+
+def row_of(a: list[Run], b: list[Run], data: Path | None) -> Row:
+    first, other = a[0].record, b[0].record
+    row = partial(Row, first.task, first.metric, (len(a), len(b)))
+    if why := refused(first, other):
+        return row(why=why)
+    try:
+        samples = [[sample(run, data) for run in side] for side in (a, b)]
+    except UserError as e:
+        return row(why=str(e))
+    mine, theirs = ([each for each, _ in side] for side in samples)
+    resamples = {"resamples": AP_RESAMPLES} if first.task == "coco" else {}
+    difference = compare(mine, theirs, samples[0][0][1], **resamples)
+    return row(mine[0].images, difference, differing(first, other))
+
+
+def refused(a: Record, b: Record) -> str:
+    """Why two records cannot be compared; "" if they can."""
+    versions = [r.identity.get("task_version") for r in (a, b)]
+    if versions[0] != versions[1]:
+        return f"version {versions[0]} of the task against {versions[1]}, whose numbers differ: run it again"
+    if without := [name for name, r in (("A", a), ("B", b)) if not r.predictions]:
+        return f"{' and '.join(without)} kept no predictions: an earlier version made the record; run it again"
+    if a.predictions["images"] != b.predictions["images"]:
+        return "they were tested on different images"
+    return ""
+
+
+def differing(a: Record, b: Record) -> tuple[str, ...]:
+    """What else is not the same, in words: the knobs of the recipe, and how it ran."""
+    found = differences(a.recipe, b.recipe)
+    own = [(r.recipe_name, r.engine, str(r.machine.get("precision", "")), str(r.data.get("label"))) for r in (a, b)]
+    names = ("recipe", "engine", "precision", "data")
+    return (*(f"{name}: {mine} -> {theirs}" for name, mine, theirs in zip(names, *own) if mine != theirs), *found)
+
+
+def sample(run: Run, data: Path | None) -> tuple[Sample, bool]:
+    """UserError if the record or its predictions were altered."""
+    check_unaltered(run.record, run.path)
+    file = run.path.parent / Path(run.record.predictions["file"]).name
+    check_hash(file, run.record.predictions["sha256"], run.path)
+    return sample_of(run.record, run.path.parent, data or Path(run.record.data.get("root") or ""))
+
+
+def written(rows: Sequence[Row], a: str, b: str) -> str:
+    """The rows as Markdown, what differs and what was not compared below them."""
+    better = {task.name: task.higher_is_better for task in TASKS}
+    tested = [row for row in rows if row.difference is not None]
+    corrected = holm([row.difference.p for row in tested if row.difference]) if tested else []
+    header = ["task", "metric", "A", "B", "A - B", "95 % interval", "p", "p (Holm)", "A is", "images", "seeds", "test"]
+    lines, notes = [header], []
+    for row, p in zip(tested, corrected):
+        d = row.difference
+        assert d is not None
+        result = word(d, p, better.get(row.task, True))
+        numbers = [f"{d.a:.2f}", f"{d.b:.2f}", f"{d.value + 0.0:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"]
+        seeds = " / ".join(map(str, row.seeds))
+        lines.append([row.task, row.metric, *numbers, f"{d.p:.2g}", f"{p:.2g}", result, str(row.images), seeds, d.test])
+        if row.differs:
+            notes.append(f"- {row.task}, A -> B: {'; '.join(row.differs)}")
+        if row.seeds == (1, 1) and trains(row.task):
+            notes.append(f"- {row.task}: one training each, so how much trainings differ by chance is not counted")
+    notes += [f"- {row.task}: not compared: {row.why}" for row in rows if row.why]
+    parts = [f"A: {a}\nB: {b}", ABOUT.strip(), markdown_table(lines, left=2, padded=True) if tested else ""]
+    return harmless("\n\n".join(part for part in (*parts, "\n".join(notes)) if part))
+
+
+def trains(name: str) -> bool:
+    return any(task.name == name.partition(":")[0] and task.trains for task in TASKS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: at least one task was compared. 1: none could be. 2: A or B is no checkpoint here."""
+    parser = argparse.ArgumentParser(
+        prog=program("benchmarks.compare"), description="Compare two checkpoints, task by task, on the same images."
+    )
+    parser.add_argument("a", metavar="A", help="a checkpoint in --out, by name or SHA-256, or a folder of its runs")
+    parser.add_argument("b", metavar="B", help="the other one")
+    parser.add_argument("--out", type=named_path, default=Path("results"), help="the folder that holds runs/")
+    parser.add_argument("--data", type=named_path, help="where the data lie now, for COCO's annotations")
+    return answered(partial(run, parser.parse_args(argv)))
+
+
+def run(args: argparse.Namespace) -> int:
+    a, b = runs_of(args.a, args.out), runs_of(args.b, args.out)
+    rows = rows_of(a, b, args.data)
+    if not rows:
+        raise UserError(f"no task was run with both {args.a} and {args.b}")
+    print(written(rows, title(a, args.a), title(b, args.b)))
+    return 0 if any(row.difference for row in rows) else 1
+
+
+def title(runs: Sequence[Run], name: str) -> str:
+    if not runs:
+        return name
+    c = runs[0].record.checkpoint
+    return f"{c.get('name')} ({c.get('arch')}, {str(c.get('sha256'))[:8]})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Which runs of two checkpoints are compared, what is refused, what is named; hand-made predictions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import main, rows_of, runs_of
+from benchmarks.samples import areas_of, corruption_errors
+from mae_core.errors import UserError
+from tests.fixtures.records import CHECKPOINT, ok
+from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
+from transfer.data.predictions import write_predictions
+from transfer.run import write_record
+from transfer.segmentation.evaluate import columns_of, scores
+
+IMAGES = [f"{i}.jpg" for i in range(200)]
+
+
+def right(share: float, seed: int = 0, images: int = 200) -> dict:
+    """The columns of a classifier that is right on that share of the images."""
+    label = np.arange(images) % 10
+    wrong = np.random.default_rng(seed).random(images) >= share
+    return {"image": IMAGES[:images], "label": label, "top1": np.where(wrong, label + 1, label)}
+
+
+def write(out: Path, name: str, columns: dict, task: str = "imagenet_knn", seed: int = 0, **changes) -> Path:
+    work = out / "runs" / name / task / f"{seed}-{len(list(out.rglob('record.json')))}"
+    record = ok(task, seed, top1=100 * float(np.mean(columns["top1"] == columns["label"])))
+    checkpoint = {**CHECKPOINT, "name": name, "sha256": name.encode().hex().ljust(64, "0")}
+    work.mkdir(parents=True)
+    record = replace(record, checkpoint=checkpoint, predictions=write_predictions(work, {"": columns}))
+    write_record(replace(record, **changes), work)
+    return work
+
+
+def rows(out: Path, a: str = "a", b: str = "b"):
+    return rows_of(runs_of(a, out), runs_of(b, out), None)
+
+
+def test_the_better_one_is_called_better_and_the_same_difference_turned_round(tmp_path, capsys):
+    write(tmp_path, "a", right(0.8, 1))
+    write(tmp_path, "b", right(0.5, 2))
+    (row,), (turned,) = rows(tmp_path), rows(tmp_path, "b", "a")
+    assert row.difference.value == pytest.approx(-turned.difference.value)
+    assert (row.difference.low, row.difference.high) == pytest.approx((-turned.difference.high, -turned.difference.low))
+    assert row.difference.p == turned.difference.p < 0.001
+    assert main(["a", "b", "--out", str(tmp_path)]) == 0
+    assert "| better |" in capsys.readouterr().out
+    assert main(["b", "a", "--out", str(tmp_path)]) == 0
+    assert "| worse |" in capsys.readouterr().out.replace("  ", " ")
+
+
+def test_other_folders_are_compared_too(tmp_path):
+    write(tmp_path / "mine", "a", right(0.8, 1))
+    write(tmp_path / "theirs", "b", right(0.5, 2))
+    found = rows_of(runs_of("a", tmp_path / "mine"), runs_of(str(tmp_path / "theirs"), tmp_path / "mine"), None)
+    assert [row.task for row in found] == ["imagenet_knn"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes", "said"),
+    [
+        (right(0.5, images=150), {}, "different images"),
+        (right(0.5) | {"image": IMAGES[::-1]}, {}, "different images"),
+        (right(0.5), {"identity": {"task": "imagenet_knn", "task_version": 2}}, "version 1 of the task against 2"),
+        (right(0.5), {"predictions": {}}, "B kept no predictions"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_its_reason(tmp_path, columns, changes, said, capsys):
+    write(tmp_path, "a", right(0.8, 1))
+    write(tmp_path, "b", columns, **changes)
+    (row,) = rows(tmp_path)
+    assert row.difference is None
+    assert said in row.why
+    assert main(["a", "b", "--out", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_what_else_differs_is_named(tmp_path, capsys):
+    changes = {"recipe": {"image_size": 224, "k": 20}, "machine": {"device": "cpu", "precision": "bf16"}}
+    write(tmp_path, "a", right(0.8, 1), recipe={"image_size": 224, "k": 10}, overrides={"k": 10})
+    write(tmp_path, "b", right(0.5, 2), **changes)
+    (row,) = rows(tmp_path)
+    assert row.differs == ("precision: fp32 -> bf16", "k: 10 -> 20")
+    main(["a", "b", "--out", str(tmp_path)])
+    assert "k: 10 -> 20" in capsys.readouterr().out
+
+
+def test_equal_recipes_are_compared_and_others_left_alone(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path, name, right(0.8, 1), overrides={"k": 10})
+        write(tmp_path, name, right(0.6, 1))
+    assert [row.difference.a for row in rows(tmp_path)] == pytest.approx([row.difference.b for row in rows(tmp_path)])
+    assert len(rows(tmp_path)) == 2
+
+
+def test_several_recipes_of_which_no_two_agree_are_named(tmp_path):
+    for k in (10, 20):
+        write(tmp_path, "a", right(0.8, 1), overrides={"k": k})
+    write(tmp_path, "b", right(0.6, 1))
+    (row,) = rows(tmp_path)
+    assert "k=10" in row.why
+    assert "no two agree" in row.why
+
+
+def test_seeds_that_change_nothing_count_once(tmp_path):
+    for seed in range(3):
+        write(tmp_path, "a", right(0.8, 1), seed=seed)
+        write(tmp_path, "b", right(0.6, seed), seed=seed)
+    assert rows(tmp_path)[0].seeds == (1, 3)
+
+
+def test_one_training_each_says_what_is_not_counted(tmp_path, capsys):
+    for name, share in (("a", 0.8), ("b", 0.5)):
+        write(tmp_path, name, right(share, 1), "imagenet_finetune")
+    main(["a", "b", "--out", str(tmp_path)])
+    assert "how much trainings differ by chance is not counted" in capsys.readouterr().out
+
+
+def test_more_tasks_raise_every_p(tmp_path, capsys):
+    for number, task in enumerate(("imagenet_knn", "imagenet_linprobe", "imagenet_a", "imagenet_r")):
+        write(tmp_path, "a", right(0.62, 2 * number + 1), task)
+        write(tmp_path, "b", right(0.50, 2 * number), task)
+    main(["a", "b", "--out", str(tmp_path)])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| imagenet")]
+    pairs = [(float(line[6]), float(line[7])) for line in lines]
+    assert len(pairs) == 4
+    assert min(holm / p for p, holm in pairs if p < 0.2) >= 1
+    assert max(holm / p for p, holm in pairs) == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["a", "nobody"], "has no record of 'nobody'"), (["a", "c"], "no task was run with both a and c")],
+)
+def test_a_wrong_name_is_answered_in_a_sentence(tmp_path, arguments, said, capsys):
+    write(tmp_path, "a", right(0.8))
+    write(tmp_path, "c", right(0.8), "imagenet_a")
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_of_two_checkpoints_asks_which(tmp_path):
+    write(tmp_path, "a", right(0.8))
+    write(tmp_path, "a", right(0.8), checkpoint={**CHECKPOINT, "name": "a", "sha256": "99" * 32})
+    with pytest.raises(UserError, match="several checkpoints: a 61000000, a 99999999"):
+        runs_of("a", tmp_path)
+    assert len(runs_of("99999999", tmp_path)) == 1
+
+
+def test_an_altered_prediction_is_not_compared(tmp_path):
+    write(tmp_path, "a", right(0.8))
+    work = write(tmp_path, "b", right(0.8))
+    write_predictions(work, {"": right(0.9)})
+    (row,) = rows(tmp_path)
+    assert "was altered" in row.why
+
+
+def test_an_images_errors_average_to_mce_and_its_standard_error():
+    rng = np.random.default_rng(0)
+    wrong = {c: [rng.random(30) < 0.5 for _ in range(5)] for c in ALEXNET_ERROR}
+    sets = {
+        f"{c}/{s}": {"label": np.zeros(30), "top1": part.astype(float)}
+        for c, parts in wrong.items()
+        for s, part in enumerate(parts, 1)
+    }
+    found = corruption_errors(sets)
+    assert found.mean() == pytest.approx(mce({c: [float(p.mean()) for p in parts] for c, parts in wrong.items()}))
+    assert found.std(ddof=1) / 30**0.5 == pytest.approx(mce_stderr(wrong)["mce"])
+
+
+def test_pixel_counts_come_back_as_they_were():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 50, (12, 7)) * (rng.random((12, 7)) < 0.5)
+    hit = (label * rng.random((12, 7))).astype(int)
+    areas = np.stack([hit, label + rng.integers(0, 9, (12, 7)), label], axis=1)
+    areas[3] = 0  # an image without a labelled pixel
+    names = [f"{i:02}" for i in range(12)]
+    rows = {key: np.array(values) for key, values in columns_of(names, areas).items()}
+    back = areas_of(rows)
+    np.testing.assert_array_equal(back, areas)
+    assert scores(back) == scores(areas)
