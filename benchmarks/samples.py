@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.significance import Mean, Sample
+from benchmarks.verify import tested_examples
 from mae_core.errors import UserError
 from transfer.classification.robustness import ALEXNET_ERROR
 from transfer.data.coco import annotation_file
@@ -31,10 +32,10 @@ class Miou:
 
 
 class AveragePrecision:
-    """COCO's matches of one results file. kind: "box" or "mask"."""
+    """COCO's matches of one results file. kind: "box" or "mask". only: the ids of the images that count."""
 
-    def __init__(self, annotations: Path, results: Path, kind: str) -> None:
-        self.matches = matches_of(annotations, results, kind)
+    def __init__(self, annotations: Path, results: Path, kind: str, only: list[int]) -> None:
+        self.matches = matches_of(annotations, results, kind, only)
         self.images = self.matches.images
 
     def values(self, draws: np.ndarray) -> np.ndarray:
@@ -51,7 +52,9 @@ def sample_of(record: Record, folder: Path, root: Path) -> tuple[Sample, bool]:
         annotations = annotation_file(root, "val")
         if not annotations.exists():
             raise UserError(f"{annotations} is not there, without which AP cannot be computed: give --data")
-        return AveragePrecision(annotations, file, record.metric.split("_")[0]), False
+        examples = tested_examples(record, root)
+        kind = record.metric.split("_")[0]
+        return AveragePrecision(annotations, file, kind, examples.ids[examples.rows].tolist()), False
     sets = read_predictions(file)
     if record.task == "imagenet_c":
         return Mean(corruption_errors(sets)), False

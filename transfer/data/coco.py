@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from pycocotools import mask as mask_util
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
 from mae_core.files import is_image, open_regular
-from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, are_runs, runs, valid_outline
+from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, Example, are_runs, valid_outline
 from transfer.data.findings import Data, found, incomplete, missing, preview
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
@@ -29,27 +28,6 @@ CATEGORIES = {
 IDS = tuple(CATEGORIES)
 LABELS = {category: label for label, category in enumerate(IDS)}
 SIZES_CHECKED = 100  # images whose header is compared with the json: all would take minutes on a slow disk
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image and its objects without crowds: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one outline
-    per object: a list of polygons, float64 x0, y0, x1, y1, ... in px, or a run-length encoding (pycocotools)."""
-
-    file: str
-    id: int
-    height: int
-    width: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    outlines: tuple[list[np.ndarray] | dict, ...]
-
-    def masks(self) -> np.ndarray:
-        """uint8 [n, height, width]."""
-        if not self.outlines:
-            return np.zeros((0, self.height, self.width), np.uint8)
-        rles = [runs(outline, self.height, self.width) for outline in self.outlines]
-        return np.ascontiguousarray(mask_util.decode(rles).transpose(2, 0, 1))
 
 
 class Examples(Sequence[Example]):

@@ -7,6 +7,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -275,3 +276,24 @@ def valid_outline(segmentation: Any, height: int, width: int) -> list[np.ndarray
 def runs(outline: list[np.ndarray] | dict, height: int, width: int) -> dict:
     """The outline as one run-length encoding."""
     return outline if isinstance(outline, dict) else mask_util.merge(mask_util.frPyObjects(outline, height, width))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and its objects without crowds: boxes [n, 4] as x0, y0, x1, y1 in px, labels [n] 0..79, and one outline
+    per object: a list of polygons, float64 x0, y0, x1, y1, ... in px, or a run-length encoding (pycocotools)."""
+
+    file: str
+    id: int
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    outlines: tuple[list[np.ndarray] | dict, ...]
+
+    def masks(self) -> np.ndarray:
+        """uint8 [n, height, width]."""
+        if not self.outlines:
+            return np.zeros((0, self.height, self.width), np.uint8)
+        rles = [runs(outline, self.height, self.width) for outline in self.outlines]
+        return np.ascontiguousarray(mask_util.decode(rles).transpose(2, 0, 1))
