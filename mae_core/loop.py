@@ -121,7 +121,8 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
             due = main and time.monotonic() - saved >= 60 * t.machine.save_minutes
             # All save and stop after the same step: otherwise one would wait for gradients that never come.
             due, stopping = distributed.any_process(due, bool(stop))
-            if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping:
+            ended = state.step == t.steps
+            if len(waiting) >= FLUSH_STEPS or end_of_epoch or due or stopping or ended:
                 last_loss = flush(waiting, state, t)
                 note = f"epoch {step // t.steps_per_epoch + 1}/{t.epochs} loss {last_loss:.4f} lr {lr:.2e}"
                 curves.training(step, last_loss, lr, progress.rate())
@@ -135,7 +136,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
                 progress.started += time.monotonic() - before
                 end_epoch(t, state, lr, progress.rate(), found)
                 curves.evaluation(step, found)
-            if due or stopping or state.step == t.steps:
+            if due or stopping or ended:
                 # There is one checkpoint for all processes: each resumes from the mean of their losses.
                 losses = distributed.gather_to_all(state.loss_sum)
                 state.loss_sum = sum(losses) / len(losses)

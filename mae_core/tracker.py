@@ -125,6 +125,9 @@ def to_tensorboard(run: Run) -> Sink:
 def to_wandb(run: Run) -> Sink:
     import wandb
 
+    # It asks nobody for a login, which would hold up a training that nobody watches.
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True, init_timeout=30)
+    wandb.setup(settings)
     started = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         id=run.id,
@@ -132,7 +135,7 @@ def to_wandb(run: Run) -> Sink:
         config=run.config,
         resume="allow",
         dir=run.work,
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
+        settings=settings,
     )
     return Sink(lambda step, values: started.log(values, step=step), lambda early: started.finish(exit_code=int(early)))
 
