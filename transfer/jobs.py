@@ -15,7 +15,6 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
-from mae_core.vit import variant_in_words
 from transfer.data.findings import Data
 from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
@@ -154,8 +153,6 @@ def obstacle(job: Job) -> tuple[str, str]:
             raise UserError(f"{task.name}: {why}")
     if task.needs is Needs.ENCODER and kind == "classifier":
         return "skipped", f"{job.checkpoint.name} is a fine-tuned classifier, not a pre-trained encoder"
-    if task.plain_vit and not job.checkpoint.plain:
-        return "skipped", f"not a plain ViT: {job.checkpoint.name} has {variant_in_words(job.checkpoint.variant)}"
     if not installed(task.engines[job.engine]):
         return "skipped", f"{job.engine} is not installed here; {task.install}"
     if job.data.status == "missing":

@@ -99,7 +99,6 @@ class Task:
     engines: dict[str, str] = field(default_factory=lambda: {"torch": "torch"})  # name -> module it needs, best first
     install: str = ""  # how to install an engine that is absent
     packages: tuple[str, ...] = ()  # further packages whose versions go into the record
-    plain_vit: bool = False  # only plain ViTs fit its model
     opt_in: bool = False  # runs only if it is named
     from_scratch: bool = False  # it uses only the size of a checkpoint
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder

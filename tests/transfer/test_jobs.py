@@ -10,13 +10,13 @@ import torch
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.errors import UserError
 from mae_core.machine import Machine, machine_from
-from mae_core.vit import Variant, build_vit
+from mae_core.vit import build_vit
 from tests.fixtures import segmentation
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import ARCH, assert_objection_is_right, make_job, small_checkpoint, write_imagenet
 from transfer import jobs
 from transfer.classification.robustness import EVAL
-from transfer.classification.tasks import FINETUNE, KNN, TASKS
+from transfer.classification.tasks import FINETUNE, TASKS
 from transfer.cli import add_common_flags
 from transfer.jobs import find_tasks, obstacle, task_argument
 from transfer.run import run_job
@@ -98,14 +98,6 @@ def test_the_evaluation_that_is_compared_to_three_decimals_is_exact_on_a_gpu_too
     assert {name for name, value in found.items() if value == "fp32"} == {"imagenet_eval"}
     assert set(found.values()) == {"fp32", "bf16"}
     assert (precision(EVAL, "--precision", "bf16"), precision(FINETUNE, "--precision", "fp32")) == ("bf16", "fp32")
-
-
-def test_a_task_that_needs_a_plain_vit_skips_others(root, tmp_path):
-    job, pyramid = make_job(KNN, root, tmp_path), replace(KNN, plain_vit=True)
-    assert obstacle(replace(job, task=pyramid)) == ("", "")
-    torch.save({"model": build_vit(ARCH, variant=Variant(beit=True)).state_dict()}, tmp_path / "beit.pth")
-    state, why = obstacle(replace(job, task=pyramid, checkpoint=read_checkpoint(tmp_path / "beit.pth")))
-    assert (state, why) == ("skipped", "not a plain ViT: beit has BEiT's relative positions and layer scale")
 
 
 def test_a_supervised_encoder_can_be_evaluated_as_the_classifier_it_is(root, tmp_path):

@@ -191,12 +191,12 @@ def test_tables_are_shared_or_per_block_and_zero_at_the_start():
     assert shapes(window=3) == {"bias_global": whole, "bias_windowed": (4, 5, 5)}
     assert shapes() == {"bias_global": whole}
     own = {f"blocks.{i}.bias": whole for i in range(6)} | {f"blocks.{i}.bias_class": (4, 3) for i in range(6)}
-    assert shapes(beit=True) == own
+    assert shapes(upernet=True) == own
     with pytest.raises(ValueError, match="no window"):
-        ViTPyramid(ARCH, 48, beit=True, window=3)
+        ViTPyramid(ARCH, 48, upernet=True, window=3)
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}])
+@pytest.mark.parametrize("options", [{"window": 4}, {"upernet": True}])
 def test_a_gradient_reaches_every_parameter(options):
     pyramid = pyramid_of(**options).train()
     sum((m * torch.randn_like(m)).sum() for m in pyramid(images())).backward()
@@ -208,7 +208,7 @@ def test_a_gradient_reaches_every_parameter(options):
 
 
 @pytest.mark.parametrize("size", [(48, 48), (1, 1), (50, 33), (40, 97)], ids=str)
-@pytest.mark.parametrize("options", [{"window": 3}, {"beit": True}], ids=str)
+@pytest.mark.parametrize("options", [{"window": 3}, {"upernet": True}], ids=str)
 def test_maps_cover_any_input_by_strides_of_2_to_16(size, options):
     """And hold what the image padded with zeros gives."""
     pyramid = pyramid_of(**options)
@@ -264,7 +264,7 @@ def test_loading_takes_all_but_the_class_token_and_the_last_norm():
 def test_loading_keeps_the_class_token_for_beit_s_blocks():
     """With its position; new are only the tables, zeros, and the layer scales, ones."""
     source = checkpoint()
-    pyramid = ViTPyramid(ARCH, 48, beit=True)
+    pyramid = ViTPyramid(ARCH, 48, upernet=True)
     report = load_pyramid(pyramid, source)
     state = pyramid.state_dict()
     assert set(report.dropped) == {"norm.weight", "norm.bias"}
@@ -279,14 +279,14 @@ def test_loading_keeps_the_class_token_for_beit_s_blocks():
         assert (state[f"blocks.{i}.ls2.gamma"] == 1).all()
 
 
-@pytest.mark.parametrize("beit", [False, True])
-def test_positions_are_resized_as_load_encoder_does(beit):
+@pytest.mark.parametrize("upernet", [False, True])
+def test_positions_are_resized_as_load_encoder_does(upernet):
     source, size = checkpoint(), (64, 96)
-    pyramid = ViTPyramid(ARCH, size, beit=beit)
+    pyramid = ViTPyramid(ARCH, size, upernet=upernet)
     assert load_pyramid(pyramid, source).resized == ("pos_embed",)
     reference = build_vit(ARCH, size)
     load_encoder(reference, source)
-    assert torch.equal(pyramid.pos_embed, reference.pos_embed if beit else reference.pos_embed[:, 1:])
+    assert torch.equal(pyramid.pos_embed, reference.pos_embed if upernet else reference.pos_embed[:, 1:])
     pyramid = ViTPyramid(ARCH, size)
     load_pyramid(pyramid, source)
     square = source.encoder["pos_embed"][:, 1:].reshape(1, 6, 6, 128).permute(0, 3, 1, 2)
@@ -357,7 +357,7 @@ def test_drop_path_drops_the_attention_and_the_mlp():
     assert torch.equal(run_block(block, x, 0, bias), x)
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}], ids=str)
+@pytest.mark.parametrize("options", [{"window": 4}, {"upernet": True}], ids=str)
 def test_activation_checkpointing_changes_neither_maps_nor_gradients(options):
     found = []
     for checkpointing in (False, True):
@@ -375,7 +375,7 @@ def test_activation_checkpointing_changes_neither_maps_nor_gradients(options):
         torch.testing.assert_close(again[name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"beit": True}], ids=str)
+@pytest.mark.parametrize("options", [{"window": 4}, {"upernet": True}], ids=str)
 def test_bf16_only_rounds_the_maps(options):
     pyramid, x = pyramid_of(**options, biased=True), images()
     with torch.no_grad():
@@ -394,6 +394,6 @@ def test_layers_for_layer_wise_decay():
         "upsample_2x.bias": 7, "bias_global": 7, "blocks.11.attn.qkv.weight": 12,
     }  # fmt: skip
     assert {name: layer_of(name, 6) for name in names} == names
-    for options in ({"window": 3}, {"beit": True}):
+    for options in ({"window": 3}, {"upernet": True}):
         found = {layer_of(name, 6) for name, _ in ViTPyramid(ARCH, 48, **options).named_parameters()}
         assert found == set(range(8))

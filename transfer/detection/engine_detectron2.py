@@ -102,6 +102,7 @@ def build_backbone(
     pyramid = ViTPyramid(
         source.arch,
         image_size,
+        variant=source.variant,
         window=pretraining_grid(source.arch) if window is None else window,
         drop_path=drop_path,
         activation_checkpointing=activation_checkpointing,

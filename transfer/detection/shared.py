@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as mask_util
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -36,7 +37,7 @@ ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
 # What has no weight decay: the layers of these types, and the parameters of these names.
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-NO_DECAY = ("pos_embed", "bias_global", "bias_windowed")
+NO_DECAY = ("pos_embed", "bias_global", "bias_windowed", "gamma")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
     pyramid = ViTPyramid(
         job.checkpoint.arch,
         r.image_size,
+        variant=job.checkpoint.variant,
         window=r.window,
         drop_path=r.drop_path,
         activation_checkpointing=machine.activation_checkpointing,
@@ -102,14 +104,15 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: parameters with weight decay, and those without: of norm layers, positions and bias tables. Biases of
-    linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's."""
+    """Two groups: parameters with weight decay, and those without: of norm layers, positions, layer scales and bias
+    tables. Biases of linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                (others if isinstance(module, NORMS) or name in NO_DECAY else decayed).append(p)
+                table = name == "bias" and isinstance(module, Block)  # BEiT's, one for each block
+                (others if table or isinstance(module, NORMS) or name in NO_DECAY else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -16,6 +16,7 @@ from mae_core.checkpoint import sha256_of
 from mae_core.flops import forward_flops
 from mae_core.loop import batch_objections, batch_within
 from mae_core.space import Space, training_space
+from mae_core.vit import Variant
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.data.findings import Data
 from transfer.data.predictions import MAIN, digest_of, names_of
@@ -24,7 +25,7 @@ from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, DetectionRecipe, recipe, sources
 from transfer.detection.shared import Predictions, RoIBatchNorm, tested_examples
 from transfer.miniature import dense
-from transfer.pyramid import ViTPyramid, size_objections
+from transfer.pyramid import ViTPyramid, facts, size_objections
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
 
@@ -54,6 +55,7 @@ def run(job: Job) -> Result:
     if job.recipe_name == "paper" and job.checkpoint.arch not in PUBLISHED:
         notes += (f"nobody published a recipe for {job.checkpoint.arch}: this one is derived from ViT-B's and ViT-L's",)
     resolved = {"iterations": iterations, "seconds_per_iteration": round(seconds / max(iterations, 1), 4)}
+    resolved |= facts(job.checkpoint.arch, job.checkpoint.variant)
     return Result(
         evaluation.metrics,
         evaluation.stderr,
@@ -87,16 +89,16 @@ def objections(job: Job) -> Iterator[Objection]:
         yield from batch_objections(job.data.counts["train"], job.recipe.batch, job.machine.processes)
 
 
-def detector(arch: str, r: DetectionRecipe) -> Any:
+def detector(arch: str, variant: Variant, r: DetectionRecipe) -> Any:
     """torchvision's, from which detectron2's differs only in its norms."""
     from transfer.detection.engine_torchvision import MaskRCNN
 
-    return MaskRCNN(ViTPyramid(arch, r.image_size, window=r.window), r, RoIBatchNorm)
+    return MaskRCNN(ViTPyramid(arch, r.image_size, variant=variant, window=r.window), r, RoIBatchNorm)
 
 
 def space(job: Job) -> Space:
     with torch.device("meta"):
-        model = detector(job.checkpoint.arch, job.recipe)
+        model = detector(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
     numbers = sum(tensor.numel() for tensor in model.state_dict().values())
     return training_space(job.work, numbers, numbers)
 
@@ -110,7 +112,7 @@ def parts(job: Job) -> tuple[Part, ...]:
 
 
 @cache
-def image_flops(arch: str, r: DetectionRecipe) -> int:
+def image_flops(arch: str, variant: Variant, r: DetectionRecipe) -> int:
     """FLOPs of one image in a forward pass of the training: pyramid, RPN, and the heads on the sampled proposals, of
     which a quarter holds objects and gets masks."""
 
@@ -120,7 +122,7 @@ def image_flops(arch: str, r: DetectionRecipe) -> int:
         heads.box_predictor(heads.box_head(torch.empty(r.roi_batch, r.fpn_dim, 7, 7)))
         heads.mask_predictor(heads.mask_head(torch.empty(r.roi_batch // 4, r.fpn_dim, 14, 14)))
 
-    return forward_flops(partial(detector, arch, r), forward)
+    return forward_flops(partial(detector, arch, variant, r), forward)
 
 
 TASKS = (
@@ -139,11 +141,10 @@ TASKS = (
         engines={"detectron2": "detectron2", "torchvision": "torchvision"},
         install="docs/coco.md says how to install it; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),
-        plain_vit=True,
         objections=objections,
         space=space,
         parts=parts,
         few=few,
-        flops=lambda job: image_flops(job.checkpoint.arch, job.recipe),
+        flops=lambda job: image_flops(job.checkpoint.arch, job.checkpoint.variant, job.recipe),
     ),
 )

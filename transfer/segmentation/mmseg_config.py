@@ -14,7 +14,7 @@ from mae_core.errors import UserError
 from mae_core.flops import forward_flops
 from mae_core.machine import Machine
 from mae_core.settings import as_typed
-from mae_core.vit import get_arch
+from mae_core.vit import Variant, get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
 from transfer.pyramid import ViTPyramid, patch_side
 from transfer.segmentation.recipe import SegmentationRecipe
@@ -88,7 +88,8 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
             "arch": checkpoint.arch,
             "image_size": r.image_size,
             "taps": tuple(int(tap) for tap in r.taps),
-            "beit": True,
+            "variant": asdict(checkpoint.variant),
+            "upernet": True,
             "drop_path": r.drop_path,
             "activation_checkpointing": machine.activation_checkpointing,
         },
@@ -121,7 +122,7 @@ def weights_of(job: Job) -> int:
     r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
     wide, narrow = r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
-        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, beit=True)
+        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, variant=job.checkpoint.variant, upernet=True)
     pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
     merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
     classifiers = (wide + 1 + narrow + 1) * CLASSES
@@ -131,13 +132,13 @@ def weights_of(job: Job) -> int:
 
 
 @cache
-def crop_flops(arch: str, r: SegmentationRecipe) -> int:
+def crop_flops(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """FLOPs of one crop's forward pass, counted without mmsegmentation: the pyramid's by torch's counter, and two for
     each weight of a head's convolutions at each position."""
     dim, patch = get_arch(arch).dim, patch_side(arch)
     wide, narrow = r.head_channels, r.auxiliary_channels
     pyramid = forward_flops(
-        lambda: ViTPyramid(arch, r.image_size, taps=r.taps, beit=True),
+        lambda: ViTPyramid(arch, r.image_size, variant=variant, taps=r.taps, upernet=True),
         lambda model: model(torch.empty(1, 3, r.image_size, r.image_size)),
     )
     first, second, third, last = ((-(-4 * r.image_size // (patch * n))) ** 2 for n in (1, 2, 4, 8))

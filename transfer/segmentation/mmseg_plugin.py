@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mae_core import distributed
 from mae_core.machine import Machine
+from mae_core.vit import Variant
 from mae_core.workers import bytes_of, end_at_errors, fitting_workers
 from transfer.data.ade20k import check_pair
 from transfer.data.findings import spread
@@ -89,9 +90,9 @@ class CheckPair:
         return results
 
 
-def make_pyramid(**options: Any) -> ViTPyramid:
-    """The backbone."""
-    return ViTPyramid(norm=nn.BatchNorm2d, **options)
+def make_pyramid(variant: dict[str, Any], **options: Any) -> ViTPyramid:
+    """The backbone. variant: a Variant's fields, since mmengine's configuration holds plain values only."""
+    return ViTPyramid(norm=nn.BatchNorm2d, variant=Variant(**variant), **options)
 
 
 def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from transfer.data import ade20k
 from transfer.data.findings import Data, spread
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.miniature import dense
-from transfer.pyramid import size_objections
+from transfer.pyramid import facts, size_objections
 from transfer.run import origin, save_trained
 from transfer.segmentation.evaluate import by_class, columns_of, scores
 from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
@@ -94,6 +94,7 @@ def run(job: Job) -> Result:
         seconds=state.seconds,
         tables={"per_class": by_class(metric.areas.sum(axis=0), metainfo["classes"])},
         resolved={
+            **facts(job.checkpoint.arch, job.checkpoint.variant),
             "norm": norm_of(machine),
             "batchnorm_batch": seen,
             "unlike_public_configs": UNLIKE_PUBLIC,
@@ -158,11 +159,10 @@ TASKS = (
         engines={"mmsegmentation": "mmseg"},
         install="`make install` sets it up",
         packages=("mmsegmentation", "mmengine"),
-        plain_vit=True,
         objections=objections,
         space=space,
         parts=parts,
         few=few,
-        flops=lambda job: crop_flops(job.checkpoint.arch, job.recipe),
+        flops=lambda job: crop_flops(job.checkpoint.arch, job.checkpoint.variant, job.recipe),
     ),
 )

@@ -50,7 +50,7 @@ def test_the_report_tells_the_fate_of_every_tensor(put, capsys):
     for expected in (
         "format     beit",
         "BEiT's relative positions and layer scale",
-        "no detection or segmentation: not a plain ViT",
+        "fine-tuning, linear probing, k-NN, detection, segmentation",
         "mean 0.5 0.5 0.5, std 0.5 0.5 0.5",
         "pooling avg",
         "6 of them converted, 1 dropped; 100 % of the encoder",

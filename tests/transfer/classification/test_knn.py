@@ -267,7 +267,11 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
     assert asked == {checkpoint.normalization}
     # What fine-tuning leaves says so too, and is evaluated with them.
     left = read_checkpoint(tmp_path / "imagenet_finetune" / "classifier.safetensors")
-    assert (left.kind, left.normalization, left.variant) == ("classifier", checkpoint.normalization, Variant(beit=True))
+    assert (left.kind, left.normalization, left.variant) == (
+        "classifier",
+        checkpoint.normalization,
+        Variant(beit=True),
+    )
     asked.clear()
     assert run_job(replace(make_job(EVAL, root, tmp_path / "eval"), checkpoint=left)).status == "ok"
     assert asked == {checkpoint.normalization}

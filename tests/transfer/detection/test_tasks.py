@@ -16,10 +16,21 @@ from safetensors.torch import load_file
 import transfer.detection
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE
+from mae_core.vit import variant_in_words
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
 from tests.fixtures.curves import curves
 from tests.fixtures.detection import TASK, TINY, by_hand, job_of
-from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
+from tests.fixtures.transfer import (
+    ARCH,
+    OTHERS,
+    TORCHRUN,
+    assert_same_weights,
+    finished,
+    kill_when,
+    other_checkpoint,
+    raising,
+    record_samples,
+)
 from transfer import cli, jobs
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.detection import engine_torchvision, shared, tasks
@@ -130,6 +141,31 @@ def test_the_picture_and_the_weights_are_there(ran):
     assert {"body.bias_global", "roi_heads.mask_predictor.mask_fcn_logits.weight"} <= set(weights)
     assert not torch.equal(weights["body.blocks.0.attn.qkv.weight"], job.checkpoint.encoder["blocks.0.attn.qkv.weight"])
     assert set(record.artifacts) == {DETECTOR_FILE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_encoder_that_is_no_plain_vit_is_trained_and_named(root, tmp_path, name):
+    job = replace(job_of(root, tmp_path), checkpoint=other_checkpoint(OTHERS[name]))
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.resolved["encoder"] == variant_in_words(OTHERS[name])
+    weights = load_file(job.work / DETECTOR_FILE)
+    own = "blocks.5.ls1.gamma" if "ls1" in " ".join(weights) else "blocks.5.norm1.weight"
+    start = job.checkpoint.encoder.get(own, job.checkpoint.encoder.get("blocks.5.gamma_1"))
+    assert not torch.equal(weights[f"body.{own}"], start)
+    assert ("body.bias_global" in weights) != (name == "BEiT")
+
+
+def test_layer_scales_and_bias_tables_have_no_weight_decay(root, tmp_path):
+    for name in ("BEiT", "DINOv2 with registers"):
+        pyramid, _ = shared.build_pyramid(replace(job_of(root, tmp_path), checkpoint=other_checkpoint(OTHERS[name])))
+        names = {id(p): key for key, p in pyramid.named_parameters()}
+        decayed, others = ({names[id(p)] for p in group["params"]} for group in shared.parameter_groups(pyramid, 0.1))
+        assert not [key for key in decayed if key.endswith(("gamma", "blocks.0.bias", "pos_embed"))]
+        assert {"blocks.0.ls1.gamma", "blocks.0.norm1.bias"} <= others
+        assert {"blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.weight"} <= decayed
+        assert ("blocks.0.bias" in others) == (name == "BEiT")
 
 
 def test_a_job_that_is_done_is_not_run_again(root, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ def moved(arch: str = ARCH):
     source = read_checkpoint(f"random:{arch}")
     noise = torch.Generator().manual_seed(1)
     encoder = {name: t + 0.1 * torch.randn(t.shape, generator=noise) for name, t in source.encoder.items()}
-    pyramid = ViTPyramid(arch, 48, taps=(0, 1, 3, 5), beit=True)
+    pyramid = ViTPyramid(arch, 48, taps=(0, 1, 3, 5), upernet=True)
     load_pyramid(pyramid, replace(source, encoder=encoder))
     with torch.no_grad():
         for name, parameter in pyramid.named_parameters():

@@ -16,10 +16,21 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE
+from mae_core.vit import variant_in_words
 from tests.fixtures import SHARED
 from tests.fixtures.curves import curves
 from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
-from tests.fixtures.transfer import ARCH, TORCHRUN, assert_same_weights, finished, kill_when, raising, record_samples
+from tests.fixtures.transfer import (
+    ARCH,
+    OTHERS,
+    TORCHRUN,
+    assert_same_weights,
+    finished,
+    kill_when,
+    other_checkpoint,
+    raising,
+    record_samples,
+)
 from transfer import jobs
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER
@@ -201,6 +212,19 @@ def test_real_images_of_odd_sizes_are_scored_at_their_own_size(tmp_path):
     pixels = sum(c["pixels"] for c in record.tables["per_class"].values())
     assert pixels == sum((label > 0).sum() for label in labels)
     assert (record.n_eval, record.data["label"]) == (5, "subset")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_encoder_that_is_no_plain_vit_is_trained_and_named(root, tmp_path, name):
+    job = replace(make_job(root, tmp_path, layer_decay=0.5), checkpoint=other_checkpoint(OTHERS[name]))
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.resolved["encoder"] == variant_in_words(OTHERS[name])
+    weights = load_file(job.work / SEGMENTER_FILE)
+    assert weights["backbone.blocks.0.bias"].any()
+    assert ("backbone.pos_embed" in weights) == (name != "BEiT")
+    assert ("backbone.reg_token" in weights) == (name != "BEiT")
 
 
 @pytest.mark.slow

@@ -1,0 +1,29 @@
+"""The pre-trained ViT as a feature pyramid: the model, its position biases, and how a checkpoint gets into it."""
+
+from transfer.pyramid.bias import relative_position_bias, resize_geometrically
+from transfer.pyramid.load import layer_of, load_pyramid
+from transfer.pyramid.model import (
+    ViTPyramid,
+    facts,
+    patch_side,
+    pretraining_grid,
+    quarters,
+    run_block,
+    size_objections,
+    token_side,
+)
+
+__all__ = [
+    "ViTPyramid",
+    "facts",
+    "layer_of",
+    "load_pyramid",
+    "patch_side",
+    "pretraining_grid",
+    "quarters",
+    "relative_position_bias",
+    "resize_geometrically",
+    "run_block",
+    "size_objections",
+    "token_side",
+]
