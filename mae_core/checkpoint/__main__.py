@@ -88,7 +88,7 @@ def uses(checkpoint: Checkpoint) -> list[str]:
     head = checkpoint.classifier.get("head.weight")
     found = []
     if checkpoint.kind != "classifier":
-        found += ["fine-tuning, linear probing, k-NN", "detection, segmentation"]
+        found.append("fine-tuning, linear probing, k-NN, detection, segmentation")
     if head is not None:
         found.append(f"evaluation as a classifier of {len(head)} classes")
     if checkpoint.decoder:

@@ -54,7 +54,10 @@ def run(job: Job) -> Result:
     iterations, seconds, notes = predictions.iterations, predictions.seconds, predictions.notes
     if job.recipe_name == "paper" and job.checkpoint.arch not in PUBLISHED:
         notes += (f"nobody published a recipe for {job.checkpoint.arch}: this one is derived from ViT-B's and ViT-L's",)
-    resolved = {"iterations": iterations, "seconds_per_iteration": round(seconds / max(iterations, 1), 4)}
+    resolved: dict[str, Any] = {
+        "iterations": iterations,
+        "seconds_per_iteration": round(seconds / max(iterations, 1), 4),
+    }
     resolved |= facts(job.checkpoint.arch, job.checkpoint.variant)
     return Result(
         evaluation.metrics,

@@ -181,7 +181,7 @@ class ViTPyramid(nn.Module):
         """As `maps_of_patches`, with the class token and registers first of the tokens [B, P + H*W, D] that timm's
         blocks get."""
         grid = (x.shape[2], x.shape[3])
-        first = torch.cat([token for token in (self.cls_token, self.reg_token) if token is not None], dim=1)
+        first = torch.cat([token for token in (self.cls_token, self.reg_token) if isinstance(token, Tensor)], dim=1)
         if self.pos_embed is not None and self.variant.positions:
             first = first + self.pos_embed[:, : self.variant.positions]
         prefix = first.shape[1]
