@@ -54,12 +54,12 @@ def eval_result(section: Section, line: Line, column: Column) -> EvalResult:
     cell, family = line.cells[column.key], column.task.partition(":")[0]
     task = next((task for task in TASKS if task.name == family), None)
     title = column.task if task is None or column.task != family else task.title
-    where = title.partition(",")[0]
+    where, section_title = title.partition(",")[0], section.title[0].lower() + section.title[1:]
     share = "" if column.train_fraction == 1 else f"{100 * column.train_fraction:g} % of training"
     if not section.official or share:
-        where = f"{where} ({', '.join(filter(None, (section.title, share)))})"
+        where = f"{where} ({', '.join(filter(None, (section_title, share)))})"
     seeds = f", mean of {cell.seeds} seeds" if cell.seeds > 1 else ""
-    facts = (column.task, section.title, share, f"{line.image_size} px", line.engine, line.precision)
+    facts = (column.task, section_title, share, f"{line.image_size} px", line.engine, line.precision)
     return EvalResult(
         task_type="image-segmentation" if column.metric == "mask_ap" else TYPES[task.module] if task else "other",
         task_name=title,
@@ -74,5 +74,6 @@ def eval_result(section: Section, line: Line, column: Column) -> EvalResult:
             "standard_error": cell.stderr,
             "standard_deviation_over_seeds": cell.sd,
             "without": cell.without or None,
+            "verdict": cell.verdict or None,  # beside the published number
         },
     )

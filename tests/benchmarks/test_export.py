@@ -122,12 +122,13 @@ def test_a_card_has_the_records_values_under_names_that_cannot_be_mistaken(out, 
     assert [name for name, *_ in found if name == "imagenet-1k"] == ["imagenet-1k"] * 5
     top1 = found["imagenet-1k", "accuracy", "fine-tuning (top1)"]
     assert (top1.metric_value, top1.metric_args["standard_error"]) == (83.4567, 0.1645)
+    assert top1.metric_args["verdict"].startswith("matches")
     assert (top1.task_type, top1.task_name) == ("image-classification", "ImageNet-1k, fine-tuning")
     assert top1.dataset_name == "ImageNet-1k"
     kind = "coco-2017-recipe-mini-miniature-data-engine-torch"
     box = found[kind, "mAP", "box AP (box_ap, mean of 2 seeds)"]
     assert (box.metric_value, box.metric_args["seeds"]) == (50.75, 2)
-    assert box.dataset_name == "COCO 2017 (Recipe mini, miniature data, engine torch)"
+    assert box.dataset_name == "COCO 2017 (recipe mini, miniature data, engine torch)"
     assert found[kind, "mAP", "mask AP (mask_ap, mean of 2 seeds)"].task_type == "image-segmentation"
     assert len(found) == 7  # and none for what failed
     assert "failed" in card.text

@@ -11,11 +11,12 @@ import torch
 
 from tests.campaign.cases import Broken
 
-# Fields of records, states and logs that say when and how fast, and a table's durations.
-TIMES = re.compile(r"(.*_)?seconds(_per_.*)?|(.*_)?images_per_second|peak_memory_gib|finished")
-DURATION = re.compile(r"\b\d+:\d\d(:\d\d)?\b")
-# Left by a run for the reader, and no result: logs, TensorBoard's events, mmengine's own files, claims.
-PASSING = ("logs/", "tensorboard/", "mmengine/", ".claim.")
+# Fields of records, states and logs that say when and how fast, hashes of them, and a table's durations.
+TIMES = re.compile(r"(.*_)?seconds(_per_.*)?|(.*_)?images_per_second|peak_memory_gib|finished|digest|[cg]pu_hours")
+DURATION = re.compile(r"\b\d+:\d\d(:\d\d)?\b|[\d.e-]+ [CG]PU h")
+PADDING = re.compile("[ -]+")  # of a table, as wide as its durations
+# Left by a run for the reader, and no result: logs, the page, TensorBoard's events, mmengine's own files, claims.
+PASSING = ("logs/", "index.html", "tensorboard/", "mmengine/", ".claim.")
 
 
 def results(out: Path) -> dict[str, Path]:
@@ -43,7 +44,7 @@ def content(path: Path) -> Any:
         return [without_times(json.loads(line)) for line in lines]
     if path.suffix == ".csv":
         return without_times(list(csv.DictReader(io.StringIO(path.read_text()))))
-    return DURATION.sub("", path.read_text()) if path.suffix == ".md" else path.read_bytes()
+    return PADDING.sub(" ", DURATION.sub("", path.read_text())) if path.suffix == ".md" else path.read_bytes()
 
 
 def as_bytes(value: Any) -> Any:
