@@ -10,11 +10,11 @@ from pathlib import Path
 
 from benchmarks.checkpoints import pretraining
 from benchmarks.page.biography import biography
-from benchmarks.page.content import Book, everything, filled, grid, identities, overview
+from benchmarks.page.content import Book, everything, filled, grid, overview
 from benchmarks.page.curves import other_trainings, trainings
 from benchmarks.page.pictures import pictures_of
 from benchmarks.page.plots import Plot, plots_of
-from benchmarks.page.series import Block, blocks_of, styles_of
+from benchmarks.page.series import Block, blocks_of, identities, styles_of
 from benchmarks.render import circumstances, without_paths
 from benchmarks.rows import Section
 from mae_core.claim import SILENT, Watch
@@ -22,7 +22,7 @@ from mae_core.files import printable
 from transfer.task import Record
 
 HERE = Path(__file__).parent
-RELOAD = 15  # seconds between two looks at the file while jobs are at work
+RELOAD = 30  # seconds between two looks at the file while jobs are at work
 
 
 def page(
@@ -41,7 +41,8 @@ def page(
     records = [record for record, _ in found]
     folders = {id(record): path.parent for record, path in found}
     paths = [printable(str(path.relative_to(out))) for _, path in found]
-    styles, book = styles_of(records), Book({id(record): i for i, record in enumerate(records)})
+    found_blocks = blocks_of(sections)
+    styles, book = styles_of(found_blocks), Book({id(record): i for i, record in enumerate(records)})
     plots: list[Plot] = []
 
     def drawn(new: Sequence[Plot | None]) -> list[tuple[int, Plot]]:
@@ -52,7 +53,7 @@ def page(
 
     blocks = []
     where: dict[int, Block] = {}
-    for block in blocks_of(sections):
+    for block in found_blocks:
         where |= {id(record): block for record in block.records}
         tables = filled(block, book)
         blocks.append(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.page.series import Block, Identity, identity_of
+from benchmarks.page.series import Block, identities, identity_of
 from benchmarks.render import cell_text, fixed, footnotes, hours, millions, other_tasks, shows_number, without_paths
 from benchmarks.rows import Cell, Line, Row, Section, counted_runs, fill, group_by_row, records_for
 from benchmarks.tables import TABLES, Column, Published, Table, published_numbers, with_fractions
@@ -15,12 +15,12 @@ from transfer.task import Record
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell. kind: a Cell's status, "" for a hole. detail: a second line. story: what opens; -1: nothing. order:
+    """One cell. kind: a Cell's status, "" for a hole. detail: lines below it. story: what opens; -1: nothing. order:
     what it is sorted by."""
 
     text: str = ""
     kind: str = ""
-    detail: str = ""
+    detail: tuple[str, ...] = ()
     story: int = -1
     order: float | None = None
     best: bool = False
@@ -118,8 +118,8 @@ def counted(line: Line, column: Column, runs: list[Record], book: Book) -> Entry
     story = book.tell(title, f"{number} ({rest}" if rest else number, column.metric, runs, cell)
     verdict = cell.verdict.partition(":")[0]
     known = f"published {cell.reference.partition(' ')[0]}" if cell.reference else ""
-    detail = "; ".join(part for part in (verdict, known, rest.removesuffix(")")) if part)
-    return Entry(number, cell.status, detail, story, cell.value)
+    below = "; ".join(part for part in (known, rest.removesuffix(")")) if part)
+    return Entry(number, cell.status, tuple(filter(None, (verdict, below))), story, cell.value)
 
 
 def judged(cell: Cell) -> list[list[str]]:
@@ -139,7 +139,7 @@ def cited(line: Line, column: Column, published: Sequence[Published], book: Book
     found = [n for n in published if (n.method, n.arch, n.resolution, n.task, n.metric, n.value) == wanted]
     found = [n for n in found if n.epochs in ("", str(line.made.epochs)) and n.target in ("", line.made.target)]
     title = f"{line.name} (published): {column.title}"
-    return Entry(cell.text, "published", "", book.cite(title, cell.text, found), cell.value)
+    return Entry(cell.text, "published", (), book.cite(title, cell.text, found), cell.value)
 
 
 def grid(found: Filled) -> Grid:
@@ -168,10 +168,6 @@ def as_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def identities(block: Block) -> list[Identity]:
-    return sorted({identity_of(record) for record in block.records})
-
-
 def overview(block: Block, tables: Sequence[Filled]) -> list[Score]:
     """The headline of every task, and what else no table leaves out, for each checkpoint of the block."""
     scores = []
@@ -187,8 +183,11 @@ def overview(block: Block, tables: Sequence[Filled]) -> list[Score]:
                 cells.append([named(found, n, found.entries[n][i], len(own) > 1) for n in own])
             levels = {fixed(r.chance, 2) for r in mine if r.chance is not None and column.better != "lower"}
             chance = levels.pop() if len(levels) == 1 else ""
-            values = {(line.name, line.sha256): line.cells[column.key] for line in found.lines if not line.published}
-            scores.append(Score(found.table.title, found.prefix + column.header, chance, marked(cells, column, values)))
+            # The columns of partial fine-tuning are numbers of blocks.
+            what = f"{found.table.title}, " if as_number(column.title) is not None else ""
+            ours = [line.cells[column.key] for line in found.lines if not line.published]
+            title = found.prefix + what + column.header
+            scores.append(Score(found.table.title, title, chance, marked(cells, column, ours)))
     return scores
 
 
@@ -198,17 +197,17 @@ def named(found: Filled, n: int, entry: Entry, several: bool) -> Entry:
         return entry
     line = found.lines[n]
     own = ", ".join(part for part in (f"{line.image_size} px" if line.image_size else "", line.precision) if part)
-    return replace(entry, detail="; ".join(part for part in (own, entry.detail) if part))
+    return replace(entry, detail=tuple(filter(None, (own, *entry.detail))))
 
 
-def marked(cells: list[list[Entry]], column: Column, values: dict[Any, Cell]) -> list[list[Entry]]:
+def marked(cells: list[list[Entry]], column: Column, ours: Iterable[Cell]) -> list[list[Entry]]:
     """The best number is marked, with those that lie within two standard errors of it, if there is anything to beat."""
     numbers = [entry.order for entries in cells for entry in entries if entry.order is not None]
     if len(numbers) < 2 or not column.better:
         return cells
     sign = 1 if column.better == "higher" else -1
     best = max(numbers, key=lambda number: sign * number)
-    errors = {cell.value: cell.stderr or 0.0 for cell in values.values()}
+    errors = {cell.value: cell.stderr or 0.0 for cell in ours}
 
     def good(entry: Entry) -> bool:
         if entry.order is None:

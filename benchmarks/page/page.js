@@ -172,6 +172,8 @@ async function draw(chart) {
   const { plots } = await data;
   const { traces, layout } = plots[chart.dataset.plot][chart.dataset.panel];
   const small = !chart.closest(".single");
+  const named = !small && traces.length <= 8;
+  if (named) chart.style.height = `${Math.max(300, chart.clientHeight) + 14 * traces.length}px`;
   const { color, faint } = colours();
   const axis = { automargin: true, gridcolor: faint, zerolinecolor: faint };
   const full = {
@@ -179,7 +181,7 @@ async function draw(chart) {
     paper_bgcolor: "transparent",
     plot_bgcolor: "transparent",
     font: { size: small ? 10 : 12, family: "system-ui, sans-serif", color },
-    showlegend: !small && chart.clientHeight < 500,
+    showlegend: named,
     legend: { orientation: "h", yref: "container", yanchor: "bottom", y: 0, font: { size: 11 } },
     dragmode: false,
     hovermode: "closest",

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def probe(block: Block, styles: dict[Identity, Style]) -> Plot | None:
             point = y.points([x.mean("top1")], [y.mean("top1")], mode="markers")
             traces.append(point | {"error_x": bar(x, "top1"), "error_y": bar(y, "top1")})
     if traces and block.official:
-        traces = [*published_pairs(), *traces]
+        traces = [*published_pairs({series.row.arch for series in tuned}), *traces]
     if len(traces) < 2:
         return None
     layout = axes("linear probing, top-1 (%)", "fine-tuning, top-1 (%)")
@@ -99,15 +99,18 @@ def bar(series: Series, metric: str) -> dict[str, Any]:
     return {"type": "data", "array": [error], "visible": error is not None, "thickness": 1, "width": 3}
 
 
-def published_pairs() -> list[dict[str, Any]]:
-    """One trace for each method and encoder of which both numbers are published."""
+def published_pairs(archs: Collection[str]) -> list[dict[str, Any]]:
+    """One trace for each method and encoder of which both numbers are published, a point for each pre-training."""
     lines = published_lines(published_numbers(next(table for table in TABLES if table.name == "imagenet")))
-    traces = []
+    found: dict[str, list[tuple[float | None, float | None, str]]] = defaultdict(list)
     for line in lines:
         x, y = (line.cells.get(f"imagenet_{task}.top1") for task in ("linprobe", "finetune"))
-        if x and y:
-            name = ", ".join(part for part in (line.name, line.arch, line.pretraining) if part)
-            traces.append(published(name, [x.value], [y.value], "markers"))
+        if x and y and line.arch in archs:
+            found[f"{line.name}, {line.arch}"].append((x.value, y.value, line.pretraining))
+    traces = []
+    for i, (name, points) in enumerate(found.items()):
+        xs, ys, texts = map(list, zip(*points))
+        traces.append(published(name, xs, ys, "markers", i) | {"text": texts})
     return traces
 
 
@@ -257,4 +260,4 @@ def costs(block: Block, styles: dict[Identity, Style]) -> Plot | None:
 def scale(traces: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """A logarithmic axis where the costs differ by more than a factor of ten."""
     spent = [trace["x"][0] for trace in traces]
-    return {"x_type": "log"} if max(spent) > 10 * min(spent) else {"x_rangemode": "tozero"}
+    return {"x_type": "log", "x_dtick": "D2"} if max(spent) > 10 * min(spent) else {"x_rangemode": "tozero"}

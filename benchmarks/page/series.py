@@ -99,9 +99,13 @@ def identity_of(record: Record) -> Identity:
     return Identity(*(str(record.checkpoint.get(key) or "") for key in ("name", "sha256")))
 
 
-def styles_of(records: Sequence[Record]) -> dict[Identity, Style]:
-    """A colour and a symbol for each checkpoint; both repeat only after 64."""
-    found = sorted({identity_of(record) for record in records})
+def identities(block: Block) -> list[Identity]:
+    return sorted({identity_of(record) for record in block.records})
+
+
+def styles_of(blocks: Sequence[Block]) -> dict[Identity, Style]:
+    """A colour and a symbol for each checkpoint; both together repeat only after 64. The first blocks choose first."""
+    found = list(dict.fromkeys(identity for block in blocks for identity in identities(block)))
     symbols = [(i + i // len(COLOURS)) % len(SYMBOLS) for i in range(len(found))]
     return {
         identity: Style(COLOURS[i % len(COLOURS)], SYMBOLS[symbol], SIGNS[symbol])

@@ -19,6 +19,7 @@ from benchmarks.plan import Item, make_plan
 from mae_core.claim import claimed
 from mae_core.machine import Machine
 from tests.fixtures import ROOT
+from tests.fixtures.page import read_page
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.run import describe, read_record, with_work_folder, write_record
 
@@ -99,6 +100,25 @@ def test_the_sets_of_one_classifier_share_a_unit_that_waits_for_its_training(fla
     items, _ = plan(flags, "--tasks", "imagenet_partial", "imagenet_linprobe")
     partial = next(unit for unit in make_units(items) if unit.first.task.name == "imagenet_partial")
     assert [unit.first.task.name for unit in partial.after] == ["imagenet_linprobe"]
+
+
+def test_tables_and_page_are_renewed_after_each_job(flags, tmp_path, monkeypatch) -> None:
+    """What lies in --out when a child starts, and at the end: only the last page looks for no more results."""
+    items, args = plan(flags, "--tasks", "imagenet_knn", "--set", "imagenet_knn.k=2", "--seeds", *"012")
+    told, seen = Told(tmp_path, monkeypatch), []
+
+    def look() -> tuple[int, bool]:
+        page, summary = (tmp_path / "out" / name for name in ("index.html", "summary.csv"))
+        lines = summary.read_text().count("imagenet_knn") if summary.exists() else 0
+        return lines, page.exists() and read_page(tmp_path / "out").reloads
+
+    def command(jobs, args) -> list[str]:
+        seen.append(look())
+        return told.command(jobs, args)
+
+    monkeypatch.setattr(local, "task_command", command)
+    run_units(make_units(items), args)
+    assert [*seen, look()] == [(0, False), (1, True), (2, True), (3, False)]
 
 
 def test_units_run_side_by_side_as_far_as_there_is_room(flags, tmp_path, monkeypatch) -> None:

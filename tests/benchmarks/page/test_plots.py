@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 import pytest
 
 from benchmarks.page.curves import POINTS, read_curve
-from benchmarks.page.series import styles_of
+from benchmarks.page.series import Block, styles_of
+from benchmarks.rows import Section
 from tests.fixtures.page import read_page
 from tests.fixtures.records import CHECKPOINT, broken, made, official, ok
 from transfer.task import Record
@@ -99,9 +100,13 @@ def test_figure_9_stands_beside_official_numbers_only(tmp_path):
     assert [t["name"] for t in panel["traces"]] == ["a"]
 
 
-def test_many_checkpoints_are_told_apart_and_twelve_seeds_are_one_point():
-    styles = styles_of([of(f"c{i:02}", ok("imagenet_knn", top1=1.0)) for i in range(64)])
+def test_many_checkpoints_are_told_apart():
+    records = [of(f"c{i:02}", ok("imagenet_knn", top1=1.0)) for i in range(64)]
+    first = Block("paper", "official data", {Section("paper", "official data"): records[40:48]})
+    styles = styles_of([first, Block("mini", "miniature data", {Section("mini", "miniature data"): records})])
     assert len({style[:2] for style in styles.values()}) == 64
+    assert len({styles[identity].colour for identity in list(styles)[:8]}) == 8
+    assert next(iter(styles)).name == "c40"
 
 
 def test_twelve_seeds_are_one_point(tmp_path):
