@@ -212,7 +212,7 @@ def test_an_official_number_stands_beside_the_published_ones(tmp_path):
     [(_, text)] = overview(page, "fine-tuning")
     assert text == "82.10 ± 0.20"
     verdict = re.search(r"enc abababab, fine-tuning: (below by .*?\(.*?\)).*?; published: (83.6)", summary(tmp_path))
-    assert f"{verdict[1]}, 1600 epochs assumed; published {verdict[2]}" in page.text
+    assert f"{verdict[1]}, 1600 epochs assumed published {verdict[2]}" in page.text
     story = next(story for story in page.data["stories"] if story["title"] == "enc abababab: fine-tuning")
     assert ["verdict", f"{verdict[1]}, 1600 epochs assumed"] in story["lines"]
     assert {"published", "could explain it"} <= {line[0] for line in story["lines"]}
