@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import run_all
 from benchmarks.children import task_command
+from benchmarks.launch.units import unit_command
 from benchmarks.plan import make_plan, settings_by_task
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import save_weights, sha256_of
@@ -198,6 +199,8 @@ def test_a_limit_is_in_the_plan_its_estimates_and_its_commands(root, tmp_path, c
         command = task_command([job], few)
         assert command[command.index("--limit") + 1] == "2"
         assert "--limit" not in task_command([other.job], full)
+        elsewhere = unit_command([item], few, 1)
+        assert elsewhere[elsewhere.index("--limit") + 1] == "2"
 
 
 def test_a_plan_of_which_nothing_can_run_ends_with_2(root, tmp_path, capsys):
