@@ -12,14 +12,12 @@ from transfer.task import Record
 
 PREAMBLE = r"""% Each table environment can be copied; it needs \usepackage{booktabs,graphicx}.
 \documentclass{article}
-\usepackage[landscape,margin=15mm]{geometry}
+\usepackage[margin=15mm]{geometry}
 \usepackage{booktabs,graphicx}
 \begin{document}
 """
 # A table that is wider than the text is scaled to it.
 FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
-
-WIDTH = 18  # characters of a heading's line
 
 SPECIAL = {c: f"\\{c}" for c in "{}$&#%_"} | {
     "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}",
@@ -55,21 +53,23 @@ def escaped_character(c: str) -> str:
 
 
 def latex_document(sections: dict[Section, list[Record]]) -> str:
-    """Every table of every section, each in a table environment with its notes."""
+    """Every table of every section, each in a table environment, and its notes."""
     parts = [PREAMBLE.rstrip(), r"\section*{Transfer results}", escaped(" ".join(LEGEND.replace("`", "").split()))]
     for section, members in sections.items():
         parts += [rf"\section*{{{escaped(section.title)}}}", escaped(circumstances(members))]
         for table, found in tables_of(members):
-            parts.append("\n".join(table_environment(table, section, section_grid(table, section, found))))
+            grid, name = section_grid(table, section, found), f"tab:{table.name}-{len(parts)}"
+            parts += ["\n".join(table_environment(table, section, grid, name)), "\n".join(notes(grid, name))]
         parts.append(r"\clearpage")
     return "\n\n".join(part for part in [*parts, r"\end{document}"] if part) + "\n"
 
 
-def table_environment(table: Table, section: Section, grid: Grid) -> Iterator[str]:
+def table_environment(table: Table, section: Section, grid: Grid, name: str) -> Iterator[str]:
     caption = f"{table.title}. {section.title}. {table.caption}".strip()
-    yield from (r"\begin{table}[htbp]", r"\centering", rf"\caption{{{escaped(caption)}}}", r"\smallskip", FITTED)
+    yield from (r"\begin{table}[htbp]", r"\centering\footnotesize", rf"\caption{{{escaped(caption)}}}")
+    yield from (rf"\label{{{name}}}", r"\smallskip", FITTED)
     yield rf"\begin{{tabular}}{{{'l' * grid.left + 'r' * (len(grid.header) - grid.left)}}}"
-    yield from (r"\toprule", row(map(stacked, grid.header)), r"\midrule")
+    yield from (r"\toprule", row([stacked(title, 18) for title in grid.header]), r"\midrule")
     before = None
     for line, texts in grid.rows:
         if before is not None and line.arch != before.arch:
@@ -78,21 +78,24 @@ def table_environment(table: Table, section: Section, grid: Grid) -> Iterator[st
         parts = [re.fullmatch(r"([^(]+?)(?: \((.*)\))?", text) for text in texts[grid.left - 1 :]]
         numbers = [part[1] if part else text for part, text in zip(parts, texts[grid.left - 1 :])]
         below = [part[2] if part and part[2] else "" for part in parts]
-        yield row([label(line), *map(stacked, texts[: grid.left - 1]), *map(number, numbers)])
+        yield row([label(line), *(stacked(text, 30) for text in texts[: grid.left - 1]), *map(number, numbers)])
         if any(below):
             yield row([""] * grid.left + [rf"\scriptsize {escaped(text)}" if text else "" for text in below])
         before = line
-    yield from (r"\bottomrule", r"\end{tabular}}")
+    yield from (r"\bottomrule", r"\end{tabular}}", r"\end{table}")
+
+
+def notes(grid: Grid, name: str) -> Iterator[str]:
+    """Not in the float, which may be no longer than a page."""
     if grid.below:
-        yield from (r"\par\medskip\footnotesize", r"\begin{minipage}{\linewidth}", r"\begin{itemize}")
+        yield from (r"{\footnotesize", rf"\noindent On Table~\ref{{{name}}}:", r"\begin{itemize}")
         yield from (rf"\item {escaped(note.removeprefix('- '))}" for note in grid.below.splitlines())
-        yield from (r"\end{itemize}", r"\end{minipage}")
-    yield r"\end{table}"
+        yield from (r"\end{itemize}", "}")
 
 
-def stacked(text: str) -> str:
-    """On several lines, so that a column becomes no wider than its numbers."""
-    return r"\shortstack[l]{" + r" \\ ".join(map(escaped, textwrap.wrap(text, WIDTH))) + "}"
+def stacked(text: str, width: int) -> str:
+    """On lines of so many characters, so that a column becomes no wider than its numbers."""
+    return r"\shortstack[l]{" + r" \\ ".join(map(escaped, textwrap.wrap(text, width))) + "}"
 
 
 def number(text: str) -> str:

@@ -39,6 +39,9 @@ def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path
     tracked = task_command([job], args)
     assert tracked[tracked.index("--tracker") + 1] == "trackio"
     assert "--tracker" not in command
+    known = replace(job, tracker="trackio")
+    assert known.identity() == job.identity()
+    assert "track" not in str(describe(known, status="skipped"))
     [task] = find_tasks(["inat2018"], TASKS)
     again = make_job(task, job.checkpoint, "paper", knobs, job.data, args.out, 0, job.machine)
     assert again.work == job.work
