@@ -45,9 +45,9 @@ def page(
     styles, book = styles_of(found_blocks), Book({id(record): i for i, record in enumerate(records)})
     plots: list[Plot] = []
 
-    def drawn(new: Sequence[Plot | None]) -> list[tuple[int, Plot]]:
-        """The plots with their numbers in the page's data."""
-        kept = [plot for plot in new if plot]
+    def drawn(new: Sequence[Plot]) -> list[tuple[int, Plot]]:
+        """The plots that have something to show, with their numbers in the page's data."""
+        kept = [plot for plot in new if plot.panels]
         plots.extend(kept)
         return list(enumerate(kept, len(plots) - len(kept)))
 

@@ -72,7 +72,7 @@ def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
 
 def plots_of(block: Block, styles: dict[Identity, Style]) -> list[Plot]:
     makers = (probe, partial, corruptions, sizes, classes, costs)
-    return [plot for make in makers if (plot := make(block, styles)) and plot.panels]
+    return [plot for make in makers if (plot := make(block, styles))]
 
 
 def probe(block: Block, styles: dict[Identity, Style]) -> Plot | None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 import plotly.graph_objects as go
 import pytest
 
-from benchmarks.page.curves import POINTS, read_curve
+from benchmarks.page.curves import POINTS, losses_of
 from benchmarks.page.series import Block, styles_of
+from benchmarks.report import report
 from benchmarks.rows import Section
+from mae_core.tracker import Curves, Run
 from tests.fixtures.page import read_page
 from tests.fixtures.records import CHECKPOINT, broken, made, official, ok
 from transfer.task import Record
@@ -115,6 +117,17 @@ def test_twelve_seeds_are_one_point(tmp_path):
     assert len(panel["traces"]) == 2
 
 
+def test_where_another_library_trains_its_curve_comes_from_tensorboard(tmp_path):
+    made(tmp_path, of("a", ok("coco", box_ap=1.0)))
+    with Curves(Run(tmp_path / "runs" / "a" / "0", 0, "coco", {})) as drawn:
+        for step in (10, 20):
+            drawn.training(step, 1 / step, 0.1, 5.0)
+    report(tmp_path)
+    [panel] = read_page(tmp_path).plot("Training curves")
+    assert (panel["traces"][0]["x"], panel["traces"][0]["y"]) == ([10, 20], [0.1, 0.05])
+    assert panel["layout"]["xaxis"]["title"]["text"] == "step"
+
+
 def test_training_curves_come_from_the_logs(tmp_path):
     made(tmp_path, of("a", ok("imagenet_finetune", 3, top1=1.0)))
     lines = [json.dumps({"epoch": i, "step": 2 * i, "loss": 1 / (i + 1)}) for i in range(3)]
@@ -123,7 +136,8 @@ def test_training_curves_come_from_the_logs(tmp_path):
     folder = tmp_path / "runs" / "enc" / "imagenet_knn" / "mini"
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text(lines[0])
-    page = read_page(made(tmp_path))
+    report(tmp_path)
+    page = read_page(tmp_path)
     [panel] = page.plot("Training curves")
     assert panel["traces"][0]["x"] == [1, 2, 3]
     assert panel["traces"][0]["y"] == [1.0, 0.5, 0.33333]
@@ -135,14 +149,15 @@ def test_training_curves_come_from_the_logs(tmp_path):
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"loss": "x", "epoch": 1}', '{"loss": NaN, "step": 1}', "\x00\xff"])
 def test_a_log_without_numbers_is_no_curve(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text, encoding="latin-1")
-    assert read_curve(tmp_path / "log.jsonl")[1:] == ([], [])
-    assert read_curve(tmp_path / "none")[1:] == ([], [])
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1").write_text(text, encoding="latin-1")
+    assert losses_of(tmp_path / "log.jsonl").x == losses_of(tmp_path / "none").x == []
 
 
 def test_a_long_log_keeps_its_ends(tmp_path):
     lines = [json.dumps({"step": i, "loss": float(i)}) for i in range(10_001)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    unit, x, y = read_curve(tmp_path / "log.jsonl")
+    unit, x, y = losses_of(tmp_path / "log.jsonl")
     assert unit == "step"
     assert (x[0], x[-1], y[-1]) == (0, 10_000, 10_000.0)
     assert len(x) <= POINTS + 1
