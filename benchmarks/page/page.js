@@ -129,12 +129,14 @@ async function tell(number) {
   body.replaceChildren(element("p", story.text, { className: "big" }));
   body.append(lines(story.lines));
   if (runs.length) {
-    const table = runs.map((run) => {
+    const rows = runs.map((run) => {
       const cell = element("td");
       cell.append(element("a", run.path, { href: link(run.path) }));
       return [`seed ${run.seed}`, run.values[story.metric] ?? run.status, cell];
     });
-    body.append(lines(table));
+    const table = lines(rows);
+    table.className = "runs";
+    body.append(table);
   }
   for (const title of new Set(runs.flatMap((run) => run.groups.map(([name]) => name)))) {
     const rows = merged(runs, title);
