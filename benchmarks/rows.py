@@ -100,9 +100,11 @@ class Line:
 
 
 def fill(table: Table, section: Section, records: list[Record]) -> list[Line]:
-    """The table's rows in one section, by arch; in an official section the published rows come before ours."""
-    published = published_numbers(table)
-    lines = published_lines(published) if section.official else []
+    """The table's rows in one section, by arch; on official data the numbers published for its recipe come before
+    ours."""
+    same_recipe = published_numbers(table, section.recipe)
+    lines = published_lines(same_recipe) if section.data == OFFICIAL[1] else []
+    published = same_recipe or published_numbers(table)
     for row, members in group_by_row(records_for(records, table)).items():
         cells = {column.key: make_cell(members, row, column, section, published) for column in table.columns}
         made = pretraining_of(members[0].checkpoint), pretraining(members[0].checkpoint)

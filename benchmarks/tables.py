@@ -188,7 +188,7 @@ TABLES = (
 class Published(NamedTuple):
     """One published number as it was printed, and where. resolution: input side in px. epochs, target: of its
     pre-training, "" if it has none or the source does not say. seeds: how many runs it is the mean of, sd: their
-    spread; "" for one run."""
+    spread; "" for one run. recipe: the name of the further recipe that it is of; "" for the paper's."""
 
     table: str
     method: str
@@ -203,6 +203,7 @@ class Published(NamedTuple):
     sd: str
     source: str
     confidence: str
+    recipe: str = ""
 
 
 def read_published(name: str) -> list[Published]:
@@ -215,7 +216,10 @@ def read_published(name: str) -> list[Published]:
         raise UserError(f"{path} is missing: restore it from the repository (git checkout results/published)") from None
 
 
-def published_numbers(table: Table) -> list[Published]:
-    """What is published for the table's columns; nothing for a table without a file."""
-    wanted = {(c.task, c.metric) for c in table.columns}
-    return [n for n in read_published(table.published) if (n.task, n.metric) in wanted] if table.published else []
+def published_numbers(table: Table, recipe: str = "paper") -> list[Published]:
+    """What is published for the table's columns by that recipe; nothing for a table without a file."""
+    wanted, found = (
+        {(c.task, c.metric) for c in table.columns},
+        read_published(table.published) if table.published else [],
+    )
+    return [n for n in found if (n.task, n.metric) in wanted and (n.recipe or "paper") == recipe]

@@ -10,7 +10,7 @@ The tolerance is THRESHOLD standard errors of the difference. Four errors enter 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from benchmarks.checkpoints import Pretraining, in_words, is_random, pretraining_of
@@ -52,16 +52,18 @@ def judge(
     published: Sequence[Published],
 ) -> Verdict:
     """The verdict on the number of one cell, made of these records. side: input side in px, "" if unknown. section: the
-    labels of its recipe and of its data. published: what is published for the table."""
+    labels of its recipe and of its data. published: what is published for the table by that recipe, else by the
+    paper's."""
     checkpoint = records[0].checkpoint
     rows = [n for n in published if is_for(n, column, str(checkpoint.get("arch")))]
     if not rows:
         return Verdict()
-    official = section == OFFICIAL and column.train_fraction == 1
+    recipes = {n.recipe or OFFICIAL[0] for n in rows}
+    official = section[0] in recipes and section[1] == OFFICIAL[1] and column.train_fraction == 1
     fitting = [n for n in rows if side in ("", n.resolution)] if official else []
     reference = nearest_row(fitting, column, pretraining_of(checkpoint))
     delta = None if reference is None else number.value - float(reference.value)
-    obstacles = obstacles_of(column, records, section)
+    obstacles = obstacles_of(column, records, section, recipes)
     if official and reference is None:
         sides = " or ".join(dict.fromkeys(n.resolution for n in rows))
         obstacles.append((f"input of {side or 'unknown'} px", f"published numbers are for {sides} px"))
@@ -94,8 +96,11 @@ def nearest_row(rows: Sequence[Published], column: Column, ours: Pretraining) ->
     return min(rows, key=distance) if len({n.resolution for n in rows}) == 1 else None
 
 
-def obstacles_of(column: Column, records: Sequence[Record], section: tuple[str, str]) -> list[tuple[str, str]]:
-    """Why a number cannot be compared with any published one, each in a few words and as a sentence."""
+def obstacles_of(
+    column: Column, records: Sequence[Record], section: tuple[str, str], recipes: Collection[str]
+) -> list[tuple[str, str]]:
+    """Why a number cannot be compared with any published one, each in a few words and as a sentence. recipes: those
+    that the published numbers are of."""
     recipe, data = section
     first, found = records[0], []
     if column.reference.startswith("MAE"):
@@ -106,7 +111,7 @@ def obstacles_of(column: Column, records: Sequence[Record], section: tuple[str, 
     if first.limit:
         found.append((f"limited to {first.limit} images", f"at most {first.limit} images of each split were used"))
         recipe = recipe.replace(f", limit {first.limit}", "", 1)
-    if recipe != OFFICIAL[0]:
+    if recipe not in recipes:
         found.append((f"recipe {recipe}", recipe_sentence(first)))
     if data != OFFICIAL[1]:
         findings = dict.fromkeys(finding for r in records for finding in r.data.get("findings") or ())

@@ -133,7 +133,7 @@ def test_every_published_file_is_known():
 def test_published_file(name):
     rows = printed(name)
     header = "table method arch epochs target resolution task metric value seeds sd source confidence"
-    assert list(rows.columns) == header.split()
+    assert list(rows.columns) == header.split() + ["recipe"] * (name == "coco")
     assert not rows.duplicated(["method", "arch", "epochs", "target", "resolution", "task", "metric"]).any()
     assert set(rows.epochs) <= {"", "100", "200", "300", "400", "800", "1600"}
     assert set(rows.target) <= {"", "pixels", "normalised pixels", "PCA coefficients", "dVAE tokens"}
@@ -180,6 +180,12 @@ def test_published_numbers_against_the_facts():
         rows = printed(name)
         for table, value in zip(rows.table, rows.value):
             assert (table.replace("Figure", "Fig"), value) in known
+    # 25, 50 and 100 epochs on COCO.
+    said = (path.parent / "users_and_peers.md").read_text()
+    by_schedule = pd.read_csv(PUBLISHED / "coco.csv", dtype=str).query("recipe.notna()").set_index(["recipe", "metric"])
+    for metric, word in (("box_ap", "box"), ("mask_ap", "mask")):
+        values = [by_schedule.value[name, metric] for name in ("25-epochs", "50-epochs")]
+        assert re.search(rf"{word} {'/'.join(values)}/\d", said)
     # Those of other lengths, row by row: a number beside the wrong length would make a wrong verdict.
     columns = zip(*(facts[c] for c in ("method", "task", "arch", "setting", "value")))
     theirs = {(task, arch, re.match(r"\d+", s)[0], v) for m, task, arch, s, v in columns if m.startswith("mmpretrain")}

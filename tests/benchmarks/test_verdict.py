@@ -52,6 +52,20 @@ def test_both_sampling_errors_and_both_spreads_make_the_tolerance():
     assert cell(replace(run(value=83.0), stderr={"top1": 1.0})).verdict == "matches"
 
 
+@pytest.mark.parametrize(("recipe", "published"), [("paper", "50.3"), ("50-epochs", "50.1"), ("25-epochs", "48.1")])
+def test_a_schedule_of_its_own_is_compared_with_the_number_published_for_it(recipe, published):
+    changes = {"n_eval": 5000, "stderr": {"box_ap": 0.3}, "recipe": {"image_size": 1024}}
+    record = replace(run("coco", "box_ap", float(published), **changes), recipe_name=recipe)
+    found = cell(record, column="coco.box_ap")
+    assert (found.verdict, found.delta) == ("matches", 0)
+    assert published in found.reference
+    worse = replace(record, metrics={"box_ap": float(published) - 2})
+    assert cell(worse, column="coco.box_ap").verdict == "below by 2.0 (4.7 SE)"  # 2 / sqrt(2 * 0.3**2)
+    knob = cell(replace(record, overrides={"lr": 1e-4}), column="coco.box_ap")
+    assert knob.verdict.startswith("not comparable: recipe ")
+    assert cell(record, column="coco.box_ap", data="subset data").verdict == "not comparable: subset data"
+
+
 def test_several_seeds_average_their_spread_but_not_their_test_images():
     """82.9, 83.0, 83.1: mean 83.0, sd 0.1."""
     seeds = [replace(run(value=value), seed=i, identity={"seed": i}) for i, value in enumerate((82.9, 83.0, 83.1))]

@@ -37,6 +37,15 @@ def test_every_number_has_a_source_and_derived_ones_say_so():
     assert "stand-in: ViT-L's value, nobody published it" in sources("vit_huge_patch14")["drop_path"]
 
 
+def test_the_shorter_schedules_change_nothing_but_the_epochs():
+    for name, epochs in (("25-epochs", 25), ("50-epochs", 50)):
+        assert vars(recipe("vit_base_patch16", name)) == {**PAPER, "epochs": epochs}
+        found = sources("vit_base_patch16", name)
+        assert "mae issue 43" in found["epochs"]
+        assert "nobody says" in found["drop_path"]
+    assert set(found) == {f.name for f in fields(DetectionRecipe)}
+
+
 def test_drop_path_is_that_of_the_published_size_nearest_to_it():
     deep = {"vit_large_patch14", "vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14"}
     assert {arch for arch in ARCHS if recipe(arch, "paper").drop_path == 0.3} == deep
