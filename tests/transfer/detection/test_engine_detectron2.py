@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,7 +271,10 @@ def test_a_job_from_training_to_record(root, tmp_path, monkeypatch):
     assert all(line["total_loss"] > 0 for line in lines)
     drawn = curves(tmp_path)
     assert drawn.keys() == {"train/loss", "train/lr", "train/images_per_second"}
-    assert drawn["train/loss"] == [(x["iteration"], pytest.approx(x["total_loss"], rel=1e-6)) for x in lines]
+    steps, found = zip(*drawn["train/loss"])
+    assert steps == (1, 3, 5)
+    medians = [statistics.median(found[: i + 1]) for i in range(3)]  # as metrics.json has them
+    assert medians == pytest.approx([line["total_loss"] for line in lines], rel=1e-6)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])
@@ -324,7 +328,7 @@ def test_gradients_of_micro_batches_are_averaged(tmp_path, root):
 
 def command(root: Path, out: Path, *launcher: str, **changes) -> list[str]:
     own = ["-m", "transfer.detection", "--task", "coco", "--ckpt", f"random:{ARCH}", "--recipe", "mini"]
-    own += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0"]
+    own += ["--engine", "detectron2", "--data", str(root), "--out", str(out), "--save-minutes", "0", "--device", "cpu"]
     return [*launcher, *own, "--set", *(f"{k}={v}" for k, v in {**LITTLE, **changes}.items())]
 
 
