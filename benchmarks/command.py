@@ -10,7 +10,7 @@ COMMANDS = {
     "plan": ("benchmarks.run_all", "say what `run` would do, with which data, and stop"),
     "status": ("benchmarks.run_all", "the plan of `run`, with what is done, at work or queued"),
     "ls": ("benchmarks.run_all", "list the tasks"),
-    "report": ("benchmarks.report", "make the tables again from all records"),
+    "report": ("benchmarks.report", "make the tables and the page again from all records"),
     "export": ("benchmarks.export", "write the results as LaTeX, a model card or JSON"),
     "compare": ("benchmarks.compare", "is checkpoint A better than B? Paired tests on the same images"),
     "verify": ("benchmarks.verify", "compute the numbers of records again from their stored predictions"),

@@ -251,7 +251,9 @@ def as_csv(table: pd.DataFrame) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: all records are in the tables. 1: some could not be read. 2: no tables were written."""
-    parser = argparse.ArgumentParser(prog=program("benchmarks.report"), description="Make the tables of all records.")
+    parser = argparse.ArgumentParser(
+        prog=program("benchmarks.report"), description="Make the tables and the page of all records."
+    )
     parser.add_argument("--out", type=named_path, default=Path("results"), help="the folder that holds runs/")
     return answered(partial(run, parser.parse_args(argv)))
 

@@ -97,7 +97,7 @@ def page(
         blocks=blocks,
         styles=styles,
         others=others,
-        pictures=shown,
+        pictures=[(picture, where.get(id(picture.record))) for picture in shown],
         pictures_left=left,
         missing=[line for line in listed if line["record"].status != "ok"],
         unreadable=[without_paths(text.replace(f"{out}/", "")) for text in unreadable],

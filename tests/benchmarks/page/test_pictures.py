@@ -34,6 +34,8 @@ def test_a_picture_is_shown_while_it_is_the_one_of_its_record(tmp_path):
     report(tmp_path)
     page = read_page(tmp_path)
     assert [image["alt"] for image in page.all("img")] == ["ade20k, enc, seed 0", "reconstruction.png"]
+    filtered = [figure for figure in page.all("figure") if "data-recipe" in figure]
+    assert filtered == [{"data-recipe": "mini", "data-data": "miniature data"}]
     for image in page.all("img"):
         kind, _, encoded = image["src"].partition(",")
         assert kind == "data:image/webp;base64"
