@@ -18,7 +18,7 @@ from benchmarks.markdown import harmless, markdown_table
 from benchmarks.samples import sample_of
 from benchmarks.significance import Difference, Sample, compare, holm, word
 from benchmarks.suite import TASKS
-from benchmarks.verify import check_hash, check_unaltered
+from benchmarks.verify import check_hash, check_unaltered, told_as_damaged
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.machine import named_path, program
@@ -157,7 +157,8 @@ def sample(run: Run, data: Path | None) -> tuple[Sample, bool]:
     check_unaltered(run.record, run.path)
     file = run.path.parent / Path(run.record.predictions["file"]).name
     check_hash(file, run.record.predictions["sha256"], run.path)
-    return sample_of(run.record, run.path.parent, data or Path(run.record.data.get("root") or ""))
+    with told_as_damaged(file):
+        return sample_of(run.record, run.path.parent, data or Path(run.record.data.get("root") or ""))
 
 
 def written(rows: Sequence[Row], a: str, b: str) -> str:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -50,13 +50,24 @@ def verify(path: Path, data: Path | None = None) -> dict[str, float]:
         raise UserError(f"{path} names no predictions: an earlier version made it, whose numbers cannot be verified")
     file = path.parent / Path(record.predictions["file"]).name
     check_hash(file, record.predictions["sha256"], path)
-    again = metrics_of(record, file, path, data)
+    with told_as_damaged(file):
+        again = metrics_of(record, file, path, data)
     for name, value in record.metrics.items():
         if name not in again:
             raise UserError(f"{path}: nothing in {file.name} tells {name}")
         if not math.isclose(value, again[name], rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             raise UserError(f"{path}: {name} is {value:.6f}, but {again[name]:.6f} by {file.name}")
     return {name: again[name] for name in record.metrics}
+
+
+@contextlib.contextmanager
+def told_as_damaged(file: Path) -> Iterator[None]:
+    """UserError in place of what a file raises that lacks a column, or has other values there than a run writes."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
+        what = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{file} does not hold what its task writes ({what})") from None
 
 
 def check_unaltered(record: Record, path: Path) -> None:
@@ -85,7 +96,7 @@ def metrics_of(record: Record, file: Path, path: Path, data: Path | None) -> dic
     if file.suffix == ".json":
         return coco_metrics(record, file, path, data)
     sets = read_predictions(file)
-    if digest_of(sets) != record.predictions["images"]:
+    if not sets or digest_of(sets) != record.predictions["images"]:
         raise UserError(f"{file} holds other images than {path} names")
     if record.task == "imagenet_c":
         return corruption_metrics(sets)

@@ -1,15 +1,24 @@
 """Wrong calls, one of each kind, and results folders that someone has changed."""
 
+import contextlib
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from tests.campaign.cases import Case, refused, require, succeeded
+import pandas as pd
+
+from mae_core.errors import UserError
+from tests.campaign.cases import Case, no_traceback, refused, require, succeeded
 from tests.campaign.files import DEEP
 from tests.campaign.starts import call
 from tests.campaign.tiny import ABLATIONS, ARCH, RUN_ALL, SUITE, TRAINING, World, pretraining, suite
+from transfer.data.predictions import digest_of, read_predictions
+from transfer.run import read_record, write_record
 
 PRETRAIN, RECONSTRUCT, CHECKPOINT = "mae_core.pretrain", "mae_core.reconstruct", "mae_core.checkpoint"
 
@@ -88,6 +97,11 @@ def calls(world: World) -> dict[str, list[object]]:
         "ablations: an unknown knob": [*ablations, "--table", "1c", "--set", "decoder_dimm=1"],
         "ablations: a tokenizer that is not used": [*ablations, "--table", "1c", "--tokenizer", world.ckpt],
         "report: no such folder": ["-m", "benchmarks.report", "--out", "nowhere"],
+        "verify: no such record": ["-m", "benchmarks.verify", "nowhere"],
+        "verify: a checkpoint": ["-m", "benchmarks.verify", world.ckpt],
+        "verify: a folder without records": ["-m", "benchmarks.verify", world.images],
+        "compare: no such folder": ["-m", "benchmarks.compare", "a", "b", "--out", "nowhere"],
+        "export: no such folder": ["-m", "benchmarks.export", "--to", "json", "--out", "nowhere"],
         "speed: an unknown arch": ["benchmarks/speed.py", "pretrain", "--arch", "vit_giga", "--device", "cpu"],
         "ViT-H on 48 px: a patch that does not fit": [
             *one,
@@ -115,6 +129,12 @@ def finished(world: World) -> Path:
     done = call(suite(world, ["imagenet_knn", "imagenet_finetune", "imagenet_a"], TRAINING), folder, 300)
     succeeded(done, folder)
     return folder
+
+
+def parquet(columns: dict[str, list]) -> bytes:
+    file = io.BytesIO()
+    pd.DataFrame(columns).to_parquet(file)
+    return file.getvalue()
 
 
 def replaced(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -159,10 +179,42 @@ def try_record(world: World, change: Callable[[Path], None], work: Path) -> None
     """The tables are refused in a sentence, or leave the record out and say so; the plan stands, or says so."""
     shutil.copytree(finished(world) / "out", work / "out")
     change(work / "out")
-    done = call(["-m", "benchmarks.report", "--out", "out"], work, 60)
-    refused(done, work)
+    for reader in (["report", "--out", "out"], ["verify", "out"], ["export", "--to", "json", "--out", "out"]):
+        refused(call(["-m", f"benchmarks.{reader[0]}", *reader[1:]], work, 60), work)
+    compared = call(["-m", "benchmarks.compare", "out", "out"], work, 60)
+    no_traceback(compared, work)
     plan = call([*suite(world, ["imagenet_knn", "imagenet_finetune", "imagenet_a"], TRAINING), "--plan"], work, 60)
     require("Traceback" not in plan.text and plan.code in (0, 1, 2), "the plan does not stand", plan)
+
+
+PREDICTIONS: dict[str, str | bytes] = {
+    "no bytes": "",
+    "text": "top1",
+    "cut": b"PAR1\x15\x04",
+    "nested": DEEP,
+    "a table of something else": parquet({"x": [1, 2]}),
+    "no images": parquet({"set": [], "image": [], "label": [], "top1": []}),
+    "labels that are text": parquet({"set": [""], "image": ["a"], "label": ["b"], "top1": [1.0], "loss": ["c"]}),
+    "only NaN": parquet({"set": [""], "image": ["a"], "label": [float("nan")], "top1": [float("nan")]}),
+}
+
+
+def try_predictions(world: World, content: str | bytes, work: Path) -> None:
+    """Files of predictions that their records were made to fit: refused by name, and compared with nothing."""
+    shutil.copytree(finished(world) / "out", work / "out")
+    every("predictions.parquet", content)(work / "out")
+    done = call(["-m", "benchmarks.verify", "out"], work, 60)
+    refused(done, work)
+    require("predictions.parquet" in done.text, "the file is not named", done)
+    for path in (work / "out").glob("runs/**/predictions.parquet"):
+        record = read_record(path.parent / "record.json")
+        kept = record.predictions | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        with contextlib.suppress(UserError):  # what holds none
+            kept["images"] = digest_of(read_predictions(path))
+        write_record(replace(record, predictions=kept), path.parent)
+    done = call(["-m", "benchmarks.verify", "out"], work, 60)
+    refused(done, work)
+    no_traceback(call(["-m", "benchmarks.compare", "out", "out"], work, 60), work)
 
 
 JOBS: dict[str, str | bytes] = {
@@ -191,6 +243,10 @@ def cases(world: World) -> list[Case]:
         for number, (name, arguments) in enumerate(calls(world).items())
     ]
     found += [Case("bad input: records", name, partial(try_record, world, change)) for name, change in RECORDS.items()]
+    found += [
+        Case("bad input: records", f"predictions: {name}", partial(try_predictions, world, content))
+        for name, content in PREDICTIONS.items()
+    ]
     return found + [
         Case("bad input: records", f"a job.json: {name}", partial(try_job, world, content))
         for name, content in JOBS.items()
