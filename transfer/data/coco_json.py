@@ -4,9 +4,7 @@ import hashlib
 import json
 import math
 import os
-import re
 from array import array
-from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -14,12 +12,10 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 from mae_core.files import leaves
+from transfer.data.json_elements import Elements
 
 FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
 MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
-WINDOW, MARGIN = 1 << 24, 1 << 16  # bytes that are text at a time, and that stay ahead
-SPACES = " \t\n\r"
-SPACE = re.compile(f"[{SPACES}]*")
 # What an outline may be: polygons, all of them valid; polygons, some valid; nothing valid; runs, which are to be
 # compared with the image's size.
 POLYGONS, PARTS, NOTHING, RUNS = range(4)
@@ -119,93 +115,6 @@ def wrong_value(entry: Any) -> str:
     if "bbox" in entry:
         return f"bbox is {str(entry['bbox'])[:40]!r}, not four numbers"
     return ""
-
-
-class Elements:
-    """Iterates over (list, number, element, its first byte, the byte after it) for some lists of the JSON object in a
-    file of `size` bytes, in its order; with number -1 where a list begins. ValueError for what is no JSON object, or no
-    list in place of one.
-
-    read: (first byte, how many) -> bytes. A byte is one character of `text`, so that places are bytes."""
-
-    def __init__(self, read: Callable[[int, int], bytes], size: int, lists: Collection[str]) -> None:
-        self.read, self.size, self.lists, self.scan = read, size, lists, json.JSONDecoder().raw_decode
-        self.base = 3 * (read(0, 3) == b"\xef\xbb\xbf")  # a byte order mark
-        self.text, self.ascii, self.place = "", True, 0
-        self.slide(WINDOW)
-
-    def __iter__(self) -> Iterator[tuple[str, int, Any, int, int]]:
-        self.take("{")
-        more = True
-        while more:
-            key = self.value()
-            self.take(":")
-            if key in self.lists:
-                yield from self.elements_of(key)
-            else:
-                self.value()
-            more = self.take(",}") == ","
-        if self.next():
-            raise ValueError(f"more text at byte {self.base + self.place}")
-
-    def elements_of(self, key: str) -> Iterator[tuple[str, int, Any, int, int]]:
-        self.take("[")
-        yield key, -1, None, 0, 0
-        number, end = 0, ""
-        if self.next() == "]":
-            end = self.take("]")
-        while end != "]":
-            self.next()
-            start = self.base + self.place
-            entry = self.value()
-            if not self.ascii:
-                entry = decoded(self.text[start - self.base : self.place], f"{key}[{number}]")
-            yield key, number, entry, start, self.base + self.place
-            number, end = number + 1, self.take(",]")
-
-    def next(self) -> str:
-        """The next character that is no space; "" at the end."""
-        if len(self.text) - self.place < MARGIN:
-            self.slide(WINDOW)
-        found = self.text[self.place : self.place + 1]
-        if found in SPACES:
-            self.place = SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]  # it always matches
-            found = self.text[self.place : self.place + 1]
-        return found
-
-    def take(self, allowed: str) -> str:
-        found = self.next()
-        if not found or found not in allowed:
-            raise ValueError(f"{found!r} at byte {self.base + self.place}, where {' or '.join(allowed)} must be")
-        self.place += 1
-        return found
-
-    def value(self) -> Any:
-        """The value behind any spaces."""
-        self.next()
-        try:
-            found, self.place = self.scan(self.text, self.place)
-        except json.JSONDecodeError as e:
-            if self.base + len(self.text) < self.size:  # perhaps only the window ended
-                self.slide(2 * len(self.text))
-                return self.value()
-            raise ValueError(f"{e.msg} at byte {self.base + e.pos}") from None
-        return found
-
-    def slide(self, length: int) -> None:
-        """Begin the window at the current place, if there is more to come."""
-        if self.base + len(self.text) < self.size:
-            self.base += self.place
-            piece = self.read(self.base, length)
-            self.text, self.ascii, self.place = piece.decode("latin-1"), piece.isascii(), 0
-
-
-def decoded(text: str, where: str) -> Any:
-    """The JSON value in bytes that stand as characters."""
-    try:
-        return json.loads(text.encode("latin-1"))
-    except ValueError as e:
-        raise ValueError(f"{where}: {type(e).__name__}: {e}") from None
 
 
 def kind_of(segmentation: Any) -> int:

@@ -19,7 +19,7 @@ from mae_core.errors import UserError
 from tests.fixtures import SHARED
 from tests.fixtures.coco import FIRST_ID, NAMES, change, crowd, rectangle, runs, write_coco, write_split
 from tests.fixtures.image import encoded
-from transfer.data import coco, coco_json
+from transfer.data import coco, json_elements
 from transfer.data.coco import annotation_file, inspect_coco, read_split, training_examples
 from transfer.data.coco_json import Content, decompressed
 
@@ -384,8 +384,8 @@ def test_a_file_is_read_whatever_its_spaces_order_and_length(tmp_path, monkeypat
     plain = content(json.dumps(values))
     assert [image[1] for image in plain.images] == [image["file_name"] for image in values["images"]]
     assert [plain.segmentation(i) for i in (0, 1)] == [a["segmentation"] for a in values["annotations"]]
-    monkeypatch.setattr(coco_json, "WINDOW", 64)
-    monkeypatch.setattr(coco_json, "MARGIN", 16)
+    monkeypatch.setattr(json_elements, "WINDOW", 64)
+    monkeypatch.setattr(json_elements, "MARGIN", 16)
     for options in ({"indent": 3}, {"separators": (",", ":")}, {"ensure_ascii": False}):
         for mark in ("", "\ufeff"):
             found = content(mark + json.dumps(values, **options) + "\n ")
