@@ -37,6 +37,11 @@ def main() -> int:
     sys.argv = [f"mae-transfer {name}", *IMPLIED.get(name, ()), *arguments]
     try:
         return importlib.import_module(COMMANDS[name][0]).main()
+    except ModuleNotFoundError as e:
+        if str(e.name).partition(".")[0] in ("mae_core", "transfer", "benchmarks"):
+            raise
+        print(f"error: the package {e.name} is not installed; after an update: make install", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # during the imports, which take seconds, or where a command does not handle it itself
         print("stopped", file=sys.stderr)
         return 130

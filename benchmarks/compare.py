@@ -26,6 +26,7 @@ from mae_core.settings import did_you_mean, differences
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record
 
+SHORTEST = 4  # digits of a SHA-256 that name a checkpoint
 AP_RESAMPLES = 200  # of COCO's images: a resample takes a tenth of a second or more
 ABOUT = """\
 A - B in the metric's unit, and p by a paired test on the same images, then corrected by Holm for the number of tasks. A
@@ -43,13 +44,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A task that both sides have. why: not empty if it was not compared; differs: what else is not the same."""
+    """A task that both sides have. trained: the numbers are of trainings, or of classifiers that were fine-tuned.
+    differs: what else is not the same. why: not empty if it was not compared."""
 
     task: str
     metric: str
     seeds: tuple[int, int] = (0, 0)
     images: int = 0
     difference: Difference | None = None
+    trained: bool = False
     differs: tuple[str, ...] = ()
     why: str = ""
 
@@ -57,7 +60,8 @@ class Row:
 def runs_of(name: str, out: Path) -> list[Run]:
     """The successful runs of a checkpoint in `out`, or in the folder of that name; UserError if it is not one."""
     folder = Path(name)
-    everything = [(read_record(path), path) for path in sorted((folder if folder.is_dir() else out).rglob(RECORD_FILE))]
+    where = runs_in(folder if folder.is_dir() else out)
+    everything = [(read_record(path), path) for path in sorted(where.rglob(RECORD_FILE))]
     chosen = [(r, path) for r, path in everything if folder.is_dir() or called(r, name)]
     if not chosen:
         known = dict.fromkeys(str(r.checkpoint.get("name")) for r, _ in everything)
@@ -72,9 +76,18 @@ def runs_of(name: str, out: Path) -> list[Run]:
     return [Run(r, path) for r, path in chosen if r.status == "ok"]
 
 
+def runs_in(folder: Path) -> Path:
+    """Where the records of an --out lie, or the folder itself if it is part of one; UserError for any other."""
+    if (folder / "runs").is_dir():
+        return folder / "runs"
+    if "runs" in folder.absolute().parts:
+        return folder
+    raise UserError(f"{folder} holds no runs/: give the --out of a run, or the name of a checkpoint in --out")
+
+
 def called(record: Record, name: str) -> bool:
     own, sha256 = record.checkpoint.get("name"), record.checkpoint.get("sha256") or ""
-    return name == own or (len(name) >= 8 and sha256.startswith(name))
+    return name == own or (len(name) >= SHORTEST and sha256.startswith(name.lower()))
 
 
 def drawn(record: Record) -> bool:
@@ -129,7 +142,8 @@ def row_of(a: list[Run], b: list[Run], data: Path | None) -> Row:
     mine, theirs = ([each for each, _ in side] for side in samples)
     resamples = {"resamples": AP_RESAMPLES} if first.task == "coco" else {}
     difference = compare(mine, theirs, samples[0][0][1], **resamples)
-    return row(mine[0].images, difference, differing(first, other))
+    trained = trains(first.task) or bool(first.identity.get("parent"))
+    return row(mine[0].images, difference, trained, differing(first, other))
 
 
 def refused(a: Record, b: Record) -> str:
@@ -177,7 +191,7 @@ def written(rows: Sequence[Row], a: str, b: str) -> str:
         lines.append([row.task, row.metric, *numbers, f"{d.p:.2g}", f"{p:.2g}", result, str(row.images), seeds, d.test])
         if row.differs:
             notes.append(f"- {row.task}, A -> B: {'; '.join(row.differs)}")
-        if row.seeds == (1, 1) and trains(row.task):
+        if row.trained and row.seeds == (1, 1):
             notes.append(f"- {row.task}: one training each, so how much trainings differ by chance is not counted")
     notes += [f"- {row.task}: not compared: {row.why}" for row in rows if row.why]
     parts = [f"A: {a}\nB: {b}", ABOUT.strip(), markdown_table(lines, left=2, padded=True) if tested else ""]
@@ -189,13 +203,15 @@ def trains(name: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: at least one task was compared. 1: none could be. 2: A or B is no checkpoint here."""
+    """Exit code 0: all tasks that both have were compared. 1: not all could be. 2: A or B is no checkpoint here."""
     parser = argparse.ArgumentParser(
         prog=program("benchmarks.compare"), description="Compare two checkpoints, task by task, on the same images."
     )
     parser.add_argument("a", metavar="A", help="a checkpoint in --out, by name or SHA-256, or a folder of its runs")
     parser.add_argument("b", metavar="B", help="the other one")
-    parser.add_argument("--out", type=named_path, default=Path("results"), help="the folder that holds runs/")
+    parser.add_argument(
+        "--out", type=named_path, default=Path("results"), help="the folder that holds runs/ (default: results)"
+    )
     parser.add_argument("--data", type=named_path, help="where the data lie now, for COCO's annotations")
     return answered(partial(run, parser.parse_args(argv)))
 
@@ -206,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise UserError(f"no task was run with both {args.a} and {args.b}")
     print(written(rows, title(a, args.a), title(b, args.b)))
-    return 0 if any(row.difference for row in rows) else 1
+    return 0 if all(row.difference for row in rows) else 1
 
 
 def title(runs: Sequence[Run], name: str) -> str:

@@ -29,7 +29,7 @@ from mae_core.files import printable
 from mae_core.machine import named_path, program
 from mae_core.stopping import stop_postponed
 from mae_core.writing import write_texts
-from transfer.run import fits, read_record
+from transfer.run import altered, fits, read_record
 from transfer.task import CLASSIFIER_FILE, RECORD_FILE, Record, recipe_label
 
 DECIMALS = {"value": 4, "stderr": 4, "chance": 4, "seconds": 1, "images_per_second": 2, "peak_memory_gib": 2}
@@ -94,6 +94,10 @@ def find_records(out: Path) -> tuple[list[tuple[Record, Path]], list[str]]:
             record = read_record(path)
             if not fits(train_fraction(record), float):
                 raise UserError(f"{path} is not a record of this version (wrong: recipe); move it away or delete it")
+            if altered(record):
+                raise UserError(
+                    f"{path} was altered after its run, so its numbers are not shown; put the original back"
+                )
             records.append((shown(record), path))
         except UserError as e:
             unreadable.append(str(e))

@@ -29,8 +29,7 @@ from transfer.classification.robustness import ALEXNET_ERROR
 from transfer.data.coco import Examples, annotation_file
 from transfer.data.coco import read_split as read_coco
 from transfer.data.predictions import MAIN, digest_of, names_of, read_predictions
-from transfer.run import digest_of as digest_of_record
-from transfer.run import read_record
+from transfer.run import altered, read_record
 from transfer.task import RECORD_FILE, Record
 
 TOLERANCE = 1e-6  # relative: of sums in another order
@@ -76,7 +75,7 @@ def check_unaltered(record: Record, path: Path) -> None:
         raise UserError(
             f"{path} has no digest: an earlier version made it, so it cannot be told whether it was altered"
         )
-    if record.digest != digest_of_record(record):
+    if altered(record):
         raise UserError(f"{path} was altered: its fields do not give its digest")
     for name, sha256 in record.artifacts.items():
         if (file := path.parent / Path(name).name).exists():
@@ -87,7 +86,7 @@ def check_hash(file: Path, sha256: str, record: Path) -> None:
     try:
         found = sha256_of(file)
     except OSError as e:
-        raise UserError(f"{file}, which {record} is made of, cannot be read: {e.strerror}") from None
+        raise UserError(f"{file} cannot be read ({e.strerror}); {record.name} was computed from it") from None
     if found != sha256:
         raise UserError(f"{file} was altered: it is not the file that {record} names")
 
@@ -205,9 +204,11 @@ def tested_examples(record: Record, root: Path) -> Examples:
 
 def records_at(path: Path) -> list[Path]:
     """The record that a path names, or all below a folder; UserError if there is none."""
-    found = sorted(path.rglob(RECORD_FILE)) if path.is_dir() else [path]
+    if not path.is_dir() and path.name != RECORD_FILE:
+        raise UserError(f"{path} is no {RECORD_FILE}: give one, or a folder that holds some")
+    found = sorted(path.rglob(RECORD_FILE)) if path.is_dir() else [path] if path.exists() else []
     if not found:
-        raise UserError(f"{path} holds no {RECORD_FILE}")
+        raise UserError(f"{path} holds no {RECORD_FILE}" if path.is_dir() else f"{path} does not exist")
     return found
 
 
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         prog=program("benchmarks.verify"), description="Compute every number again from its stored predictions."
     )
     parser.add_argument(
-        "records", nargs="+", type=named_path, metavar="RECORD", help="record.json, or a folder of some"
+        "records", nargs="+", type=named_path, metavar="RECORD", help="record.json, or a folder that holds some"
     )
     parser.add_argument("--data", type=named_path, help="where the data lie now, for COCO's annotations")
     return answered(partial(run, parser.parse_args(argv)))

@@ -42,6 +42,11 @@ def sealed(record: Record) -> Record:
     return replace(record, digest=digest_of(record))
 
 
+def altered(record: Record) -> bool:
+    """Whether a record that came out of a file is not the one that was written. Earlier versions wrote no digest."""
+    return bool(record.digest) and record.digest != digest_of(record)
+
+
 def digest_of(record: Record) -> str:
     """SHA-256 of the record's fields but its own digest and those that are empty: a field that a later version adds
     changes no earlier record's."""

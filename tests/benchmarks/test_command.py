@@ -107,3 +107,12 @@ def test_the_wheel_holds_the_packages_and_what_they_read(tmp_path):
     assert record.checkpoint["path"] == str(inside / "miniature" / "mae_mini.safetensors")
     assert record.commit == ""
     assert "mae_mini" in (work / "results" / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_package_that_is_missing_is_told_in_a_sentence(monkeypatch, capsys):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'orjson'", name="orjson")
+
+    monkeypatch.setattr(command.importlib, "import_module", absent)
+    assert call(monkeypatch, "verify", "x") == 2
+    assert capsys.readouterr().err == "error: the package orjson is not installed; after an update: make install\n"

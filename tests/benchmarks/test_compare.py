@@ -131,6 +131,36 @@ def test_more_tasks_raise_every_p(tmp_path, capsys):
     assert max(holm / p for p, holm in pairs) == pytest.approx(4, rel=0.1)
 
 
+def test_a_number_of_a_fine_tuned_classifier_rests_on_one_training_too(tmp_path, capsys):
+    for name, share in (("a", 0.8), ("b", 0.5)):
+        identity = {"task": "imagenet_a", "task_version": 1, "parent": "ab" * 32}
+        write(tmp_path, name, right(share, 1), "imagenet_a", identity=identity)
+    assert main(["a", "b", "--out", str(tmp_path)]) == 0
+    assert "how much trainings differ by chance is not counted" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_out_is_refused_whatever_lies_below_it(tmp_path, capsys):
+    write(tmp_path / "deep", "a", right(0.8))
+    assert main(["a", "a", "--out", str(tmp_path)]) == 2
+    assert "holds no runs/" in capsys.readouterr().err
+    run = next((tmp_path / "deep" / "runs").iterdir())
+    assert main(["a", str(run), "--out", str(tmp_path / "deep")]) == 0
+
+
+@pytest.mark.parametrize("digits", ["6100", "61000000"])
+def test_the_first_digits_of_a_hash_name_a_checkpoint(tmp_path, digits):
+    write(tmp_path, "a", right(0.8))
+    write(tmp_path, "b", right(0.8))
+    assert [run.record.checkpoint["name"] for run in runs_of(digits, tmp_path)] == ["a"]
+
+
+def test_a_task_that_cannot_be_compared_is_told_by_the_exit_code(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path, name, right(0.8))
+        write(tmp_path, name, right(0.8) | {"image": IMAGES[:: 1 if name == "a" else -1]}, "imagenet_linprobe")
+    assert main(["a", "b", "--out", str(tmp_path)]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["a", "nobody"], "has no record of 'nobody'"), (["a", "c"], "no task was run with both a and c")],

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.compare import main as compare_main
 from benchmarks.compare import rows_of, runs_of
+from benchmarks.report import UnreadableRecords, report
 from benchmarks.verify import main, verify
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
@@ -71,6 +72,8 @@ def test_an_altered_number_is_refused_by_the_records_name(copied, task):
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=f"{RECORD_FILE} was altered"):
         verify(path)
+    with pytest.raises(UnreadableRecords, match=f"{RECORD_FILE} was altered"):
+        report(path.parents[4])
 
 
 @pytest.mark.parametrize("task", sorted(WITH_IMAGES | {"coco"}))
@@ -139,7 +142,8 @@ def test_what_is_missing_is_named(copied, capsys):
     said = capsys.readouterr().err
     assert PREDICTIONS_FILE in said
     assert "Traceback" not in said
-    assert main([str(path.parent / "nowhere")]) == 1
+    for wrong in (path.parent / "nowhere", path.parent / "record.txt", path.parent / "x" / RECORD_FILE):
+        assert main([str(wrong)]) == 2
     (path.parent / "empty").mkdir()
     assert main([str(path.parent / "empty")]) == 2
 
