@@ -188,7 +188,7 @@ def written(rows: Sequence[Row], a: str, b: str) -> str:
         result = word(d, p, better.get(row.task, True))
         numbers = [f"{d.a:.2f}", f"{d.b:.2f}", f"{d.value + 0.0:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"]
         seeds = " / ".join(map(str, row.seeds))
-        lines.append([row.task, row.metric, *numbers, f"{d.p:.2g}", f"{p:.2g}", result, str(row.images), seeds, d.test])
+        lines.append([row.task, row.metric, *numbers, shown(d.p), shown(p), result, str(row.images), seeds, d.test])
         if row.differs:
             notes.append(f"- {row.task}, A -> B: {'; '.join(row.differs)}")
         if row.trained and row.seeds == (1, 1):
@@ -196,6 +196,10 @@ def written(rows: Sequence[Row], a: str, b: str) -> str:
     notes += [f"- {row.task}: not compared: {row.why}" for row in rows if row.why]
     parts = [f"A: {a}\nB: {b}", ABOUT.strip(), markdown_table(lines, left=2, padded=True) if tested else ""]
     return harmless("\n\n".join(part for part in (*parts, "\n".join(notes)) if part))
+
+
+def shown(p: float) -> str:
+    return f"{p:.2g}" if p else "< 1e-300"  # less than a float holds
 
 
 def trains(name: str) -> bool:

@@ -131,6 +131,14 @@ def test_more_tasks_raise_every_p(tmp_path, capsys):
     assert max(holm / p for p, holm in pairs) == pytest.approx(4, rel=0.1)
 
 
+def test_a_probability_below_what_a_float_holds_is_not_printed_as_0(tmp_path, capsys):
+    images = [f"{i}.jpg" for i in range(2000)]
+    for name, share in (("a", 1.0), ("b", 0.0)):
+        write(tmp_path, name, right(share, images=2000) | {"image": images})
+    assert main(["a", "b", "--out", str(tmp_path)]) == 0
+    assert "| < 1e-300 |" in capsys.readouterr().out.replace("\\<", "<")
+
+
 def test_a_number_of_a_fine_tuned_classifier_rests_on_one_training_too(tmp_path, capsys):
     for name, share in (("a", 0.8), ("b", 0.5)):
         identity = {"task": "imagenet_a", "task_version": 1, "parent": "ab" * 32}
