@@ -97,6 +97,7 @@ def test_of_1000_pairs_without_a_difference_at_most_6_percent_are_called_differe
     assert 0.01 < called / 1000 <= 0.06
 
 
+@pytest.mark.slow
 def test_the_bootstrap_calls_few_pairs_without_a_difference_different():
     """Three times 1000: over as few as 60 images a ratio comes to 5.5 %, of which a thousand may well show 6.2."""
     called = []

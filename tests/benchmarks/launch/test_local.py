@@ -168,6 +168,7 @@ def test_gpus_are_shared_out_and_named_as_the_caller_sees_them(flags, tmp_path, 
     assert order[0] == "imagenet_linprobe"  # the longest first
 
 
+@pytest.mark.slow
 def test_a_unit_goes_on_behind_a_child_that_ended_early(flags, tmp_path, monkeypatch) -> None:
     """Jobs that share a child: one record was written, then the process died; the rest gets a process of its own."""
     items, args = plan(flags, "--tasks", "imagenet_a", "imagenet_r")

@@ -42,6 +42,7 @@ def plan(path: Path, per_training: int, on_h100: dict) -> Path:  # noqa: F811
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_training", [8, 4, 2, 1])
 def test_a_node_of_eight_is_filled(tmp_path, on_h100, per_training):  # noqa: F811
     """No more than a tenth is lost against the shortest time that any order could take."""

@@ -40,7 +40,7 @@ def elements(content: bytes, **sizes: int) -> list[tuple]:
         return list(Elements(lambda start, length: content[start : start + length], len(content), {"a", "b"}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(MANY, MANY, LAYOUTS, st.sampled_from([8, 40, 1 << 20]))
 @example([{"x": [{}, {}]}, 5, {}], [], {}, 1 << 20)  # as many places between two objects as between two elements
 @example([{"x": "}, {"}, {"x": 1}], [{"y": float("nan")}, {}, {}], {}, 1 << 20)
