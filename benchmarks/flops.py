@@ -12,6 +12,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.flops import count_flops
 from mae_core.masking import mask_noise
 from mae_core.recipe import PretrainRecipe
+from mae_core.stopping import stop_postponed
 from mae_core.targets import Target
 from mae_core.vit import get_arch
 
@@ -73,6 +74,7 @@ class Memory:
         return self.weights + self.activations
 
 
+@stop_postponed()  # as for mae_core.flops
 def training_memory(arch: str, r: PretrainRecipe, micro_batch: int, checkpointing: bool, bf16: bool = True) -> Memory:
     """Counted on fake tensors, each saved storage once, with fused attention, which keeps no attention matrix. Excludes
     the kernels' own workspace and what the allocator leaves unused."""

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from mae_core.flops import count_flops, forward_flops
 from mae_core.stopping import stop_on_signals, stop_postponed, stop_requested
 from tests.fixtures import ROOT
 
@@ -52,6 +54,21 @@ def test_a_signal_can_wait_until_a_library_is_done(number):
     assert done
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("count", [count_flops, lambda work, model: forward_flops(lambda: model, lambda _: work())])
+def test_a_stop_waits_for_a_count_of_flops(count):
+    """Raised where C++ has called Python, KeyboardInterrupt aborts the process."""
+    stop_on_signals()
+    done = []
+
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("counted")
+
+    with pytest.raises(KeyboardInterrupt):
+        count(work, nn.Linear(2, 2))
+    assert done
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing():
