@@ -154,7 +154,10 @@ def experiment(record: Record) -> str:
 
 
 def records_for(records: list[Record], table: Table) -> list[Record]:
-    return [r for r in records if r.task in {column.task for column in table.columns}]
+    """Those of its tasks; of one that has optional columns only, those with a number for such a column."""
+    wanted = {column.task for column in table.columns if not column.optional}
+    optional = {(column.task, column.metric) for column in table.columns}
+    return [r for r in records if r.task in wanted or any((r.task, m) in optional for m in (r.metric, *r.metrics))]
 
 
 def row_key(r: Record) -> Row:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.significance import Mean, Sample
-from benchmarks.verify import tested_examples
+from benchmarks.verify import right_classes, tested_examples
 from mae_core.errors import UserError
 from transfer.classification.robustness import ALEXNET_ERROR
 from transfer.data.coco import annotation_file
@@ -61,7 +61,7 @@ def sample_of(record: Record, folder: Path, root: Path) -> tuple[Sample, bool]:
     rows = sets.get(MAIN) or sets[record.metric.partition("@")[2]]
     if "intersection" in rows:
         return Miou(areas_of(rows)), False
-    return Mean(100.0 * (rows["top1"] == rows["label"])), True
+    return Mean(100.0 * right_classes(rows, rows["top1"])), True
 
 
 def corruption_errors(sets: dict[str, dict[str, np.ndarray]]) -> np.ndarray:

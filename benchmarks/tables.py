@@ -132,7 +132,8 @@ TABLES = (
         title="Robustness of the fine-tuned classifier",
         caption="As in Table 13 of the MAE paper. IN-C: mean corruption error (mCE, AlexNet = 100) and the plain mean "
         "error (%). Others: top-1 accuracy (%), on IN-A and IN-R among the 200 classes of each set; clean: ImageNet "
-        "validation images of the same classes.",
+        "validation images of the same classes. IN-V2: matched frequency. ReaL: any of an image's new labels is right. "
+        "ObjectNet: the images of its 113 classes, all 1000 of ImageNet compete.",
         published="robustness",
         columns=(
             Column("imagenet_c", "mce", "IN-C mCE", better="lower"),
@@ -142,6 +143,27 @@ TABLES = (
             Column("imagenet_r", "top1", "IN-R"),
             Column("imagenet_r", "clean_200_top1", "clean, classes of IN-R", optional=True),
             Column("imagenet_sketch", "top1", "IN-Sketch"),
+            Column("imagenet_v2", "top1", "IN-V2", optional=True),
+            Column("imagenet_real", "top1", "ReaL", optional=True),
+            Column("objectnet", "top1", "ObjectNet", optional=True),
+        ),
+    ),
+    Table(
+        name="calibration",
+        title="Calibration of the fine-tuned classifier",
+        caption="ECE: expected calibration error (%) of the first class's probability, in 15 bins of equal width. NLL: "
+        "mean negative log-likelihood of the label. On IN-A and IN-R among the 200 classes of each set.",
+        columns=tuple(
+            Column(task, metric, f"{title} {name}", better="lower", optional=True, reference="")
+            for task, title in (
+                ("imagenet_finetune", "fine-tuning"),
+                ("imagenet_eval", "evaluation only"),
+                ("imagenet_v2", "IN-V2"),
+                ("imagenet_a", "IN-A"),
+                ("imagenet_r", "IN-R"),
+                ("imagenet_sketch", "IN-Sketch"),
+            )
+            for metric, name in (("ece", "ECE"), ("loss", "NLL"))
         ),
     ),
     Table(

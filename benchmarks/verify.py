@@ -116,8 +116,15 @@ def named(metric: str, set_name: str) -> str:
     return others.get(set_name, f"{metric}_ms" if set_name == "multi_scale" else f"{metric}@{set_name}")
 
 
+def right_classes(rows: Rows, classes: np.ndarray) -> np.ndarray:
+    """Whether those classes [n] are right for the images: the label, or one of `labels` where there are several."""
+    if "labels" not in rows:
+        return classes == rows["label"]
+    return np.array([str(c) in listed.split(" ") for c, listed in zip(classes, rows["labels"])])
+
+
 def accuracies(rows: Rows) -> dict[str, float]:
-    """top1, top5 and loss (the mean) of a classifier; UserError if losses and log-probabilities disagree."""
+    """top1, top5, loss (the mean) and ece of a classifier; UserError if losses and log-probabilities disagree."""
     label = rows["label"]
     ranked = [rows[name] for name in rows if name.startswith("top")]
     log_probs = [rows[name] for name in rows if name.startswith("log_prob")]
@@ -125,9 +132,24 @@ def accuracies(rows: Rows) -> dict[str, float]:
         right = classes == label
         if not np.allclose(-log_prob[right], rows["loss"][right], rtol=1e-4, atol=1e-4):
             raise UserError("the losses are not those of the log-probabilities beside them")
-    in_five = np.any([classes == label for classes in ranked], axis=0)
-    top1, top5 = accuracy_score(label, ranked[0]), accuracy_score(np.ones(len(label), bool), in_five)
-    return {"top1": 100 * top1, "top5": 100 * top5, "loss": math.fsum(rows["loss"].tolist()) / len(label)}
+    every, first = np.ones(len(label), bool), right_classes(rows, ranked[0])
+    in_five = np.any([right_classes(rows, classes) for classes in ranked], axis=0)
+    return {
+        "top1": 100 * accuracy_score(every, first),
+        "top5": 100 * accuracy_score(every, in_five),
+        "loss": math.fsum(rows["loss"].tolist()) / len(label),
+        "ece": 100 * calibration_error(np.exp(log_probs[0]), first),
+    }
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """The share of the images in each bin of confidence, times the gap between their accuracy and mean confidence."""
+    total, edges = 0.0, np.linspace(0, 1, bins + 1, dtype=np.float32)
+    for low, high in zip(edges, (*edges[1:], np.inf)):
+        inside = (low <= confidence) & (confidence < high)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean(dtype=np.float64))
+    return float(total)
 
 
 def corruption_metrics(sets: Mapping[str, Rows]) -> dict[str, float]:

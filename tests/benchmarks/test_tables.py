@@ -126,7 +126,7 @@ def printed(name: str) -> pd.DataFrame:
 
 def test_every_published_file_is_known():
     assert {p.stem for p in PUBLISHED.glob("*.csv")} == FILES
-    assert {t.published for t in TABLES} <= FILES
+    assert {t.published for t in TABLES} - {""} <= FILES  # for some nothing is published
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -3,7 +3,7 @@
 python -m transfer.classification --task imagenet_a imagenet_r --ckpt FINE_TUNED --data DIR --out DIR
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -91,11 +91,19 @@ def normalization_of(job: Job) -> Normalization:
     return (job.parent or job.checkpoint).normalization
 
 
-def scores_of(job: Job, split: Split, label: str = "", kept: Sequence[int] | None = None) -> Scores:
-    """A split scored by the job's classifier. kept: only these classes compete."""
+def scores_of(
+    job: Job,
+    split: Split,
+    label: str = "",
+    kept: Sequence[int] | None = None,
+    accepted: Sequence[Collection[int]] | None = None,
+    border: int = 0,
+) -> Scores:
+    """A split scored by the job's classifier. kept: only these classes compete. accepted: all classes that are right,
+    for each image. border: px that are cut off each side of the images first."""
     model, size = classifier(job)
-    transform, label = eval_transform(size, job.recipe.transform), f"{job.task.name} {label}".strip()
-    return evaluate(model, split, transform, normalization_of(job), job.machine, label, kept)
+    transform, label = eval_transform(size, job.recipe.transform, border), f"{job.task.name} {label}".strip()
+    return evaluate(model, split, transform, normalization_of(job), job.machine, label, kept, accepted)
 
 
 def resolved(job: Job) -> dict[str, Any]:

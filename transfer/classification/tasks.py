@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transfer.classification import checks, cost, recipes, robustness
+from transfer.classification import checks, cost, recipes, retests, robustness
 from transfer.classification.job import finetune, linprobe
 from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
@@ -132,4 +132,5 @@ TASKS = (
     *(task_of(known, MAKERS[known.name]) for known in SETS),
     FOLDER,
     *robustness.TASKS,
+    *retests.TASKS,
 )

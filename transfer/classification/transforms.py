@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from PIL import Image, ImageOps
@@ -68,13 +69,14 @@ def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
-def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
+def eval_transform(image_size: int, how: str = "resize_crop", border: int = 0) -> v2.Compose:
     """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. Pillow resizes, as for the
     published numbers: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": only the centre crop. "resize": short side to the size, bicubic, then
-    centre crop; an image of that size stays as it is. UserError for another name.
+    centre crop; an image of that size stays as it is. UserError for another name. border: px that are cut off each side
+    first.
     """
     # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
     resized = {
@@ -86,4 +88,6 @@ def eval_transform(image_size: int, how: str = "resize_crop") -> v2.Compose:
     steps: list = [v2.CenterCrop(image_size), v2.PILToTensor()]
     if short_side is not None:
         steps.insert(0, v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC))
+    if border:
+        steps.insert(0, v2.Lambda(partial(ImageOps.crop, border=border)))
     return v2.Compose(steps)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -31,13 +31,23 @@ def columns(which: str) -> tuple[int, ...]:
     return tuple(label[wnid] for wnid in sorted(wnids(which)))
 
 
-def read_split(folder: Path) -> tuple[Split, list[str]]:
+BY_WNID = (
+    "rename each to the WNID of its class (n01440764 is the tench; LOC_synset_mapping.txt of the Kaggle release lists "
+    "all), or move it away"
+)
+
+
+def read_split(
+    folder: Path, labels_of: Mapping[str, int] | None = None, others: Collection[str] = (), remedy: str = BY_WNID
+) -> tuple[Split, list[str]]:
     """The images of folder/WNID/*, and the problems of the folder. Each folder is listed once.
 
     The label comes from the folder's name, never from its rank: a set of ten classes still means 1000 logits. All usual
     extensions in any case and names with spaces are found.
+    labels_of: the labels of folders that are named otherwise. others: folders of the set that are passed over. remedy:
+    what to do about a folder of another name.
     """
-    label = {wnid: i for i, wnid in enumerate(wnids())}
+    label = labels_of or {wnid: i for i, wnid in enumerate(wnids())}
     files: list[Path] = []
     labels: list[int] = []
     strange: list[str] = []
@@ -48,6 +58,8 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     with os.scandir(folder) as listing:
         entries = sorted((e for e in listing if not passed_over(e.name)), key=lambda entry: entry.name)
     for entry in entries:
+        if entry.name in others:
+            continue
         if not entry.is_dir():  # which asks the disk only for links
             (broken if entry.is_symlink() and entry.name in label else loose).append(entry.name)
         elif entry.name not in label:
@@ -57,18 +69,16 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
             listed = os.listdir(entry.path)
             names = sorted(filter(is_image, listed))
             if len(names) < len(listed):
-                others = (name for name in listed if not is_image(name) and not passed_over(name))
-                nested += [f"{entry.name}/{n}" for n in others if os.path.isdir(f"{entry.path}/{n}")]
+                rest = (name for name in listed if not is_image(name) and not passed_over(name))
+                nested += [f"{entry.name}/{n}" for n in rest if os.path.isdir(f"{entry.path}/{n}")]
             files += map((folder / entry.name).joinpath, names)
             labels += [label[entry.name]] * len(names)
             if not names:
                 empty.append(entry.name)
-    problems = misplaced(folder, loose)
+    problems = misplaced(folder, loose, " named by WNID" if labels_of is None else "")
     if strange:
-        problems.append(
-            f"{folder} has folders that are no ImageNet class: {preview(strange)}; rename each to the WNID of its "
-            "class (n01440764 is the tench; LOC_synset_mapping.txt of the Kaggle release lists all), or move it away"
-        )
+        what = "no ImageNet class" if labels_of is None else "none of its classes"
+        problems.append(f"{folder} has folders that are {what}: {preview(strange)}; {remedy}")
     if broken:
         problems.append(f"{folder} has broken links for class folders: {preview(broken)}; link them to where they lie")
     if empty:
@@ -82,7 +92,7 @@ def read_split(folder: Path) -> tuple[Split, list[str]]:
     return Split(tuple(files), tuple(labels)), problems
 
 
-def misplaced(folder: Path, names: list[str]) -> list[str]:
+def misplaced(folder: Path, names: list[str], named: str) -> list[str]:
     """The problems of files beside the class folders, which the official archives leave when unpacked."""
     images = [name for name in names if is_image(name)]
     archives = [name for name in names if re.fullmatch(r"n\d{8}\.tar", name)]
@@ -95,7 +105,7 @@ def misplaced(folder: Path, names: list[str]) -> list[str]:
                 "image into its class and holds the mapping; or torchvision.datasets.ImageNet unpacks it again, with "
                 "the mapping from ILSVRC2012_devkit_t12.tar.gz"
             )
-        problems.append(f"{len(images)} images lie in {folder} itself, not in class folders named by WNID: {how}")
+        problems.append(f"{len(images)} images lie in {folder} itself, not in class folders{named}: {how}")
     if archives:
         how = "for f in n*.tar; do mkdir -p ${f%.tar} && tar -xf $f -C ${f%.tar} && rm $f; done"
         problems.append(f"{folder} has {len(archives)} archives of classes, packed still; in there: {how}")

@@ -2,12 +2,14 @@
 
     DIR/imagenet/{train,val}/WNID/*.JPEG       DIR/imagenet-a/WNID/*.jpg       DIR/imagenet-sketch/WNID/*.JPEG
     DIR/imagenet-c/CORRUPTION/SEVERITY/WNID/*.JPEG       DIR/imagenet-r/WNID/*.jpg       DIR/unlabelled/*.JPEG
+    DIR/imagenetv2-matched-frequency-format-val/CLASS/*.jpeg       DIR/imagenet-real/real.json
 
 Images are 48 px. The 16 classes are shapes (scenes.py) under real WNIDs, so that the class lists of ImageNet-1K, -A and
 -R apply unchanged; a WNID's real meaning plays no part.
 """
 
 import io
+import json
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -16,15 +18,18 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mae_core.errors import UserError
+from transfer.data.imagenet import wnids
+from transfer.data.objectnet import BORDER
+from transfer.data.objectnet import OBJECTS as OBJECTNET
 from transfer.miniature import scenes
 from transfer.miniature.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
 # Images per class.
-TRAIN, VAL, HARD, RENDITION, SKETCH = 50, 100, 40, 40, 40
+TRAIN, VAL, HARD, RENDITION, SKETCH, V2, OBJECTS = 50, 100, 40, 40, 40, 10, 10
 # ImageNet-C has the first images of each class of val.
 CORRUPTED = 4
 
@@ -96,6 +101,30 @@ def _imagenet_c_files(seed: int) -> Files:
                 yield f"{name}/{severity}/{wnid}/{_val_name(label, index)}", jpeg(image, quality=85)
 
 
+def _v2_files(seed: int) -> Files:
+    for wnid, label, index in _labelled(V2):
+        yield f"{wnids().index(wnid)}/{label:02d}{index:06d}.jpeg", jpeg(_photograph(seed, "v2", label, index))
+
+
+def _real_files() -> Files:
+    """Of every ten validation images, one has no label and two have that of another class too."""
+    classes = [wnids().index(wnid) for wnid in class_wnids().values()]
+    labels = []
+    for _, label, index in _labelled(VAL):
+        other = classes[(label + 1) % len(classes)]
+        labels.append([] if index % 10 == 0 else [other, classes[label]] if index % 5 == 1 else [classes[label]])
+    yield "real.json", json.dumps(labels).encode()
+
+
+def _objectnet_files(seed: int) -> Files:
+    for label, name in enumerate(list(OBJECTNET)[:: len(OBJECTNET) // 4]):
+        for index in range(OBJECTS):
+            image = Image.fromarray(_photograph(seed, "objectnet", label, index))
+            file = io.BytesIO()
+            ImageOps.expand(image, BORDER, (255, 0, 0)).save(file, "PNG")
+            yield f"images/{name}/{index:08d}.png", file.getvalue()
+
+
 def _unlabelled_file(seed: int, index: int) -> tuple[str, bytes]:
     label = int(rng_of(seed, "unlabelled/class", 0, index).integers(len(scenes.CLASSES)))
     return f"{index:07d}.JPEG", jpeg(_photograph(seed, "unlabelled", label, index))
@@ -137,6 +166,24 @@ def imagenet_c(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet-c: the first 4 val images of each class under 15 corruptions at severities 1 to 5."""
     count = CORRUPTED * len(scenes.CLASSES) * len(CORRUPTIONS) * len(SEVERITIES)
     return write_set(root, "imagenet-c", seed, {"test": count}, _imagenet_c_files(seed))
+
+
+def imagenet_v2(root: Path, seed: int = 0) -> Path:
+    """Write root/imagenetv2-matched-frequency-format-val: more images as those of val, 10 per class."""
+    count = V2 * len(scenes.CLASSES)
+    return write_set(root, "imagenetv2-matched-frequency-format-val", seed, {"test": count}, _v2_files(seed))
+
+
+def imagenet_real(root: Path, seed: int = 0) -> Path:
+    """Write root/imagenet-real/real.json, other labels of the validation images, and those."""
+    imagenet(root, seed)
+    return write_set(root, "imagenet-real", seed, {"lists": 1}, _real_files())
+
+
+def objectnet(root: Path, seed: int = 0) -> Path:
+    """Write root/objectnet-1.0: five of its objects, 10 images of each with its red border. None of them is among the
+    miniature's classes: it shows that the set is read, and no classifier can be right."""
+    return write_set(root, "objectnet-1.0", seed, {"test": OBJECTS * 5}, _objectnet_files(seed))
 
 
 def unlabelled(root: Path, count: int = 20000, seed: int = 0) -> Path:

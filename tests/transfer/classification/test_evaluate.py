@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.verify import calibration_error as recomputed
 from mae_core.data import IMAGENET_NORMALIZATION
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, CLASSES, TableModel, one_hot_logits, write_code
-from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, score
+from transfer.classification.evaluate import EvalRecipe, Scores, calibration_error, evaluate, score
 from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
 from transfer.data.split import Split
@@ -36,11 +37,38 @@ def test_scores_count_and_err_as_computed_by_hand():
     ranked = np.array([[7, 1], [2, 7], [7, 3], [7, 4]])
     scores = Scores(["a", "b", "c", "d"], np.full(4, 7), loss, ranked, np.zeros((4, 2)))
     metrics, stderr = scores.metrics()
-    assert metrics == {"top1": 75.0, "top5": 100.0, "loss": 3.0}
+    assert metrics == {"top1": 75.0, "top5": 100.0, "loss": 3.0, "ece": 25.0}  # sure of all four, right in three
     # sqrt(0.75 * 0.25 / 4) = 0.2165; the losses' variance is (4 + 1 + 0 + 9) / 3, over 4 images.
     assert stderr["top1"] == pytest.approx(21.6506, abs=1e-4)
     assert stderr["top5"] == 0.0
     assert stderr["loss"] == pytest.approx((14 / 3 / 4) ** 0.5)
+
+
+def test_the_calibration_error_is_the_one_computed_by_hand():
+    """Of five images at 0.7 four are right, of five at 0.9 three: 0.5 * 0.1 + 0.5 * 0.3."""
+    confidence = np.array([0.7] * 5 + [0.9] * 5, np.float32)
+    right = np.array([1, 1, 1, 1, 0, 1, 1, 1, 0, 0], bool)
+    assert calibration_error(confidence, right) == pytest.approx(20.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_the_calibration_error_is_torchmetrics(classes):
+    """Of logits from vague to saturated, the edges of the bins among the confidences."""
+    from torchmetrics.classification import MulticlassCalibrationError
+
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(3000, classes, generator=generator) * torch.linspace(0, 60, 3000)[:, None]
+    probabilities = logits.softmax(dim=1)
+    for row, edge in enumerate(torch.linspace(0, 1, 16)[8:]):  # a first class exactly at each edge, and the rest
+        probabilities[row] = (1 - edge) / (classes - 1)
+        probabilities[row, 0] = edge
+    labels = torch.randint(3, (3000,), generator=generator)
+    confidence, first = probabilities.max(dim=1)
+    assert (confidence == 1).sum() > 100
+    theirs = MulticlassCalibrationError(classes, n_bins=15, norm="l1")(probabilities, labels).item()
+    for ours in (calibration_error, lambda *values: 100 * recomputed(*values)):
+        found = ours(confidence.numpy(), (first == labels).numpy())
+        assert found == pytest.approx(100 * theirs, rel=1e-5)
 
 
 def test_score_ranks_as_computed_by_hand():

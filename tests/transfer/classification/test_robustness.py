@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +10,11 @@ from mae_core.decode import read_image
 from mae_core.errors import UserError
 from mae_core.files import is_image
 from tests.fixtures import SHARED
-from tests.fixtures.transfer import CLASSES, TableModel, make_job, one_hot_logits, small_checkpoint, write_c, write_code
+from tests.fixtures.transfer import CLASSES, coded_set, make_job, one_hot_logits, small_checkpoint, write_c
 from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
 from transfer.classification.transforms import eval_transform, probe_transform, train_transform
-from transfer.data.imagenet import columns, wnids
+from transfer.data.imagenet import columns
 from transfer.run import run_job
 
 A, R, SKETCH, C = robustness.TASKS
@@ -77,24 +76,6 @@ def test_the_standard_error_takes_the_versions_of_an_image_together():
     assert stderr["mce"] == pytest.approx(100 * deviation * np.mean([250000 / n for n in ALEXNET_WRONG.values()]))
 
 
-@pytest.fixture
-def loads(monkeypatch):
-    """Replace the loading of classifiers: `loads(table)` sets the model; the list counts what was loaded."""
-    calls = []
-
-    def use(table, size=16):
-        def load(checkpoint, image_size, device):
-            calls.append(checkpoint)
-            return TableModel(table), image_size or size
-
-        monkeypatch.setattr(robustness, "trained_classifier", load)
-        robustness.load_once.cache_clear()
-        return calls
-
-    yield use
-    robustness.load_once.cache_clear()
-
-
 def test_imagenet_c_end_to_end(tmp_path, loads):
     """Of the four images of corruption c (in alphabetical order) at severity s, (c + s) % 5 say what is not there."""
 
@@ -135,13 +116,6 @@ def test_a_crop_larger_than_the_files_is_refused(tmp_path, loads):
     record = run_job(make_job(C, root, tmp_path / "resize"))
     assert record.status == "ok"
     assert record.resolved == {"image_size": 32, "val_pixels": PILLOW_PIXELS}
-
-
-def coded_set(folder: Path, codes: dict[int, list[int]]) -> None:
-    """folder/WNID/i.png for label -> what its images say."""
-    for label, said in codes.items():
-        for i, code in enumerate(said):
-            write_code(folder / wnids()[label] / f"{i}.png", code)
 
 
 def test_two_hundred_classes_compete_among_themselves(tmp_path, loads):
