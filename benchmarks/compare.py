@@ -27,7 +27,7 @@ from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record
 
 SHORTEST = 4  # digits of a SHA-256 that name a checkpoint
-AP_RESAMPLES = 200  # of COCO's images: a resample takes a tenth of a second or more
+AP_GROUPS = 200  # of COCO's images: each takes a tenth of a second or more
 ABOUT = """\
 A - B in the metric's unit, and p by a paired test on the same images, then corrected by Holm for the number of tasks. A
 is better or worse where the corrected p is below 0.05. docs/predictions.md describes the tests.
@@ -140,8 +140,11 @@ def row_of(a: list[Run], b: list[Run], data: Path | None) -> Row:
     except UserError as e:
         return row(why=str(e))
     mine, theirs = ([each for each, _ in side] for side in samples)
-    resamples = {"resamples": AP_RESAMPLES} if first.task == "coco" else {}
-    difference = compare(mine, theirs, samples[0][0][1], **resamples)
+    groups = {"groups": AP_GROUPS} if first.task == "coco" else {}
+    try:
+        difference = compare(mine, theirs, samples[0][0][1], **groups)
+    except UserError as e:
+        return row(why=str(e))
     trained = trains(first.task) or bool(first.identity.get("parent"))
     return row(mine[0].images, difference, trained, differing(first, other))
 
@@ -226,6 +229,8 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise UserError(f"no task was run with both {args.a} and {args.b}")
     print(written(rows, title(a, args.a), title(b, args.b)))
+    if {run.path for run in a} == {run.path for run in b}:
+        print("note: A and B are the same runs")
     return 0 if all(row.difference for row in rows) else 1
 
 

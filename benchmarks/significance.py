@@ -1,9 +1,12 @@
 """Is the difference between two numbers more than chance? Paired tests on the same images.
 
-One run on each side: McNemar's exact test for accuracies, the paired t-test for other means over the images (mCE), the
-paired bootstrap over the images for what is no mean (mIoU, AP). Several seeds: a t-test whose variance counts the
-training seeds and the test images, as in the analysis of several readers of the same cases (Dorfman, Berbaum and Metz
-1992): the images are shared by all runs, the seeds are each side's own. Holm's correction over tasks.
+One run on each side: McNemar's exact test for accuracies, the paired t-test for other means over the images (mCE), and
+for what is no mean over the images (mIoU, AP) the paired jackknife, which is the t-test where it is one (Tukey 1958;
+delete-a-group where there are many images, Shao and Tu 1995). The bootstrap would call too many equal encoders
+different: a class of few images is missing from many of its draws, for A and B alike. Several seeds: a t-test whose
+variance counts the training seeds and the test images, as in the analysis of several readers of the same cases
+(Dorfman, Berbaum and Metz 1992): the images are shared by all runs, the seeds are each side's own. Holm's correction
+over tasks.
 """
 
 import math
@@ -14,12 +17,14 @@ from typing import Protocol
 import numpy as np
 from scipy import stats
 
+from mae_core.errors import UserError
+
 LEVEL = 0.05
-RESAMPLES = 1000
+GROUPS = 2000  # of images, at most, that the jackknife leaves out in turn
 
 
 class Sample(Protocol):
-    """What one run's number is made of. images: how many; values: the metric [R] of each of R multisets of them; draws
+    """What one run's number is made of. images: how many; values: the metric [R] of each of R selections of them; draws
     [R, images] says how often each image is in it."""
 
     @property
@@ -74,15 +79,15 @@ def normal_quantile() -> float:
     return float(stats.norm.ppf(1 - LEVEL / 2))
 
 
-def compare(a: Sequence[Sample], b: Sequence[Sample], binary: bool, resamples: int = RESAMPLES) -> Difference:
+def compare(a: Sequence[Sample], b: Sequence[Sample], binary: bool, groups: int = GROUPS) -> Difference:
     """The runs of A and those of B, one for each seed, all on the same images in the same order. binary: the scores are
-    0 and 100."""
+    0 and 100. groups: into how many the images are divided for the jackknife; each by itself if they are fewer."""
     if binary and len(a) == len(b) == 1:
         return mcnemar(*(run.scores > 0 for run in (*a, *b) if isinstance(run, Mean)))
-    return across_seeds(a, b, resamples)
+    return across_seeds(a, b, groups)
 
 
-def across_seeds(a: Sequence[Sample], b: Sequence[Sample], resamples: int = RESAMPLES) -> Difference:
+def across_seeds(a: Sequence[Sample], b: Sequence[Sample], groups: int = GROUPS) -> Difference:
     """The difference between the means over the seeds, by a t-test.
 
     Its variance: of the seeds' values on either side (Welch), plus that over the images of the means' difference; less
@@ -90,32 +95,36 @@ def across_seeds(a: Sequence[Sample], b: Sequence[Sample], resamples: int = RESA
     with one seed is given the other's variance; with one on both, training's is not counted.
     """
     n = a[0].images
+    if n < 2:
+        raise UserError(f"{n} image says nothing about chance: a comparison takes two or more")
     values_a, values_b = (np.array([float(run.values(np.ones((1, n)))[0]) for run in side]) for side in (a, b))
-    rows_a, rows_b, scale = over_images(a, b, resamples)
+    rows_a, rows_b, scale = over_images(a, b, groups)
     images = scale * float(np.nanvar(rows_a.mean(axis=0) - rows_b.mean(axis=0), ddof=1))
     seeds = seed_variances(values_a, values_b)
-    parts = [(images, n - 1), *seeds]
+    parts = [(images, rows_a.shape[1] - 1), *seeds]
     twice = scale * sum(counted_twice(rows) for rows in (rows_a, rows_b)) if seeds else 0.0
     variance = max(sum(v for v, _ in parts) - twice, *(v for v, _ in parts))
     if seeds:
         test = "seeds and images"
     else:
-        test = "paired t" if scale < 1 else f"paired bootstrap, {resamples} resamples"
+        test = "paired t" if scale < 1 else f"paired jackknife, {rows_a.shape[1]} groups"
     return from_t(float(values_a.mean()), float(values_b.mean()), variance, parts, test)
 
 
-def over_images(a: Sequence[Sample], b: Sequence[Sample], resamples: int) -> tuple[np.ndarray, np.ndarray, float]:
+def over_images(a: Sequence[Sample], b: Sequence[Sample], groups: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Rows of A's runs and of B's, and what to multiply the variance along a row by for that of a number over the
-    images. A mean's is known: its scores' over n, to which the bootstrap's would converge. Of others, the rows are
-    their values on draws of the images with replacement, the same for every run, whose variance falls short by
-    (n - 1) / n, as that of a mean."""
+    images. A mean's rows are its scores. Of others, they are the values without each group of the images, the same
+    groups for every run: for a mean that would come to the same."""
     n = a[0].images
     means = [[run.scores for run in side if isinstance(run, Mean)] for side in (a, b)]
     if len(means[0]) == len(a) and len(means[1]) == len(b):
         return np.stack(means[0]), np.stack(means[1]), 1 / n
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
-    drawn_a, drawn_b = (np.stack([run.values(draws) for run in side]) for side in (a, b))
-    return drawn_a, drawn_b, n / max(n - 1, 1)
+    groups = min(groups, n)
+    draws = np.ones((groups, n))
+    for row, group in zip(draws, np.array_split(np.random.default_rng(0).permutation(n), groups)):
+        row[group] = 0
+    without_a, without_b = (np.stack([run.values(draws) for run in side]) for side in (a, b))
+    return without_a, without_b, (groups - 1) ** 2 / groups
 
 
 def seed_variances(a: np.ndarray, b: np.ndarray) -> list[tuple[float, int]]:

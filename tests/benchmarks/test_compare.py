@@ -49,7 +49,15 @@ def test_the_better_one_is_called_better_and_the_same_difference_turned_round(tm
     assert main(["a", "b", "--out", str(tmp_path)]) == 0
     assert "| better |" in capsys.readouterr().out
     assert main(["b", "a", "--out", str(tmp_path)]) == 0
-    assert "| worse |" in capsys.readouterr().out.replace("  ", " ")
+    printed = capsys.readouterr().out.replace("  ", " ")
+    assert "| worse |" in printed
+    assert "same runs" not in printed
+
+
+def test_a_checkpoint_against_itself_is_said_to_be_the_same(tmp_path, capsys):
+    write(tmp_path, "a", right(0.8, 1))
+    assert main(["a", "a", "--out", str(tmp_path)]) == 0
+    assert "A and B are the same runs" in capsys.readouterr().out
 
 
 def test_other_folders_are_compared_too(tmp_path):

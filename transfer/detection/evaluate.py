@@ -123,9 +123,10 @@ class Matches:
             positives = int(objects @ counts)
             if not positives:
                 continue
+            # A detection that is there k times counts k at once: recall and envelope are those of k in a row.
             repeats = counts[owner]
-            tp = np.cumsum(np.repeat(true, repeats, axis=1), axis=1, dtype=np.float64)
-            fp = np.cumsum(np.repeat(false, repeats, axis=1), axis=1, dtype=np.float64)
+            tp = np.cumsum(true * repeats, axis=1, dtype=np.float64)
+            fp = np.cumsum(false * repeats, axis=1, dtype=np.float64)
             precision = tp / np.maximum(tp + fp, np.spacing(1))
             envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             for recall, best in zip(tp / positives, envelope):
