@@ -16,11 +16,8 @@ from benchmarks.suite import TASKS
 from benchmarks.tables import Column
 from transfer.task import Record
 
-TYPES = {  # the Hub's names
-    "transfer.classification": "image-classification",
-    "transfer.detection": "object-detection",
-    "transfer.segmentation": "image-segmentation",
-}
+# The Hub's names of the tasks, by metric; of all others "image-classification".
+TYPES = {"box_ap": "object-detection", **dict.fromkeys(("mask_ap", "miou", "macc", "aacc"), "image-segmentation")}
 METRICS = {"top1": "accuracy", "miou": "mean_iou", "box_ap": "mAP", "mask_ap": "mAP"}
 
 
@@ -61,7 +58,7 @@ def eval_result(section: Section, line: Line, column: Column) -> EvalResult:
     seeds = f", mean of {cell.seeds} seeds" if cell.seeds > 1 else ""
     facts = (column.task, section_title, share, f"{line.image_size} px", line.engine, line.precision)
     return EvalResult(
-        task_type="image-segmentation" if column.metric == "mask_ap" else TYPES[task.module] if task else "other",
+        task_type=TYPES.get(column.metric.removesuffix("_ms"), "image-classification") if task else "other",
         task_name=title,
         dataset_type=re.sub("[^a-z0-9]+", "-", where.lower()).strip("-"),
         dataset_name=where,

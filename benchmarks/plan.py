@@ -17,9 +17,8 @@ from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
 from transfer.data.findings import guarded, limited
-from transfer.jobs import find_tasks, make_job, obstacle, resolve
+from transfer.jobs import find_tasks, make_job, needed, obstacle, resolve
 from transfer.run import finished, with_work_folder
-from transfer.space import needed
 from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
 
 FINETUNE = "imagenet_finetune"

@@ -29,7 +29,7 @@ try:
     from mae_core.stopping import stop_on_signals
     from transfer.cli import add_common_flags, add_limit_flag
     from transfer.data.shipped import shipped
-    from transfer.space import check_space
+    from transfer.jobs import check_space
     from transfer.task import RECORD_FILE, Record
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"

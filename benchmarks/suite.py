@@ -2,6 +2,7 @@
 
 from transfer.classification import tasks as classification
 from transfer.detection import tasks as detection
+from transfer.frozen import tasks as frozen
 from transfer.segmentation import tasks as segmentation
 
-TASKS = (*classification.TASKS, *detection.TASKS, *segmentation.TASKS)
+TASKS = (*classification.TASKS, *frozen.TASKS, *detection.TASKS, *segmentation.TASKS)

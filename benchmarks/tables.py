@@ -105,6 +105,14 @@ TABLES = (
         ),
     ),
     Table(
+        name="frozen",
+        title="ImageNet-1K, frozen encoder",
+        caption="Top-1 accuracy (%) of what is trained on the tokens of a frozen encoder. Attentive probing: the patch "
+        "tokens are pooled by attention (Psomas et al., ICLR 2026), and the number is that of the last epoch.",
+        published="frozen",
+        columns=(Column("imagenet_attnprobe", "top1", "attentive probing, last epoch"),),
+    ),
+    Table(
         name="partial",
         title="ImageNet-1K, partial fine-tuning",
         caption="Top-1 accuracy (%) by the number of last blocks that are tuned, as in Figure 9 of the MAE paper: 0 is "

@@ -240,6 +240,7 @@ PROGRAMS = (
     "-m mae_core.checkpoint --formats",
     "-m transfer.classification --task t --ckpt c",
     "-m transfer.detection --task t --ckpt c",
+    "-m transfer.frozen --task t --ckpt c",
     "-m transfer.segmentation --task t --ckpt c",
     "-m transfer.miniature --out o",
     "-m benchmarks.report",

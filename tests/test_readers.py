@@ -15,11 +15,11 @@ from mae_core.machine import Machine
 from mae_core.reconstruct import load_images
 from tests.fixtures.image import broken_files, odd_files, photograph
 from tests.fixtures.transfer import TableModel, one_hot_logits, raising
-from transfer.classification.evaluate import evaluate
-from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.ade20k import check_pair
 from transfer.data.coco import Example
+from transfer.data.scores import evaluate
 from transfer.data.split import Split
+from transfer.data.transforms import eval_transform, probe_transform, train_transform
 from transfer.detection.engine_torchvision import Jittered
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import open_image

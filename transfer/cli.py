@@ -17,9 +17,8 @@ from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
 from mae_core.tracker import add_tracker_flag
 from transfer.data.findings import guarded, limited
-from transfer.jobs import RECIPES, cached_or_skipped, classifier_of, find_tasks, make_job
+from transfer.jobs import RECIPES, cached_or_skipped, check_space, classifier_of, find_tasks, make_job
 from transfer.run import run_job
-from transfer.space import check_space
 from transfer.task import RECORD_FILE, Needs, Record, Task
 
 

@@ -1,4 +1,4 @@
-"""From names and settings to jobs, and the reasons why a job cannot run."""
+"""From names and settings to jobs, the reasons why a job cannot run, and the disk space that jobs need below --out."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,7 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
+from mae_core.space import Space, check_free
 from transfer.data.findings import Data
 from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
@@ -195,3 +196,21 @@ def cached_or_skipped(job: Job) -> Record | None:
         if distributed.is_main():
             write_record(record, job.work)
     return record
+
+
+def needed(jobs: Sequence[Job]) -> Space:
+    """The space for jobs that run one after the other."""
+    peak = stays = 0
+    for space in (job.task.space(job) for job in jobs):
+        peak = max(peak, stays + space.peak)
+        stays += space.stays
+    return Space(peak, stays)
+
+
+def encoder_numbers(checkpoint: Checkpoint) -> int:
+    return sum(tensor.numel() for tensor in checkpoint.encoder.values())
+
+
+def check_space(jobs: Sequence[Job], out: Path) -> None:
+    """UserError if the jobs' files would not fit."""
+    check_free(needed(jobs), out)

@@ -14,9 +14,8 @@ from typing import Any
 from benchmarks.children import machine_flags
 from benchmarks.plan import FINETUNE, Item
 from mae_core.writing import write_json
-from transfer.jobs import task_argument
+from transfer.jobs import needed, task_argument
 from transfer.run import slug
-from transfer.space import needed
 from transfer.task import Job, Needs
 
 

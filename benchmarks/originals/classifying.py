@@ -19,7 +19,7 @@ from transfer.classification.job import finetune, linprobe
 from transfer.classification.recipes import finetune_recipe, linprobe_recipe
 from transfer.classification.tasks import folder_task
 from transfer.classification.train import ClassifierRecipe
-from transfer.classification.transforms import eval_transform
+from transfer.data.transforms import eval_transform
 from transfer.task import Job, Result
 
 CHECKPOINT = Path(__file__).parents[2] / "results" / "miniature" / "mae_mini.safetensors"

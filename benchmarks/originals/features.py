@@ -25,9 +25,10 @@ from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.vit import get_arch
-from transfer.classification.knn import OTHER_KS, knn, knn_recipe
-from transfer.classification.tasks import KNN
 from transfer.data.imagenet import read_split, wnids
+from transfer.frozen.knn import OTHER_KS, knn
+from transfer.frozen.knn import recipe as knn_recipe
+from transfer.frozen.tasks import KNN
 from transfer.task import Job
 
 CHECKPOINT = Path(__file__).parents[2] / "results" / "miniature" / "mae_mini.safetensors"

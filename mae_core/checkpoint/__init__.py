@@ -12,7 +12,15 @@ from mae_core.checkpoint.export import metadata_of
 from mae_core.checkpoint.identify import check_shapes
 from mae_core.checkpoint.load import LoadReport, classifier_of, load_classifier, load_encoder, model_of
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
-from mae_core.checkpoint.weights_file import read_file, read_state, save_pickle, save_tensors, save_weights, sha256_of
+from mae_core.checkpoint.weights_file import (
+    parameters_sha256,
+    read_file,
+    read_state,
+    save_pickle,
+    save_tensors,
+    save_weights,
+    sha256_of,
+)
 
 __all__ = [
     "Checkpoint",
@@ -24,6 +32,7 @@ __all__ = [
     "load_encoder",
     "metadata_of",
     "model_of",
+    "parameters_sha256",
     "printable",
     "read_checkpoint",
     "read_file",

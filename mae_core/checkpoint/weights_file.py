@@ -14,6 +14,7 @@ import stat
 import tarfile
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -46,6 +47,15 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_file(path: Path, checked: bool = False) -> tuple[dict[Any, Any], dict[str, str]]:

@@ -104,7 +104,9 @@ def calls(world: World) -> dict[str, list[object]]:
         "export: no such folder": ["-m", "benchmarks.export", "--to", "json", "--out", "nowhere"],
         "speed: an unknown arch": ["benchmarks/speed.py", "pretrain", "--arch", "vit_giga", "--device", "cpu"],
         "ViT-H on 48 px: a patch that does not fit": [
-            *one,
+            "-m",
+            "transfer.frozen",
+            *one[2:],
             "--task",
             "imagenet_knn",
             "--ckpt",

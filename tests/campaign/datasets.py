@@ -142,7 +142,7 @@ DATA: dict[str, tuple[str, Change]] = {
 FAMILY = {
     "coco": ("detection", DETECTOR),
     "ade20k": ("segmentation", SEGMENTER),
-    "imagenet_knn": ("classification", ()),
+    "imagenet_knn": ("frozen", ()),
 }
 
 

@@ -227,7 +227,7 @@ def small_commands(world: World) -> dict[str, list[object]]:
         "miniature": ["-m", "transfer.miniature", "--out", "out", "--unlabelled", "10"],
         "a run from random weights": [
             "-m",
-            "transfer.classification",
+            "transfer.frozen",
             "--task",
             "imagenet_knn",
             "--ckpt",

@@ -28,9 +28,9 @@ from transfer.data import coco
 PRELOADED = (
     "benchmarks.ablations", "benchmarks.report", "benchmarks.run_all", "benchmarks.speed", "mae_core.checkpoint",
     "mae_core.pretrain", "mae_core.reconstruct", "transfer.classification.tasks", "transfer.detection.tasks",
-    "transfer.detection.engine_torchvision", "transfer.segmentation.train", "transfer.miniature.labelled", "mmseg.apis",
-    "matplotlib.pyplot", "sklearn.cluster", "torch.distributed.run", "tensorboard.compat.proto.event_pb2",
-    "tensorboard.summary.writer.record_writer",
+    "transfer.detection.engine_torchvision", "transfer.frozen.tasks", "transfer.segmentation.train",
+    "transfer.miniature.labelled", "mmseg.apis", "matplotlib.pyplot", "sklearn.cluster", "torch.distributed.run",
+    "tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer",
 )  # fmt: skip
 MEMORY = 12 * 2**30  # bytes of address space: what would fill the machine ends as a MemoryError
 EXECUTE = inspect.signature(subprocess.Popen._execute_child)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablations, run_all
+from benchmarks.suite import TASKS
 from mae_core import reconstruct
 from mae_core.checkpoint import save_weights
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, raising, small_checkpoint, write_imagenet
-from transfer.classification.tasks import TASKS
 from transfer.cli import main
 from transfer.miniature import __main__ as miniature
 from transfer.run import read_record

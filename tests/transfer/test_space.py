@@ -13,7 +13,7 @@ from mae_core.space import GIB, Space, free_below, space_line
 from tests.fixtures import detection, segmentation
 from tests.fixtures.coco import write_coco
 from tests.fixtures.transfer import assert_space_is_right
-from transfer.space import check_space, needed
+from transfer.jobs import check_space, needed
 
 
 @pytest.mark.slow

@@ -8,12 +8,11 @@ import torch
 from mae_core.flops import count_flops
 from mae_core.settings import as_typed
 from mae_core.vit import build_vit, get_arch
-from transfer.classification.checks import training_images
-from transfer.classification.knn import feature_folder
 from transfer.classification.recipes import finetune_recipe, linprobe_recipe
 from transfer.classification.train import ClassifierRecipe
 from transfer.data.imagenet import columns
 from transfer.data.imagenet_shifts import clean_split
+from transfer.data.inputs import evaluation, training_images
 from transfer.task import FORWARD, TRAINED, Job, Needs, Part
 
 CLASSES = 1000
@@ -32,10 +31,6 @@ def trained(job: Job, r: ClassifierRecipe, size: int) -> Part:
     return Part(f"{what}, {size} px, {job.recipe_name}", training_images(job) // r.batch * r.batch * r.epochs, passes)
 
 
-def evaluation(size: int, images: int) -> Part:
-    return Part(f"evaluation, {size} px", images)
-
-
 def partial_parts(job: Job) -> tuple[Part, ...]:
     """The trainings of all numbers of blocks together: the backward pass goes through those that are tuned only. Then
     linear probing, which stands for 0 blocks, though another job may have run it."""
@@ -47,12 +42,6 @@ def partial_parts(job: Job) -> tuple[Part, ...]:
     if 0 in r.blocks:
         parts.append(trained(job, linprobe_recipe(arch, job.recipe_name), r.image_size))
     return (*parts, evaluation(r.image_size, job.data.counts["val"] * len(r.blocks)))
-
-
-def knn_parts(job: Job) -> tuple[Part, ...]:
-    """The features of all images, unless they are kept already."""
-    counts, kept = job.data.counts, feature_folder(job).exists()
-    return (evaluation(job.recipe.image_size, 0 if kept else counts["train"] + counts["val"]),)
 
 
 def evaluation_parts(job: Job) -> tuple[Part, ...]:

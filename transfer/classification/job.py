@@ -10,18 +10,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mae_core.checkpoint import load_encoder, metadata_of, model_of
+from mae_core.checkpoint import load_encoder, metadata_of, model_of, parameters_sha256
 from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.files import printable
 from mae_core.training import State, unreadable_metadata
 from mae_core.vit import ViT, init_as_timm
-from transfer.classification.evaluate import Scores, evaluate
-from transfer.classification.train import backbone_tensors, parameters_sha256, train_classifier
-from transfer.classification.transforms import eval_transform, probe_transform, train_transform
+from transfer.classification.train import backbone_tensors, train_classifier
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import SETS, Reading, read_folder
 from transfer.data.predictions import MAIN, write_predictions
+from transfer.data.scores import Scores, evaluate
 from transfer.data.split import Split, few_of_both
+from transfer.data.transforms import eval_transform, probe_transform, train_transform
 from transfer.run import origin, save_trained
 from transfer.task import CLASSIFIER_FILE, Job, Result
 

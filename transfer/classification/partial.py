@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from mae_core import distributed
+from mae_core.checkpoint import parameters_sha256
 from mae_core.errors import UserError
 from mae_core.settings import as_typed
 from mae_core.training import CHECKPOINT_FILE
@@ -20,10 +21,10 @@ from mae_core.vit import ViT, get_arch
 from mae_core.writing import read_object, write_json
 from transfer.classification.job import images_of, start_model, trained_result, validate
 from transfer.classification.picture import PICTURE_FILE, draw_curve
-from transfer.classification.train import ClassifierRecipe, parameters_sha256, train_classifier
-from transfer.classification.transforms import train_transform
+from transfer.classification.train import ClassifierRecipe, train_classifier
 from transfer.data.labelled import Reading
 from transfer.data.predictions import MAIN, read_predictions, write_predictions
+from transfer.data.transforms import train_transform
 from transfer.jobs import make_job
 from transfer.run import finished, mark, run_job, tidy, with_work_folder
 from transfer.task import Job, Record, Result, Task

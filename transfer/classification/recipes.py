@@ -8,6 +8,7 @@ from mae_core.vit import get_arch, nearest, stand_in
 from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
 from transfer.classification.train import MIXED, ClassifierRecipe, RepeatedRecipe
+from transfer.miniature.imagenet import miniature_size
 
 PAPER_9 = "MAE paper, Table 9"
 OFFICIAL = "facebookresearch/mae FINETUNE.md and main_finetune.py"
@@ -215,11 +216,6 @@ MINI_FINETUNE: dict[str, Any] = {
 MINI_SCRATCH = MINI_FINETUNE | {"ema": 0.975}
 # base_lr: the paper's absolute rate.
 MINI_LINPROBE: dict[str, Any] = {"epochs": 40, "warmup_epochs": 4, "batch": 256, "base_lr": 6.4}
-
-
-def miniature_size(arch: str) -> dict[str, Any]:
-    """The miniature's 48 px, rounded down to a multiple of the patch size: even a ViT-L runs on two cores."""
-    return {"image_size": 48 - 48 % get_arch(arch).patch}
 
 
 def eval_recipe(arch: str, name: str) -> EvalRecipe:

@@ -19,10 +19,8 @@ from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.vit import ViT
 from transfer.classification import cost
-from transfer.classification.checks import input_objections
-from transfer.classification.evaluate import EvalRecipe, Scores, evaluate, trained_classifier
+from transfer.classification.evaluate import EvalRecipe, trained_classifier
 from transfer.classification.recipes import eval_recipe, eval_sources
-from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import columns, inspect_imagenet_val, read_split, wnids
 from transfer.data.imagenet_shifts import (
     SEVERITIES,
@@ -32,8 +30,11 @@ from transfer.data.imagenet_shifts import (
     inspect_c,
     inspect_shift,
 )
+from transfer.data.inputs import input_objections
 from transfer.data.predictions import MAIN, Columns, names_of, prediction_space, write_predictions
+from transfer.data.scores import Scores, evaluate
 from transfer.data.split import Split
+from transfer.data.transforms import eval_transform
 from transfer.miniature import imagenet as miniature
 from transfer.task import Job, Needs, Result, Task
 

@@ -1,5 +1,5 @@
-"""ImageNet-1k: fine-tuning whole and in part, linear probing, k-NN, training from scratch, and the evaluation of a
-released classifier; fine-tuning on other labelled sets; and the fine-tuned classifier under shift.
+"""ImageNet-1k: fine-tuning whole and in part, linear probing, training from scratch, and the evaluation of a released
+classifier; fine-tuning on other labelled sets; and the fine-tuned classifier under shift.
 
 python -m transfer.classification --task imagenet_finetune --ckpt FILE --data DIR --out DIR
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transfer.classification import checks, cost, recipes, retests, robustness
 from transfer.classification.job import finetune, linprobe
-from transfer.classification.knn import knn, knn_recipe, knn_sources
 from transfer.classification.partial import partial_finetune
 from transfer.classification.robustness import EVAL
+from transfer.data import inputs
 from transfer.data.findings import Data
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.labelled import SETS, LabelledSet, inspect_set, read_folder
@@ -37,8 +37,8 @@ FINETUNE = Task(
     space=checks.classifier_space,
     parts=cost.training_parts,
     flops=cost.flops,
-    detail=checks.detail,
-    few=checks.fit_batch,
+    detail=inputs.detail,
+    few=inputs.fit_batch,
 )
 LINPROBE = replace(
     FINETUNE,
@@ -49,21 +49,6 @@ LINPROBE = replace(
     recipe=recipes.linprobe_recipe,
     sources=recipes.linprobe_sources,
     run=linprobe,
-)
-KNN = replace(
-    FINETUNE,
-    name="imagenet_knn",
-    title="ImageNet-1k, k nearest neighbours",
-    version=1,
-    cost=5,
-    recipe=knn_recipe,
-    sources=knn_sources,
-    run=knn,
-    objections=checks.knn_objections,
-    space=checks.knn_space,
-    parts=cost.knn_parts,
-    few=checks.fit_k,
-    trains=False,
 )
 PARTIAL = replace(
     FINETUNE,
@@ -128,7 +113,7 @@ FOLDER = replace(
     of=folder_task,
 )
 TASKS = (
-    *(FINETUNE, LINPROBE, EVAL, KNN, PARTIAL, SCRATCH),
+    *(FINETUNE, LINPROBE, EVAL, PARTIAL, SCRATCH),
     *(task_of(known, MAKERS[known.name]) for known in SETS),
     FOLDER,
     *robustness.TASKS,

@@ -1,7 +1,6 @@
 """Training a classifier: one recipe, one loop."""
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,8 @@ from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learnin
 from mae_core.settings import bounded, check_ranges, choose, unknown
 from mae_core.training import State, Training
 from mae_core.vit import ViT
-from transfer.classification.transforms import train_transform
 from transfer.data.split import Split
+from transfer.data.transforms import train_transform
 from transfer.task import Job
 
 # The knobs that a training with this optimizer does not use, and the values they must keep. LARS trains only the probe,
@@ -159,15 +158,6 @@ def erased(images: Tensor, probability: float) -> Tensor:
     """Random erasing by timm, in place: with that probability an image gets a rectangle of normal noise, so it follows
     normalisation."""
     return RandomErasing(probability, mode="pixel", device=images.device)(images) if probability else images
-
-
-def parameters_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def backbone_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mae_core.errors import UserError
+from mae_core.vit import get_arch
 from transfer.data.imagenet import wnids
 from transfer.data.objectnet import BORDER
 from transfer.data.objectnet import OBJECTS as OBJECTNET
@@ -191,3 +193,8 @@ def unlabelled(root: Path, count: int = 20000, seed: int = 0) -> Path:
     if count < 1:
         raise UserError(f"{count} unlabelled images were asked for: ask for at least 1")
     return write_set(root, "unlabelled", seed, {"train": count}, _unlabelled_files(seed, count))
+
+
+def miniature_size(arch: str) -> dict[str, Any]:
+    """The miniature's 48 px, rounded down to a multiple of the patch size: even a ViT-L runs on two cores."""
+    return {"image_size": 48 - 48 % get_arch(arch).patch}

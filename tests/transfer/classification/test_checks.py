@@ -6,12 +6,13 @@ import pytest
 
 from mae_core.machine import Machine
 from tests.fixtures.transfer import assert_objection_is_right, assert_space_is_right, make_job
-from transfer.classification.evaluate import Scores
 from transfer.classification.tasks import TASKS
 from transfer.data.predictions import BYTES, PREDICTIONS_FILE, write_predictions
+from transfer.data.scores import Scores
+from transfer.frozen.tasks import TASKS as FROZEN
 from transfer.task import CLASSIFIER_FILE
 
-BY_NAME = {task.name: task for task in TASKS}
+BY_NAME = {task.name: task for task in (*TASKS, *FROZEN)}
 FOR_ONE = "BatchNorm cannot learn from one image at a time"
 MANY, ONE = Machine(), Machine(micro_batch=1)
 

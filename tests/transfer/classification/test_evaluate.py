@@ -13,10 +13,11 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import ARCH, CLASSES, TableModel, one_hot_logits, write_code
-from transfer.classification.evaluate import EvalRecipe, Scores, calibration_error, evaluate, score
-from transfer.classification.transforms import eval_transform
+from transfer.classification.evaluate import EvalRecipe
 from transfer.data.imagenet import read_split
+from transfer.data.scores import Scores, calibration_error, evaluate, score
 from transfer.data.split import Split
+from transfer.data.transforms import eval_transform
 
 
 def coded_split(folder: Path, labels: list[int]) -> Split:

@@ -27,9 +27,9 @@ from transfer.classification import robustness
 from transfer.classification.evaluate import trained_classifier
 from transfer.classification.robustness import EVAL
 from transfer.classification.tasks import FINETUNE, LINPROBE, SCRATCH, TASKS
-from transfer.classification.transforms import eval_transform
 from transfer.cli import main
 from transfer.data.imagenet import read_split, wnids
+from transfer.data.transforms import eval_transform
 from transfer.run import run_job
 from transfer.task import CLASSIFIER_FILE
 

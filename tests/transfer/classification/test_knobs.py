@@ -11,9 +11,9 @@ from mae_core.data import Images, Sample
 from mae_core.machine import Machine
 from tests.fixtures.transfer import ARCH, make_job, small_checkpoint, write_imagenet
 from transfer.classification import job as classifier_job
-from transfer.classification.evaluate import Scores
 from transfer.classification.tasks import FINETUNE, LINPROBE
 from transfer.classification.train import UNUSED, RepeatedRecipe
+from transfer.data.scores import Scores
 from transfer.run import run_job
 
 BOTH = pytest.mark.parametrize("task", [FINETUNE, LINPROBE], ids=lambda task: task.name)

@@ -12,11 +12,11 @@ from benchmarks.compare import main as compare
 from benchmarks.verify import verify
 from tests.fixtures.transfer import CLASSES, make_job, one_hot_logits, write_code
 from transfer.classification import retests
-from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import wnids
 from transfer.data.imagenet_retests import REAL_FILE
 from transfer.data.objectnet import OBJECTS
 from transfer.data.predictions import read_predictions
+from transfer.data.transforms import eval_transform
 from transfer.run import run_job
 from transfer.task import RECORD_FILE
 

@@ -13,8 +13,8 @@ from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, coded_set, make_job, one_hot_logits, small_checkpoint, write_c
 from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
-from transfer.classification.transforms import eval_transform, probe_transform, train_transform
 from transfer.data.imagenet import columns
+from transfer.data.transforms import eval_transform, probe_transform, train_transform
 from transfer.run import run_job
 
 A, R, SKETCH, C = robustness.TASKS

@@ -23,13 +23,13 @@ from tests.fixtures import ROOT
 from tests.fixtures.classification import Command, assert_same_training
 from tests.fixtures.curves import curves
 from tests.fixtures.transfer import ARCH, PROCESS, make_job, write_imagenet
-from transfer.classification.evaluate import evaluate
 from transfer.classification.job import start_model
 from transfer.classification.tasks import FINETUNE, LINPROBE
 from transfer.classification.train import erased, train_classifier
-from transfer.classification.transforms import eval_transform
 from transfer.data.imagenet import read_split
+from transfer.data.scores import evaluate
 from transfer.data.split import Split
+from transfer.data.transforms import eval_transform
 from transfer.run import read_record, run_job
 from transfer.task import CLASSIFIER_FILE
 

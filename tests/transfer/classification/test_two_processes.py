@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.suite import TASKS
 from mae_core.checkpoint import save_weights
 from mae_core.vit import build_vit
 from tests.fixtures.classification import assert_same_training
 from tests.fixtures.transfer import ARCH, CLASSES, TORCHRUN, finished, write_c, write_imagenet, write_split
-from transfer.classification.tasks import TASKS
 from transfer.cli import main
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record
@@ -34,8 +34,9 @@ def both(data, tmp_path):
 
     def run(*what: str) -> list[dict[str, tuple[Record, Path]]]:
         flags = ["--recipe", "mini", "--device", "cpu", "--data", str(data), "--task", *what]
+        (family,) = {task.module for task in TASKS if task.name in what}
         assert main(TASKS, [*flags, "--out", str(tmp_path / "one")]) == 0
-        finished([*TORCHRUN, "-m", "transfer.classification", *flags, "--out", str(tmp_path / "two")])
+        finished([*TORCHRUN, "-m", family, *flags, "--out", str(tmp_path / "two")])
         found = []
         for name, processes in (("one", 1), ("two", 2)):
             records = {path.parent: read_record(path) for path in (tmp_path / name).rglob(RECORD_FILE)}

@@ -10,9 +10,9 @@ import pytest
 
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, make_job, write_imagenet, write_noise_image, write_split
-from transfer.classification.tasks import KNN
 from transfer.data import imagenet
 from transfer.data.imagenet import columns, inspect_imagenet, inspect_imagenet_val, read_split, wnids
+from transfer.frozen.tasks import KNN
 from transfer.run import describe, read_record, write_record
 
 TENCH, GOLDFISH = wnids()[CLASSES[0]], wnids()[CLASSES[1]]

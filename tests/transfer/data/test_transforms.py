@@ -11,8 +11,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from mae_core.data import MEAN, STD, normalize, seed_all
 from mae_core.errors import UserError
 from tests.fixtures.image import photograph
-from transfer.classification import transforms
-from transfer.classification.transforms import LoopFreeCrop, eval_transform, posterize, probe_transform, train_transform
+from transfer.data import transforms
+from transfer.data.transforms import LoopFreeCrop, eval_transform, posterize, probe_transform, train_transform
 
 
 def pixels_of(tensor: torch.Tensor) -> np.ndarray:

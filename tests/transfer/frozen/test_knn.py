@@ -12,18 +12,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from mae_core import outputs
 from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
 from mae_core.claim import claimed
 from mae_core.data import normalize
 from mae_core.errors import UserError
 from mae_core.vit import Variant, build_vit
 from tests.fixtures.transfer import make_job, write_imagenet
-from transfer.classification import evaluate, robustness, train
-from transfer.classification.knn import KnnRecipe, Representation, feature_folder, knn_recipe
+from transfer.classification import robustness, train
 from transfer.classification.robustness import EVAL
-from transfer.classification.tasks import FINETUNE, KNN, LINPROBE
-from transfer.classification.transforms import eval_transform
+from transfer.classification.tasks import FINETUNE, LINPROBE
 from transfer.data.imagenet import read_split
+from transfer.data.transforms import eval_transform
+from transfer.frozen.features import Representation, feature_folder
+from transfer.frozen.knn import KnnRecipe
+from transfer.frozen.knn import recipe as knn_recipe
+from transfer.frozen.tasks import KNN
 from transfer.run import run_job
 
 
@@ -31,13 +35,13 @@ from transfer.run import run_job
 def images_shown(monkeypatch):
     """Every image that a model is shown, in order."""
     shown = []
-    forward = evaluate.forward
+    forward = outputs.forward
 
     def spy(model, images, normalization, *rest):
         shown.extend(normalize(images, normalization))
         return forward(model, images, normalization, *rest)
 
-    monkeypatch.setattr(evaluate, "forward", spy)
+    monkeypatch.setattr(outputs, "forward", spy)
     return shown
 
 
@@ -256,7 +260,7 @@ def test_every_classification_task_normalises_as_the_checkpoint_was_trained(root
         asked.add(normalization)
         return normalize(images, normalization)
 
-    for module in (train, evaluate):
+    for module in (train, outputs):
         monkeypatch.setattr(module, "normalize", note)
     checkpoint = beit_file(tmp_path)
     for task in (FINETUNE, LINPROBE):

@@ -1,0 +1,109 @@
+"""The frozen encoder under what is trained on it: its tokens, the images, and the training of heads on both."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mae_core import distributed
+from mae_core.checkpoint import load_encoder, model_of, parameters_sha256
+from mae_core.data import Images, seed_all
+from mae_core.loop import check_batch, fit, micro_batch_for
+from mae_core.optim import half_cosine, learning_rate
+from mae_core.outputs import forward
+from mae_core.training import State, Training
+from mae_core.vit import ViT
+from transfer.data.imagenet import read_split
+from transfer.data.split import Split, few_of_both
+from transfer.task import Job
+
+IMAGES_OF_A_GPU = 512  # in the official probes, so that a BatchNorm sees as many
+
+
+class Tokens(nn.Module):
+    """Images -> [B, blocks, 1 + N, D]: class token and patch tokens after each of the encoder's last blocks, the last
+    one last. norm: through the final norm. Registers are left out."""
+
+    def __init__(self, encoder: ViT, blocks: int = 1, norm: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.blocks, self.norm = encoder.eval().requires_grad_(False), blocks, norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Any = self.encoder.forward_intermediates(
+            images,
+            indices=self.blocks,
+            norm=self.norm,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        return torch.stack([torch.cat([prefix[:, :1], patches], dim=1) for patches, prefix in found], dim=1)
+
+
+def frozen_encoder(job: Job) -> tuple[ViT, str]:
+    """The checkpoint's encoder at the recipe's size, strictly loaded, and what the load did. Then all is seeded."""
+    encoder = model_of(job.checkpoint, job.recipe.image_size)
+    summary = load_encoder(encoder, job.checkpoint).summary()
+    seed_all(job.seed)
+    return encoder.to(job.machine.device), summary
+
+
+def imagenet_of(job: Job) -> tuple[Split, Split]:
+    """ImageNet's training images (the recipe's share of them) and its validation images."""
+    train, val = (read_split(Path(job.data.root) / "imagenet" / name)[0] for name in ("train", "val"))
+    train, val = few_of_both(train, val, job.data.limit)
+    return train.share(job.recipe.train_fraction, job.seed), val
+
+
+def train_heads(
+    job: Job,
+    tokens: nn.Module,
+    heads: nn.Module,
+    dataset: Images,
+    optimizer: Optimizer,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> tuple[State, str]:
+    """Train the heads by job.recipe on the tokens of the dataset, resuming from the checkpoint in job.work, which holds
+    the heads alone. loss_of: (heads, tokens, labels) -> loss. Returns the final state and a checksum of the encoder,
+    which proves that it did not change."""
+    r, machine = job.recipe, job.machine
+    check_batch(len(dataset), r.batch, f"the training split of {job.data.root}")
+    before = parameters_sha256(tokens.state_dict().items())
+    compiled = cast(nn.Module, torch.compile(tokens, dynamic=False)) if machine.compile else tokens
+    micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or IMAGES_OF_A_GPU)
+    steps_per_epoch, size = len(dataset) // r.batch, micro_batch
+
+    @torch.no_grad()
+    def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+        nonlocal size
+        found, size = forward(compiled, images, job.checkpoint.normalization, machine, size)
+        return found, labels
+
+    state = fit(
+        heads,
+        optimizer,
+        Training(
+            label=f"{job.task.name} {job.checkpoint.name}",
+            work=job.work,
+            dataset=dataset,
+            epochs=r.epochs,
+            batch=r.batch,
+            micro_batch=micro_batch,
+            seed=job.seed,
+            machine=machine,
+            fixed=job.identity(),
+            tracker=job.tracker,
+            lr_at=lambda step: half_cosine(
+                step, steps_per_epoch, learning_rate(r.base_lr, r.batch), r.epochs, r.warmup_epochs, r.min_lr
+            ),
+            prepare=prepare,
+            loss_of=loss_of,
+        ),
+    )
+    if parameters_sha256(tokens.state_dict().items()) != before:
+        raise RuntimeError("the frozen encoder changed while its heads were trained")
+    distributed.broadcast_buffers(heads)
+    return state, before
