@@ -8,6 +8,7 @@ seeds is a number of its own.
 
 import dataclasses
 import json
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -107,10 +108,22 @@ def fill(table: Table, section: Section, records: list[Record]) -> list[Line]:
     published = same_recipe or published_numbers(table)
     for row, members in group_by_row(records_for(records, table)).items():
         cells = {column.key: make_cell(members, row, column, section, published) for column in table.columns}
+        cells |= {column.key: mean_cell(cells, column) for column in table.columns if column.mean_of}
         made = pretraining_of(members[0].checkpoint), pretraining(members[0].checkpoint)
         gpu, cpu = (hours_of(members, table, on_gpu) for on_gpu in (True, False))
         lines.append(Line(*row, *made, cells=cells, gpu_hours=gpu, cpu_hours=cpu))
     return sorted(lines, key=lambda line: arch_order(line.arch))
+
+
+def mean_cell(cells: dict[str, Cell], column: Column) -> Cell:
+    """The mean of other cells in the row; a hole unless each has a number of all its seeds."""
+    parts = [cells[f"{task}.top1"] for task in column.mean_of]
+    if not all(part.status == "ok" and not part.without for part in parts):
+        return Cell()
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    stderr = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+    values = [part.value for part in parts if part.value is not None]
+    return Cell("ok", statistics.fmean(values), stderr, seeds=min(part.seeds for part in parts))
 
 
 def published_lines(published: list[Published]) -> list[Line]:

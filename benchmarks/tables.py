@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mae_core.errors import UserError
 from transfer.data.shipped import shipped
+from transfer.data.vtab import GROUPS, VTAB
 from transfer.task import Record
 
 PUBLISHED = shipped("published")
@@ -24,7 +25,8 @@ class Column:
     optional: shown only in sections with a record that has the metric or was meant to (its headline).
     reference: the published method that ours is compared with (benchmarks/verdict.py). delta: whether the difference
     has a column. tolerance: what two numbers of the very same weights may differ by, in place of standard errors.
-    train_fraction: the share of the training images that was used; published numbers are for all of them.
+    train_fraction: the share of the training images that was used; published numbers are for all of them. mean_of: the
+    tasks whose mean it is, where all of them have a number.
     """
 
     task: str
@@ -37,6 +39,7 @@ class Column:
     delta: bool = True
     tolerance: float | None = None
     train_fraction: float = 1.0
+    mean_of: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -195,8 +198,23 @@ TABLES = (
             Column("inat2017", "top1", "iNat 2017"),
             Column("inat2018", "top1", "iNat 2018"),
             Column("inat2019", "top1", "iNat 2019"),
+            Column("inat2021", "top1", "iNat 2021", optional=True),
             Column("places205", "top1", "Places205"),
             Column("places365", "top1", "Places365"),
+        ),
+    ),
+    Table(
+        name="vtab",
+        title="VTAB-1k, fine-tuning",
+        caption="Top-1 accuracy (%) on the test images after training on the 1000 of train800val200; means over "
+        "the sets of each group and over all 19, where each has a number.",
+        columns=(
+            *(
+                Column("vtab", group, group, reference="", mean_of=tuple(f"vtab_{name}" for name in sets))
+                for group, sets in GROUPS.items()
+            ),
+            Column("vtab", "all", "all 19", reference="", mean_of=tuple(known.name for known in VTAB)),
+            *(Column(known.name, "top1", known.folder.split("/")[1], optional=True, reference="") for known in VTAB),
         ),
     ),
     Table(

@@ -7,11 +7,16 @@ from mae_core.settings import as_typed
 from mae_core.space import Space, training_space
 from mae_core.vit import get_arch
 from transfer.classification.recipes import linprobe_recipe
-from transfer.data.inputs import input_objections, of_all, training_images
+from transfer.data.inputs import detail, input_objections, of_all, training_images
+from transfer.data.vtab import TEST, VAL200
 from transfer.jobs import encoder_numbers
 from transfer.task import Job, Objection
 
 MOMENTS = {"adamw": 2, "lars": 1}
+
+
+def vtab_detail(job: Job) -> str:
+    return detail(job) if job.recipe.scored_on == TEST else f"{VAL200}, to choose by, and the 800 images for it"
 
 
 def training_objections(job: Job) -> Iterator[Objection]:

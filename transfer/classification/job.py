@@ -15,13 +15,14 @@ from mae_core.data import PILLOW_PIXELS, TORCHVISION_PIXELS, seed_for
 from mae_core.files import printable
 from mae_core.training import State, unreadable_metadata
 from mae_core.vit import ViT, init_as_timm
-from transfer.classification.train import backbone_tensors, train_classifier
+from transfer.classification.train import WholeImageRecipe, backbone_tensors, train_classifier
 from transfer.data.imagenet import read_split, wnids
-from transfer.data.labelled import SETS, Reading, read_folder
+from transfer.data.labelled import INAT2021, SETS, Reading, read_folder
 from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.scores import Scores, evaluate
 from transfer.data.split import Split, few_of_both
-from transfer.data.transforms import eval_transform, probe_transform, train_transform
+from transfer.data.transforms import eval_transform, probe_transform, train_transform, whole_transform
+from transfer.data.vtab import VTAB, read_vtab
 from transfer.run import origin, save_trained
 from transfer.task import CLASSIFIER_FILE, Job, Result
 
@@ -30,11 +31,14 @@ WITHOUT_EMA = "without_ema"  # the set that the weights themselves were scored o
 
 def images_of(job: Job) -> Reading:
     """The task's training images (the recipe's share of them), its validation images and its number of classes."""
-    root, known = Path(job.data.root), {known.name: known for known in SETS}
+    root, known = Path(job.data.root), {known.name: known for known in (*SETS, INAT2021, *VTAB)}
     if job.task.path:
         reading = read_folder(Path(job.task.path))
+    elif isinstance(job.recipe, WholeImageRecipe):
+        one = known[job.task.name]
+        reading = read_vtab(one.below(root), one.counts[0], job.recipe.scored_on)
     elif job.task.name in known:
-        reading = known[job.task.name].read(root / job.task.name)
+        reading = known[job.task.name].read(known[job.task.name].below(root))
     else:
         train, val = (read_split(root / "imagenet" / name)[0] for name in ("train", "val"))
         reading = Reading(train, val, len(wnids()))
@@ -61,7 +65,8 @@ def start_model(job: Job, classes: int | None = None) -> ViT:
 
 def validate(job: Job, model: nn.Module, val: Split) -> Scores:
     """The scores of the validation images."""
-    transform = eval_transform(job.recipe.image_size)
+    how = "stretch" if isinstance(job.recipe, WholeImageRecipe) else "resize_crop"
+    transform = eval_transform(job.recipe.image_size, how)
     return evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name)
 
 
@@ -107,7 +112,9 @@ def finetune(job: Job) -> Result:
     """Train all weights; save the classifier as classifier.safetensors in the work folder."""
     r, images = job.recipe, images_of(job)
     model = start_model(job, images.classes).to(job.machine.device)
-    transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
+    transform: nn.Module = whole_transform(r.image_size)
+    if not isinstance(r, WholeImageRecipe):
+        transform = train_transform(r.image_size, r.min_scale, r.rand_augment, job.checkpoint.normalization)
     state, trained = train_classifier(job, model, images.train, transform)
     scores = {MAIN: validate(job, trained, images.val)}
     if r.ema:

@@ -7,7 +7,7 @@ from mae_core.settings import choose
 from mae_core.vit import get_arch, nearest, stand_in
 from transfer.classification.evaluate import EvalRecipe
 from transfer.classification.partial import FIGURE_9, PartialRecipe
-from transfer.classification.train import MIXED, ClassifierRecipe, RepeatedRecipe
+from transfer.classification.train import MIXED, ClassifierRecipe, RepeatedRecipe, WholeImageRecipe
 from transfer.miniature.imagenet import miniature_size
 
 PAPER_9 = "MAE paper, Table 9"
@@ -169,6 +169,37 @@ def stand_in_sources(arch: str, name: str = "paper") -> dict[str, str]:
         knob: f"stand-in, as for ImageNet: {source}; the paper adjusted rate and epochs, without saying how"
         for knob, source in finetune_sources(arch).items()
     }
+
+
+VPT = "stand-in: KMnP/vpt configs/base-finetune.yaml and tune_vtab.py"
+FIXED = "stand-in: a value within the range that KMnP/vpt tune_vtab.py chooses from on val200, for each set"
+NO_AUGMENTATION = "stand-in: KMnP/vpt, which only resizes the images"
+
+
+def vtab_recipe(arch: str, name: str) -> WholeImageRecipe:
+    """VTAB-1k: fine-tuning as for ImageNet, as long as in VPT, without augmentation. MAE did not run it."""
+    values = vars(finetune_recipe(arch, "paper")) | {
+        "epochs": 100,
+        "batch": 64,
+        "base_lr": 1e-3,
+        "weight_decay": 1e-4,
+        **dict.fromkeys(("drop_path", "random_erasing", "mixup", "cutmix", "label_smoothing"), 0.0),
+        "min_scale": 1.0,
+        "rand_augment": "",
+    }
+    paper = WholeImageRecipe(**values)
+    small = {knob: value for knob, value in MINI_FINETUNE.items() if knob not in ("min_scale", "rand_augment")}
+    mini = replace(paper, **small | {"batch": 32}, **miniature_size(arch))
+    return choose("recipe", name, {"paper": paper, "mini": mini})
+
+
+def vtab_sources(arch: str) -> dict[str, str]:
+    sources = {knob: f"stand-in, as for ImageNet: {source}" for knob, source in finetune_sources(arch).items()}
+    sources |= dict.fromkeys(("epochs", "warmup_epochs", "optimizer"), VPT)
+    sources |= dict.fromkeys(("base_lr", "weight_decay"), FIXED) | {"batch": "stand-in: ours; KMnP/vpt does not fix it"}
+    no = ("drop_path", "random_erasing", "mixup", "cutmix", "label_smoothing", "min_scale", "rand_augment")
+    sources |= dict.fromkeys(no, NO_AUGMENTATION)
+    return sources | {"scored_on": "VTAB, arXiv 1910.04867"}
 
 
 def linprobe_recipe(arch: str, name: str) -> ClassifierRecipe:

@@ -16,9 +16,11 @@ from transfer.classification.robustness import EVAL
 from transfer.data import inputs
 from transfer.data.findings import Data
 from transfer.data.imagenet import inspect_imagenet
-from transfer.data.labelled import SETS, LabelledSet, inspect_set, read_folder
+from transfer.data.labelled import INAT2021, SETS, LabelledSet, inspect_set, read_folder
+from transfer.data.vtab import VTAB
 from transfer.miniature import imagenet as miniature
 from transfer.miniature.labelled import MAKERS
+from transfer.miniature.vtab import vtab
 from transfer.task import Task
 
 FINETUNE = Task(
@@ -91,10 +93,24 @@ def task_of(known: LabelledSet, generate: Callable[[Path], Path]) -> Task:
     )
 
 
+def vtab_task(known: LabelledSet) -> Task:
+    generate = partial(vtab, name=known.name.removeprefix("vtab_"))
+    return replace(
+        task_of(known, generate),
+        cost=22,
+        recipe=recipes.vtab_recipe,
+        sources=recipes.vtab_sources,
+        detail=checks.vtab_detail,
+        opt_in=True,
+    )
+
+
 def folder_task(path: str) -> Task:
     """Fine-tuning on the user's own folder, named "folder:" and the folder's last name in tables."""
     folder = Path(path).expanduser().resolve()
-    known = LabelledSet(folder.name, f"Folder {folder.name}", (0, 0, 0), "{train,val}/CLASS/*.jpg", read_folder)
+    known = LabelledSet(
+        folder.name, f"Folder {folder.name}", (0, 0, 0), "{train,val}/CLASS/*.jpg or {train,val}.txt", read_folder
+    )
 
     def inspect_here(root: Path) -> Data:
         data = inspect_set(known, folder.parent)
@@ -115,6 +131,8 @@ FOLDER = replace(
 TASKS = (
     *(FINETUNE, LINPROBE, EVAL, PARTIAL, SCRATCH),
     *(task_of(known, MAKERS[known.name]) for known in SETS),
+    replace(task_of(INAT2021, MAKERS[INAT2021.name]), opt_in=True),
+    *map(vtab_task, VTAB),
     FOLDER,
     *robustness.TASKS,
     *retests.TASKS,

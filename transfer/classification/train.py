@@ -22,6 +22,7 @@ from mae_core.training import State, Training
 from mae_core.vit import ViT
 from transfer.data.split import Split
 from transfer.data.transforms import train_transform
+from transfer.data.vtab import TEST, TRAINED_ON
 from transfer.task import Job
 
 # The knobs that a training with this optimizer does not use, and the values they must keep. LARS trains only the probe,
@@ -89,6 +90,22 @@ class RepeatedRecipe(ClassifierRecipe):
     """repeated_augmentation: how many augmented samples of each image a batch holds."""
 
     repeated_augmentation: int = bounded(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeImageRecipe(ClassifierRecipe):
+    """Every image whole, stretched to the input's side, neither cropped nor flipped: where an object is, and how it is
+    turned, may be what its class says. scored_on: "test", or "val200", the images to choose values by."""
+
+    min_scale: float = bounded(0, 1, default=1.0)
+    scored_on: str = TEST
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose("scored_on", self.scored_on, TRAINED_ON)
+        for knob, value in {"min_scale": 1.0, "rand_augment": ""}.items():
+            if getattr(self, knob) != value:
+                raise UserError(f"{knob} does nothing, the images are not cropped or changed: leave it at {value!r}")
 
 
 def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:

@@ -1,4 +1,4 @@
-"""Labelled image sets other than ImageNet: iNaturalist 2017, 2018 and 2019, Places205 and Places365, your own folder.
+"""Labelled image sets other than ImageNet: iNaturalist, Places205 and Places365, your own folder.
 
 Each is read as its official archives unpack. Labels are the official ones, however many classes are present.
 """
@@ -30,18 +30,23 @@ class Reading:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """One set. name: its folder below the data root. counts: the official ones (classes, train and val images)."""
+    """One set. counts: the official ones (classes, train and val images). folder: where it lies below the data root, if
+    that is not its name."""
 
     name: str
     title: str
     counts: tuple[int, int, int]
     layout: str
     read: Callable[[Path], Reading]
+    folder: str = ""
+
+    def below(self, root: Path) -> Path:
+        return root / (self.folder or self.name)
 
 
 def inspect_set(known: LabelledSet, root: Path) -> Data:
-    """The set below root/NAME."""
-    folder = root / known.name
+    """The set below root."""
+    folder = known.below(root)
     if not folder.is_dir():
         return missing(root, f"{known.title} must lie at {folder}/{known.layout}")
     reading = known.read(folder)
@@ -96,11 +101,12 @@ def missing_files(files: Sequence[Path]) -> list[Path]:
 
 
 def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
-    """FOLDER/{train,val}YEAR.json, and the images at the `file_name`s given there. Both splits share one tree of
-    folders, so only the json says which split an image is in; its label is the category_id of its annotation."""
+    """FOLDER/{train,val}YEAR.json (2021: {train,val}.json), and the images at the `file_name`s given there. Until 2019
+    both splits share one tree of folders, so only the json says which split an image is in; its label is the
+    category_id of its annotation."""
     splits, problems = [], []
     for name in ("train", "val"):
-        path = folder / f"{name}{year}.json"
+        path = folder / annotation_file(name, year)
         files, labels = [], []
         try:
             values = json.loads(path.read_bytes())
@@ -125,6 +131,10 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
         splits.append(Split(tuple(files), tuple(labels)))
     train, val = splits
     return checked(folder, train, val, classes, problems)
+
+
+def annotation_file(name: str, year: int) -> str:
+    return f"{name}{year}.json" if year < 2021 else f"{name}.json"
 
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
@@ -180,7 +190,9 @@ def read_places205(folder: Path) -> Reading:
 
 def read_folder(folder: Path) -> Reading:
     """FOLDER/{train,val}/CLASS, images at any depth, as torchvision's ImageFolder takes them: the label is the rank of
-    the class's name among those of train."""
+    the class's name among those of train. Or the lists FOLDER/{train,val}.txt."""
+    if (folder / "train.txt").is_file() and not (folder / "train").is_dir():
+        return read_lists(folder)
     problems, splits = [], []
     labels: dict[str, int] = {}
     seen: dict[Path, Path] = {}  # the real folder of a class of train -> the class
@@ -215,9 +227,22 @@ def read_folder(folder: Path) -> Reading:
     return replace(checked(folder, train, val, len(labels), problems), names=tuple(labels))
 
 
+def read_lists(folder: Path) -> Reading:
+    """FOLDER/train.txt and FOLDER/val.txt with lines `path label`, the path relative to FOLDER, labels from 0."""
+    problems: list[str] = []
+    train, val = (read_list(folder / f"{name}.txt", folder, problems) for name in ("train", "val"))
+    classes = max(train.classes, default=-1) + 1
+    if gaps := sorted(set(range(classes)) - train.classes):
+        problems.append(f"{folder}/train.txt has no image of the labels {preview(gaps)}: number the classes from 0 on")
+    if classes == 1:
+        problems.append(f"{folder}/train.txt has one label only: every guess would be right")
+    return checked(folder, train, val, classes, problems)
+
+
 def inaturalist(year: int, classes: int, train: int, val: int) -> LabelledSet:
     images = "train_val_images/SUPERCATEGORY/CATEGORY" if year == 2017 else f"train_val{year}/SUPERCATEGORY/ID"
-    layout = f"{{train{year}.json, val{year}.json, {images}/*.jpg}}"
+    images = images if year < 2021 else "{train,val}/SPECIES"
+    layout = f"{{{annotation_file('train', year)}, {annotation_file('val', year)}, {images}/*.jpg}}"
     read = partial(read_inaturalist, year=year, classes=classes)
     return LabelledSet(f"inat{year}", f"iNaturalist {year}", (classes, train, val), layout, read)
 
@@ -232,3 +257,4 @@ SETS = (
     LabelledSet("places205", "Places205", (205, 2448873, 20500), PLACES205_LAYOUT, read_places205),
     LabelledSet("places365", "Places365-Standard", (365, 1803460, 36500), PLACES365_LAYOUT, read_places365),
 )
+INAT2021 = inaturalist(2021, 10000, 2686843, 100000)  # visipedia/inat_comp 2021

@@ -69,25 +69,31 @@ def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
+def whole_transform(image_size: int) -> v2.Resize:
+    """A uint8 tensor stretched to [3, image_size, image_size], bicubic."""
+    return v2.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
+
+
 def eval_transform(image_size: int, how: str = "resize_crop", border: int = 0) -> v2.Compose:
     """One view of an image for evaluation: a PIL image -> uint8 [3, image_size, image_size]. Pillow resizes, as for the
     published numbers: torchvision's resize of tensors would change up to 0.4 % of the pixels, by 1 or 2.
 
     "resize_crop": short side to 256/224 of the size (to the size itself above 224 px), bicubic, then centre crop, as
     the official evaluation does. "center_crop": only the centre crop. "resize": short side to the size, bicubic, then
-    centre crop; an image of that size stays as it is. UserError for another name. border: px that are cut off each side
-    first.
+    centre crop; an image of that size stays as it is. "stretch": both sides to the size, bicubic. UserError for another
+    name. border: px that are cut off each side first.
     """
     # int, not round: the official evaluation truncates (48 px: 54.86 -> 54).
-    resized = {
+    resized: dict[str, int | tuple[int, int] | None] = {
         "resize_crop": int(image_size * 256 / 224) if image_size <= 224 else image_size,
         "center_crop": None,
         "resize": image_size,
+        "stretch": (image_size, image_size),
     }
-    short_side = choose("transform", how, resized)
+    sides = choose("transform", how, resized)
     steps: list = [v2.CenterCrop(image_size), v2.PILToTensor()]
-    if short_side is not None:
-        steps.insert(0, v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC))
+    if sides is not None:
+        steps.insert(0, v2.Resize(sides, interpolation=InterpolationMode.BICUBIC))
     if border:
         steps.insert(0, v2.Lambda(partial(ImageOps.crop, border=border)))
     return v2.Compose(steps)

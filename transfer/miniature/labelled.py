@@ -2,6 +2,7 @@
 
     DIR/inat2017/{train2017.json, val2017.json, train_val_images/SUPERCATEGORY/CATEGORY/*.jpg}
     DIR/inat20{18,19}/{train,val}YEAR.json, train_valYEAR/SUPERCATEGORY/ID/*.jpg
+    DIR/inat2021/{train.json, val.json, {train,val}/SPECIES/*.jpg}
     DIR/places205/trainvalsplit_places205/{train,val}_places205.csv, .../images256/...
     DIR/places365/{places365_train_standard.txt, places365_val.txt, data_256_standard, val_256}
 
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from transfer.data.labelled import annotation_file
 from transfer.miniature import scenes
 from transfer.miniature.scenes import SIZE, SUPERSAMPLE
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
@@ -99,17 +101,21 @@ def _inat_files(seed: int, year: int) -> Files:
         images, annotations, categories = [], [], []
         for (class_id, group, shape, fill), count in zip(inat_classes(), per_class):
             name = f"{shape.capitalize()} {fill}" if year == 2017 else str(class_id)
+            place = f"{images_folder}/{group}/{name}"
+            if year == 2021:  # a number and the seven ranks
+                name = f"{shape.capitalize()} {fill}"
+                place = f"{split}/{class_id:05d}_Animalia_Chordata_{group}_Ordo_Familia_{name.replace(' ', '_')}"
             categories.append({"id": class_id, "name": name, "supercategory": group})
             if year == 2019:
                 del categories[-1]["supercategory"]
             for index in range(count):
                 number += 1
-                file = f"{images_folder}/{group}/{name}/{number:08x}.jpg"
+                file = f"{place}/{number:08x}.jpg"
                 images.append({"id": number, "file_name": file, "width": SIZE, "height": SIZE})
                 annotations.append({"id": number, "image_id": number, "category_id": class_id})
                 yield file, jpeg(draw_filled(shape, fill, rng_of(seed, f"inat{year}/{split}", class_id, index)))
         content = {"info": {}, "images": images, "categories": categories, "annotations": annotations, "licenses": []}
-        yield f"{split}{year}.json", json.dumps(content).encode()
+        yield annotation_file(split, year), json.dumps(content).encode()
 
 
 def _places_files(seed: int, which: int) -> Files:
@@ -145,5 +151,5 @@ def places(root: Path, seed: int = 0, which: int = 365) -> Path:
     return write_set(root, f"places{which}", seed, counts, _places_files(seed, which))
 
 
-MAKERS = {f"inat{year}": partial(inaturalist, year=year) for year in (2017, 2018, 2019)}
+MAKERS = {f"inat{year}": partial(inaturalist, year=year) for year in (2017, 2018, 2019, 2021)}
 MAKERS |= {f"places{which}": partial(places, which=which) for which in (205, 365)}

@@ -15,13 +15,13 @@ from mae_core.checkpoint import read_checkpoint
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import make_job, write_noise_image
 from transfer.classification.tasks import TASKS, folder_task
-from transfer.data.labelled import SETS, inspect_set
+from transfer.data.labelled import INAT2021, SETS, inspect_set, read_folder
 from transfer.data.split import Split
 from transfer.jobs import find_tasks, task_argument
 from transfer.miniature import labelled as miniature_sets
 from transfer.run import run_job
 
-KNOWN = {known.name: known for known in SETS}
+KNOWN = {known.name: known for known in (*SETS, INAT2021)}
 
 
 def touch(path: Path) -> None:
@@ -32,7 +32,7 @@ def touch(path: Path) -> None:
 def write_inat(root: Path, year: int, train: dict[str, int], val: dict[str, int], skip: tuple[str, ...] = ()) -> Path:
     """root/inatYEAR with those files (below the archive's folder) and labels; `skip`: files that are not written."""
     folder = root / f"inat{year}"
-    images = "train_val_images" if year == 2017 else f"train_val{year}"
+    images = {2017: "train_val_images", 2021: "."}.get(year, f"train_val{year}")
     number = 0
     for split, labels in (("train", train), ("val", val)):
         content = {"info": {}, "licenses": [], "categories": [], "images": [], "annotations": []}
@@ -45,7 +45,7 @@ def write_inat(root: Path, year: int, train: dict[str, int], val: dict[str, int]
             if name not in skip:
                 touch(folder / file)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}{year}.json").write_text(json.dumps(content))
+        (folder / (f"{split}.json" if year == 2021 else f"{split}{year}.json")).write_text(json.dumps(content))
     return folder
 
 
@@ -61,6 +61,7 @@ def test_official_counts():
         "inat2017": (5089, 579184, 95986),
         "inat2018": (8142, 437513, 24426),
         "inat2019": (1010, 265213, 3030),
+        "inat2021": (10000, 2686843, 100000),
         "places205": (205, 2448873, 20500),
         "places365": (365, 1803460, 36500),
     }
@@ -83,6 +84,24 @@ def test_inaturalist_takes_the_split_and_the_label_from_the_json(tmp_path):
     assert labels_of(reading.val) == {"d.jpg": 7477, "e.jpg": 9}
     data = inspect_set(KNOWN["inat2018"], tmp_path)
     assert (data.status, data.label, data.chance) == ("found", "subset", 50.0)
+
+
+def test_inaturalist_2021_has_a_folder_for_each_split(tmp_path):
+    """Its archives unpack to train.json, val.json, train/ and val/; train_mini.json beside them plays no part."""
+    species = "02912_Animalia_Chordata_Aves_Accipitriformes_Accipitridae_Circus_cyaneus"
+    names = {f"{split}/{species}/{split}.jpg": 2912 for split in ("train", "val")}
+    train, val = ({name: label} for name, label in names.items())
+    folder = write_inat(tmp_path, 2021, train, val)
+    (folder / "train_mini.json").write_text("{}")
+    reading = KNOWN["inat2021"].read(folder)
+    assert not reading.problems
+    assert (reading.classes, labels_of(reading.train), labels_of(reading.val)) == (
+        10000,
+        {"train.jpg": 2912},
+        {"val.jpg": 2912},
+    )
+    (folder / "val.json").unlink()
+    assert f"{folder}/val.json is missing" in inspect_set(KNOWN["inat2021"], tmp_path).detail
 
 
 def test_inaturalist_2017_has_names_for_folders(tmp_path):
@@ -292,6 +311,49 @@ def test_miniatures_are_read_by_the_official_readers(task, tmp_path, monkeypatch
     else:
         assert set(counts.values()) == {2}
     assert reading.train.files[0].read_bytes()[:2] == b"\xff\xd8"  # JPEG
+
+
+def write_listed(folder: Path, train: str, val: str) -> Path:
+    """A set as it is published: images in one folder, lists of them."""
+    for line in {*train.splitlines(), *val.splitlines()}:
+        touch(folder / line.split(" ")[0])
+    (folder / "train.txt").write_text(train)
+    (folder / "val.txt").write_text(val)
+    return folder
+
+
+def test_a_folder_may_have_lists_instead(tmp_path):
+    folder = write_listed(tmp_path / "pets", "images/b_1.jpg 1\nimages/a_1.jpg 0\n", "images/a_2.jpg 0\n")
+    reading = read_folder(folder)
+    assert not reading.problems
+    assert reading.classes == 2
+    assert labels_of(reading.train) == {"b_1.jpg": 1, "a_1.jpg": 0}
+    assert labels_of(reading.val) == {"a_2.jpg": 0}
+    data = folder_task(str(folder)).inspect(tmp_path)
+    assert (data.status, data.label, data.counts) == ("found", "own", {"classes": 2, "train": 2, "val": 1})
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        ("a.jpg 0\nb.jpg 3\n", "c.jpg 0\n", "no image of the labels 1, 2: number the classes from 0 on"),
+        ("a.jpg 1\nb.jpg 2\n", "c.jpg 1\n", "no image of the labels 0"),
+        ("a.jpg 0\nb.jpg 1\n", "c.jpg 2\n", "validation labels outside 0..1: 2"),
+        ("a.jpg 0\nb.jpg 0\n", "c.jpg 0\n", "one label only"),
+        ("a.jpg 0\nb.jpg 1\n", "a.jpg 0\n", "1 images are in both splits"),
+        ("a.jpg 0\nb.jpg x\n", "c.jpg 0\n", "train.txt, line 2, is not `path label`"),
+    ],
+)
+def test_lists_of_a_folder_that_cannot_be_used_are_refused(tmp_path, train, val, said):
+    data = folder_task(str(write_listed(tmp_path / "pets", train, val))).inspect(tmp_path)
+    assert data.status == "incomplete"
+    assert said in data.detail
+
+
+def test_a_list_that_names_a_missing_file_is_refused(tmp_path):
+    folder = write_listed(tmp_path / "pets", "a.jpg 0\nb.jpg 1\n", "c.jpg 0\n")
+    (folder / "b.jpg").unlink()
+    assert "1 of the 2 training images are not there: " in folder_task(str(folder)).inspect(tmp_path).detail
 
 
 def write_flowers(root: Path) -> Path:
