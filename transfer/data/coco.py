@@ -18,6 +18,7 @@ from mae_core.errors import UserError
 from mae_core.files import is_image, open_regular
 from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, Example, are_runs, valid_outline
 from transfer.data.findings import Data, found, incomplete, missing, preview
+from transfer.data.json_elements import without_collecting
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
@@ -132,7 +133,8 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
 def split_of(path: Path, folder: Path, file: BinaryIO) -> Split:
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
     try:
-        content = Content(file)
+        with without_collecting():
+            content = Content(file)
     except (ValueError, KeyError, RecursionError) as e:
         what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError) else e
         problem = f"{path} is no file of COCO instances ({what}): unpack annotations_trainval2017.zip"

@@ -44,6 +44,7 @@ def elements(content: bytes, **sizes: int) -> list[tuple]:
 @given(MANY, MANY, LAYOUTS, st.sampled_from([8, 40, 1 << 20]))
 @example([{"x": [{}, {}]}, 5, {}], [], {}, 1 << 20)  # as many places between two objects as between two elements
 @example([{"x": "}, {"}, {"x": 1}], [{"y": float("nan")}, {}, {}], {}, 1 << 20)
+@example([None], [-100000000, [0, -10, -1000, 1.0000000000000002e16], 1.0000000000000002e16], {}, 8)
 def test_every_element_is_read_as_by_json_and_lies_where_it_is_said_to(first, second, layout, together):
     content = json.dumps({"other": [{}, {}], "a": first, "b": second}, **layout).encode()
     found = elements(content, WINDOW=64, MARGIN=16, TOGETHER=together)
