@@ -11,7 +11,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +99,8 @@ def metrics_of(record: Record, file: Path, path: Path, data: Path | None) -> dic
         raise UserError(f"{file} holds other images than {path} names")
     if record.task == "imagenet_c":
         return corruption_metrics(sets)
+    if "heads" in record.tables:
+        return probe_metrics(sets[MAIN], sets["held_out"], list(record.tables["heads"]))
     found: dict[str, float] = {}
     for name, rows in sets.items():
         score: Callable[[Rows], dict[str, float]] = accuracies
@@ -158,6 +160,24 @@ def corruption_metrics(sets: Mapping[str, Rows]) -> dict[str, float]:
     by_corruption = {c: [e for name, e in errors.items() if name.split("/")[0] == c] for c in ALEXNET_ERROR}
     relative = [np.mean(found) / ALEXNET_ERROR[c] for c, found in by_corruption.items()]
     return {"mce": 100 * float(np.mean(relative)), "mean_err": 100 * float(np.mean(list(errors.values())))}
+
+
+def probe_metrics(test: Rows, held: Rows, names: Sequence[str]) -> dict[str, float]:
+    """Of the heads of these names, those that are best on the held-out images, scored on the test images. UserError if
+    the classes beside the labels are not of the head that was chosen."""
+
+    def scores(rows: Rows) -> list[float]:
+        return [float(100 * accuracy_score(rows["label"], classes)) for classes in rows["heads"].T]
+
+    on_held, on_test, found = scores(held), scores(test), {}
+    for kind in ("", "linear", "attentive"):
+        heads = [i for i, name in enumerate(names) if name.startswith(kind)]
+        if heads:
+            best = heads[int(np.argmax([on_held[i] for i in heads]))]
+            found[f"top1_{kind}" if kind else "top1"] = on_test[best]
+            if not kind and (test["heads"][:, best] != test["top1"]).any():
+                raise UserError("the classes kept as top1 are not those of the head that was chosen")
+    return found | {"top1_best_on_test": max(on_test), "optimism": max(on_test) - found["top1"]}
 
 
 def neighbour_metrics(rows: Rows, k: int, temperature: float) -> dict[str, float]:

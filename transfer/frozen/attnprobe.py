@@ -76,7 +76,7 @@ def attnprobe(job: Job) -> Result:
     tokens, probe = Tokens(encoder, norm=r.norm), probe_of(job).to(job.machine.device)
     dataset = Images(train.files, probe_transform(r.image_size, r.min_scale), train.labels, seed=job.seed)
     optimizer = lars(probe, r.momentum, r.trust_coefficient, weight_decay=0.0)
-    state, checksum = train_heads(job, tokens, probe, dataset, optimizer, loss)
+    state, checksum = train_heads(job, tokens, probe, dataset, optimizer, loss, r.base_lr, r.min_lr)
     model, transform = nn.Sequential(tokens, probe), eval_transform(r.image_size)
     scores = evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name)
     metadata = origin(job) | {"head": r.head, "image_size": str(r.image_size)} | unreadable_metadata(state)

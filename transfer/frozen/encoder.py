@@ -65,6 +65,8 @@ def train_heads(
     dataset: Images,
     optimizer: Optimizer,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    base_lr: float,
+    min_lr: float = 0.0,
 ) -> tuple[State, str]:
     """Train the heads by job.recipe on the tokens of the dataset, resuming from the checkpoint in job.work, which holds
     the heads alone. loss_of: (heads, tokens, labels) -> loss. Returns the final state and a checksum of the encoder,
@@ -97,7 +99,7 @@ def train_heads(
             fixed=job.identity(),
             tracker=job.tracker,
             lr_at=lambda step: half_cosine(
-                step, steps_per_epoch, learning_rate(r.base_lr, r.batch), r.epochs, r.warmup_epochs, r.min_lr
+                step, steps_per_epoch, learning_rate(base_lr, r.batch), r.epochs, r.warmup_epochs, min_lr
             ),
             prepare=prepare,
             loss_of=loss_of,

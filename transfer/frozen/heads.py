@@ -85,3 +85,19 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.linear(self.norm(self.pooling(tokens[:, -1, 1:])))
+
+
+class LinearProbe(nn.Module):
+    """`Tokens` [B, blocks, 1 + N, D] -> logits [B, classes]: a linear layer, drawn as DINOv2's, on the class tokens of
+    the last `blocks` blocks and, with `mean`, on the mean of the last patch tokens, which is given too [B, D]."""
+
+    def __init__(self, dim: int, classes: int, blocks: int, mean: bool) -> None:
+        super().__init__()
+        self.blocks, self.mean = blocks, mean
+        self.linear = nn.Linear((blocks + mean) * dim, classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor, mean: Tensor) -> Tensor:
+        found = tokens[:, -self.blocks :, 0].flatten(1)
+        return self.linear(torch.cat([found, mean], dim=1) if self.mean else found)

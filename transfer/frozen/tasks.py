@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.inputs import detail, fit_batch
-from transfer.frozen import attnprobe, features, knn
+from transfer.frozen import attnprobe, features, knn, probes
 from transfer.miniature import imagenet as miniature
 from transfer.task import Task
 
@@ -46,4 +46,17 @@ ATTNPROBE = replace(
     trains=True,
     opt_in=True,
 )
-TASKS = (KNN, ATTNPROBE)
+PROBES = replace(
+    ATTNPROBE,
+    name="imagenet_probes",
+    title="ImageNet-1k, many probes in one pass",
+    cost=21,
+    recipe=probes.recipe,
+    sources=probes.sources,
+    run=probes.probes,
+    objections=probes.objections,
+    space=probes.space,
+    parts=probes.parts,
+    few=probes.few,
+)
+TASKS = (KNN, ATTNPROBE, PROBES)
