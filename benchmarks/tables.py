@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from mae_core.errors import UserError
+from transfer.data.lowshot import SUBSETS
 from transfer.data.shipped import shipped
 from transfer.data.vtab import GROUPS, VTAB
 from transfer.task import Record
@@ -122,6 +123,18 @@ TABLES = (
             Column("imagenet_probes", "top1", "all heads, chosen on train, last epoch", optional=True),
             Column("imagenet_probes", "top1_best_on_test", "best on test, no result", "", optional=True),
             Column("imagenet_probes", "optimism", "optimism of that", "", optional=True),
+        ),
+    ),
+    Table(
+        name="lowshot",
+        title="ImageNet-1K from few labels",
+        caption="Top-1 accuracy (%) from the lists of SimCLR (1 and 10 % of the training images) and MSN (1, 2 and 5 "
+        "images a class; three lists, for the seeds 0, 1 and 2): logistic regression on the features of the frozen "
+        "encoder, and fine-tuning.",
+        columns=tuple(
+            Column(f"imagenet_{how}_{subset.name}", "top1", f"{title}, {short}", optional=True, reference="")
+            for how, title in (("logreg", "logistic regression"), ("finetune", "fine-tuning"))
+            for subset, short in zip(SUBSETS, ("1 %", "10 %", "1 image", "2 images", "5 images"))
         ),
     ),
     Table(

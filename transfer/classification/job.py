@@ -18,6 +18,7 @@ from mae_core.vit import ViT, init_as_timm
 from transfer.classification.train import WholeImageRecipe, backbone_tensors, train_classifier
 from transfer.data.imagenet import read_split, wnids
 from transfer.data.labelled import INAT2021, SETS, Reading, read_folder
+from transfer.data.lowshot import read_subset, subset_of
 from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.scores import Scores, evaluate
 from transfer.data.split import Split, few_of_both
@@ -34,6 +35,9 @@ def images_of(job: Job) -> Reading:
     root, known = Path(job.data.root), {known.name: known for known in (*SETS, INAT2021, *VTAB)}
     if job.task.path:
         reading = read_folder(Path(job.task.path))
+    elif subset := subset_of(job.task):
+        val = read_split(root / "imagenet" / "val")[0]
+        reading = Reading(read_subset(root, subset, job.seed)[0], val, len(wnids()))
     elif isinstance(job.recipe, WholeImageRecipe):
         one = known[job.task.name]
         reading = read_vtab(one.below(root), one.counts[0], job.recipe.scored_on)

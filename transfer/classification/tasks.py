@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transfer.classification import checks, cost, recipes, retests, robustness
+from transfer.classification import checks, cost, lowshot, recipes, retests, robustness
 from transfer.classification.job import finetune, linprobe
 from transfer.classification.partial import partial_finetune
 from transfer.classification.robustness import EVAL
@@ -130,6 +130,7 @@ FOLDER = replace(
 )
 TASKS = (
     *(FINETUNE, LINPROBE, EVAL, PARTIAL, SCRATCH),
+    *lowshot.tasks_of(FINETUNE),
     *(task_of(known, MAKERS[known.name]) for known in SETS),
     replace(task_of(INAT2021, MAKERS[INAT2021.name]), opt_in=True),
     *map(vtab_task, VTAB),

@@ -114,7 +114,18 @@ def evaluate(
         score(logits if kept is None else logits[:, list(kept)], targets.to(logits.device))
         for logits, targets in outputs_of(model, dataset, normalization, machine, f"evaluate {label}")
     ]
-    found = np.concatenate(distributed.gather_in_turn(rows))
+    return collected(np.concatenate(distributed.gather_in_turn(rows)), split, label, kept, accepted)
+
+
+def collected(
+    found: np.ndarray,
+    split: Split,
+    label: str,
+    kept: Sequence[int] | None = None,
+    accepted: Sequence[Collection[int]] | None = None,
+) -> Scores:
+    """The rows of `score`, in the order of the split, as Scores; UserError if one is not finite. kept, accepted: as for
+    `evaluate`."""
     loss, (classes, log_probs) = found[:, 0], np.hsplit(found[:, 1:], 2)
     if not np.isfinite(loss).all():
         raise UserError(f"{label}: the logits of {split.files[int(np.argmin(np.isfinite(loss)))]} are not finite")

@@ -1,13 +1,15 @@
-"""ImageNet-1k with a frozen encoder: k-NN, attentive probing.
+"""ImageNet-1k with a frozen encoder: k-NN, attentive probing, many probes at once, logistic regression from few images.
 
 python -m transfer.frozen --task imagenet_knn --ckpt FILE --data DIR --out DIR
 """
 
 from dataclasses import replace
+from functools import partial
 
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.inputs import detail, fit_batch
-from transfer.frozen import attnprobe, features, knn, probes
+from transfer.data.lowshot import SUBSETS, inspect_subset
+from transfer.frozen import attnprobe, features, knn, logreg, probes
 from transfer.miniature import imagenet as miniature
 from transfer.task import Task
 
@@ -59,4 +61,24 @@ PROBES = replace(
     parts=probes.parts,
     few=probes.few,
 )
-TASKS = (KNN, ATTNPROBE, PROBES)
+LOGREG = tuple(
+    replace(
+        KNN,
+        name=f"imagenet_logreg_{subset.name}",
+        title=f"ImageNet-1k, logistic regression on {subset.title}",
+        cost=6,
+        recipe=logreg.recipe,
+        sources=logreg.sources,
+        inspect=partial(inspect_subset, subset),
+        run=partial(logreg.logreg, subset=subset),
+        miniature=miniature.imagenet_lists,
+        objections=partial(logreg.objections, subset=subset),
+        space=logreg.space,
+        parts=logreg.parts,
+        detail=lambda job: job.data.detail,
+        few=lambda recipe, data: recipe,
+        opt_in=True,
+    )
+    for subset in SUBSETS
+)
+TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG)

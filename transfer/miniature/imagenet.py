@@ -3,6 +3,7 @@
     DIR/imagenet/{train,val}/WNID/*.JPEG       DIR/imagenet-a/WNID/*.jpg       DIR/imagenet-sketch/WNID/*.JPEG
     DIR/imagenet-c/CORRUPTION/SEVERITY/WNID/*.JPEG       DIR/imagenet-r/WNID/*.jpg       DIR/unlabelled/*.JPEG
     DIR/imagenetv2-matched-frequency-format-val/CLASS/*.jpeg       DIR/imagenet-real/real.json
+    DIR/imagenet_subsets/*percent.txt       DIR/imagenet_subsets{1,2,3}/*imgs_class.txt
 
 Images are 48 px. The 16 classes are shapes (scenes.py) under real WNIDs, so that the class lists of ImageNet-1K, -A and
 -R apply unchanged; a WNID's real meaning plays no part.
@@ -118,6 +119,17 @@ def _real_files() -> Files:
     yield "real.json", json.dumps(labels).encode()
 
 
+def _list_files(seed: int, split: int, names: dict[str, int]) -> Files:
+    """Lists of so many images of each class: the first of an order that the split draws."""
+    order = {
+        wnid: rng_of(seed, f"lists/{split}", label, 0).permutation(TRAIN)
+        for label, wnid in enumerate(class_wnids().values())
+    }
+    for name, count in names.items():
+        lines = [f"{wnid}_{index}.JPEG\n" for wnid, indices in order.items() for index in indices[:count]]
+        yield f"{name}.txt", "".join(lines).encode()
+
+
 def _objectnet_files(seed: int) -> Files:
     for label, name in enumerate(list(OBJECTNET)[:: len(OBJECTNET) // 4]):
         for index in range(OBJECTS):
@@ -186,6 +198,17 @@ def objectnet(root: Path, seed: int = 0) -> Path:
     """Write root/objectnet-1.0: five of its objects, 10 images of each with its red border. None of them is among the
     miniature's classes: it shows that the set is read, and no classifier can be right."""
     return write_set(root, "objectnet-1.0", seed, {"test": OBJECTS * 5}, _objectnet_files(seed))
+
+
+def imagenet_lists(root: Path, seed: int = 0) -> Path:
+    """Write root/imagenet_subsets and root/imagenet_subsets{1,2,3}, lists of a few of the training images, and those
+    images: 16 and 80 (2 and 10 %), and three times 1, 2 and 5 of each class."""
+    folder = imagenet(root, seed)
+    write_set(root, "imagenet_subsets", seed, {"lists": 2}, _list_files(seed, 0, {"1percent": 1, "10percent": 5}))
+    for split in (1, 2, 3):
+        names = {f"{count}imgs_class": count for count in (1, 2, 5)}
+        write_set(root, f"imagenet_subsets{split}", seed, {"lists": 3}, _list_files(seed, split, names))
+    return folder
 
 
 def unlabelled(root: Path, count: int = 20000, seed: int = 0) -> Path:

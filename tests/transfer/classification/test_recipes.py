@@ -15,6 +15,7 @@ from tests.fixtures.transfer import ARCH
 from transfer.classification.recipes import stand_in_recipe, vtab_recipe
 from transfer.classification.tasks import FINETUNE, LINPROBE, PARTIAL, SCRATCH, TASKS
 from transfer.classification.train import UNUSED, ClassifierRecipe
+from transfer.data.lowshot import subset_of
 
 INAT = next(task for task in TASKS if task.name == "inat2018")
 B, L, H = "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"
@@ -25,6 +26,7 @@ SIZES = {"image_size", "epochs", "warmup_epochs", "batch", "base_lr"}
 TUNING = SIZES | {"mixup", "cutmix", "drop_path", "min_scale", "rand_augment", "random_erasing"}
 MINI_FIELDS = {"imagenet_linprobe": SIZES, "imagenet_scratch": TUNING | {"ema"}}
 MINI_FIELDS |= {t.name: TUNING for t in TASKS if t in (FINETUNE, PARTIAL) or t.recipe is stand_in_recipe}
+MINI_FIELDS |= {t.name: TUNING for t in TASKS if subset_of(t)}
 MINI_FIELDS |= {t.name: SIZES for t in TASKS if t.recipe is vtab_recipe}
 DISTINCT = list({(task.recipe, task.sources): task for task in TASKS}.values())  # one of those with the same recipe
 
