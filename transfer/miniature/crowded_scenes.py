@@ -65,10 +65,14 @@ def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedS
 def _with_object(scene: CrowdedScene, kind: str, radius: float, rng: np.random.Generator) -> CrowdedScene:
     """The scene with one more object on top, or unchanged if that would hide too much."""
     larger = replace(scene, objects=(*scene.objects, _random_object(kind, radius, scene, rng)))
-    owner = paint(larger)[1]
-    for index, thing in enumerate(larger.objects[scene.crowd :], len(scene.regions) + scene.crowd):
-        alone = paint(replace(scene, regions=scene.regions[:1], objects=(thing,)))[1] == 1
-        seen = owner == index
+    first = len(scene.regions)
+    before, after = owners(scene), owners(larger)
+    # Only what the new object covers a part of can have changed.
+    for index in (*np.unique(before[after != before]).tolist(), first + len(scene.objects)):
+        if index < first + scene.crowd:
+            continue
+        alone = owners(replace(scene, regions=scene.regions[:1], objects=(larger.objects[index - first],))) == 1
+        seen = after == index
         if seen.sum() < 0.6 * alone.sum() or (binary_fill_holes(seen) != seen).any():
             return scene
     return larger
@@ -116,16 +120,25 @@ def _crowd(width: int, height: int, regions: tuple[Region, ...], rng: np.random.
 
 
 def paint(scene: CrowdedScene) -> tuple[np.ndarray, np.ndarray]:
-    """The picture without noise, uint8 [height, width, 3], and what each pixel shows, uint8 [height, width]: an index
-    into regions followed by objects."""
+    """The picture without noise, uint8 [height, width, 3], and its `owners`."""
     canvas = Image.new("RGB", (scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE))
-    owner = Image.new("L", canvas.size)
-    shapes = [(np.array(region.corners), region.colour) for region in scene.regions]
-    shapes += [(outline(thing), thing.colour) for thing in scene.objects]
-    for index, (polygon, colour) in enumerate(shapes):
-        corners = [(float(x), float(y)) for x, y in polygon * SUPERSAMPLE]
+    colours = [region.colour for region in scene.regions] + [thing.colour for thing in scene.objects]
+    for corners, colour in zip(_polygons(scene), colours):
         ImageDraw.Draw(canvas).polygon(corners, fill=colour)
-        ImageDraw.Draw(owner).polygon(corners, fill=index)
     picture = canvas.resize((scene.width, scene.height), Image.Resampling.BOX)
+    return np.asarray(picture), owners(scene)
+
+
+def owners(scene: CrowdedScene) -> np.ndarray:
+    """What each pixel shows, uint8 [height, width]: an index into regions followed by objects."""
+    owner = Image.new("L", (scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE))
+    for index, corners in enumerate(_polygons(scene)):
+        ImageDraw.Draw(owner).polygon(corners, fill=index)
     centres = slice(SUPERSAMPLE // 2, None, SUPERSAMPLE)
-    return np.asarray(picture), np.asarray(owner)[centres, centres]
+    return np.asarray(owner)[centres, centres]
+
+
+def _polygons(scene: CrowdedScene) -> list[list[tuple[float, float]]]:
+    """Corners (x, y) of the regions, then of the objects, on the supersampled canvas."""
+    shapes = [np.array(region.corners) for region in scene.regions] + [outline(thing) for thing in scene.objects]
+    return [[(float(x), float(y)) for x, y in polygon * SUPERSAMPLE] for polygon in shapes]

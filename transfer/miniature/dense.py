@@ -9,6 +9,7 @@ meaning plays no part.
 
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Picture(NamedTuple):
     owner: np.ndarray
 
 
+@cache  # COCO and ADE20K show the same
 def picture(seed: int, split: str, index: int) -> Picture:
     """Image `index` (from 0) of split "train" or "val", the same for both datasets."""
     rng = rng_of(seed, f"crowded/{split}", 0, index)

@@ -99,9 +99,14 @@ def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[s
     """The loss of one of mmseg's heads with one loss, in place of its own `loss_by_feat`: without the accuracy that it
     computes beside it, which nobody reads and for which the host would wait for the GPU twice."""
     labels = head._stack_batch_gt(batch_data_samples)
-    size = labels.shape[2:]
+    size, labels = labels.shape[2:], labels.squeeze(1)
+    if seg_logits.device.type == "cpu":
+        # There the classes come last: torch's softmax over any other dimension takes four times as long.
+        seg_logits = seg_logits.contiguous(memory_format=torch.channels_last)
     logits = functional.interpolate(seg_logits, size, mode="bilinear", align_corners=head.align_corners)
-    return {"loss_ce": head.loss_decode(logits, labels.squeeze(1), ignore_index=head.ignore_index)}
+    if seg_logits.device.type == "cpu":
+        logits, labels = logits.permute(0, 2, 3, 1).flatten(0, 2), labels.flatten()
+    return {"loss_ce": head.loss_decode(logits, labels, ignore_index=head.ignore_index)}
 
 
 def with_workers_that_fit(loader: dict[str, Any], datasets: Any) -> dict[str, Any]:

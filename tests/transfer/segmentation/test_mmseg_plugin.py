@@ -71,10 +71,12 @@ def test_the_heads_losses_are_mmseg_s_own_without_the_accuracy(start):
     labels = torch.randint(0, 150, (2, 1, 48, 48)).masked_fill(torch.rand(2, 1, 48, 48) < 0.2, 255)
     samples = [SimpleNamespace(gt_sem_seg=SimpleNamespace(data=label)) for label in labels]
     for head in (start[0].decode_head, start[0].auxiliary_head):
-        logits, own = torch.randn(2, 150, 12, 12), super(type(head), head)
+        logits, own = torch.randn(2, 150, 12, 12, requires_grad=True), super(type(head), head)
         theirs, ours = own.loss_by_feat(logits, samples), head.loss_by_feat(logits, samples)
         assert theirs.keys() - ours.keys() == {"acc_seg"}
-        assert torch.equal(ours["loss_ce"], theirs["loss_ce"])
+        gradients = [torch.autograd.grad(found["loss_ce"], logits)[0] for found in (theirs, ours)]
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(ours["loss_ce"], theirs["loss_ce"], rtol=1e-6, atol=0)
 
 
 def test_a_wrong_label_is_also_found_when_its_turn_comes(root, tmp_path, mmseg):
