@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae_core.checkpoint import load_encoder, model_of
 from mae_core.data import PILLOW_PIXELS
+from mae_core.progress import Progress
 from mae_core.settings import bounded, check_ranges, choose
 from mae_core.space import FLOAT, Space
 from mae_core.vit import get_arch
@@ -65,9 +66,17 @@ def normalised(features: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features - features.mean(dim=1, keepdim=True), dim=1)
 
 
-def fit(features: Tensor, labels: Tensor, classes: int, l2: float, iterations: int) -> tuple[Tensor, int, bool]:
+def fit(
+    features: Tensor, labels: Tensor, classes: int, l2: float, iterations: int, label: str = "L-BFGS"
+) -> tuple[Tensor, int, bool]:
     """W [classes, D], without an intercept; the number of iterations, and whether they ended at the minimum."""
     n, shape = len(features), (classes, features.shape[1])
+    progress, done = Progress(label, iterations, unit="it"), 0
+
+    def told(_: np.ndarray) -> None:
+        nonlocal done
+        done += 1
+        progress.update(done, n)
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         """Divided by n, as scikit-learn does."""
@@ -82,8 +91,9 @@ def fit(features: Tensor, labels: Tensor, classes: int, l2: float, iterations: i
         return value.item() / n, (gradient / n).cpu().numpy().ravel()
 
     options = {"maxiter": iterations, "gtol": 1e-7, "ftol": 64 * np.finfo(float).eps, "maxfun": 10 * iterations}
-    done = minimize(objective, np.zeros(classes * shape[1]), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(done.x.reshape(shape)), int(done.nit), bool(done.success)
+    start = np.zeros(classes * shape[1])
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=told, options=options)
+    return torch.from_numpy(found.x.reshape(shape)), int(found.nit), bool(found.success)
 
 
 def images_of(job: Job, subset: Subset) -> tuple[Split, Split]:
@@ -112,7 +122,7 @@ def logreg(job: Job, subset: Subset) -> Result:
     )
     started = time.monotonic()
     labels = torch.tensor(train.labels, device=device)
-    w, steps, ended = fit(normalised(x).to(device), labels, len(wnids()), r.l2, r.iterations)
+    w, steps, ended = fit(normalised(x).to(device), labels, len(wnids()), r.l2, r.iterations, f"{job.task.name} L-BFGS")
     truth = torch.tensor(val.labels).split(CHUNK)
     rows = [score(part @ w.T, labels) for part, labels in zip(normalised(tests).split(CHUNK), truth)]
     scores = collected(np.concatenate(rows), val, job.task.name)
