@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mae_core.vit import ARCHS, build_vit
+from mae_core.errors import UserError
+from mae_core.vit import build_vit, get_arch
 
 PIXELS = {"true": "normalised pixels", "false": "pixels"}
 TOKENS = {"dall-e": "dVAE tokens"}  # named as in the paper's Table 1d
@@ -61,7 +62,9 @@ def pretraining(checkpoint: Mapping[str, Any]) -> str:
 @cache
 def parameters(arch: str) -> int | None:
     """Of the encoder at its pre-training input side, with positions and class token; None for an unknown arch."""
-    if arch not in ARCHS:
+    try:
+        get_arch(arch)
+    except UserError:
         return None
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_vit(arch).parameters())

@@ -33,7 +33,8 @@ try:
         peak_memory_gib,
         versions,
     )
-    from mae_core.vit import get_arch
+    from mae_core.settings import choose
+    from mae_core.vit import ARCHS, get_arch
     from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check_alone()
-    get_arch(args.arch)
+    choose("arch", args.arch, ARCHS)
     if args.repeats < 1:
         raise UserError("--repeats 0: give at least one")
     if (args.what == "loader") != (args.data is not None):

@@ -6,6 +6,7 @@ import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from mae_core.timm_encoder import TimmEncoder
 from mae_core.vit import ViT
 
 
@@ -45,6 +46,11 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 
     No weight decay on 1-D parameters, positions, class token and registers.
     """
+    if isinstance(model, TimmEncoder):  # timm's own order of its layers
+        groups = param_groups_layer_decay(
+            model.net, weight_decay, no_weight_decay_list=model.net.no_weight_decay(), layer_decay=layer_decay
+        )
+        return groups + param_groups_weight_decay(model.head, weight_decay)
     groups = param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )

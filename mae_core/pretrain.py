@@ -42,12 +42,12 @@ from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
 from mae_core.recipe import PretrainRecipe, recipe
-from mae_core.settings import override
+from mae_core.settings import choose, override
 from mae_core.space import FLOAT, Space, check_free, training_space
 from mae_core.stopping import stop_on_signals
 from mae_core.tracker import add_tracker_flag
 from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
-from mae_core.vit import get_arch
+from mae_core.vit import ARCHS, get_arch
 
 WEIGHTS_FILE = "mae.safetensors"
 
@@ -252,7 +252,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     if distributed.world_size() == 1:  # torchrun ends its processes itself
         stop_on_signals()
-    get_arch(args.arch)
+    choose("arch", args.arch, ARCHS)
     r, changed = override(recipe(args.arch, args.recipe), args.set)
     machine, following = machine_of(args), following_of(args)
     with distributed.process_group(machine.device) as device, distributed.alone_in(args.out):

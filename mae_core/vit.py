@@ -19,8 +19,9 @@ from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.settings import choose
+from mae_core.timm_encoder import PREFIX, TimmEncoder, described, is_timm
 
-ViT = VisionTransformer | Beit
+ViT = VisionTransformer | Beit | TimmEncoder
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,16 @@ norm_layer = partial(nn.LayerNorm, eps=EPS)
 
 
 def get_arch(name: str) -> Arch:
-    """The Arch of that name; UserError with the nearest name if there is none."""
-    return choose("arch", name, ARCHS)
+    """The Arch of that name, "timm/NAME" for an encoder of timm's; UserError with the nearest name if there is none."""
+    if not is_timm(name):
+        return choose("arch", name, ARCHS)
+    try:
+        sizes = described(name.removeprefix(PREFIX))
+    except KeyError:
+        raise UserError(
+            f"timm has no encoder '{name.removeprefix(PREFIX)}' that gives tokens: check the name"
+        ) from None
+    return Arch(name, *(sizes[key] for key in ("dim", "depth", "heads", "patch", "image_size")))
 
 
 def nearest(arch: str, known: Iterable[str]) -> str:
@@ -159,9 +168,12 @@ def build_vit(
 
     image_size: side or (height, width) in px, each divisible by the patch; the arch's own by default.
     pool: "token" (class token after ``norm``) or "avg" (mean of the patch tokens, then ``fc_norm``; no ``norm``).
-    drop_path: rate of the last block; it rises linearly from 0 at block 0. eps: of every LayerNorm.
+    drop_path: rate of the last block; it rises linearly from 0 at block 0. eps: of every LayerNorm; timm's encoders
+    keep their own.
     """
     arguments = vit_arguments(arch, image_size) | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
+    if is_timm(arch):
+        return TimmEncoder(arch.removeprefix(PREFIX), arguments["img_size"], num_classes, pool, drop_path)
     arguments |= {"num_classes": num_classes, "global_pool": pool, "drop_path_rate": drop_path}
     if variant.beit:
         del arguments["weight_init"]

@@ -16,6 +16,7 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
 from mae_core.space import Space, check_free
+from mae_core.timm_encoder import PREFIX, is_timm
 from transfer.data.findings import Data
 from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
@@ -93,7 +94,7 @@ def make_job(
     parent: Checkpoint | None = None,
 ) -> Job:
     """The job and its work folder; UserError for an unknown knob or an engine that is not installed."""
-    if task.from_scratch:
+    if task.from_scratch and not is_timm(checkpoint.arch):  # which it does not take
         checkpoint = scratch_of(checkpoint.arch, seed)
     task, recipe_name, recipe, overrides = resolve(task, checkpoint.arch, recipe_name, settings)
     if data.limit and data.status == "found":
@@ -148,6 +149,9 @@ def obstacle(job: Job) -> tuple[str, str]:
     """("skipped" or "failed", why) if the job cannot run; ("", "") if it can. UserError if a knob or flag given by the
     user is why it cannot."""
     task, kind = job.task, job.checkpoint.kind
+    if task.own_encoders and is_timm(job.checkpoint.arch):
+        model = job.checkpoint.arch.removeprefix(PREFIX)
+        return "skipped", f"{task.name} takes ViTs, BEiT, DINOv2 and DeiT, not timm's {model}: see docs/checkpoints.md"
     found = list(task.objections(job))
     for knob, why in found:
         if knob.startswith("--") or knob in job.overrides:

@@ -101,6 +101,7 @@ class Task:
     packages: tuple[str, ...] = ()  # further packages whose versions go into the record
     opt_in: bool = False  # runs only if it is named
     from_scratch: bool = False  # it uses only the size of a checkpoint
+    own_encoders: bool = False  # only those that this project builds itself, not those that timm builds
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
 

@@ -21,7 +21,8 @@ from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.machine import program
-from mae_core.vit import ARCHS, get_arch, variant_in_words
+from mae_core.timm_encoder import is_timm
+from mae_core.vit import get_arch, variant_in_words
 
 # Released files by the first digits of their hash: MD5 in facebookresearch/mae (README.md, FINETUNE.md); SHA-256 in the
 # file names of facebookresearch/deit and open-mmlab/mmpretrain (configs/mae/metafile.yml).
@@ -88,7 +89,8 @@ def uses(checkpoint: Checkpoint) -> list[str]:
     head = checkpoint.classifier.get("head.weight")
     found = []
     if checkpoint.kind != "classifier":
-        found.append("fine-tuning, linear probing, k-NN, detection, segmentation")
+        dense = "" if is_timm(checkpoint.arch) else ", detection, segmentation"
+        found.append(f"fine-tuning, linear probing, k-NN{dense}")
     if head is not None:
         found.append(f"evaluation as a classifier of {len(head)} classes")
     if checkpoint.decoder:
@@ -100,7 +102,7 @@ def report_of(checkpoint: Checkpoint) -> LoadReport:
     """What loading it does at its arch's own input size; the model takes no memory."""
     with torch.device("meta"):
         if checkpoint.kind != "classifier":
-            pool = "token" if "norm.weight" in checkpoint.encoder else "avg"
+            pool = "token" if "norm.weight" in checkpoint.encoder or is_timm(checkpoint.arch) else "avg"
             return load_encoder(model_of(checkpoint, pool=pool), checkpoint)
         head = checkpoint.classifier.get("head.weight", torch.empty(0))
         model = model_of(checkpoint, get_arch(checkpoint.arch).image_size, len(head), checkpoint.pool)
@@ -118,11 +120,14 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 def describe(checkpoint: Checkpoint) -> list[str]:
     """The report, line by line."""
-    a, c = ARCHS[checkpoint.arch], checkpoint
+    a, c = get_arch(checkpoint.arch), checkpoint
     lines = [("file", c.path)] + [("", remark) for remark in remarks(c)]
     lines += [("format", c.format), ("kind", c.kind), ("use", "; ".join(uses(c)))]
     lines += [("arch", f"{c.arch}: width {a.dim}, {a.depth} blocks, {a.heads} heads, patches of {a.patch} px")]
-    lines += [("", variant_in_words(c.variant) or "plain ViT"), ("sha256", c.sha256)]
+    lines += [
+        ("", variant_in_words(c.variant) or ("plain ViT" if c.plain else "as timm builds it")),
+        ("sha256", c.sha256),
+    ]
     origin = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
     origin = " (said by the config beside it)" if c.config else origin
     lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{origin}")]

@@ -15,6 +15,7 @@ from mae_core.checkpoint.formats import FORMATS, HALF, Format
 from mae_core.checkpoint.renaming import from_flax
 from mae_core.checkpoint.weights_file import OUR_FORMAT, check_memory, is_mapped, read_file
 from mae_core.settings import did_you_mean
+from mae_core.timm_encoder import is_timm
 from mae_core.vit import ARCHS
 
 MODELS = ("model", "state_dict", "teacher", "module", "student", "model_ema", "state_dict_ema")
@@ -47,6 +48,8 @@ def read_weights(path: Path, key: str | None = None) -> Weights:
     CheckpointError if it is no weight file, is damaged, or holds more than tensors and plain values.
     """
     content, metadata = read_file(path)
+    if str(metadata.get("format")).startswith(OUR_FORMAT) and is_timm(metadata.get("arch", "")):  # its names are final
+        return Weights(OURS, dict(content), {name: (name,) for name in content}, (), dict(metadata))
     under, entries = _state_dict(path, content, key)
     beside = {str(name) for name in content if name != under}
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}

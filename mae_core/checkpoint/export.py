@@ -12,6 +12,7 @@ from mae_core.checkpoint.read import Checkpoint
 from mae_core.checkpoint.weights_file import copies, save_pickle, save_tensors, save_weights
 from mae_core.data import MEAN, STD
 from mae_core.settings import unknown
+from mae_core.timm_encoder import is_timm
 from mae_core.vit import ARCHS, EPS
 from mae_core.writing import named_if_refused, write_text
 
@@ -44,6 +45,8 @@ def export(checkpoint: Checkpoint, form: str, path: Path) -> None:
     """
     if form in TARGETS and form != "timm" and not checkpoint.plain:
         raise CheckpointError(f"{checkpoint.path} is not a plain ViT: only --to timm holds it")
+    if is_timm(checkpoint.arch):
+        raise CheckpointError(f"{checkpoint.path} is timm's already: --to converts this project's own encoders")
     check_target(form, path)
     TARGETS[form](checkpoint, path)
 

@@ -35,7 +35,10 @@ def identify(
         )
     foreign = next((name for name in tensors if FOREIGN.match(name)), None)
     if foreign:
-        raise CheckpointError(f"{path} has {foreign}, which none of the ViTs that this project builds has")
+        raise CheckpointError(
+            f"{path} has {foreign}, which none of the ViTs that this project builds has: "
+            "give timm's folder of the model (config.json beside model.safetensors) or timm:NAME, and timm builds it"
+        )
     projection = encoder.get("patch_embed.proj.weight")
     if projection is None:
         raise CheckpointError(f"{path} has no patch_embed.proj.weight, which every ViT needs: give the complete file")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mae_core.checkpoint.errors import CheckpointError
 from mae_core.checkpoint.identify import check_shapes, registered, resize_position_embedding
 from mae_core.checkpoint.read import Checkpoint
+from mae_core.timm_encoder import INNER, PREFIX, TimmEncoder, timm_names
 from mae_core.vit import ViT, build_distilled, build_vit, get_arch
 
 
@@ -101,6 +102,8 @@ def _head(checkpoint: Checkpoint) -> Tensor:
 
 def _load(vit: ViT, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]) -> LoadReport:
     wanted = vit.state_dict()
+    if isinstance(vit, TimmEncoder):
+        return _load_timm(vit, checkpoint, source, new)
     source = registered(source, wanted)
     missing = tuple(name for name in wanted if name not in source and name.startswith(new))
     resized = {}
@@ -138,4 +141,27 @@ def _load(vit: ViT, checkpoint: Checkpoint, source: dict[str, Tensor], new: tupl
         missing=missing,
         converted=tuple(name for name in source if name in checkpoint.sources),
         coverage=100 * loaded / sum(wanted[name].numel() for name in trunk),
+    )
+
+
+def _load_timm(
+    encoder: TimmEncoder, checkpoint: Checkpoint, source: dict[str, Tensor], new: tuple[str, ...]
+) -> LoadReport:
+    """As timm loads and resizes them."""
+    wanted, what = encoder.state_dict(), f"{checkpoint.path} ({checkpoint.arch})"
+    own = {name.removeprefix(INNER): tensor for name, tensor in source.items() if name.startswith(INNER)}
+    try:
+        found = timm_names(checkpoint.arch.removeprefix(PREFIX), own, encoder)
+    except ValueError as error:
+        raise CheckpointError(f"{what}: {error}") from None
+    found |= {name: tensor for name, tensor in source.items() if not name.startswith(INNER)}
+    missing = tuple(name for name in wanted if name not in found and name.startswith(new))
+    check_shapes(what, found, {n: t.shape for n, t in wanted.items() if n not in missing}, "the model")
+    if not next(iter(wanted.values())).is_meta:
+        encoder.load_state_dict({**wanted, **found}, strict=True)
+    return LoadReport(
+        loaded=tuple(found),
+        resized=tuple(name for name, tensor in found.items() if tensor.shape != source[name].shape),
+        dropped=checkpoint.dropped,
+        missing=missing,
     )

@@ -23,9 +23,9 @@ OFFLINE = "it is not in the local cache and could not be fetched"
 
 @dataclass(frozen=True)
 class Source:
-    """spec: what was asked for. path: the weight file. name: for people. settings: those of mean, std, eps and heads
-    that the configs beside the weights give. config: SHA-256 of those configs, "" without any: they affect numbers
-    too."""
+    """spec: what was asked for. path: the weight file. name: for people. settings: those of mean, std, eps, heads and
+    architecture (timm's name) that the configs beside the weights give. config: SHA-256 of those configs, "" without
+    any: they affect numbers too."""
 
     spec: str
     path: Path
@@ -96,6 +96,7 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
             "std": config.get("image_std") or timms.get("std"),
             "eps": config.get("layer_norm_eps"),
             "heads": config.get("num_attention_heads"),
+            "architecture": config.get("architecture"),
         }
         found |= {name: value for name, value in given.items() if value}
     try:
@@ -104,6 +105,8 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
             if len(found[name]) != 3:
                 raise ValueError("mean and std need three channels")
         found |= {name: float(found[name]) for name in {"eps"} & found.keys()}
+        if not isinstance(found.get("architecture", ""), str):
+            raise ValueError(f"architecture is {found['architecture']}")
         if not isinstance(found.get("heads", 1), int):
             raise ValueError(f"num_attention_heads is {found['heads']}")
     except (TypeError, ValueError, OverflowError) as error:
@@ -114,8 +117,6 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
 def _timm_repository(spec: str) -> str:
     """The hub repository of timm's pretrained weights of that name."""
     name = spec.removeprefix("timm:")
-    if "rope" in name:
-        raise CheckpointError(f"{spec} has rotary positions, which no task here computes: give another model")
     try:
         config = timm.get_pretrained_cfg(name)
     except (RuntimeError, ValueError):

@@ -5,17 +5,20 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor
 
 from mae_core.checkpoint.convert import KINDS, is_converted, model_settings, read_weights
 from mae_core.checkpoint.errors import CheckpointError, printable
 from mae_core.checkpoint.identify import identify, image_size_of
-from mae_core.checkpoint.locate import locate
+from mae_core.checkpoint.locate import Source, locate
+from mae_core.checkpoint.of_timm import check_timm, read_timm
 from mae_core.checkpoint.weights_file import as_float32, sha256_of
 from mae_core.data import MEAN, STD, Normalization
 from mae_core.errors import UserError
-from mae_core.vit import ARCHS, EPS, PLAIN, Variant, build_vit, get_arch
+from mae_core.timm_encoder import PREFIX, is_timm, model_config
+from mae_core.vit import EPS, PLAIN, Variant, build_vit, get_arch
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class Checkpoint:
     @property
     def plain(self) -> bool:
         """Whether it is a ViT of only class token, positions and blocks, as MAE's is."""
-        return self.variant == PLAIN
+        return self.variant == PLAIN and not is_timm(self.arch)
 
     @property
     def normalization(self) -> Normalization:
@@ -83,7 +86,7 @@ class Checkpoint:
 
 
 PARTS = {
-    "encoder": re.compile(r"(cls|reg|dist)_token$|pos_embed$|patch_embed\.|blocks\.|norm\."),
+    "encoder": re.compile(r"(cls|reg|dist)_token$|pos_embed$|patch_embed\.|blocks\.|norm\.|net\."),
     "decoder": re.compile(r"mask_token$|decoder_"),
     "classifier": re.compile(r"fc_norm\.|head\.|head_dist\."),
 }
@@ -99,22 +102,37 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
     if str(spec).startswith("random:"):
         return _random(str(spec), seed)
     source = locate(str(spec))
+    architecture = source.settings.pop("architecture", "")
+    try:
+        return _read(source, key)
+    except CheckpointError:  # none of this project's own encoders; timm may build it
+        if not timm.is_model(architecture):
+            raise
+    return _of_timm(source, architecture)
+
+
+def _read(source: Source, key: str | None) -> Checkpoint:
     path = source.path
     weights = read_weights(path, key)
     tensors, settings = weights.tensors, model_settings(path, weights, source.settings)
     parts = {part: {n: t for n, t in tensors.items() if p.match(n)} for part, p in PARTS.items()}
     if "decoder_embed.weight" not in tensors:
         parts["decoder"].pop("mask_token", None)  # masked-image training has one, an MAE decoder or not
-    arch, variant = identify(path, tensors, parts["encoder"], settings.pop("heads"))
+    arch, heads, variant = str(weights.facts.get("arch", "")), settings.pop("heads"), PLAIN
+    if is_timm(arch):
+        size = check_timm(path, arch, parts["encoder"], weights.facts.get("image_size"))
+    else:
+        arch, variant = identify(path, tensors, parts["encoder"], heads)
+        size = image_size_of(parts["encoder"], arch, variant)
     head = parts["classifier"].get("head.weight")
-    if head is not None and head.shape[1:] != (ARCHS[arch].dim,):  # DINOv2's head over class token and average
+    if head is not None and head.shape[1:] != (get_arch(arch).dim,):  # DINOv2's head over class token and average
         parts["classifier"] = {}
     encoder, decoder, classifier = (
         {name: as_float32(path, name, tensor) for name, tensor in part.items()} for part in parts.values()
     )
     kept = encoder.keys() | decoder.keys() | classifier.keys()
     left = [old for name in tensors if name not in kept for old in weights.sources[name]]
-    if classifier:
+    if classifier and not is_timm(arch):
         settings["pool"] = "avg" if "fc_norm.weight" in classifier else "token"
     return Checkpoint(
         path=source.spec,
@@ -126,11 +144,31 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
         decoder=decoder,
         classifier=classifier,
         dropped=(*weights.dropped, *left),
-        meta={**weights.facts, "image_size": image_size_of(encoder, arch, variant)},
+        meta={**weights.facts, "image_size": size},
         variant=variant,
         sources={name: old for name, old in weights.sources.items() if name in kept and is_converted(name, old)},
         config=source.config,
         **settings,
+    )
+
+
+def _of_timm(source: Source, architecture: str) -> Checkpoint:
+    encoder, dropped, pool = read_timm(source.path, architecture)
+    arch = get_arch(PREFIX + architecture)
+    return Checkpoint(
+        path=source.spec,
+        name=printable(source.name),
+        format="timm",
+        arch=arch.name,
+        sha256=sha256_of(source.path),
+        encoder=encoder,
+        decoder={},
+        classifier={},
+        dropped=dropped,
+        meta={"image_size": arch.image_size},
+        pool=pool,
+        config=source.config,
+        **{name: source.settings.get(name, usual) for name, usual in model_config(architecture).items()},
     )
 
 
@@ -143,5 +181,5 @@ def _random(spec: str, seed: int) -> Checkpoint:
         torch.manual_seed(seed)
         encoder = build_vit(arch).state_dict()
     digest = hashlib.sha256(spec.encode()).hexdigest()
-    meta = {"image_size": image_size_of(encoder, arch, PLAIN)}
-    return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), meta)
+    size = get_arch(arch).image_size if is_timm(arch) else image_size_of(encoder, arch, PLAIN)
+    return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), {"image_size": size})

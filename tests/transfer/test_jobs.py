@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.suite import TASKS as SUITE
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.errors import UserError
 from mae_core.machine import Machine, machine_from
@@ -110,3 +111,19 @@ def test_a_supervised_encoder_can_be_evaluated_as_the_classifier_it_is(root, tmp
     assert run_job(job).status == "ok"
     save_weights(tmp_path / "e.safetensors", build_vit(ARCH).state_dict(), {})
     assert obstacle(replace(job, checkpoint=read_checkpoint(tmp_path / "e.safetensors")))[0] == "skipped"
+
+
+def test_what_timm_builds_runs_on_frozen_features_and_not_in_dense_tasks(root):
+    """The rest of the plan goes on."""
+    encoder = read_checkpoint("random:timm/eva02_tiny_patch14_224")
+    states = {}
+    for task in find_tasks(["imagenet_knn", "imagenet_finetune", "ade20k", "coco", "imagenet_scratch"], SUITE):
+        machine = Machine("cpu", "fp32", workers=0)
+        recipe = "mini"
+        data = task.inspect(root)
+        job = jobs.make_job(task, encoder, recipe, (), data, root / "out", 0, machine)
+        states[task.name] = obstacle(job)
+    assert states["imagenet_knn"] == ("", "")
+    for name in ("ade20k", "coco", "imagenet_scratch"):
+        assert states[name][0] == "skipped"
+        assert "eva02_tiny_patch14_224" in states[name][1]

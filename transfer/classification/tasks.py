@@ -55,6 +55,7 @@ LINPROBE = replace(
 PARTIAL = replace(
     FINETUNE,
     name="imagenet_partial",
+    own_encoders=True,
     title="ImageNet-1k, fine-tuning the last blocks",
     metric="top1@1",
     cost=35,
@@ -75,6 +76,7 @@ SCRATCH = replace(
     sources=recipes.scratch_sources,
     opt_in=True,
     from_scratch=True,
+    own_encoders=True,
 )
 
 

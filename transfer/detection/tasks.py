@@ -131,6 +131,7 @@ def image_flops(arch: str, variant: Variant, r: DetectionRecipe) -> int:
 TASKS = (
     Task(
         name="coco",
+        own_encoders=True,
         title="COCO 2017, Mask R-CNN with a ViT-FPN",
         module="transfer.detection",
         metric="box_ap",

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mae_core.errors import UserError
+from mae_core.timm_encoder import TimmEncoder
 from mae_core.vit import PLAIN, Variant, build_vit, get_arch, variant_in_words
 from transfer.pyramid.bias import relative_position_bias, resize, resize_geometrically, with_prefix
 
@@ -115,6 +116,7 @@ class ViTPyramid(nn.Module):
         alike = replace(variant, beit=False, layer_scale=variant.layer_scale or variant.beit)
         size = (self.grid[0] * a.patch, self.grid[1] * a.patch)
         vit = build_vit(arch, size, drop_path=drop_path, variant=alike)
+        assert not isinstance(vit, TimmEncoder)  # Task.own_encoders
         self.patch_embed = PatchEmbed(None, self.side, 3, a.dim, flatten=False, strict_img_size=False)
         self.pos_embed: nn.Parameter | None = None
         if not variant.beit:

@@ -146,6 +146,7 @@ def parts(job: Job) -> tuple[Part, ...]:
 TASKS = (
     Task(
         name="ade20k",
+        own_encoders=True,
         title="ADE20K, semantic segmentation",
         module="transfer.segmentation",
         metric="miou",
