@@ -17,7 +17,7 @@ from mae_core.writing import read_object, write_json
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Job, Part, Record
 
-STARTUP = 10.0  # seconds: the imports, the checkpoint, the model
+STARTUP = 10.0  # seconds: the imports, the checkpoint, the model; where it was not measured
 RATES_FILE = "rates.json"
 MEASURED, RECORDS, FLOPS = "measured rates", "records", "FLOPs"  # the sources, best first
 # The share of the peak at which a job's FLOPs are computed. Of a GPU's data sheet: assumed, since no GPU has been
@@ -66,6 +66,10 @@ class Rates:
                 return known[key], source
         return None
 
+    def startup(self, job: Job, part: Part) -> float:
+        """Seconds before the first image."""
+        return self.measured.get(startup_key(key_of(job, part.kind, hardware(job.machine))), STARTUP)
+
 
 def key_of(job: Job, kind: str, where: str) -> str:
     """All that a rate depends on, in words. where: `hardware` of the job's machine, or of a record's."""
@@ -75,6 +79,11 @@ def key_of(job: Job, kind: str, where: str) -> str:
     how += [m.precision, *["compiled"] * m.compile, *["activation checkpointing"] * m.activation_checkpointing]
     how += [f"micro-batch {m.micro_batch}"] if m.micro_batch else []
     return " | ".join([*how, job.checkpoint.arch, job.task.module, job.engine, kind])
+
+
+def startup_key(key: str) -> str:
+    """Where rates.json keeps the seconds before the first image of what has this key."""
+    return f"start-up in seconds | {key}"
 
 
 def side_by_side(machine: Machine) -> int:
@@ -95,7 +104,7 @@ def estimate(job: Job, rates: Rates) -> Estimate | None:
     for part in parts:
         rate, of = known[part.kind] or (passes / part.passes, source)
         spent.append((part.images / (rate * side_by_side(job.machine)), of))
-    return Estimate(STARTUP + sum(seconds for seconds, _ in spent), max(spent)[1])
+    return Estimate(rates.startup(job, parts[0]) + sum(seconds for seconds, _ in spent), max(spent)[1])
 
 
 def peak_passes(job: Job) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.children import Child, task_command
-from benchmarks.cost import keep_measured, key_of, side_by_side
+from benchmarks.cost import keep_measured, key_of, side_by_side, startup_key
 from mae_core.machine import hardware
 from transfer.task import Job
 
@@ -66,32 +66,45 @@ class Sightings:
         if len(self.settled) < 2:
             return self.said or None
         (start, before), (end, after) = self.settled[0], self.settled[-1]
-        return (after - before) * (self.total if self.images is None else self.images) / (end - start)
+        return (after - before) * self.counted / (end - start)
+
+    @property
+    def counted(self) -> int:
+        return self.total if self.images is None else self.images
+
+    def started(self) -> float | None:
+        """When the first image was begun, by the rate; None without one."""
+        rate = self.rate()
+        return self.seen[0][0] - self.seen[0][1] * self.counted / rate if rate else None
 
 
 def measure(jobs: Sequence[Job], args: argparse.Namespace) -> None:
-    """Measure the rate of the first part of these jobs, once for each kind, and keep it in --out's rates.json."""
+    """Measure the rate of the first part of these jobs and how long they take to start, once for each kind, and keep
+    both in --out's rates.json."""
     distinct: dict[str, Job] = {}
     for job in jobs:
         for part in job.task.parts(job)[:1]:
             distinct.setdefault(key_of(job, part.kind, hardware(job.machine)), job)
     for number, (key, job) in enumerate(distinct.items(), 1):
         print(f"measuring [{number}/{len(distinct)}] {job.task.name} {job.checkpoint.arch}", end=": ", flush=True)
-        rate, last = measured(job, args)
+        rate, startup, last = measured(job, args)
         if rate:
-            keep_measured(args.out, {key: round(rate / side_by_side(job.machine), 4)})
-        print(f"{rate:.4g} images/s" if rate else f"no rate; its last line: {last}", flush=True)
+            own = round(rate / side_by_side(job.machine), 4)
+            keep_measured(args.out, {key: own, startup_key(key): max(round(startup, 1), 0.1)})
+        found = f"{rate:.4g} images/s, {startup:.0f} s to start" if rate else f"no rate; its last line: {last}"
+        print(found, flush=True)
 
 
-def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, str]:
-    """Images per second of the first part of a job, run in a folder of its own until that is known, and what the child
-    said last."""
+def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, float, str]:
+    """Images per second of the first part of a job, run in a folder of its own until that is known, the seconds before
+    its first image, and what the child said last."""
     part = job.task.parts(job)[0]
     sightings = Sightings(job.task.name, part.images if job.task.trains else None)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".measure-", dir=args.out, ignore_cleanup_errors=True) as scratch:
         own = argparse.Namespace(**{**vars(args), "out": Path(scratch), "tracker": ""})
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(job.machine.threads)}
+        began = time.monotonic()
         child = Child(task_command([job], own), Path(scratch) / "log", threads)
         try:
             while child.wait(0.05) is None and not sightings.enough():
@@ -104,4 +117,4 @@ def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, str]:
                 child.wait(ENDING)
                 child.process.kill()
                 child.wait()
-    return sightings.rate(), child.last_word
+    return sightings.rate(), (sightings.started() or began) - began, child.last_word

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from benchmarks import cost
-from benchmarks.cost import CPU_SHARE, GPU_SHARE, STARTUP, Estimate, Rates, estimate, key_of, recorded_rates
+from benchmarks.cost import (
+    CPU_SHARE,
+    GPU_SHARE,
+    STARTUP,
+    Estimate,
+    Rates,
+    estimate,
+    key_of,
+    recorded_rates,
+    startup_key,
+)
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
@@ -131,6 +141,8 @@ def test_measured_rates_come_before_records_and_those_before_flops(on_h100):
     by_measure = STARTUP + training.images / (8 * 1100) + 50000 / (8 * 2000)
     rates = Rates({trained: 1100}, {trained: 1000, evaluated: 2000})
     assert estimate(job, rates) == Estimate(pytest.approx(by_measure), "measured rates")
+    slow = Rates({trained: 1100, startup_key(trained): 300.0}, {evaluated: 2000})
+    assert estimate(job, slow) == Estimate(pytest.approx(by_measure - STARTUP + 300), "measured rates")
     # The evaluation's rate alone serves the training too.
     by_evaluation = STARTUP + training.images / (8 * 700) + 50000 / (8 * 2100)
     assert estimate(job, Rates(recorded={evaluated: 2100})) == Estimate(pytest.approx(by_evaluation), "records")

@@ -42,6 +42,7 @@ def test_a_trainings_rate_is_that_of_what_was_done_once_it_had_settled():
     seen.add(training(71), 100 + SETTLING + MEASURED)
     assert seen.enough()
     assert seen.rate() == pytest.approx(60 * 100 / MEASURED)
+    assert seen.started() == pytest.approx(99.5)  # one step of 0.5 s before it was first seen
 
 
 def test_an_evaluations_rate_is_in_images_and_of_one_of_its_sets():
@@ -69,8 +70,10 @@ def test_a_plan_is_measured_by_its_own_jobs_which_leave_nothing_but_rates(tmp_pa
     flags += ["--tasks", "imagenet_knn", "imagenet_linprobe", "--set", *short, "imagenet_linprobe.warmup_epochs=0"]
     assert run_all.main([*flags, "--plan", "--measure"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"measuring \[1/2\] imagenet_knn vit_mini_patch8: [\d.]+ images/s\n", printed)
+    assert re.search(r"measuring \[1/2\] imagenet_knn vit_mini_patch8: [\d.]+ images/s, \d+ s to start\n", printed)
     assert printed.count("core hours by measured rates") == 2
     assert [path.name for path in out.iterdir()] == ["rates.json"]
-    kinds = {key.split(" | ")[-1] for key in json.loads((out / "rates.json").read_text())}
-    assert kinds == {"evaluation, 48 px", "probe, 48 px, mini"}
+    rates = json.loads((out / "rates.json").read_text())
+    for measured in ("start-up in seconds", "probe, 48 px, mini", "evaluation, 48 px"):
+        assert sum(measured in key for key in rates) == 2
+    assert printed.count(" s to start") == 2
