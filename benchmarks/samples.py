@@ -10,9 +10,9 @@ from benchmarks.verify import right_classes, tested_examples
 from mae_core.errors import UserError
 from transfer.classification.robustness import ALEXNET_ERROR
 from transfer.data.coco import annotation_file
+from transfer.data.miou import metrics_of
 from transfer.data.predictions import MAIN, read_predictions
 from transfer.detection.evaluate import matches_of
-from transfer.segmentation.evaluate import metrics_of
 from transfer.task import Record
 
 

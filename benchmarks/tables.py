@@ -138,6 +138,18 @@ TABLES = (
         ),
     ),
     Table(
+        name="frozen_segmentation",
+        title="Semantic segmentation by a frozen encoder",
+        caption="mIoU (%) on the validation images. Linear: one layer on the patch tokens, as DINOv2 and DINOv3 do, "
+        "scored at the images' own size. k-NN: the nearest training patches, as CAPI does, scored on images scaled to "
+        "the input side.",
+        columns=(
+            Column("ade20k_linear", "miou", "ADE20K, linear"),
+            Column("ade20k_knn", "miou", "ADE20K, k-NN", optional=True),
+            Column("voc_linear", "miou", "VOC 2012, linear", optional=True),
+        ),
+    ),
+    Table(
         name="partial",
         title="ImageNet-1K, partial fine-tuning",
         caption="Top-1 accuracy (%) by the number of last blocks that are tuned, as in Figure 9 of the MAE paper: 0 is "

@@ -7,7 +7,7 @@ from PIL import Image
 from benchmarks.originals import Call, Difference
 from mae_core.errors import UserError
 from transfer.data.ade20k import CLASSES, FOLDER, inspect_ade20k, pairs
-from transfer.segmentation.evaluate import class_scores, metrics_of
+from transfer.data.miou import class_scores, metrics_of
 from transfer.segmentation.mmseg_plugin import register
 
 IMAGES = 100  # at most

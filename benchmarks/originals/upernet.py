@@ -28,8 +28,8 @@ from mae_core.machine import Machine
 from mae_core.training import State, Training
 from mae_core.vit import get_arch
 from transfer.data.ade20k import FOLDER, SPLITS, inspect_ade20k, pairs
+from transfer.data.miou import metrics_of
 from transfer.segmentation import train
-from transfer.segmentation.evaluate import metrics_of
 from transfer.segmentation.mmseg_config import config_of
 from transfer.segmentation.mmseg_plugin import register
 from transfer.segmentation.recipe import recipe

@@ -11,9 +11,9 @@ from benchmarks.samples import areas_of, corruption_errors
 from mae_core.errors import UserError
 from tests.fixtures.records import CHECKPOINT, ok
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
+from transfer.data.miou import columns_of, scores
 from transfer.data.predictions import write_predictions
 from transfer.run import write_record
-from transfer.segmentation.evaluate import columns_of, scores
 
 IMAGES = [f"{i}.jpg" for i in range(200)]
 

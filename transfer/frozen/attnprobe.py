@@ -18,7 +18,7 @@ from transfer.data.inputs import evaluation, input_objections, of_all, training_
 from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.scores import evaluate
 from transfer.data.transforms import eval_transform, probe_transform
-from transfer.frozen.encoder import IMAGES_OF_A_GPU, Tokens, frozen_encoder, imagenet_of, train_heads
+from transfer.frozen.encoder import IMAGES_OF_A_GPU, Tokens, epoch_rate, frozen_encoder, imagenet_of, train_heads
 from transfer.frozen.heads import POOLINGS, AttentiveProbe
 from transfer.miniature.imagenet import miniature_size
 from transfer.run import origin, save_trained
@@ -76,7 +76,8 @@ def attnprobe(job: Job) -> Result:
     tokens, probe = Tokens(encoder, norm=r.norm), probe_of(job).to(job.machine.device)
     dataset = Images(train.files, probe_transform(r.image_size, r.min_scale), train.labels, seed=job.seed)
     optimizer = lars(probe, r.momentum, r.trust_coefficient, weight_decay=0.0)
-    state, checksum = train_heads(job, tokens, probe, dataset, optimizer, loss, r.base_lr, r.min_lr)
+    rate = epoch_rate(r, len(dataset), r.base_lr, r.min_lr)
+    state, checksum = train_heads(job, tokens, probe, dataset, optimizer, loss, rate, r.epochs)
     model, transform = nn.Sequential(tokens, probe), eval_transform(r.image_size)
     scores = evaluate(model, val, transform, job.checkpoint.normalization, job.machine, job.task.name)
     metadata = origin(job) | {"head": r.head, "image_size": str(r.image_size)} | unreadable_metadata(state)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from mae_core import distributed
 from mae_core.checkpoint import load_encoder, model_of, parameters_sha256
-from mae_core.data import Images, seed_all
+from mae_core.data import Samples, seed_all
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import half_cosine, learning_rate
 from mae_core.outputs import forward
@@ -58,31 +58,38 @@ def imagenet_of(job: Job) -> tuple[Split, Split]:
     return train.share(job.recipe.train_fraction, job.seed), val
 
 
+def epoch_rate(r: Any, images: int, base_lr: float, min_lr: float = 0.0) -> Callable[[int], float]:
+    """The rate of a step by the recipe's epochs and warm-up, half a cosine; base_lr: before scaling by the batch."""
+    steps, lr = images // r.batch, learning_rate(base_lr, r.batch)
+    return lambda step: half_cosine(step, steps, lr, r.epochs, r.warmup_epochs, min_lr)
+
+
 def train_heads(
     job: Job,
     tokens: nn.Module,
     heads: nn.Module,
-    dataset: Images,
+    dataset: Samples,
     optimizer: Optimizer,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    base_lr: float,
-    min_lr: float = 0.0,
+    lr_at: Callable[[int], float],
+    epochs: int,
+    synchronised: bool = False,
 ) -> tuple[State, str]:
-    """Train the heads by job.recipe on the tokens of the dataset, resuming from the checkpoint in job.work, which holds
-    the heads alone. loss_of: (heads, tokens, labels) -> loss. Returns the final state and a checksum of the encoder,
-    which proves that it did not change."""
+    """Train the heads on the tokens of the dataset, in job.recipe's batches, resuming from the checkpoint in job.work,
+    which holds the heads alone. loss_of: (heads, tokens, labels) -> loss; lr_at: step -> rate. Returns the final state
+    and a checksum of the encoder, which proves that it did not change."""
     r, machine = job.recipe, job.machine
     check_batch(len(dataset), r.batch, f"the training split of {job.data.root}")
     before = parameters_sha256(tokens.state_dict().items())
     compiled = cast(nn.Module, torch.compile(tokens, dynamic=False)) if machine.compile else tokens
     micro_batch = micro_batch_for(r.batch // machine.processes, machine.micro_batch or IMAGES_OF_A_GPU)
-    steps_per_epoch, size = len(dataset) // r.batch, micro_batch
+    size = micro_batch
 
     @torch.no_grad()
-    def prepare(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+    def prepare(images: Tensor, labels: Any, step: int, first: int) -> tuple[Tensor, Tensor]:
         nonlocal size
         found, size = forward(compiled, images, job.checkpoint.normalization, machine, size)
-        return found, labels
+        return found, labels if isinstance(labels, Tensor) else torch.stack([one["label"] for one in labels])
 
     state = fit(
         heads,
@@ -91,16 +98,15 @@ def train_heads(
             label=f"{job.task.name} {job.checkpoint.name}",
             work=job.work,
             dataset=dataset,
-            epochs=r.epochs,
+            epochs=epochs,
             batch=r.batch,
             micro_batch=micro_batch,
             seed=job.seed,
             machine=machine,
             fixed=job.identity(),
             tracker=job.tracker,
-            lr_at=lambda step: half_cosine(
-                step, steps_per_epoch, learning_rate(base_lr, r.batch), r.epochs, r.warmup_epochs, min_lr
-            ),
+            lr_at=lr_at,
+            synchronised=synchronised,
             prepare=prepare,
             loss_of=loss_of,
         ),

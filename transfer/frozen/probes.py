@@ -25,7 +25,7 @@ from transfer.data.inputs import evaluation, input_objections, of_all, training_
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.data.split import Split
 from transfer.data.transforms import eval_transform, train_transform
-from transfer.frozen.encoder import Tokens, frozen_encoder, imagenet_of, train_heads
+from transfer.frozen.encoder import Tokens, epoch_rate, frozen_encoder, imagenet_of, train_heads
 from transfer.frozen.heads import AttentiveProbe, LinearProbe
 from transfer.miniature.imagenet import miniature_size
 from transfer.run import origin, save_trained
@@ -169,7 +169,9 @@ def probes(job: Job) -> Result:
     heads = Probes(r, get_arch(job.checkpoint.arch).dim, len(wnids())).to(job.machine.device)
     dataset = Images(kept.files, train_transform(r.image_size, r.min_scale, ""), kept.labels, seed=job.seed)
     optimizer = Lars(heads.groups, lr=0.0, momentum=r.momentum, trust_coeff=r.trust_coefficient)
-    state, checksum = train_heads(job, tokens, heads, dataset, optimizer, loss, base_lr=1.0)
+    state, checksum = train_heads(
+        job, tokens, heads, dataset, optimizer, loss, epoch_rate(r, len(dataset), 1.0), r.epochs
+    )
     model = nn.Sequential(tokens, Winners(heads))
     sets: dict[str, dict[str, Any]] = {}
     right: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""ImageNet-1k with a frozen encoder: k-NN, attentive probing, many probes at once, logistic regression from few images.
+"""A frozen encoder on ImageNet-1k, ADE20K and VOC: k-NN, attentive and linear probes, logistic regression.
 
 python -m transfer.frozen --task imagenet_knn --ckpt FILE --data DIR --out DIR
 """
@@ -6,10 +6,14 @@ python -m transfer.frozen --task imagenet_knn --ckpt FILE --data DIR --out DIR
 from dataclasses import replace
 from functools import partial
 
+from transfer.data.ade20k import inspect_ade20k
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.inputs import detail, fit_batch
 from transfer.data.lowshot import SUBSETS, inspect_subset
-from transfer.frozen import attnprobe, features, knn, logreg, probes
+from transfer.data.voc import inspect_voc
+from transfer.frozen import attnprobe, features, knn, logreg, patch_knn, probes, segment
+from transfer.frozen.scenes import ADE20K, VOC
+from transfer.miniature import dense
 from transfer.miniature import imagenet as miniature
 from transfer.task import Task
 
@@ -81,4 +85,50 @@ LOGREG = tuple(
     )
     for subset in SUBSETS
 )
-TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG)
+ADE20K_LINEAR = Task(
+    name="ade20k_linear",
+    title="ADE20K, linear segmentation",
+    module="transfer.frozen",
+    metric="miou",
+    version=1,
+    cost=24,
+    recipe=segment.recipe,
+    sources=segment.sources,
+    inspect=inspect_ade20k,
+    run=partial(segment.segment, scenes=ADE20K),
+    miniature=dense.ade20k,
+    objections=segment.objections,
+    space=partial(segment.space, classes=ADE20K.classes),
+    parts=segment.parts,
+    flops=features.flops,
+    few=segment.few,
+    opt_in=True,
+)
+VOC_LINEAR = replace(
+    ADE20K_LINEAR,
+    name="voc_linear",
+    title="VOC 2012, linear segmentation",
+    inspect=inspect_voc,
+    run=partial(segment.segment, scenes=VOC),
+    miniature=dense.voc,
+    space=partial(segment.space, classes=VOC.classes),
+)
+ADE20K_KNN = Task(
+    name="ade20k_knn",
+    title="ADE20K, k nearest neighbours of patches",
+    module="transfer.frozen",
+    metric="miou",
+    version=1,
+    cost=6,
+    recipe=patch_knn.recipe,
+    sources=patch_knn.sources,
+    inspect=inspect_ade20k,
+    run=patch_knn.patch_knn,
+    miniature=dense.ade20k,
+    objections=patch_knn.objections,
+    parts=patch_knn.parts,
+    flops=features.flops,
+    trains=False,
+    opt_in=True,
+)
+TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG, ADE20K_LINEAR, VOC_LINEAR, ADE20K_KNN)

@@ -1,6 +1,7 @@
-"""The miniature of COCO and ADE20K: one set of generated crowded scenes in both official layouts.
+"""The miniature of COCO, ADE20K and VOC 2012: one set of generated crowded scenes in the official layouts.
 
     DIR/coco/{train2017,val2017}/%012d.jpg       DIR/coco/annotations/instances_{train,val}2017.json
+    DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass}/2012_{train,val}%06d.{jpg,png}, ImageSets/Segmentation/
     DIR/ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
 
 Images have several sizes and shapes. Objects are the classes of scenes.py under the real datasets' ids; an id's real
@@ -140,6 +141,27 @@ def _ade20k_files(seed: int) -> Files:
             yield f"annotations/{name}.png", label.getvalue()
 
 
+def voc_label(drawn: Picture) -> np.ndarray:
+    """VOC's label image, uint8 [H, W]: objects are 1..16, regions the background 0, and 255 what has no class."""
+    scene = drawn.scene
+    kinds = [region.kind for region in scene.regions] + [thing.kind for thing in scene.objects]
+    ids = dict.fromkeys(("wall", "sky", "grass", "ground"), 0) | {name: i for i, name in enumerate(CLASSES, 1)}
+    return np.array([ids.get(kind, 255) for kind in kinds], np.uint8)[drawn.owner]
+
+
+def _voc_files(seed: int) -> Files:
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        names = [f"2012_{split}{index + 1:06d}" for index in range(count)]
+        for index, name in enumerate(names):
+            drawn, label = picture(seed, split, index), io.BytesIO()
+            image = Image.fromarray(voc_label(drawn))
+            image.putpalette([64 * (i >> shift & 3) for i in range(256) for shift in (0, 2, 4)])
+            image.save(label, "PNG")
+            yield f"JPEGImages/{name}.jpg", jpeg(drawn.image)
+            yield f"SegmentationClass/{name}.png", label.getvalue()
+        yield f"ImageSets/Segmentation/{split}.txt", "".join(f"{name}\n" for name in names).encode()
+
+
 def coco(root: Path, seed: int = 0) -> Path:
     """Write root/coco: 200 training and 60 validation images with boxes and masks. Returns that folder; what already
     lies there is treated as by `write_set`."""
@@ -151,3 +173,9 @@ def ade20k(root: Path, seed: int = 0) -> Path:
     """Write root/ADEChallengeData2016: the same images with label images; otherwise as `coco`."""
     counts = {"train": TRAIN, "val": VAL, "label files": TRAIN + VAL}
     return write_set(root, "ADEChallengeData2016", seed, counts, _ade20k_files(seed))
+
+
+def voc(root: Path, seed: int = 0) -> Path:
+    """Write root/VOCdevkit/VOC2012: the same images with VOC's label images; otherwise as `coco`."""
+    counts = {"train": TRAIN, "val": VAL, "label files": TRAIN + VAL, "lists": 2}
+    return write_set(root / "VOCdevkit", "VOC2012", seed, counts, _voc_files(seed))

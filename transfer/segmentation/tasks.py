@@ -19,11 +19,11 @@ from mae_core.space import Space, training_space
 from mae_core.vit import get_arch
 from transfer.data import ade20k
 from transfer.data.findings import Data, spread
+from transfer.data.miou import by_class, columns_of, scores
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.miniature import dense
 from transfer.pyramid import facts, size_objections
 from transfer.run import origin, save_trained
-from transfer.segmentation.evaluate import by_class, columns_of, scores
 from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
 from transfer.segmentation.recipe import SegmentationRecipe, recipe, sources

@@ -95,7 +95,10 @@ def everything(root: Path) -> None:
         (root / name).mkdir(parents=True)
     for name in ("places365/places365_train_standard.txt", "places205/train_places205.csv"):
         (root / name).touch()
+    for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / "VOCdevkit" / "VOC2012" / kind).mkdir(parents=True)
     for split in ("train", "val"):
+        (root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt").touch()
         (root / "coco" / "annotations" / f"instances_{split}2017.json").touch()
 
 

@@ -34,10 +34,10 @@ from tests.fixtures.transfer import (
 from transfer import jobs
 from transfer.data import ade20k
 from transfer.data.ade20k import FOLDER
+from transfer.data.miou import metrics_of
 from transfer.pyramid import load_pyramid
 from transfer.run import run_job
 from transfer.segmentation import tasks, train
-from transfer.segmentation.evaluate import metrics_of
 from transfer.segmentation.mmseg_plugin import register
 from transfer.segmentation.picture import PICTURE_FILE
 from transfer.segmentation.tasks import SEGMENTER_FILE

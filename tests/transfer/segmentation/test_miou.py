@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from transfer.segmentation.evaluate import bootstrap, class_scores, metrics_of
+from transfer.data.miou import bootstrap, class_scores, metrics_of
 
 # Two images of 2 x 3 pixels and their classes 0..3; 255 is unlabelled. Class 3 occurs nowhere.
 TRUTH = [[[0, 0, 1], [1, 255, 2]], [[0, 2, 2], [2, 2, 255]]]

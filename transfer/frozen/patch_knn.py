@@ -1,0 +1,183 @@
+"""k nearest neighbours on the patches of a frozen encoder: each pixel gets the class that is most frequent at its place
+in the nearest training patches, as CAPI evaluates (Darcet et al., arXiv 2502.08769)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from mae_core import distributed
+from mae_core.data import seed_for
+from mae_core.decode import read_image
+from mae_core.errors import UserError
+from mae_core.outputs import forward
+from mae_core.progress import Progress
+from mae_core.settings import as_typed, bounded, check_ranges, choose
+from mae_core.vit import get_arch
+from transfer.data.inputs import evaluation, input_objections
+from transfer.data.miou import columns_of, metrics_of, scores
+from transfer.data.predictions import MAIN, names_of, write_predictions
+from transfer.frozen.encoder import Tokens, frozen_encoder
+from transfer.frozen.scenes import ADE20K, VOID, Pair, areas_of, readable
+from transfer.task import Job, Objection, Part, Result
+
+CAPI = "facebookresearch/capi eval_segmentation.py and default_eval_config.yaml"
+DISTANCES = ("cosine", "L2")
+QUERIES, KEYS = 1024, 131072  # patches compared at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchKnnRecipe:
+    """image_size: side to which images and labels are scaled, whatever their shape. ks: numbers of neighbours; the one
+    that counts, and the distance (cosine or L2), are chosen on held_out, a share of the training images."""
+
+    image_size: int = bounded(1)
+    ks: tuple[float, ...] = bounded(1, default=(1.0, 3.0, 10.0, 30.0))
+    held_out: float = bounded(1e-6, 0.5, default=0.1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.ks or any(k % 1 for k in self.ks):
+            raise UserError(f"ks={as_typed(self.ks)}: give whole numbers of neighbours")
+
+
+def recipe(arch: str, name: str) -> PatchKnnRecipe:
+    patch = get_arch(arch).patch
+    paper = PatchKnnRecipe(image_size=224 - 224 % patch)
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, image_size=96 - 96 % patch)})
+
+
+def sources(arch: str) -> dict[str, str]:
+    return {field.name: CAPI for field in fields(PatchKnnRecipe)}
+
+
+class Patches:
+    """Patches in the order of their images: features [P, D] float32, and labels [P, side * side] uint8."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def scale(self, mean: Tensor, std: Tensor) -> None:
+        """In place: all of ADE20K's take 11 GB at a width of 768."""
+        self.features.sub_(mean).div_(std)
+
+    def labelled(self) -> "Patches":
+        """Those whose most frequent label is a class."""
+        kept = self.labels.mode(dim=1).values != VOID
+        return Patches(self.features[kept], self.labels[kept])
+
+
+def patches_of(job: Job, tokens: Tokens, pairs: Sequence[Pair], what: str) -> Patches:
+    """All processes compute some images, and each gets all of them."""
+    side, patch = job.recipe.image_size, get_arch(job.checkpoint.arch).patch
+    size = job.machine.micro_batch or 32
+    batches = distributed.local_batches(len(pairs), size)
+    progress = Progress(f"{job.task.name} {what}", len(pairs), enabled=distributed.is_main())
+    found, done = [], 0
+    for batch in batches:
+        images, labels = zip(*(pixels_of(pairs[index], side) for index in batch))
+        with torch.inference_mode():
+            parts, size = forward(tokens, torch.stack(images), job.checkpoint.normalization, job.machine, size)
+        if not parts.isfinite().all():
+            raise UserError(f"{job.checkpoint.name} gives features that are not finite")
+        cut = torch.stack(labels).unfold(1, patch, patch).unfold(2, patch, patch)  # [B, h, w, patch, patch]
+        found.append((parts[:, -1, 1:].cpu().numpy(), cut.flatten(3).flatten(1, 2).numpy()))
+        done += len(batch)
+        progress.update(min(len(pairs), done * distributed.world_size()), len(batch))
+    whole = [torch.from_numpy(np.concatenate(one)).flatten(0, 1) for one in zip(*distributed.gather_in_turn(found))]
+    return Patches(*whole)
+
+
+def pixels_of(pair: Pair, side: int) -> tuple[Tensor, Tensor]:
+    """The image uint8 [3, side, side], bicubic, and its label [side, side], nearest."""
+    image = readable(pair[0], read_image).resize((side, side), Image.Resampling.BICUBIC)
+    label = Image.fromarray(readable(pair[1], ADE20K.label)).resize((side, side), Image.Resampling.NEAREST)
+    return pil_to_tensor(image), torch.from_numpy(np.array(label))
+
+
+def predicted(train: Patches, queries: Tensor, k: int, distance: str, device: str) -> Tensor:
+    """The class of each pixel [Q, side * side]: the most frequent, of equals the lowest, of the k nearest patches."""
+    found = []
+    for query in queries.split(QUERIES):
+        query = query.to(device)
+        near = torch.empty(len(query), 0, device=device)
+        index = torch.empty(len(query), 0, dtype=torch.int64, device=device)
+        for start in range(0, len(train.features), KEYS):
+            keys = train.features[start : start + KEYS].to(device)
+            if distance == "cosine":
+                close = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T
+            else:
+                close = -torch.cdist(query, keys)
+            values, places = close.topk(min(k, len(keys)), dim=1)
+            near, index = torch.cat([near, values], dim=1), torch.cat([index, start + places], dim=1)
+            near, best = near.topk(min(k, near.shape[1]), dim=1)
+            index = index.gather(1, best)
+        found.append(train.labels[index.cpu()].mode(dim=1).values)
+    return torch.cat(found)
+
+
+def areas_by_image(classes: Tensor, patches: Patches, images: int) -> np.ndarray:
+    pairs = zip(classes.reshape(images, -1).numpy(), patches.labels.reshape(images, -1).numpy())
+    return np.stack([areas_of(*pair, ADE20K.classes) for pair in pairs])
+
+
+def patch_knn(job: Job) -> Result:
+    """mIoU of the validation images at the recipe's size, with the neighbours and distance that are best on held-out
+    training images; they then vote too."""
+    started, r, device = time.monotonic(), job.recipe, job.machine.device
+    train, val = (ADE20K.of(job, split) for split in ("train", "val"))
+    encoder, load = frozen_encoder(job)
+    tokens = Tokens(encoder, norm=True)
+    order = np.random.default_rng(seed_for(job.seed)).permutation(len(train))
+    count = max(1, int(len(train) * r.held_out + 1e-9))
+    known = patches_of(job, tokens, [train[i] for i in order], "train")
+    cut = count * len(known.features) // len(train)
+    held, kept = (Patches(known.features[part], known.labels[part]) for part in (slice(cut), slice(cut, None)))
+    std, mean = torch.std_mean(kept.features, dim=0, correction=0)
+    std = torch.where(std > 0, std, 1.0)
+    known.scale(mean, std)  # and so the parts of it
+    voters, grid = kept.labelled(), list(product(map(int, r.ks), DISTANCES))
+    if len(voters.features) < max(map(int, r.ks)):
+        raise UserError(f"ks={as_typed(r.ks)}, but only {len(voters.features)} training patches have a class")
+    tried = {}
+    for k, distance in grid:
+        classes = predicted(voters, held.features, k, distance, device)
+        tried[k, distance] = float(metrics_of(areas_by_image(classes, held, count).sum(axis=0))["miou"])
+    k, distance = max(tried, key=lambda choice: tried[choice])
+    del voters
+    everyone, test = known.labelled(), patches_of(job, tokens, val, "val")
+    test.scale(mean, std)
+    areas = areas_by_image(predicted(everyone, test.features, k, distance, device), test, len(val))
+    return Result(
+        *scores(areas),
+        n_eval=len(val),
+        images_seen=len(train) + len(val),
+        seconds=time.monotonic() - started,
+        tables={"held_out_miou": {f"k={k}, {distance}": round(miou, 4) for (k, distance), miou in tried.items()}},
+        predictions=write_predictions(job.work, {MAIN: columns_of(names_of([image for image, _ in val]), areas)}),
+        resolved={
+            "load": load,
+            "neighbours": k,
+            "distance": distance,
+            "held_out_images": count,
+            "voting_patches": len(everyone.features),
+            "feature": "patch tokens after the final norm, standardised",
+        },
+    )
+
+
+def objections(job: Job) -> Iterator[Objection]:
+    yield from input_objections(job)
+    if job.data.status == "found" and job.data.counts["train"] < 2:
+        yield "held_out", "one training image cannot be shared out: give more"
+
+
+def parts(job: Job) -> tuple[Part, ...]:
+    """The features; the search among them is not counted."""
+    return (evaluation(job.recipe.image_size, job.data.counts["train"] + job.data.counts["val"]),)
