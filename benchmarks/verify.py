@@ -99,8 +99,8 @@ def metrics_of(record: Record, file: Path, path: Path, data: Path | None) -> dic
         raise UserError(f"{file} holds other images than {path} names")
     if record.task == "imagenet_c":
         return corruption_metrics(sets)
-    if "heads" in record.tables:
-        return probe_metrics(sets[MAIN], sets["held_out"], list(record.tables["heads"]))
+    if "heads" in record.resolved:
+        return probe_metrics(sets[MAIN], sets["held_out"], record.resolved["heads"])
     found: dict[str, float] = {}
     for name, rows in sets.items():
         score: Callable[[Rows], dict[str, float]] = accuracies

@@ -205,6 +205,7 @@ def probes(job: Job) -> Result:
         },
         notes=state.notes,
         resolved={
+            "heads": heads.names,  # in the order of the predictions, which a table of the record has not
             "chosen": {name: heads.names[i] for name, i in of.items()},
             "held_out_images": len(held.files),
             "load": load,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from timm.optim import Lars
 from torch import nn
 
-from benchmarks.verify import verify
+from benchmarks.verify import probe_metrics, verify
 from mae_core.errors import UserError
 from mae_core.flops import count_flops
 from mae_core.optim import lars
@@ -20,7 +20,7 @@ from transfer.data.split import Split
 from transfer.frozen.encoder import Tokens
 from transfer.frozen.probes import HELD_OUT, PROBES_FILE, Probes, chosen, loss, without_held_out
 from transfer.frozen.tasks import PROBES
-from transfer.run import run_job
+from transfer.run import read_record, run_job
 from transfer.task import RECORD_FILE
 
 FEW = {"rates": (0.01, 1.0), "last_blocks": (1.0, 2.0), "attentive_rates": (1.0,), "held_out": 0.25}
@@ -135,11 +135,22 @@ def test_a_run_keeps_what_its_numbers_are_made_of(root, tmp_path):
     assert rows[""]["heads"].shape == (12, 9)
     assert rows[HELD_OUT]["heads"].shape == (8, 9)
     heads = record.tables["heads"]
-    by_held = max(heads, key=lambda name: heads[name]["held_out"])  # the first of equals
+    by_held = max(record.resolved["heads"], key=lambda name: heads[name]["held_out"])  # the first of equals
     assert record.resolved["chosen"]["top1"] == by_held
     assert record.metrics["top1"] == pytest.approx(heads[by_held]["top1"], abs=1e-3)
     assert record.metrics["optimism"] == pytest.approx(max(h["top1"] for h in heads.values()) - record.metrics["top1"])
-    assert verify(job.work / RECORD_FILE).keys() == record.metrics.keys()
+    again = verify(job.work / RECORD_FILE)
+    assert again == pytest.approx(record.metrics)
+    kept = read_record(job.work / RECORD_FILE)  # whose tables are in the order of the alphabet
+    right = (rows[""]["heads"] == rows[""]["label"][:, None]).mean(axis=0)
+    assert [kept.tables["heads"][name]["top1"] for name in kept.resolved["heads"]] == pytest.approx(
+        100 * right, abs=1e-3
+    )
+    # Of what each head says, made different: a number that is not the chosen head's is found.
+    shown = {"label": np.arange(4), "top1": np.array([0, 1, 9, 9]), "heads": np.array([[9, 0], [9, 1], [9, 9], [3, 9]])}
+    assert probe_metrics(shown, shown, ["linear, z", "attentive, a"])["top1_linear"] == 25.0
+    with pytest.raises(UserError, match="not those of the head that was chosen"):
+        probe_metrics(shown | {"top1": np.arange(4)}, shown, ["linear, z", "attentive, a"])
     assert len(load_file(job.work / PROBES_FILE)) == 8 * 2 + 7  # BatchNorm has three buffers
 
 
