@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": ("benchmarks.verify", "compute the numbers of records again from their stored predictions"),
     "checkpoint": ("mae_core.checkpoint.__main__", "say what a checkpoint holds; write it in another form"),
     "pretrain": ("mae_core.pretrain", "pre-train a masked autoencoder"),
+    "watch": ("benchmarks.watch", "follow a pre-training: tasks on its kept weights as they appear, and a curve"),
     "reconstruct": ("mae_core.reconstruct", "draw images masked, reconstructed and as they are"),
     "ablations": ("benchmarks.ablations", "the paper's ablations: pre-train and evaluate every cell of a table"),
     "speed": ("benchmarks.speed", "measure images/s and memory of pre-training, fine-tuning, evaluation, loading"),

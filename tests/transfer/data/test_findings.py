@@ -12,6 +12,8 @@ from tests.fixtures.transfer import raising
 from transfer.data import coco
 from transfer.data.findings import Data, against_official, guarded, limited, missing, spread, unusable
 from transfer.data.imagenet import inspect_imagenet
+from transfer.data.lowshot import SUBSETS
+from transfer.data.vtab import VTAB
 
 OFFICIAL = {"classes": 1000, "train": 1281167, "val": 50000}
 
@@ -86,14 +88,20 @@ def test_a_file_that_may_not_be_read_cannot_be_used(tmp_path, monkeypatch):
     assert f"{file} may not be read by this user" in unusable([file])[0]
 
 
+# Of the tasks with few labels; of three lists that may have two names, the first.
+LISTS = [names[0] for subset in SUBSETS for names in subset.lists]
+
+
 def everything(root: Path) -> None:
     """A folder for every task that asks for one."""
     folders = ["imagenet/train", "imagenet/val", "inat2017", "inat2018", "inat2019", "places205", "places365"]
     folders += ["imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c/fog/1", "coco/annotations"]
+    folders += ["inat2021", "imagenetv2-matched-frequency-format-val", "objectnet-1.0/images"]
+    folders += [known.folder for known in VTAB] + [name.rpartition("/")[0] for name in LISTS]
     kinds = ("images/training", "images/validation", "annotations/training", "annotations/validation")
     for name in (*folders, *(f"ADEChallengeData2016/{kind}" for kind in kinds)):
-        (root / name).mkdir(parents=True)
-    for name in ("places365/places365_train_standard.txt", "places205/train_places205.csv"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for name in (*LISTS, "places365/places365_train_standard.txt", "places205/train_places205.csv"):
         (root / name).touch()
     for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / "VOCdevkit" / "VOC2012" / kind).mkdir(parents=True)
