@@ -7,7 +7,7 @@ PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check campaign gpu-check gpu-bundle lint lock clean
+.PHONY: help install demo test check nightly campaign gpu-check gpu-bundle lint lock clean
 
 help:
 	@echo "make demo     install, pre-train for a minute, run the main tasks on the miniature, write the tables to $(DEMO)/"
@@ -16,6 +16,7 @@ help:
 	@echo "make gpu-check   half an hour on a GPU: does everything run on it, with the CPU's numbers, and how fast?"
 	@echo "make gpu-bundle  the same in a folder for a GPU machine without network"
 	@echo "make campaign    kills, full disks, bad inputs and hostile files against every command: half an hour, one table"
+	@echo "make nightly  short runs on mae_mini beside committed numbers: some minutes"
 	@echo "make install  set up .venv with the versions in uv.lock"
 	@echo "make lint     install, ruff, mypy, codespell, the lock files"
 	@echo "make lock     write uv.lock and requirements.lock after a change to pyproject.toml"
@@ -64,6 +65,10 @@ gpu-check: install
 
 gpu-bundle: install
 	$(BIN)/python benchmarks/gpu_bundle.py
+
+# Do the trainings still leave the numbers that they left? CONTRIBUTING.md says what it notices.
+nightly: install
+	$(BIN)/python -m tests.guard
 
 # docs/campaign.md shows its table.
 campaign: install

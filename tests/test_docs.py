@@ -85,6 +85,7 @@ NOT_RUN = {
     "^make ": "sets up an environment, or runs these tests",
     "^pip |^uv |-m venv": "needs the network",
     "-m pytest": "these tests",
+    "tests.guard": "takes minutes; tests/guard/test_guard.py tests what it compares",
     "--nproc-per-node 8|--gpus 8": "needs eight GPUs",
     "--compare|--reference": "needs the official code",
     "launch.rehearse": "needs a plan; tests/benchmarks/launch/test_rehearse.py runs it",
@@ -253,6 +254,7 @@ PROGRAMS = (
     "benchmarks/twins.py pretrain --data d",
     "benchmarks/gpu_check.py",
     "benchmarks/gpu_bundle.py",
+    "-m tests.guard",
     "-m benchmarks.launch.rehearse plan.json --gpus 1",
 )
 # Of tensorboard, torchrun, pip, uv and sky.
