@@ -34,10 +34,10 @@ from mae_core.loop import check_batch, micro_batch_for
 from mae_core.machine import Machine, suit_attention
 from transfer.data.coco import CATEGORIES, training_examples
 from transfer.detection import shared
-from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.detection.train_detectron2 import train
-from transfer.pyramid import ViTPyramid, load_pyramid, pretraining_grid
+from transfer.pyramid import ViTDetPyramid, ViTPyramid, load_pyramid, pretraining_grid
 from transfer.task import Job
 
 
@@ -85,6 +85,32 @@ def fpn(pyramid: ViTPyramid, image_size: int, dim: int, norm: str | Callable[[in
     return FPN(bottom_up, bottom_up.names, dim, norm=norm, top_block=top, square_pad=image_size)
 
 
+class ViTDetBackbone(Backbone):
+    """A ViTDetPyramid with detectron2's interface: normalised images -> {"p2": map, ..., "p6": map}."""
+
+    def __init__(self, pyramid: ViTDetPyramid, image_size: int) -> None:
+        super().__init__()
+        self.pyramid, self.image_size = pyramid, image_size
+        self.strides = (*pyramid.strides, 2 * pyramid.strides[-1])
+        self.names = [f"p{int(math.log2(stride))}" for stride in self.strides]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.pyramid(images)
+        return dict(zip(self.names, (*maps, nn.functional.max_pool2d(maps[-1], kernel_size=1, stride=2))))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        channels = self.pyramid.channels
+        return {n: ShapeSpec(channels=channels, stride=stride) for n, stride in zip(self.names, self.strides)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.pyramid.strides[-1]
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {"square_size": self.image_size}
+
+
 def build_backbone(
     checkpoint: str,
     image_size: int = 1024,
@@ -125,7 +151,7 @@ def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_model(
     pyramid: ViTPyramid,
     r: DetectionRecipe,
-    norm: type[nn.Module],
+    norm: type[nn.Module] | str,
     normalization: Normalization = IMAGENET_NORMALIZATION,
 ) -> GeneralizedRCNN:
     """Mask R-CNN by the recipe, from detectron2's own parts: RPN with r.rpn_convs hidden convolutions, box head of four
@@ -133,7 +159,12 @@ def build_model(
 
     normalization: of the checkpoint's images.
     """
-    backbone, classes = fpn(pyramid, r.image_size, r.fpn_dim, norm), len(CATEGORIES)
+    backbone: Backbone
+    if isinstance(pyramid, ViTDetPyramid):
+        backbone = ViTDetBackbone(pyramid, r.image_size)
+    else:
+        backbone = fpn(pyramid, r.image_size, r.fpn_dim, norm)
+    classes = len(CATEGORIES)
     levels = list(backbone.output_shape())  # p2 to p6 for strides 4 to 64
     strides = [backbone.output_shape()[level].stride for level in levels]
     ratios = list(shared.ANCHOR_RATIOS)
@@ -208,7 +239,7 @@ def train_and_predict(job: Job) -> Predictions:
     examples = training_examples(Path(job.data.root)).few(job.data.limit)
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = shared.build_pyramid(job)
-    norm = head_norm(machine)
+    norm = "LN" if isinstance(r, ViTDetRecipe) else head_norm(machine)
     model = build_model(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     suit_attention(model, machine)
     if machine.compile:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -31,9 +32,9 @@ from mae_core.optim import adamw
 from mae_core.training import Training
 from transfer.data.coco import CATEGORIES, Example, training_examples
 from transfer.detection import shared
-from transfer.detection.recipe import DetectionRecipe
+from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
 from transfer.detection.shared import Predictions, RoIBatchNorm
-from transfer.pyramid import ViTPyramid
+from transfer.pyramid import ViTDetPyramid, ViTPyramid
 from transfer.task import Job
 
 DEPARTURES = (
@@ -94,6 +95,13 @@ class Jittered(Dataset):
         return shared.pad_to_square(image, size), target, ""
 
 
+class OneMore(nn.Module):
+    """Maps by name -> the same and a coarser one, "pool", as torchvision's LastLevelMaxPool adds to an FPN's."""
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**maps, "pool": F.max_pool2d(maps["3"], kernel_size=1, stride=2)}
+
+
 class MaskRCNN(nn.Module):
     """torchvision's RPN and RoI heads on an FPN over the pyramid.
 
@@ -114,7 +122,8 @@ class MaskRCNN(nn.Module):
         self.std: Tensor
         classes, levels = len(CATEGORIES) + 1, ["0", "1", "2", "3"]
         self.body = body
-        self.fpn = FeaturePyramidNetwork([body.channels] * 4, r.fpn_dim, LastLevelMaxPool(), norm)
+        own = isinstance(body, ViTDetPyramid)
+        self.fpn = OneMore() if own else FeaturePyramidNetwork([body.channels] * 4, r.fpn_dim, LastLevelMaxPool(), norm)
         strides = (*body.strides, 2 * body.strides[-1])
         sizes = tuple((shared.ANCHOR_STRIDES * stride,) for stride in strides)
         self.rpn = RegionProposalNetwork(
@@ -191,7 +200,7 @@ def train_and_predict(job: Job) -> Predictions:
     examples = training_examples(Path(job.data.root)).few(job.data.limit)
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = shared.build_pyramid(job)
-    norm = head_norm(machine)
+    norm = LayerNorm2d if isinstance(r, ViTDetRecipe) else head_norm(machine)
     model = MaskRCNN(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     if machine.compile:
         model.body.compile()  # not the heads, whose shapes change with every image
@@ -199,7 +208,7 @@ def train_and_predict(job: Job) -> Predictions:
     _, rate = shared.schedule(r, len(examples))
     state = fit(
         model,
-        adamw(shared.parameter_groups(model, r.weight_decay), r.betas),
+        adamw(shared.groups_of(model, r), r.betas),
         Training(
             label=f"{job.task.name} {job.checkpoint.name}",
             work=job.work,

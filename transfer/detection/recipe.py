@@ -1,13 +1,13 @@
-"""The recipe of Mask R-CNN with a ViT-FPN on COCO: every number and its source.
+"""The recipes of Mask R-CNN with a ViT on COCO: every number and its source.
 
 Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429), which the MAE
-paper's Table 4 follows. The later ViTDet recipe is another experiment.
+paper's Table 4 follows; and ViTDet (Li et al. 2022, arXiv 2203.16527), another experiment.
 """
 
 from dataclasses import dataclass, fields, replace
 
 from mae_core.errors import UserError
-from mae_core.settings import bounded, check_ranges, choose
+from mae_core.settings import as_typed, bounded, check_ranges, choose
 from mae_core.vit import nearest, stand_in
 from transfer.pyramid import pretraining_grid
 
@@ -46,11 +46,43 @@ class DetectionRecipe:
             raise UserError(f"max_scale={self.max_scale} is below min_scale={self.min_scale}")
 
 
+@dataclass(frozen=True)
+class ViTDetRecipe(DetectionRecipe):
+    """ViTDet: its pyramid (transfer/pyramid/vitdet.py) in place of the FPN, layer norms in place of batch norms.
+
+    layer_decay: of the learning rate, by layer. lr_steps: the shares of the training after which the rate is a tenth.
+    """
+
+    layer_decay: float = bounded(0, 1, default=0.7)
+    lr_steps: tuple[float, ...] = (8 / 9, 26 / 27)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.lr_steps) != sorted(set(self.lr_steps)) or not all(0 < share < 1 for share in self.lr_steps):
+            raise UserError(f"lr_steps={as_typed(self.lr_steps)}: give shares between 0 and 1, rising")
+
+
 # Other sizes take that of the nearest (`nearest`).
 DROP_PATH = {"vit_base_patch16": 0.1, "vit_large_patch16": 0.3}
 PUBLISHED = tuple(DROP_PATH)
 # Li et al.'s shorter schedules, for who has one card: epochs. Everything else is as in the paper's 100.
 SCHEDULES = {"25-epochs": 25, "50-epochs": 50}
+
+
+# ViTDet's configs: epochs, layer decay, drop path.
+VITDET = {
+    "vit_base_patch16": (100, 0.7, 0.1),
+    "vit_large_patch16": (100, 0.8, 0.4),
+    "vit_huge_patch14": (75, 0.9, 0.5),
+}
+VITDET_NAMES = {"vit_base_patch16": "b_100ep", "vit_large_patch16": "l_100ep", "vit_huge_patch14": "h_75ep"}
+
+
+def vitdet(arch: str) -> ViTDetRecipe:
+    """250 iterations of warm-up, counted in epochs of 118,000 images as in its configs."""
+    epochs, layer_decay, drop_path = VITDET[nearest(arch, VITDET)]
+    warmup = 250 * 64 / 118_000
+    return ViTDetRecipe(epochs=epochs, warmup_epochs=warmup, lr=1e-4, layer_decay=layer_decay, drop_path=drop_path)
 
 
 def recipe(arch: str, name: str) -> DetectionRecipe:
@@ -62,11 +94,13 @@ def recipe(arch: str, name: str) -> DetectionRecipe:
         max_scale=1.25, fpn_dim=32, head_dim=32, fc_dim=128, rpn_batch=64, roi_batch=32, proposals=100,
     )  # fmt: skip
     shorter = {further: replace(paper, epochs=epochs) for further, epochs in SCHEDULES.items()}
-    return choose("recipe", name, {"paper": paper, "mini": mini, **shorter})
+    return choose("recipe", name, {"paper": paper, "mini": mini, "vitdet": vitdet(arch), **shorter})
 
 
 def sources(arch: str, name: str = "paper") -> dict[str, str]:
     """Where each number of the paper recipe comes from, or of one of the shorter schedules."""
+    if name == "vitdet":
+        return vitdet_sources(arch)
     li, d2 = "Li et al. 2021 (arXiv 2111.11429)", "detectron2's defaults"
     found = {f.name: li for f in fields(DetectionRecipe)}
     found |= dict.fromkeys(("rpn_batch", "roi_batch", "proposals"), d2)
@@ -81,4 +115,16 @@ def sources(arch: str, name: str = "paper") -> dict[str, str]:
         found["drop_path"] += "; that of 100 epochs, nobody says what the shorter ones had"
     if arch not in PUBLISHED:
         return {knob: f"derived from ViT-B and ViT-L: {text}" for knob, text in found.items()}
+    return found
+
+
+def vitdet_sources(arch: str) -> dict[str, str]:
+    """Where each number of the vitdet recipe comes from."""
+    config = f"detectron2 projects/ViTDet mask_rcnn_vitdet_{VITDET_NAMES[nearest(arch, VITDET)]}.py"
+    found = {f.name: config for f in fields(ViTDetRecipe)}
+    found |= dict.fromkeys(("rpn_batch", "roi_batch", "proposals"), "detectron2's defaults")
+    found["epochs"] += "; counted over the images with objects, where its iterations count 118,000 images"
+    found["weight_decay"] += "; none on norm layers and positions (that of ViT-H decays both, which is not followed)"
+    for knob in ("epochs", "layer_decay", "drop_path"):
+        found[knob] += "" if arch in VITDET else f"; {stand_in(arch, VITDET)}"
     return found

@@ -22,10 +22,11 @@ from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
+from mae_core.vit import Variant
 from mae_core.writing import write_json
 from transfer.data.coco import IDS, Example, Examples, read_split
-from transfer.detection.recipe import DetectionRecipe
-from transfer.pyramid import ViTPyramid, load_pyramid
+from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
+from transfer.pyramid import ViTDetPyramid, ViTPyramid, layer_of, load_pyramid
 from transfer.run import save_trained
 from transfer.task import Job
 
@@ -87,20 +88,39 @@ def in_float32(output: Any) -> Any:
     return type(output)(in_float32(part) for part in output)
 
 
+def new_pyramid(arch: str, variant: Variant, r: DetectionRecipe, activation_checkpointing: bool = False) -> ViTPyramid:
+    """The recipe's pyramid, without a checkpoint's weights."""
+    own: dict[str, Any] = {"variant": variant, "window": r.window, "drop_path": r.drop_path}
+    own |= {"activation_checkpointing": activation_checkpointing}
+    if isinstance(r, ViTDetRecipe):
+        return ViTDetPyramid(arch, r.image_size, dim=r.fpn_dim, **own)
+    return ViTPyramid(arch, r.image_size, **own)
+
+
 def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
     """The pyramid with the checkpoint's weights, and a one-line summary of the loading."""
     r, machine = job.recipe, job.machine
     torch.manual_seed(seed_for(job.seed) % 2**63)
-    pyramid = ViTPyramid(
-        job.checkpoint.arch,
-        r.image_size,
-        variant=job.checkpoint.variant,
-        window=r.window,
-        drop_path=r.drop_path,
-        activation_checkpointing=machine.activation_checkpointing,
-    )
+    pyramid = new_pyramid(job.checkpoint.arch, job.checkpoint.variant, r, machine.activation_checkpointing)
     report = load_pyramid(pyramid, job.checkpoint)
     return pyramid, report.summary()
+
+
+def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
+    """The optimizer's groups: `parameter_groups`, by ViTDet's recipe each split by layer, with lr_scale = layer_decay
+    ** (depth + 1 - layer), where all that the encoder does not have is of layer depth + 1."""
+    groups = parameter_groups(model, r.weight_decay)
+    if not isinstance(r, ViTDetRecipe):
+        return groups
+    (pyramid,) = (module for module in model.modules() if isinstance(module, ViTPyramid))
+    top = len(pyramid.blocks) + 1
+    layer = {id(p): layer_of(name, top - 1) for name, p in pyramid.named_parameters()}
+    return [
+        {**group, "params": chosen, "lr_scale": r.layer_decay ** (top - number)}
+        for group in groups
+        for number in range(top + 1)
+        if (chosen := [p for p in group["params"] if layer.get(id(p), top) == number])
+    ]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -119,16 +139,25 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def schedule(r: DetectionRecipe, images: int) -> tuple[int, Callable[[int], float]]:
     """The total number of iterations, and a function from an iteration to its learning rate."""
     steps = images // r.batch
+    if isinstance(r, ViTDetRecipe):
+        return steps * r.epochs, partial(stepped, total=steps * r.epochs, warmup=steps * r.warmup_epochs, r=r)
     rate = partial(
         half_cosine, steps_per_epoch=steps, lr=r.lr, epochs=r.epochs, warmup_epochs=r.warmup_epochs, min_lr=0.0
     )
     return steps * r.epochs, rate
 
 
+def stepped(step: int, total: int, warmup: float, r: ViTDetRecipe) -> float:
+    """Linear from 0 over the warm-up; a tenth after each of r.lr_steps."""
+    return r.lr * min(1.0, step / warmup if warmup else 1.0) * 0.1 ** sum(step >= share * total for share in r.lr_steps)
+
+
 def batchnorm_facts(
     r: DetectionRecipe, machine: Machine, micro_batch: int, synchronised: bool
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """How many images the heads' BatchNorms see at a time, and a note where that is not the recipe's batch."""
+    if isinstance(r, ViTDetRecipe):
+        return {}, ()  # it has layer norms
     images = micro_batch * (machine.processes if synchronised else 1)
     facts = {"batchnorm": "synchronised" if synchronised else "plain", "batchnorm_images": images}
     return facts, () if images == r.batch else (f"BatchNorm saw {images} images at a time, not {r.batch}",)

@@ -22,10 +22,10 @@ from transfer.data.findings import Data
 from transfer.data.predictions import MAIN, digest_of, names_of
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
-from transfer.detection.recipe import PUBLISHED, DetectionRecipe, recipe, sources
-from transfer.detection.shared import Predictions, RoIBatchNorm, tested_examples
+from transfer.detection.recipe import PUBLISHED, DetectionRecipe, ViTDetRecipe, recipe, sources
+from transfer.detection.shared import Predictions, RoIBatchNorm, new_pyramid, tested_examples
 from transfer.miniature import dense
-from transfer.pyramid import ViTPyramid, facts, size_objections
+from transfer.pyramid import facts, size_objections
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
 
@@ -87,6 +87,8 @@ def kept_results(job: Job, results: Path) -> dict[str, str]:
 
 
 def objections(job: Job) -> Iterator[Objection]:
+    if isinstance(job.recipe, ViTDetRecipe) and job.checkpoint.variant.beit:
+        yield "recipe", "ViTDet adds relative positions, where BEiT has its own: leave recipe=vitdet out"
     yield from size_objections(job.checkpoint.arch, job.recipe.image_size, job.task.name)
     if job.data.status == "found":
         yield from batch_objections(job.data.counts["train"], job.recipe.batch, job.machine.processes)
@@ -96,7 +98,7 @@ def detector(arch: str, variant: Variant, r: DetectionRecipe) -> Any:
     """torchvision's, from which detectron2's differs only in its norms."""
     from transfer.detection.engine_torchvision import MaskRCNN
 
-    return MaskRCNN(ViTPyramid(arch, r.image_size, variant=variant, window=r.window), r, RoIBatchNorm)
+    return MaskRCNN(new_pyramid(arch, variant, r), r, RoIBatchNorm)
 
 
 def space(job: Job) -> Space:

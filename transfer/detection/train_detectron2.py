@@ -32,7 +32,7 @@ from mae_core.training import CHECKPOINT_FILE, restart
 from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
-from transfer.detection.shared import open_image, parameter_groups, schedule
+from transfer.detection.shared import groups_of, open_image, schedule
 from transfer.task import Job
 
 DIVERGED = "the last checkpoint stands; a lower lr, a longer warm-up or --precision fp32 may help"
@@ -229,7 +229,7 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
     """Train in place, resuming from the work folder's checkpoint if there is one. Returns the iterations, and the
     seconds summed over all resumed parts. Ctrl-C, SIGTERM and SIGHUP save, then raise KeyboardInterrupt."""
     r, machine = job.recipe, job.machine
-    optimizer = adamw(parameter_groups(model, r.weight_decay), r.betas)
+    optimizer = adamw(groups_of(model, r), r.betas)
     iterations, rate = schedule(r, len(examples))
     checkpointer = Checkpointer(model, str(job.work), optimizer=optimizer)
     saved = checkpointer.resume_or_load("", resume=True)

@@ -12,8 +12,10 @@ from transfer.pyramid.model import (
     size_objections,
     token_side,
 )
+from transfer.pyramid.vitdet import ViTDetPyramid
 
 __all__ = [
+    "ViTDetPyramid",
     "ViTPyramid",
     "facts",
     "layer_of",

@@ -12,7 +12,9 @@ from mae_core.vit import get_arch
 from transfer.pyramid.bias import resize_geometrically
 from transfer.pyramid.model import ViTPyramid
 
-NEW = re.compile(r"upsample_|bias_(windowed|global)$|blocks\.\d+\.(bias|bias_class|ls[12]\.gamma)$")
+NEW = re.compile(
+    r"upsample_|stages\.|bias_(windowed|global)$|blocks\.\d+\.(bias|bias_class|rel_pos_[hw]|ls[12]\.gamma)$"
+)
 TABLE = re.compile(r"blocks\.\d+\.bias")
 # timm's names of BEiT's tensors, and the pyramid's.
 BEIT = ((r"gamma_([12])$", r"ls\1.gamma"), (r"attn\.[qv]_bias$", "attn.qkv.bias"), (r"attn\.relative_.*table$", "bias"))

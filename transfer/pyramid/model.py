@@ -126,24 +126,33 @@ class ViTPyramid(nn.Module):
             self.pos_embed = nn.Parameter(positions.clone(memory_format=torch.contiguous_format))
         self.cls_token = vit.cls_token if upernet else None
         self.reg_token = vit.reg_token if upernet else None
-        self.blocks = vit.blocks
+        self.blocks, self.upernet = vit.blocks, upernet
+        self.add_tables()
+        self.add_neck(norm)
+
+    def add_tables(self) -> None:
+        """Those of the relative positions."""
+        a, window = get_arch(self.arch), self.window
 
         def table(side: tuple[int, int]) -> nn.Parameter:
             return nn.Parameter(torch.zeros(a.heads, 2 * side[0] - 1, 2 * side[1] - 1))
 
         for number, block in enumerate(self.blocks):
-            if upernet or variant.beit:
+            if self.upernet or self.variant.beit:
                 block.bias = table((window, window) if self.windowed(number) else self.grid)
-            if upernet:
+            if self.upernet:
                 block.bias_class = nn.Parameter(torch.zeros(a.heads, 3))
-                if not alike.layer_scale:
+                if not self.variant.layer_scale and not self.variant.beit:
                     block.ls1, block.ls2 = LayerScale(a.dim, 1.0), LayerScale(a.dim, 1.0)
-        if not upernet and not variant.beit:
+        if not self.upernet and not self.variant.beit:
             self.bias_global = table(self.grid)
             if window:
                 self.bias_windowed = table((window, window))
-        self.upsample_4x = nn.Sequential(deconvolution(a.dim), norm(a.dim), nn.GELU(), deconvolution(a.dim))
-        self.upsample_2x = deconvolution(a.dim)
+
+    def add_neck(self, norm: Callable[[int], nn.Module]) -> None:
+        dim = self.channels
+        self.upsample_4x = nn.Sequential(deconvolution(dim), norm(dim), nn.GELU(), deconvolution(dim))
+        self.upsample_2x = deconvolution(dim)
         self.downsample = nn.MaxPool2d(2)
 
     def windowed(self, block: int) -> bool:
@@ -158,9 +167,13 @@ class ViTPyramid(nn.Module):
         if self.side != self.strides[2]:
             cells = (images.shape[2] // self.strides[2], images.shape[3] // self.strides[2])
             maps = [resample(m, self.side / self.strides[2])[..., : cells[0], : cells[1]] for m in maps]
-        operations = (self.upsample_4x, self.upsample_2x, nn.Identity(), self.downsample)
-        maps = [operation(m.contiguous()) for operation, m in zip(operations, maps)]
+        maps = self.at_strides(maps)
         return [m[..., : -(-height // stride), : -(-width // stride)] for m, stride in zip(maps, self.strides)]
+
+    def at_strides(self, maps: list[Tensor]) -> list[Tensor]:
+        """The maps of the tapped blocks at a stride each."""
+        operations = (self.upsample_4x, self.upsample_2x, nn.Identity(), self.downsample)
+        return [operation(m.contiguous()) for operation, m in zip(operations, maps)]
 
     def maps_of_patches(self, x: Tensor) -> list[Tensor]:
         """[B, D, H, W] -> the same after each tapped block."""
@@ -233,7 +246,13 @@ def deconvolution(dim: int) -> nn.ConvTranspose2d:
 
 
 def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
-    """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map).
+    """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map)
+    and what is added to its logits."""
+    return in_windows(block, x, window, lambda y, side: block.attn(y, attn_mask=bias))
+
+
+def in_windows(block: Block, x: Tensor, window: int, attend: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
+    """The block with `attend` on the tokens [B, N, D] of each window, or of the map, and the sides of those.
 
     Windows are padded with zeros after the norm and attend to the padding, as in ViTDet.
     """
@@ -243,10 +262,10 @@ def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
         y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
         rows, columns = y.shape[1] // window, y.shape[2] // window
         y = y.view(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
-        y = block.attn(y, attn_mask=bias)
+        y = attend(y, (window, window))
         y = y.view(batch, rows, columns, window, window, dim).transpose(2, 3)
         y = y.reshape(batch, rows * window, columns * window, dim)[:, :height, :width]
     else:
-        y = block.attn(y.reshape(batch, height * width, dim), attn_mask=bias).view(batch, height, width, dim)
+        y = attend(y.reshape(batch, height * width, dim), (height, width)).view(batch, height, width, dim)
     x = x + block.drop_path1(block.ls1(y))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
