@@ -144,7 +144,7 @@ def test_published_file(name):
     assert set(rows.arch) <= {"", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"}
     assert (rows[["table", "method", "value", "source", "confidence"]] != "").all(axis=None)
     assert rows.source.str.contains(
-        "arXiv 2111.06377|arXiv 2111.11429|facebookresearch/mae|mmpretrain|efficient-probing"
+        "arXiv 2111.06377|arXiv 2111.11429|facebookresearch/mae|mmpretrain|efficient-probing|detectron2 projects/ViTDet"
     ).all()
     for metric, value in zip(rows.metric, rows.value.astype(float)):
         low, high = RANGES[metric.split("@")[0].split("_without")[0]]
@@ -191,6 +191,13 @@ def test_published_numbers_against_the_facts():
     for metric, word in (("box_ap", "box"), ("mask_ap", "mask")):
         values = [by_schedule.value[name, metric] for name in ("25-epochs", "50-epochs")]
         assert re.search(rf"{word} {'/'.join(values)}/\d", said)
+    # ViTDet's, each with its size.
+    released = facts.query("table == 'ViTDet release' and method == 'ViTDet Mask R-CNN, MAE init'")
+    by_size = {(r.metric.replace(" ", "_").lower(), r.arch, r.value) for r in released.itertuples()}
+    sizes = {"vit_base_patch16": "ViT-B", "vit_large_patch16": "ViT-L", "vit_huge_patch14": "ViT-H"}
+    ours = pd.read_csv(PUBLISHED / "coco.csv", dtype=str).query("recipe == 'vitdet'")
+    assert {(r.metric, sizes[r.arch], r.value) for r in ours.itertuples()} == by_size
+    assert len(ours) == 6
     # Those of other lengths, row by row: a number beside the wrong length would make a wrong verdict.
     columns = zip(*(facts[c] for c in ("method", "task", "arch", "setting", "value")))
     theirs = {(task, arch, re.match(r"\d+", s)[0], v) for m, task, arch, s, v in columns if m.startswith("mmpretrain")}

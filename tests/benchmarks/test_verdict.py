@@ -136,7 +136,7 @@ def test_what_is_not_the_published_experiment_is_not_compared(changes, words, se
 
 def test_nothing_is_said_where_nothing_is_published_for_that_size():
     assert cell(run(checkpoint=checkpoint("vit_small_patch16"))).verdict == ""
-    assert cell(run("imagenet_knn"), column="imagenet_knn.top1").verdict == ""
+    assert cell(run("imagenet_v2"), column="imagenet_v2.top1").verdict == ""
     assert cell(replace(run("ade20k", "miou", 48.0), recipe={"image_size": 512}), column="ade20k.miou").verdict == (
         "not comparable: no standard error"
     )
