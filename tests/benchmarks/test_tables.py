@@ -116,8 +116,8 @@ TASKS = {
     | {f"pretrain/{metric}" for metric in ("relative_flops", "hours", "speed_up")},
     "inaturalist_places": {f"{t}/top1" for t in ("inat2017", "inat2018", "inat2019", "places205", "places365")},
 }
-# (lowest, highest) that any method of 2021 could have printed.
-RANGES = {"top1": (15, 90), "mce": (30, 55), "box_ap": (45, 55), "mask_ap": (40, 50), "miou": (45, 55)}
+# (lowest, highest) that any method of 2021, or ViTDet, could have printed.
+RANGES = {"top1": (15, 90), "mce": (30, 55), "box_ap": (45, 57), "mask_ap": (40, 51), "miou": (45, 55)}
 RANGES |= {"relative_flops": (1, 3.3), "hours": (10, 120), "speed_up": (2, 5)}
 
 
@@ -156,12 +156,12 @@ def test_published_numbers_that_agree_across_tables():
     for name in FILES - {"partial"}:  # of ViT-L only
         rows = pd.read_csv(PUBLISHED / f"{name}.csv", keep_default_na=False)
         mae = rows[(rows.method == "MAE") & (rows.resolution.astype(str) != "448") & (rows.epochs == 1600)]
-        mae = mae[mae.target.isin(["", "normalised pixels"])]
-        for (_, metric), group in mae.groupby(["task", "metric"]):
+        mae = mae[mae.target.isin(["", "normalised pixels"])].assign(recipe=mae.get("recipe", ""))
+        for (_, metric, recipe), group in mae.groupby(["task", "metric", "recipe"]):
             by_arch = group.set_index("arch").value
             sizes = [by_arch[a] for a in ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14") if a in by_arch]
             assert sizes == sorted(sizes, reverse=metric == "mce")
-            assert len(sizes) >= 2
+            assert len(sizes) >= 2 or recipe.endswith("-epochs")  # of ViT-B only
     coco = pd.read_csv(PUBLISHED / "coco.csv").query("table == 'Table 4'")
     coco = coco.pivot(index=["method", "arch"], columns="metric", values="value")
     assert (coco.mask_ap < coco.box_ap).all()
@@ -192,7 +192,9 @@ def test_published_numbers_against_the_facts():
         values = [by_schedule.value[name, metric] for name in ("25-epochs", "50-epochs")]
         assert re.search(rf"{word} {'/'.join(values)}/\d", said)
     # ViTDet's, each with its size.
-    released = facts.query("table == 'ViTDet release' and method == 'ViTDet Mask R-CNN, MAE init'")
+    released = facts.query(
+        "table == 'ViTDet release' and method == 'ViTDet Mask R-CNN, MAE init' and dataset == 'COCO 2017 val'"
+    )
     by_size = {(r.metric.replace(" ", "_").lower(), r.arch, r.value) for r in released.itertuples()}
     sizes = {"vit_base_patch16": "ViT-B", "vit_large_patch16": "ViT-L", "vit_huge_patch14": "ViT-H"}
     ours = pd.read_csv(PUBLISHED / "coco.csv", dtype=str).query("recipe == 'vitdet'")
