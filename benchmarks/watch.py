@@ -113,6 +113,7 @@ def picture(points: Sequence[Point]) -> Any:
         panel.set_title(task, loc="left", fontsize=10)
         panel.set_ylabel(metric)
         panel.grid(axis="y", color="0.9")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         if len({point.seed for point in points}) > 1:
             panel.legend(fontsize=8)
     panel.set_xlabel("epochs of pre-training")
