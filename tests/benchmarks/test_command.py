@@ -23,7 +23,7 @@ def call(monkeypatch, *arguments):
 def test_help_lists_every_command(monkeypatch, capsys, arguments):
     assert call(monkeypatch, *arguments) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    expected = "run plan status ls report export compare verify checkpoint pretrain reconstruct ablations speed"
+    expected = "run plan status ls report export compare verify checkpoint pretrain watch reconstruct ablations speed"
     assert " ".join(listed) == expected
 
 
