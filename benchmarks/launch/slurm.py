@@ -168,7 +168,9 @@ def submit(units: Sequence[Unit], args: argparse.Namespace) -> int:
                 count += len(jobs)
                 write_json(jobs_file(args.out), {**known, **ids})
             waiting = [unit for unit in waiting if unit not in ready]
-    print(f"{count} submitted, {len(there)} tasks queued before; `mae-transfer status` with the same flags shows them")
+    # SLURM lists a job for a while after its record is there.
+    queued = sum(item.state != "done" and key_of(item.job) in there for unit in units for item in unit.items)
+    print(f"{count} submitted, {queued} tasks queued before; `mae-transfer status` with the same flags shows them")
     return 0
 
 
