@@ -10,6 +10,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from mae_core.errors import UserError
+
 PREFIX = "timm/"  # of an arch's name; the rest is timm's
 INNER = "net."  # of the names of the encoder's tensors
 
@@ -63,7 +65,10 @@ class TimmEncoder(nn.Module):
                 images, indices=indices, output_fmt="NHWC", intermediates_only=True, coarse=False
             )
             if len({each.shape for each in maps}) > 1:
-                raise ValueError("blocks of several stages have maps of several sizes")
+                raise UserError(
+                    f"the last {indices} blocks of this encoder lie in several stages, whose maps differ in size: "
+                    "a task that reads fewer blocks can take it"
+                )
             found = [each.flatten(1, 2) for each in maps]
         else:
             pairs = self.net.forward_intermediates(

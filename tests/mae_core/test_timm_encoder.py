@@ -176,3 +176,9 @@ def test_random_weights_of_an_architecture():
     assert one.arch == f"timm/{EVA}"
     assert not torch.equal(one.encoder["net.patch_embed.proj.weight"], other.encoder["net.patch_embed.proj.weight"])
     assert isinstance(model_of(one), TimmEncoder)
+
+
+def test_blocks_of_several_stages_are_refused():
+    encoder = build_vit(f"timm/{HIERA}", 64).eval()
+    with pytest.raises(UserError, match="the last 4 blocks of this encoder lie in several stages"):
+        encoder.forward_intermediates(torch.randn(1, 3, 64, 64), 4)
