@@ -18,6 +18,7 @@ from pathlib import Path
 try:
     from mae_core.command_line import answered
     from mae_core.errors import UserError
+    from mae_core.machine import COMMIT_FILE, commit
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
@@ -26,7 +27,8 @@ except ModuleNotFoundError as e:
 PROJECT = Path(__file__).parent.parent
 LIMIT = 60 * 10**6  # bytes
 LARGE = re.compile(
-    r"(torch|torchvision|triton|numpy|scipy|pandas|pillow|scikit-learn|matplotlib|fonttools|opencv-.*|nvidia-.*|cuda-.*)="
+    r"(torch|torchvision|triton|sympy|mpmath|networkx|numpy|scipy|pandas|pyarrow|pillow|scikit-learn|matplotlib|fonttools"
+    r"|opencv-.*|nvidia-.*|cuda-.*)="
 )
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17, 12, 5)] + ["manylinux2014_x86_64"]
 CHECK = """#!/usr/bin/env bash
@@ -35,11 +37,19 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$here/project:$here/site" PYTHONUNBUFFERED=1
-for wheel in "$here"/wheels/*.whl; do
-  name=$(basename "$wheel" | cut -d- -f1)
-  "$PYTHON" -c "import importlib.metadata as m; m.version('$name')" 2>/dev/null ||
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$here/site" "$wheel"
-done
+missing=$("$PYTHON" - "$here"/wheels/*.whl <<'END'
+import importlib.metadata, pathlib, sys
+for wheel in map(pathlib.Path, sys.argv[1:]):
+    try:
+        importlib.metadata.version(wheel.name.split("-")[0])
+    except importlib.metadata.PackageNotFoundError:
+        print(wheel)
+END
+)
+if [ -n "$missing" ]; then
+  printf '%s\n' "$missing" | tr '\n' '\0' |
+    xargs -0 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$here/site"
+fi
 cd "$here"
 exec "$PYTHON" project/benchmarks/gpu_check.py "$@"
 """
@@ -87,6 +97,8 @@ def make(python: str, out: Path) -> int:
         if (PROJECT / name).is_file() and not name.startswith("tests/"):
             (out / "project" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / name, out / "project" / name)
+    # There is no git in the bundle: this file says what ran.
+    (out / "project" / COMMIT_FILE).write_text(commit() + "\n", encoding="utf-8")
     download(small(), python, out / "wheels")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if size > LIMIT:

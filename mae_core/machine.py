@@ -207,10 +207,17 @@ def versions(further: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
+COMMIT_FILE = "COMMIT"
+
+
 def commit() -> str:
-    """The commit of the checkout that tracks this file, with "-dirty" where tracked files differ from it; empty without
-    one, also where a wheel is installed inside another project's checkout."""
+    """The commit of the checkout that tracks this file, with "-dirty" where tracked files differ from it; in a bundle
+    (benchmarks/gpu_bundle.py) the one it was made from. Empty without one, also where a wheel is installed inside
+    another project's checkout."""
     path = Path(__file__).resolve()
+    bundled = path.parent.parent / COMMIT_FILE
+    if bundled.exists():
+        return bundled.read_text(encoding="utf-8").strip()
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(path.parent), *arguments], capture_output=True, text=True, check=False)

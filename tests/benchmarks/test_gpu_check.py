@@ -9,6 +9,7 @@ import torch
 from benchmarks import gpu_bundle, gpu_check
 from benchmarks.gpu import numerics
 from benchmarks.gpu.room import Room, last_line, line, skipped
+from mae_core import machine
 from tests.fixtures.transfer import write_imagenet
 
 
@@ -123,3 +124,9 @@ def test_a_bundle_never_replaces_a_folder_of_other_files(tmp_path, capsys):
     assert gpu_bundle.main(["--out", str(tmp_path)]) != 0
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "mine").exists()
+
+
+def test_a_bundle_knows_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "mae_core" / "machine.py"))
+    (tmp_path / machine.COMMIT_FILE).write_text("0123abc\n")
+    assert machine.commit() == "0123abc"
