@@ -30,14 +30,13 @@ try:
     from mae_core.data import images_or_shards
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, hardware, machine_from, seed
+    from mae_core.flags import add_common_flags, seed
+    from mae_core.machine import Machine, hardware, machine_from
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
     from mae_core.stopping import stop_on_signals
     from mae_core.training import LOG_FILE
-    from transfer.classification import tasks as classification
-    from transfer.cli import add_common_flags
     from transfer.data.findings import guarded
     from transfer.data.imagenet import inspect_imagenet
     from transfer.miniature import imagenet as miniature
@@ -62,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokenizer", type=Path, help="state dict of DALL-E's encoder: adds its row to Table 1d")
     parser.add_argument("--plan", action="store_true", help="list the cells, and stop")
-    add_common_flags(parser, classification.TASKS)
+    add_common_flags(parser, {})
     args = parser.parse_args(arguments)
     args.table = list(dict.fromkeys(args.table))
     return args

@@ -1,7 +1,5 @@
 """What a plan costs as a whole, and what of it fits into a budget."""
 
-import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +7,6 @@ from pathlib import Path
 from benchmarks.cost import FLOPS, MEASURED, RECORDS, Rates, estimate, hours_in_words, hours_of
 from benchmarks.plan import Item, jobs_to_do
 from mae_core.progress import duration
-
-HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
-
-
-def budget(text: str) -> float:
-    """Hours on a command line: "90m", "48h" or "2d"."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([mhd])", text)
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{text[:40]} is no budget: give GPU hours as 48h, 90m or 2d")
-    return float(found[1]) * HOURS[found[2]]
 
 
 def with_estimates(items: Sequence[Item], rates: Rates) -> list[Item]:

@@ -21,7 +21,7 @@ from benchmarks.suite import TASKS
 from benchmarks.verify import check_hash, check_unaltered, told_as_damaged
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import named_path, program
+from mae_core.flags import named_path, program
 from mae_core.settings import did_you_mean, differences
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Record

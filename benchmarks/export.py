@@ -17,7 +17,7 @@ from benchmarks.model_card import model_card
 from benchmarks.report import group_by_section, read_records, summary_lines
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import named_path, program
+from mae_core.flags import named_path, program
 from mae_core.writing import write_text
 from transfer.task import Record
 

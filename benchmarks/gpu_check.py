@@ -24,7 +24,8 @@ try:
     from benchmarks.markdown import markdown_table
     from mae_core.command_line import answered
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, commit, hardware, non_negative_int, versions
+    from mae_core.flags import non_negative_int
+    from mae_core.machine import Machine, commit, hardware, versions
     from mae_core.settings import choose
     from mae_core.writing import write_json, write_texts
 except ModuleNotFoundError as e:

@@ -26,7 +26,7 @@ from mae_core.claim import claimed, clear_leftovers
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.files import printable
-from mae_core.machine import named_path, program
+from mae_core.flags import named_path, program
 from mae_core.stopping import stop_postponed
 from mae_core.writing import write_texts
 from transfer.run import altered, fits, read_record

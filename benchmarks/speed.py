@@ -23,16 +23,8 @@ try:
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import (
-        Machine,
-        add_machine_flags,
-        hardware,
-        machine_from,
-        named_path,
-        non_negative_int,
-        peak_memory_gib,
-        versions,
-    )
+    from mae_core.flags import add_machine_flags, named_path, non_negative_int
+    from mae_core.machine import Machine, hardware, machine_from, peak_memory_gib, versions
     from mae_core.settings import choose
     from mae_core.vit import ARCHS, get_arch
     from mae_core.writing import write_json, write_text

@@ -20,7 +20,8 @@ try:
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
-    from mae_core.machine import Machine, commit, hardware, named_path, versions
+    from mae_core.flags import named_path
+    from mae_core.machine import Machine, commit, hardware, versions
     from mae_core.writing import write_json, write_text
 except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"

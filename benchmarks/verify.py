@@ -23,7 +23,7 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from mae_core.checkpoint import sha256_of
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import named_path, program
+from mae_core.flags import named_path, program
 from transfer.classification.job import WITHOUT_EMA
 from transfer.classification.robustness import ALEXNET_ERROR
 from transfer.data.coco import Examples, annotation_file

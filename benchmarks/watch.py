@@ -21,7 +21,7 @@ from benchmarks.cost import read_records
 from mae_core.claim import Watch
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import named_path, program
+from mae_core.flags import named_path, program
 from mae_core.pretrain import WEIGHTS_FILE
 from mae_core.stopping import stop_on_signals
 from mae_core.writing import replacing, write_text

@@ -50,44 +50,6 @@ class Machine:
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def non_negative_int(text: str) -> int:
-    """A whole number, 0 or more, on a command line."""
-    if not text.isdecimal() or len(text) > 18:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number, 0 or more")
-    return int(text)
-
-
-def named_path(text: str) -> Path:
-    """A path on a command line: "" would be the current folder, and is what an unset variable of a shell gives."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: give a path")
-    return Path(text)
-
-
-def seed(text: str) -> int:
-    """A seed on a command line: a whole number below 2^63."""
-    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def program(module: str) -> str:
-    """What usage lines call a command: `mae-transfer NAME` where that started it, else `python -m MODULE`."""
-    return sys.argv[0] if sys.argv[0].startswith("mae-transfer ") else f"python -m {module}"
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """--device, --precision, --micro-batch, --workers, --activation-checkpointing, --compile."""
-    group = parser.add_argument_group("machine (recorded, never part of the recipe)")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    group.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on GPU")
-    group.add_argument("--micro-batch", type=int, default=0, help="images per process and forward pass")
-    group.add_argument("--workers", type=int, default=-1, help="processes that decode images (default: up to 16)")
-    group.add_argument("--activation-checkpointing", action="store_true", help="less memory, about a third more time")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--save-minutes", type=float, default=10.0, help="between two training checkpoints")
-
-
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

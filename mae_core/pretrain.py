@@ -24,20 +24,10 @@ from mae_core.data import Images, images_or_shards, normalize, pretraining_trans
 from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.fitted_target import make_target, tokenizer_sha256
+from mae_core.flags import add_machine_flags, add_tracker_flag, named_path, non_negative_int, program, seed
 from mae_core.follow import Labelled, knn_top1, labelled_folder
 from mae_core.loop import check_batch, fit, micro_batch_for
-from mae_core.machine import (
-    Machine,
-    add_machine_flags,
-    can_compile,
-    hardware,
-    machine_from,
-    named_path,
-    non_negative_int,
-    peak_memory_gib,
-    program,
-    seed,
-)
+from mae_core.machine import Machine, can_compile, hardware, machine_from, peak_memory_gib
 from mae_core.masking import mask_noise
 from mae_core.optim import adamw, half_cosine, learning_rate, pretraining_groups
 from mae_core.progress import duration
@@ -45,7 +35,6 @@ from mae_core.recipe import PretrainRecipe, recipe
 from mae_core.settings import choose, override
 from mae_core.space import FLOAT, Space, check_free, training_space
 from mae_core.stopping import stop_on_signals
-from mae_core.tracker import add_tracker_flag
 from mae_core.training import CHECKPOINT_FILE, State, Training, unreadable_metadata
 from mae_core.vit import ARCHS, get_arch
 

@@ -23,7 +23,7 @@ from mae_core.command_line import answered
 from mae_core.data import MEAN, STD, list_images, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.machine import named_path, program, seed
+from mae_core.flags import named_path, program, seed
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS

@@ -3,11 +3,9 @@
 No number depends on them: what fails here is one warning, and the training goes on without that curve.
 """
 
-import argparse
 import contextlib
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -21,7 +19,6 @@ from typing import Any, NamedTuple
 from mae_core import distributed
 from mae_core.command_line import describe_os_error
 from mae_core.files import printable
-from mae_core.settings import did_you_mean
 
 FOLDER = "tensorboard"  # in the work folder
 PROJECT = "mae-transfer"
@@ -154,21 +151,3 @@ def to_trackio(run: Run) -> Sink:
 
 
 SINKS: dict[str, Callable[[Run], Sink]] = {"TensorBoard": to_tensorboard, "wandb": to_wandb, "trackio": to_trackio}
-TRACKERS = ("wandb", "trackio")  # the names of their packages
-
-
-def tracker(name: str) -> str:
-    """A tracker on a command line, whose package is installed here; "" is none."""
-    if name not in ("", *TRACKERS):
-        raise argparse.ArgumentTypeError(f"there is no tracker {name[:40]!r}: {did_you_mean(name, TRACKERS)}")
-    found = importlib.util.find_spec(name) if name else None
-    if name and (found is None or found.origin is None):  # none: a folder of that name, such as wandb leaves
-        raise argparse.ArgumentTypeError(f"{name} is not installed here: {sys.executable} -m pip install {name}")
-    return name
-
-
-def add_tracker_flag(parser: argparse.ArgumentParser) -> None:
-    names = ",".join(TRACKERS)
-    parser.add_argument(
-        "--tracker", type=tracker, default="", metavar=f"{{{names}}}", help="send the curves of each training there too"
-    )

@@ -12,34 +12,14 @@ from mae_core import distributed
 from mae_core.checkpoint import read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import Machine, add_machine_flags, machine_from, named_path, seed
+from mae_core.flags import add_common_flags, add_limit_flag, seed
+from mae_core.machine import Machine, machine_from
 from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
-from mae_core.tracker import add_tracker_flag
 from transfer.data.findings import guarded, limited
-from transfer.jobs import RECIPES, cached_or_skipped, check_space, classifier_of, find_tasks, make_job
+from transfer.jobs import cached_or_skipped, check_space, classifier_of, find_tasks, make_job
 from transfer.run import run_job
 from transfer.task import RECORD_FILE, Needs, Record, Task
-
-
-def add_common_flags(parser: argparse.ArgumentParser, tasks: Sequence[Task]) -> None:
-    """--recipe, --data, --out, --tracker, the machine's flags, and --engine if a task has several."""
-    parser.add_argument("--recipe", default="paper", choices=RECIPES, help="default: paper")
-    parser.add_argument(
-        "--data", type=Path, help="root of the datasets (default: $MAE_TRANSFER_DATA, else ./datasets; mini: generated)"
-    )
-    parser.add_argument(
-        "--out", type=named_path, default=Path("results"), help="folder for runs and tables (default: results)"
-    )
-    several = {task.name: list(task.engines) for task in tasks if len(task.engines) > 1}
-    names = list(dict.fromkeys(name for engines in several.values() for name in engines))
-    which = "; ".join(f"{task}: the first installed of {', '.join(engines)}" for task, engines in several.items())
-    if several:
-        parser.add_argument("--engine", default="auto", choices=("auto", *names), help=f"default: auto ({which})")
-    else:
-        parser.set_defaults(engine="auto")
-    add_tracker_flag(parser)
-    add_machine_flags(parser)
 
 
 def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
@@ -67,17 +47,6 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     return root
 
 
-def add_limit_flag(parser: argparse.ArgumentParser) -> None:
-    limit_help = "a quick look: at most N training and N validation images of each task; never called paper"
-    parser.add_argument("--limit", type=at_least_two, default=0, metavar="N", help=limit_help)
-
-
-def at_least_two(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number of images from 2 on")
-    return int(text)
-
-
 @distributed.ends_alone
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     """Run some of a family's tasks on one checkpoint. Exit code: 0 if all gave a number, 1 if not, 2 for a
@@ -96,7 +65,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     if any(task.needs is Needs.CLASSIFIER for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_limit_flag(parser)
-    add_common_flags(parser, tasks)
+    add_common_flags(parser, {task.name: list(task.engines) for task in tasks if len(task.engines) > 1})
     args = parser.parse_args(arguments)
     return answered(partial(run, tasks, args), "stopped; the same command goes on from here")
 

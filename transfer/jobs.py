@@ -13,6 +13,7 @@ from typing import Any
 from mae_core import distributed
 from mae_core.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from mae_core.errors import UserError
+from mae_core.flags import RECIPES
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
 from mae_core.space import Space, check_free
@@ -20,8 +21,6 @@ from mae_core.timm_encoder import PREFIX, is_timm
 from transfer.data.findings import Data
 from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
-
-RECIPES = ("paper", "mini")  # of every task
 
 
 def split_names(names: Sequence[str], known: Collection[str]) -> list[str]:

@@ -17,7 +17,7 @@ from benchmarks.launch.local import Running, Suite, run_suite
 from benchmarks.launch.units import Unit
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import program
+from mae_core.flags import program
 from mae_core.writing import read_object
 
 

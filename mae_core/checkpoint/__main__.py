@@ -20,7 +20,7 @@ from mae_core.checkpoint.locate import WEIGHTS
 from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
-from mae_core.machine import program
+from mae_core.flags import program
 from mae_core.timm_encoder import is_timm
 from mae_core.vit import get_arch, variant_in_words
 

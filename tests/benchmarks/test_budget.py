@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.budget import budget, within
+from benchmarks.budget import within
 from benchmarks.plan import Item
+from benchmarks.run_all import budget
 from tests.benchmarks.test_cost import job_of
 
 

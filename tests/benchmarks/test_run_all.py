@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, run_all, speed, twins
+from benchmarks import ablations, execute, run_all, speed, twins
 from benchmarks.plan import Item
 from benchmarks.report import report
+from benchmarks.suite import TASKS
 from tests.fixtures import ROOT
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
 from transfer.data.labelled import SETS
+from transfer.detection.engines import ENGINES
 from transfer.run import read_record
 from transfer.task import Record
 
@@ -124,7 +126,7 @@ def tables_in(out: Path) -> dict[str, str]:
 
 INTERRUPTED = """
 import os, signal, sys
-from benchmarks import run_all
+from benchmarks import execute, run_all
 
 def struck(function, now):
     def call(*arguments):
@@ -135,7 +137,7 @@ def struck(function, now):
     return call
 
 if sys.argv[1] == "reading":
-    run_all.report = struck(run_all.report, lambda out: True)
+    execute.report = struck(execute.report, lambda out: True)
 else:
     os.replace = struck(os.replace, lambda old, new: str(new).endswith("robustness.md"))
 sys.exit(run_all.main(sys.argv[2:]))
@@ -255,7 +257,7 @@ def test_nothing_to_run_is_exit_code_2_and_the_summary_names_every_record(tmp_pa
 def test_exit_code(states: list[str], statuses: list[str], named: bool, code: int) -> None:
     made = [Record("task", status) for status in statuses]
     items = [Item(job=None, state=state, why="") for state in states]
-    assert run_all.exit_code(made, items, named) == code
+    assert execute.exit_code(made, items, named) == code
 
 
 @pytest.mark.parametrize("name", ["run_all.py", "ablations.py", "speed.py", "report"])
@@ -268,3 +270,24 @@ def test_missing_dependency_is_one_sentence(tmp_path: Path, name: str) -> None:
     assert done.returncode == 2
     assert "make" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+HEAVY = """
+import sys
+from benchmarks import run_all
+try:
+    run_all.main(sys.argv[1:])
+except SystemExit as e:
+    print(e.code, {"numpy", "torch", "pandas", "timm"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--help"], 0), (["--gpus", "two"], 2), (["--engine", "keras"], 2)])
+def test_a_command_line_is_read_before_anything_heavy_is_imported(flags: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", HEAVY, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{code} set()"
+
+
+def test_the_engines_that_it_offers_are_those_of_the_tasks() -> None:
+    several = {task.name: list(task.engines) for task in TASKS if len(task.engines) > 1}
+    assert several == {"coco": list(ENGINES)}

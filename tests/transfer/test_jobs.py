@@ -10,6 +10,7 @@ import torch
 from benchmarks.suite import TASKS as SUITE
 from mae_core.checkpoint import read_checkpoint, save_weights
 from mae_core.errors import UserError
+from mae_core.flags import add_common_flags
 from mae_core.machine import Machine, machine_from
 from mae_core.vit import build_vit
 from tests.fixtures import segmentation
@@ -18,7 +19,6 @@ from tests.fixtures.transfer import ARCH, assert_objection_is_right, make_job, s
 from transfer import jobs
 from transfer.classification.robustness import EVAL
 from transfer.classification.tasks import FINETUNE, TASKS
-from transfer.cli import add_common_flags
 from transfer.jobs import find_tasks, obstacle, task_argument
 from transfer.run import run_job
 
@@ -87,7 +87,7 @@ def test_the_evaluation_that_is_compared_to_three_decimals_is_exact_on_a_gpu_too
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     parser = argparse.ArgumentParser()
-    add_common_flags(parser, TASKS)
+    add_common_flags(parser, {})
 
     def precision(task, *flags):
         machine = machine_from(parser.parse_args([*flags, "--device", "cuda"]))

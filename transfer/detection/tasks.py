@@ -20,6 +20,7 @@ from mae_core.vit import Variant
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.data.findings import Data
 from transfer.data.predictions import MAIN, digest_of, names_of
+from transfer.detection.engines import ENGINES
 from transfer.detection.evaluate import evaluate
 from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, DetectionRecipe, ViTDetRecipe, recipe, sources
@@ -144,7 +145,7 @@ TASKS = (
         inspect=inspect_coco,
         run=run,
         miniature=dense.coco,
-        engines={"detectron2": "detectron2", "torchvision": "torchvision"},
+        engines=ENGINES,
         install="docs/coco.md says how to install it; or take --engine torchvision",
         packages=("detectron2", "pycocotools"),
         objections=objections,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transfer.miniature
 from mae_core.command_line import answered
-from mae_core.machine import named_path, non_negative_int, seed
+from mae_core.flags import named_path, non_negative_int, seed
 from transfer.data.findings import MINIATURE_MARKER
 from transfer.miniature import dense, imagenet
 
