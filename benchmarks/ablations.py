@@ -40,6 +40,7 @@ try:
     from transfer.data.findings import guarded
     from transfer.data.imagenet import inspect_imagenet
     from transfer.miniature import imagenet as miniature
+    from transfer.miniature.unlabelled import unlabelled
     from transfer.run import slug
     from transfer.task import Record
 except ModuleNotFoundError as e:
@@ -222,7 +223,7 @@ def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
         if args.data is None and args.recipe == "mini":
             args.data = args.out / "data"
             miniature.imagenet(args.data)
-            miniature.unlabelled(args.data, MINI_IMAGES)
+            unlabelled(args.data, MINI_IMAGES)
         return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args) for t in args.table]
 
 

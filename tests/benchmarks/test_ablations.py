@@ -15,6 +15,7 @@ from mae_core.recipe import recipe
 from transfer.classification import tasks as classification
 from transfer.jobs import resolve
 from transfer.miniature import imagenet as miniature
+from transfer.miniature.unlabelled import unlabelled
 
 
 def arguments(*flags):
@@ -175,7 +176,7 @@ def tiny_data(tmp_path_factory):
         patch.setattr(miniature, "TRAIN", 4)
         patch.setattr(miniature, "VAL", 2)
         miniature.imagenet(root)
-    miniature.unlabelled(root, 64)
+    unlabelled(root, 64)
     return root
 
 

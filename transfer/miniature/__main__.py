@@ -16,6 +16,7 @@ from mae_core.command_line import answered
 from mae_core.flags import named_path, non_negative_int, seed
 from transfer.data.findings import MINIATURE_MARKER
 from transfer.miniature import dense, imagenet
+from transfer.miniature.unlabelled import unlabelled
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def write(args: argparse.Namespace) -> int:
     makers: list[Callable[..., Path]] = [imagenet.imagenet, imagenet.imagenet_a, imagenet.imagenet_r]
     makers += [imagenet.imagenet_sketch, imagenet.imagenet_c, dense.coco, dense.ade20k]
     if args.unlabelled:
-        makers.append(partial(imagenet.unlabelled, count=args.unlabelled))
+        makers.append(partial(unlabelled, count=args.unlabelled))
     for make in makers:
         start = time.perf_counter()
         folder = make(args.out, seed=args.seed)

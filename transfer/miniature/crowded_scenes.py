@@ -4,13 +4,18 @@
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes
 
-from transfer.miniature.scenes import CLASSES, CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline, rgb
+from transfer.miniature.scenes import CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline, rgb
 
+# (width, height) in px, in turn.
+SIZES = ((52, 52), (56, 42), (42, 56), (60, 48), (48, 60), (64, 48), (48, 64), (56, 56))
+# The classes of scenes.py that only their shape tells apart.
+KINDS = ("cross", "heart", "moon", "square", "star", "triangle")
 # Kinds of background and their colours, pale or dull so that objects stand out.
 STUFF: dict[str, RGB] = {
     "grass": (112, 138, 92),
@@ -42,19 +47,23 @@ class CrowdedScene:
     objects: tuple[PlacedObject, ...] = ()
     crowd: int = 0
 
+    @property
+    def parts(self) -> tuple[Region | PlacedObject, ...]:
+        return (*self.regions, *self.objects)
+
 
 def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedScene:
-    """Sky over grass or ground, often a wall, sometimes a crowd; two to five objects of radius 8 to 24 px, and pebbles.
+    """Sky over grass or ground, often a wall, sometimes a crowd; one or two objects of radius 12 to 21 px, and pebbles.
 
     At least 60 % of every object outside the crowd is visible, and the visible part has no hole: polygons describe it.
     """
     regions = _regions(width, height, rng)
     crowd = _crowd(width, height, regions, rng) if rng.random() < 0.15 else ()
     scene = CrowdedScene(width, height, regions, crowd, len(crowd))
-    wanted = len(crowd) + int(rng.integers(2, 6))
-    for _ in range(40):
-        radius = min(8 * 3 ** rng.random(), 0.45 * min(width, height))
-        scene = _with_object(scene, str(rng.choice(CLASSES)), radius, rng)
+    wanted = len(crowd) + int(rng.integers(1, 3))
+    for _ in range(20):
+        radius = min(12 * 1.75 ** rng.random(), 0.45 * min(width, height))
+        scene = _with_object(scene, str(rng.choice(KINDS)), radius, rng)
         if len(scene.objects) == wanted:
             break
     for _ in range(int(rng.integers(0, 4))):
@@ -71,7 +80,7 @@ def _with_object(scene: CrowdedScene, kind: str, radius: float, rng: np.random.G
     for index in (*np.unique(before[after != before]).tolist(), first + len(scene.objects)):
         if index < first + scene.crowd:
             continue
-        alone = owners(replace(scene, regions=scene.regions[:1], objects=(larger.objects[index - first],))) == 1
+        alone = _covered(larger.objects[index - first], scene.width, scene.height)
         seen = after == index
         if seen.sum() < 0.6 * alone.sum() or (binary_fill_holes(seen) != seen).any():
             return scene
@@ -111,7 +120,7 @@ def _random_object(kind: str, radius: float, scene: CrowdedScene, rng: np.random
 
 def _crowd(width: int, height: int, regions: tuple[Region, ...], rng: np.random.Generator) -> tuple[PlacedObject, ...]:
     """Two rows of small objects of one class and colour."""
-    kind, radius, columns = str(rng.choice(CLASSES)), float(rng.uniform(4, 5.5)), int(rng.integers(3, 5))
+    kind, radius, columns = str(rng.choice(KINDS)), float(rng.uniform(3.5, 4.5)), int(rng.integers(3, 5))
     space = CrowdedScene(width - round(2.2 * radius * (columns - 1)), height - round(2.2 * radius), regions)
     corner = _random_object(kind, radius, space, rng)
     steps = [2.2 * radius * np.array((column, row)) for row in range(2) for column in range(columns)]
@@ -122,23 +131,30 @@ def _crowd(width: int, height: int, regions: tuple[Region, ...], rng: np.random.
 def paint(scene: CrowdedScene) -> tuple[np.ndarray, np.ndarray]:
     """The picture without noise, uint8 [height, width, 3], and its `owners`."""
     canvas = Image.new("RGB", (scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE))
-    colours = [region.colour for region in scene.regions] + [thing.colour for thing in scene.objects]
-    for corners, colour in zip(_polygons(scene), colours):
-        ImageDraw.Draw(canvas).polygon(corners, fill=colour)
+    for part in scene.parts:
+        ImageDraw.Draw(canvas).polygon(_polygon(part), fill=part.colour)
     picture = canvas.resize((scene.width, scene.height), Image.Resampling.BOX)
     return np.asarray(picture), owners(scene)
 
 
 def owners(scene: CrowdedScene) -> np.ndarray:
     """What each pixel shows, uint8 [height, width]: an index into regions followed by objects."""
-    owner = Image.new("L", (scene.width * SUPERSAMPLE, scene.height * SUPERSAMPLE))
-    for index, corners in enumerate(_polygons(scene)):
-        ImageDraw.Draw(owner).polygon(corners, fill=index)
+    owner = np.zeros((scene.height, scene.width), np.uint8)
+    for index, part in enumerate(scene.parts):
+        owner[_covered(part, scene.width, scene.height)] = index
+    return owner
+
+
+@lru_cache(64)  # while a scene grows, what is there is asked for again and again
+def _covered(part: Region | PlacedObject, width: int, height: int) -> np.ndarray:
+    """The pixels [height, width] whose centre the region or the object covers."""
+    canvas = Image.new("1", (width * SUPERSAMPLE, height * SUPERSAMPLE))
+    ImageDraw.Draw(canvas).polygon(_polygon(part), fill=1)
     centres = slice(SUPERSAMPLE // 2, None, SUPERSAMPLE)
-    return np.asarray(owner)[centres, centres]
+    return np.asarray(canvas)[centres, centres]
 
 
-def _polygons(scene: CrowdedScene) -> list[list[tuple[float, float]]]:
-    """Corners (x, y) of the regions, then of the objects, on the supersampled canvas."""
-    shapes = [np.array(region.corners) for region in scene.regions] + [outline(thing) for thing in scene.objects]
-    return [[(float(x), float(y)) for x, y in polygon * SUPERSAMPLE] for polygon in shapes]
+def _polygon(part: Region | PlacedObject) -> list[tuple[float, float]]:
+    """Corners (x, y) on the supersampled canvas."""
+    corners = np.array(part.corners) if isinstance(part, Region) else outline(part)
+    return [(float(x), float(y)) for x, y in corners * SUPERSAMPLE]

@@ -4,7 +4,7 @@
     DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass}/2012_{train,val}%06d.{jpg,png}, ImageSets/Segmentation/
     DIR/ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_%08d.{jpg,png}
 
-Images have several sizes and shapes. Objects are the classes of scenes.py under the real datasets' ids; an id's real
+Images have several sizes and shapes. Objects are six classes of scenes.py under the real datasets' ids; an id's real
 meaning plays no part.
 """
 
@@ -19,18 +19,16 @@ from contourpy import contour_generator
 from PIL import Image
 
 from transfer.data.coco import CATEGORIES
-from transfer.miniature.crowded_scenes import CrowdedScene, crowded_scene, paint
-from transfer.miniature.scenes import CLASSES, with_noise
+from transfer.miniature.crowded_scenes import KINDS, SIZES, CrowdedScene, crowded_scene, paint
+from transfer.miniature.scenes import with_noise
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
-TRAIN, VAL = 200, 60
-# (width, height) in px, in turn.
-SIZES = ((96, 96), (96, 72), (72, 96), (120, 80), (80, 120), (100, 75), (90, 90), (75, 101))
-# COCO's first 16 ids; 12 is one of its gaps.
-COCO_IDS = dict(zip(CLASSES, (*range(1, 12), *range(13, 18))))
+TRAIN, VAL = 300, 100
+# COCO's ids around one of its gaps, 12.
+COCO_IDS = dict(zip(KINDS, (9, 10, 11, 13, 14, 15)))
 # ADE20K's ids of the regions' namesakes, and ids spread over 1..150 for the objects. What has no entry, the pebbles, is
 # 0: unlabelled.
-ADE_IDS = {"wall": 1, "sky": 3, "grass": 10, "ground": 14} | {name: 15 + 9 * i for i, name in enumerate(CLASSES)}
+ADE_IDS = {"wall": 1, "sky": 3, "grass": 10, "ground": 14} | {name: 15 + 27 * i for i, name in enumerate(KINDS)}
 
 # First id and name of each of COCO's supercategories, which have consecutive ids.
 SUPERCATEGORIES = {
@@ -142,10 +140,10 @@ def _ade20k_files(seed: int) -> Files:
 
 
 def voc_label(drawn: Picture) -> np.ndarray:
-    """VOC's label image, uint8 [H, W]: objects are 1..16, regions the background 0, and 255 what has no class."""
+    """VOC's label image, uint8 [H, W]: objects are 1..6, regions the background 0, and 255 what has no class."""
     scene = drawn.scene
     kinds = [region.kind for region in scene.regions] + [thing.kind for thing in scene.objects]
-    ids = dict.fromkeys(("wall", "sky", "grass", "ground"), 0) | {name: i for i, name in enumerate(CLASSES, 1)}
+    ids = dict.fromkeys(("wall", "sky", "grass", "ground"), 0) | {name: i for i, name in enumerate(KINDS, 1)}
     return np.array([ids.get(kind, 255) for kind in kinds], np.uint8)[drawn.owner]
 
 
@@ -163,7 +161,7 @@ def _voc_files(seed: int) -> Files:
 
 
 def coco(root: Path, seed: int = 0) -> Path:
-    """Write root/coco: 200 training and 60 validation images with boxes and masks. Returns that folder; what already
+    """Write root/coco: 300 training and 100 validation images with boxes and masks. Returns that folder; what already
     lies there is treated as by `write_set`."""
     counts = {"train": TRAIN, "val": VAL, "annotation files": 2}
     return write_set(root, "coco", seed, counts, _coco_files(seed))

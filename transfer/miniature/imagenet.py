@@ -1,7 +1,7 @@
-"""The miniature of ImageNet, its shifted test sets and unlabelled images, in their official layouts.
+"""The miniature of ImageNet and its shifted test sets, in their official layouts.
 
     DIR/imagenet/{train,val}/WNID/*.JPEG       DIR/imagenet-a/WNID/*.jpg       DIR/imagenet-sketch/WNID/*.JPEG
-    DIR/imagenet-c/CORRUPTION/SEVERITY/WNID/*.JPEG       DIR/imagenet-r/WNID/*.jpg       DIR/unlabelled/*.JPEG
+    DIR/imagenet-c/CORRUPTION/SEVERITY/WNID/*.JPEG       DIR/imagenet-r/WNID/*.jpg
     DIR/imagenetv2-matched-frequency-format-val/CLASS/*.jpeg       DIR/imagenet-real/real.json
     DIR/imagenet_subsets/*percent.txt       DIR/imagenet_subsets{1,2,3}/*imgs_class.txt
 
@@ -11,10 +11,7 @@ Images are 48 px. The 16 classes are shapes (scenes.py) under real WNIDs, so tha
 
 import io
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from mae_core.errors import UserError
 from mae_core.vit import get_arch
 from transfer.data.imagenet import wnids
 from transfer.data.objectnet import BORDER
@@ -139,20 +135,6 @@ def _objectnet_files(seed: int) -> Files:
             yield f"images/{name}/{index:08d}.png", file.getvalue()
 
 
-def _unlabelled_file(seed: int, index: int) -> tuple[str, bytes]:
-    label = int(rng_of(seed, "unlabelled/class", 0, index).integers(len(scenes.CLASSES)))
-    return f"{index:07d}.JPEG", jpeg(_photograph(seed, "unlabelled", label, index))
-
-
-def _unlabelled_files(seed: int, count: int) -> Files:
-    if count < 2000:
-        yield from (_unlabelled_file(seed, index) for index in range(count))
-        return
-    # "spawn": a fork of a process in which torch runs threads may hang.
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        yield from pool.imap(partial(_unlabelled_file, seed), range(count), chunksize=250)
-
-
 def imagenet(root: Path, seed: int = 0) -> Path:
     """Write root/imagenet with train (50 images per class) and val (100 per class). Returns that folder; what already
     lies there is treated as by `write_set`."""
@@ -209,13 +191,6 @@ def imagenet_lists(root: Path, seed: int = 0) -> Path:
         names = {f"{count}imgs_class": count for count in (1, 2, 5)}
         write_set(root, f"imagenet_subsets{split}", seed, {"lists": 3}, _list_files(seed, split, names))
     return folder
-
-
-def unlabelled(root: Path, count: int = 20000, seed: int = 0) -> Path:
-    """Write root/unlabelled: `count` images for pre-training, classes at random, as many processes as CPUs."""
-    if count < 1:
-        raise UserError(f"{count} unlabelled images were asked for: ask for at least 1")
-    return write_set(root, "unlabelled", seed, {"train": count}, _unlabelled_files(seed, count))
 
 
 def miniature_size(arch: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from transfer.miniature import imagenet
+from transfer.miniature.unlabelled import unlabelled
 
 
 @pytest.fixture(scope="session")
@@ -12,5 +13,5 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("miniature")
     for kind in ("imagenet", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_c"):
         getattr(imagenet, kind)(folder)
-    imagenet.unlabelled(folder, count=300)
+    unlabelled(folder, count=300)
     return folder

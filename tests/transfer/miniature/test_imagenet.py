@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.fixtures.miniature import PUBLISHED_CORRUPTIONS, digests
 from transfer.miniature import imagenet, scenes
+from transfer.miniature.unlabelled import MIX, unlabelled
 
 WNIDS = list(imagenet.class_wnids().values())
 
@@ -66,10 +67,21 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_none_of_them(root, tmp_
 
 def test_process_pool_changes_no_byte(root, tmp_path):
     """An image depends only on its index: 2000 images come from the pool, the first 300 were made without it."""
-    many = digests(imagenet.unlabelled(tmp_path, count=2000))
+    many = digests(unlabelled(tmp_path, count=2000))
     few = digests(root / "unlabelled")
     assert len(many) == 2000
     assert few == {name: many[name] for name in few}
+
+
+def test_unlabelled_images_are_of_all_kinds(root):
+    """Crowded scenes have no image of 48 x 48 px, and only line drawings have a white corner and no colour."""
+    images = [pixels(file).astype(int) for file in (root / "unlabelled").glob("*.JPEG")]
+    crowded = sum(image.shape != (48, 48, 3) for image in images)
+    drawings = sum(image[0, 0].min() > 230 and np.ptp(image, axis=2).max() <= 8 for image in images)
+    shares = {draw.__name__: share for draw, share in MIX.items()}
+    assert sum(shares.values()) == pytest.approx(1)
+    for seen, share in ((crowded, shares["_crowded"]), (drawings, shares["_drawing"])):
+        assert abs(seen / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5
 
 
 def test_no_image_occurs_twice(root):

@@ -77,13 +77,13 @@ def test_several_scales_are_twelve_views(root, tmp_path, mmseg):
     init_default_scope("mmseg")
     job = make_job(root, tmp_path)
     loader = make_loader(root / FOLDER, multi_scale_pipeline(job.recipe), job.machine, 0)
-    views = DATASETS.build(loader["dataset"])[0]  # 96 x 96 px, to be shown at 56
+    views = DATASETS.build(loader["dataset"])[0]  # 52 x 52 px, to be shown at 56
     shown = [(3, side, side) for side in (48, 48, 56, 70, 84, 98) for _ in range(2)]
     assert [tuple(view.shape) for view in views["inputs"]] == shown
     assert [bool(sample.flip) for sample in views["data_samples"]] == [False, True] * 6
     for plain, flipped in zip(views["inputs"][::2], views["inputs"][1::2]):
         assert torch.equal(plain, flipped.flip(2))
-    assert {tuple(sample.gt_sem_seg.shape) for sample in views["data_samples"]} == {(96, 96)}
+    assert {tuple(sample.gt_sem_seg.shape) for sample in views["data_samples"]} == {(52, 52)}
 
 
 def test_images_are_read_as_their_labels_are_stored(tmp_path):

@@ -38,8 +38,8 @@ def test_crops_are_normalised_padded_and_labelled(root, tmp_path, mmseg):
     label = target["label"]
     assert (image.shape, image.dtype, label.shape, bad) == ((3, 128, 128), torch.float32, (128, 128), "")
     first = sorted((root / FOLDER / "images/training").iterdir())[0]
-    width, height = Image.open(first).size  # 96 x 96, resized to 56 x 56
-    assert (width, height) == (96, 96)
+    width, height = Image.open(first).size  # 52 x 52, resized to 56 x 56
+    assert (width, height) == (52, 52)
     assert not image[:, 56:].any()
     assert not image[:, :, 56:].any()
     assert (label[56:] == 255).all()
