@@ -47,8 +47,7 @@ for wheel in map(pathlib.Path, sys.argv[1:]):
 END
 )
 if [ -n "$missing" ]; then
-  printf '%s\n' "$missing" | tr '\n' '\0' |
-    xargs -0 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$here/site"
+  xargs -d '\\n' "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$here/site" <<<"$missing"
 fi
 cd "$here"
 exec "$PYTHON" project/benchmarks/gpu_check.py "$@"
