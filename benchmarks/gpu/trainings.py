@@ -40,7 +40,7 @@ def pretraining(room: Room) -> Iterator[Line]:
     peak_rate = matmul_rate(room.device, precision)
     flops = training_flops(room.base, recipe(room.base, room.recipe))
     for how in ("--no-compile", "--compile")[: room.many(2, 1)]:
-        name = f"pretrain{how.removeprefix('--no')}".replace("--", "-")
+        name = f"pretrain-{how.strip('-')}"  # a folder of its own each: the second would resume the first
         knobs = ("--recipe", room.recipe, "--set", f"epochs={epochs}", "warmup_epochs=1", f"batch={batch}")
         said = room.run(name, room.pretraining(name, room.base, how, *knobs))
         epochs_done = log_of(room.work / name)

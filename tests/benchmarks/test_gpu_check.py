@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_bundle, gpu_check
-from benchmarks.gpu import numerics
+from benchmarks.gpu import numerics, trainings
 from benchmarks.gpu.room import Room, last_line, line, skipped
 from mae_core import machine
 from tests.fixtures.transfer import write_imagenet
@@ -130,3 +131,23 @@ def test_a_bundle_knows_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "mae_core" / "machine.py"))
     (tmp_path / machine.COMMIT_FILE).write_text("0123abc\n")
     assert machine.commit() == "0123abc"
+
+
+def test_both_ways_of_pretraining_start_anew(tmp_path, monkeypatch):
+    """The compiled run once found the other's finished training in its folder, and passed with its figures."""
+
+    class GPU(Room):
+        rehearsal = False
+        unlabelled = tmp_path
+
+        def run(self, name, command, env=None, seconds=3600):
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir()  # fails if it is there
+            epochs = [{"step": step, "seconds": step / 10, "loss": 1 / step} for step in (10, 20)]
+            (out / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+            return f"{out}: 20 steps, peak 1.0 GiB"
+
+    monkeypatch.setattr(trainings, "matmul_rate", lambda device, precision: 1e12)
+    found = list(trainings.pretraining(GPU("cuda", tmp_path)))
+    assert [one.status for one in found] == ["pass", "pass"]
+    assert [one.values["images_per_second"] for one in found] == [2560.0, 2560.0]  # 10 steps of 256 images in a second
