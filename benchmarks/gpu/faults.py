@@ -63,11 +63,11 @@ def out_of_memory(room: Room) -> Iterator[Line]:
 
 def kill_and_resume(room: Room) -> Iterator[Line]:
     """SIGKILL in the middle of a pre-training and of a fine-tuning, then the same command: weights equal to the bit."""
-    epochs = room.many(30, 4)
+    epochs = room.many(8, 4)
     mae = ["mae_core.pretrain", "--data", str(room.unlabelled), "--arch", "vit_mini_patch8", "--recipe", "mini"]
     mae += ["--set", f"epochs={epochs}", "warmup_epochs=1", f"batch={room.many(128, 16)}", "--save-minutes", "0.01"]
     tune = ["transfer.classification", "--task", "imagenet_finetune", "--ckpt", "random:vit_mini_patch8", "--recipe"]
-    tune += ["mini", "--data", str(room.data), "--save-minutes", "0.01", "--set", f"epochs={room.many(30, 4)}"]
+    tune += ["mini", "--data", str(room.data), "--save-minutes", "0.01", "--set", f"epochs={epochs}"]
     tune += ["warmup_epochs=1", f"batch={room.many(64, 8)}"]
     for what, command, weights in (
         ("pre-training", mae, "mae.safetensors"),
