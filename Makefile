@@ -25,7 +25,7 @@ help:
 install: .venv/.installed
 
 # The stamp is written last: an interrupted installation is taken up again. --inexact leaves what was added by hand.
-.venv/.installed: uv.lock pyproject.toml Makefile
+.venv/.installed: uv.lock pyproject.toml Makefile $(wildcard mae_core/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) or sys.version_info >= (3, 14))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; give another one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
@@ -34,6 +34,8 @@ install: .venv/.installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
 	$(BIN)/uv sync --quiet --frozen --inexact --extra segmentation --extra slurm
+	@echo "== compiling the reader of training images, which can be done without"
+	-@$(BIN)/python -m mae_core.native
 	@touch $@
 	@echo "== .venv is ready"
 

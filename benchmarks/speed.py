@@ -2,7 +2,7 @@
 
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --compare /path/to/mae    # beside the official code
-python benchmarks/speed.py loader --data /datasets/imagenet/train    # on one core, beside torchvision's ImageFolder
+python benchmarks/speed.py loader --data /datasets/imagenet/train --workers 16    # beside decoding alone
 """
 
 import argparse
@@ -18,13 +18,14 @@ try:
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.markdown import markdown_table
+    from benchmarks.speed_loader import loader_table, loader_values, read_arms
     from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
     from mae_core.flags import add_machine_flags, named_path, non_negative_int
-    from mae_core.machine import Machine, hardware, machine_from, peak_memory_gib, versions
+    from mae_core.machine import Machine, cores, hardware, machine_from, peak_memory_gib, versions
     from mae_core.settings import choose
     from mae_core.vit import ARCHS, get_arch
     from mae_core.writing import write_json, write_text
@@ -64,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
     batch_help = "images per step (default: 128 on a GPU, of mini and of `loader`; else 16)"
     parser.add_argument("--batch", type=non_negative_int, default=0, help=batch_help)
-    parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files (ours only)")
+    parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")
     parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
     parser.add_argument("--repeats", type=non_negative_int, default=10, help="timed steps of each arm (default: 10)")
@@ -80,18 +81,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def use_one_core(args: argparse.Namespace, machine: Machine) -> Machine:
-    """Both arms in this process on one thread: worker processes would prefetch for one while the other is timed."""
-    if args.workers > 0 or args.compare is not None:
-        raise UserError("loader is measured per core, in this process, beside torchvision: no --workers, no --compare")
-    torch.set_num_threads(1)
-    return replace(machine, workers=0, threads=1)
-
-
 def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
-    large = machine.device == "cuda" or args.arch == "vit_mini_patch8" or args.what == "loader"
+    large = machine.device == "cuda" or args.arch == "vit_mini_patch8"
     batch = args.batch or (128 if large else 16)
-    workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare, args.data)
+    workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare)
     if args.profile:
         print_profile(workloads["ours"], machine)
     timings = alternate(workloads, args.warmup, args.repeats, machine.device)
@@ -143,7 +136,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[Result]) -> Path:
-    """Write WHAT-ARCH-PRECISION.json and .md below --out (a loader has no arch: loader-SIZEpx.*); the JSON's path."""
+    """Write WHAT-ARCH-PRECISION.json and .md below --out; the JSON's path."""
     arms = [
         {
             "name": r.name,
@@ -158,20 +151,35 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
         }
         for r in results
     ]
-    if args.what == "loader":
-        size = get_arch(args.arch).image_size
-        subject, name, title = {"image_size": size}, f"loader-{size}px", f"{size} px, one core"
-    else:
-        subject, title = {"arch": args.arch}, f"{args.arch}, {machine.precision}"
-        name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
-    value = {"what": args.what, **subject, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
+    name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
+    value = {"what": args.what, "arch": args.arch, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
     value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine), "versions": versions()}
     value["matmul_flops_per_second"] = results[0].matmul_rate
     path = args.out / f"{name}.json"
     write_json(path, value)
-    title = f"{args.what}, {title}, batch {results[0].images}, {hardware(machine)}"
+    title = f"{args.what}, {args.arch}, {machine.precision}, batch {results[0].images}, {hardware(machine)}"
     write_text(path.with_suffix(".md"), f"{title}\n\n{table(results)}\n")
     return path
+
+
+def run_loader(args: argparse.Namespace, machine: Machine) -> int:
+    """Measure the reading of --data, with 1, 2, 4, ... up to --workers processes; write loader-FOLDER.json and .md."""
+    if args.compare is not None:
+        raise UserError("loader is measured beside torchvision and Pillow: no --compare")
+    torch.set_num_threads(1)
+    size, batch = get_arch(args.arch).image_size, args.batch or 128
+    most = args.workers if args.workers >= 0 else cores()
+    counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} - {0}))
+    arms = read_arms(args.data, size, batch, counts, args.warmup, args.repeats, machine.device)
+    path = args.out / f"loader-{args.data.resolve().name}.json"
+    value = {"what": "loader", "image_size": size, "batch": batch, "warmup": args.warmup, **loader_values(arms)}
+    value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions()}
+    write_json(path, value)
+    text = loader_table(arms)
+    write_text(path.with_suffix(".md"), f"loader, {size} px, batch {batch}, {hardware(machine)}\n\n{text}\n")
+    print(text)
+    print(path)
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--data DIR is needed by loader, and by nothing else")
     machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
     if args.what == "loader":
-        machine = use_one_core(args, machine)
+        return run_loader(args, machine)
     results = measure(args, machine)
     path = write_results(args, machine, results)
     print(table(results))

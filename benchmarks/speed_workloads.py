@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,49 +11,36 @@ from typing import Any
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
 from benchmarks.flops import build_autoencoder, training_flops
 from benchmarks.originals import mae as official
 from mae_core.data import (
-    MEAN,
-    STD,
     Images,
-    TrainingStream,
-    images_or_shards,
-    loader,
     normalize,
-    pretraining_transform,
 )
-from mae_core.errors import UserError
 from mae_core.loop import train_step
 from mae_core.machine import Machine, suit_attention
 from mae_core.optim import adamw, layer_decay_groups, pretraining_groups
 from mae_core.pretrain import preparation
 from mae_core.recipe import PretrainRecipe, recipe
-from mae_core.shards import list_shards
 from mae_core.training import State, Training
-from mae_core.vit import build_vit, get_arch
+from mae_core.vit import build_vit
 from transfer.classification.cost import CLASSES, classifier_flops
 from transfer.classification.recipes import finetune_recipe
 
 Workload = Callable[[], object]
 Scaler = torch.amp.GradScaler | None
 SAME, SHIPPED = "official, same precision", "official, as shipped"
-IMAGE_FOLDER = "torchvision's ImageFolder, Pillow"
 
 
 def make_workloads(
-    what: str, arch: str, batch: int, machine: Machine, folder: Path | None, data: Path | None
+    what: str, arch: str, batch: int, machine: Machine, folder: Path | None
 ) -> tuple[dict[str, Workload], int]:
     """{arm: workload} with "ours" first, and the FLOPs of one image (0: none are counted).
 
     folder: the official code, if it is to be timed too: at our precision and, where that differs, as it ships, in fp32
-    on a CPU and in fp16 with a loss scaler on a GPU. data: the images, where `what` is "loader".
+    on a CPU and in fp16 with a loss scaler on a GPU.
     """
-    if data is not None:
-        return loader_workloads(get_arch(arch).image_size, batch, machine, data), 0
     name = "mini" if arch == "vit_mini_patch8" else "paper"
     ours, official_at, flops = {"pretrain": pretraining, "finetune": finetuning, "eval": evaluation}[what](
         arch, name, batch, machine
@@ -219,39 +206,3 @@ def evaluation(arch: str, name: str, batch: int, machine: Machine) -> Arms:
         return inference(other, other, autocast)
 
     return inference(model, forward, machine.autocast), theirs, classifier_flops(arch, size, train=False)
-
-
-def loader_workloads(size: int, batch: int, machine: Machine, data: Path) -> dict[str, Workload]:
-    """Ours: the next batch of pre-training images, decoded, cropped, flipped and normalised on the device. Beside it,
-    unless the images are in tar files, torchvision's ImageFolder on the same files, with the official script's
-    transforms, all by Pillow."""
-    files, folder = images_or_shards(data), None
-    if not list_shards(data):
-        crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=3)
-        steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        try:
-            folder = datasets.ImageFolder(str(data), transforms.Compose(steps))
-        except FileNotFoundError:
-            raise UserError(
-                f"{data} has no class folders with images, as torchvision's ImageFolder reads them"
-            ) from None
-        files = [file for file, _ in folder.samples]
-    if len(files) < batch:
-        raise UserError(f"{data} has {len(files)} images, fewer than one batch of {batch}: give a smaller --batch")
-    dataset = Images(files, pretraining_transform(size))
-
-    def ours() -> Iterator[Tensor]:
-        stream = TrainingStream(len(files), batch, batch, 0, 0, 10**6)
-        for images, _, _ in loader(dataset, stream, machine.workers, machine.device):
-            yield normalize(images.to(machine.device, non_blocking=True))
-
-    def theirs(folder: datasets.ImageFolder) -> Iterator[Tensor]:
-        pinned = machine.device == "cuda"
-        while True:
-            for images, _ in DataLoader(folder, batch, shuffle=True, pin_memory=pinned, drop_last=True):
-                yield images.to(machine.device, non_blocking=True)
-
-    workloads: dict[str, Workload] = {"ours": partial(next, ours())}
-    if folder is not None:
-        workloads[IMAGE_FOLDER] = partial(next, theirs(folder))
-    return workloads

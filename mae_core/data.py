@@ -1,7 +1,6 @@
 """Images from disk, in an order and with augmentations that depend only on the seed and the position."""
 
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from mae_core import distributed
+from mae_core import distributed, native
+from mae_core.batch import Batch, InTurn, Numbered
+from mae_core.crops import Crop
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, printable, walk
+from mae_core.seeds import seed_all as seed_all
+from mae_core.seeds import seed_for as seed_for
 from mae_core.shards import list_members, list_shards
-from mae_core.workers import end_at_errors, fitting_workers, lost_batches_explained
+from mae_core.workers import PREFETCH, end_at_errors, fitting_workers, lost_batches_explained
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
@@ -55,23 +58,6 @@ def images_or_shards(root: Path) -> list[str]:
     except UserError:
         return entries
     raise UserError(f"{root} has both tar files ({shards[0].name}) and loose images ({loose}): keep them apart")
-
-
-def seed_for(*parts: int) -> int:
-    """One 64-bit seed from several integers; neighbouring inputs give unrelated seeds."""
-    low, high = np.random.SeedSequence(parts).generate_state(2)
-    return int(low) | int(high) << 32
-
-
-def seed_all(*parts: int, device: str = "cpu") -> None:
-    """Seed every generator that an augmentation or a layer may draw from; the GPU's too where that is the device."""
-    seed = seed_for(*parts)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: until CUDA is initialised it queues every call with its stack, without end.
-    torch.default_generator.manual_seed(seed % 2**63)
-    if device.startswith("cuda"):
-        torch.cuda.manual_seed(seed % 2**63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +105,33 @@ class Images(Dataset):
     def __getitem__(self, sample: Sample | int) -> tuple[Tensor, int, str]:
         return self.__getitems__([sample])[0]
 
-    def __getitems__(self, samples: Sequence[Sample | int]) -> list[tuple[Tensor, int, str]]:
-        """Several at once, as the DataLoader asks: consecutive samples of one image are decoded once."""
-        found, decoded = [], -1
-        for sample in samples:
-            index, position = (sample.index, sample.position) if isinstance(sample, Sample) else (sample, sample)
-            if index != decoded:
-                image, bad = self.decode(index)
-                decoded = index
-            seed_all(self.seed, position)
+    def __getitems__(self, samples: Sequence[Sample | int]) -> Batch:
+        """Several at once, as the DataLoader asks."""
+        return self.batch(samples)
+
+    def batch(self, samples: Sequence[Sample | int], room: Tensor | None = None) -> Batch:
+        """Several at once, in one tensor (`room`, or a new one): consecutive samples of one image are decoded once."""
+        asked = [(s.index, s.position) if isinstance(s, Sample) else (s, s) for s in samples]
+        images = [-1, *(index for index, _ in asked), -1]
+        batch, decoded = Batch(len(asked), room), -1
+        read = None if self.pillow else native.reader(self.transform, self.seed, batch)
+        for place, (index, position) in enumerate(asked):
             try:
-                view = self.transform(image)
+                bad, view = "", None
+                alone = index not in (images[place], images[place + 2])
+                if read is None or not alone or not read(self.files[index], position):
+                    if index != decoded:
+                        image, bad = self.decode(index)
+                        decoded = index
+                    seed_all(self.seed, position)
+                    view = self.transform(image)
+                batch.add(view, int(self.labels[index]), bad)
+            except UserError:
+                raise
             except Exception as e:  # of any kind: a worker must not lose the file's name
                 reason = f"{type(e).__name__}: {e}"
                 raise UserError(f"{os.fsdecode(self.files[index])} cannot be augmented ({reason}): replace it") from e
-            found.append((view, int(self.labels[index]), bad))
-        return found
+        return batch
 
     def decode(self, index: int) -> tuple[Any, str]:
         path = os.fsdecode(self.files[index])
@@ -191,23 +188,31 @@ def loader(
     It serves for one pass: a training has one loader for all its epochs, so that workers start once.
     """
     first = next(iter(batches), None) if workers else None
+    source: Any = dataset
+    pinned = device.startswith("cuda")
     if first:
-        workers = fitting_workers(workers, collate([dataset[first[0]]] * len(first)), held)
+        like = collate([dataset[first[0]]] * len(first))
+        workers = fitting_workers(workers, like, held)
+        if workers and isinstance(dataset, Images):
+            source, batches = InTurn(dataset, like[0], PREFETCH * workers + 1), Numbered(batches)
     with lost_batches_explained():
-        yield from DataLoader(
-            dataset,  # type: ignore[arg-type]  # torch asks for its Dataset and uses what Samples has
+        for images, labels, bad in DataLoader(
+            source,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=device.startswith("cuda"),
+            pin_memory=pinned,
             worker_init_fn=end_at_errors,
-        )
+        ):
+            # What a worker wrote will be written again; to pin it has copied it already.
+            yield images.clone() if source is not dataset and not pinned else images, labels, bad
 
 
-def collate(samples: list[tuple[Tensor, Any, str]]) -> tuple[Tensor, Any, list[str]]:
-    images, labels, bad = zip(*samples)
+def collate(samples: list[tuple[Tensor, Any, str]] | Batch) -> tuple[Tensor, Any, list[str]]:
+    images, labels, bad = (samples.images, samples.labels, samples.bad) if isinstance(samples, Batch) else zip(*samples)
     targets = Targets(labels) if isinstance(labels[0], dict) else torch.tensor(labels)
-    return torch.stack(images), targets, [name for name in bad if name]
+    images = images if isinstance(images, Tensor) else torch.stack(images)
+    return images, targets, [name for name in bad if name]
 
 
 def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZATION) -> Tensor:
@@ -255,13 +260,13 @@ def pretraining_transform(
     short = (image_size * 256 + 112) // 224
     resize = v2.Resize(short, interpolation=InterpolationMode.BICUBIC)
     random_size = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    steps: dict[str, list] = {
-        "none": [resize, v2.CenterCrop(image_size)],
-        "crop, fixed size": [resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()],
-        "crop, random size": [random_size, v2.RandomHorizontalFlip()],
-        "crop + colour jitter": [random_size, v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)],
+    transforms: dict[str, v2.Compose] = {
+        "none": v2.Compose([resize, v2.CenterCrop(image_size)]),
+        "crop, fixed size": v2.Compose([resize, v2.RandomCrop(image_size), v2.RandomHorizontalFlip()]),
+        "crop, random size": Crop(random_size),
+        "crop + colour jitter": Crop(random_size, v2.ColorJitter(0.4, 0.4, 0.4)),
     }
-    return v2.Compose(steps[augmentation])
+    return transforms[augmentation]
 
 
 class UnreadableFiles:

@@ -5,6 +5,7 @@ the same for loose files and tars.
 """
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import BinaryIO
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, open_regular, walk
 
-ENTRY = re.compile(r"(?P<tar>.+\.tar)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+ENTRY = re.compile(rb"(?P<tar>.+\.tar)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that mark the end of a tar
 AT_A_TIME = 1 << 20  # bytes
 
@@ -61,11 +62,21 @@ def check_end(path: Path, file: BinaryIO, offset: int) -> None:
         raise UserError(f"{path} is cut short, it lacks the mark of a tar's end: copy it again")
 
 
+def place_of(entry: bytes) -> tuple[bytes, int, int] | None:
+    """Tar, offset and size of an entry of list_members, as os.fsencode gives it; None for the path of a file."""
+    match = ENTRY.fullmatch(entry)
+    return (match["tar"], int(match["offset"]), int(match["size"])) if match else None
+
+
+def bytes_of(path: bytes) -> bytes:
+    """The contents of a file, or of an entry of list_members; OSError if it cannot be read."""
+    file, offset, size = place_of(path) or (path, 0, -1)
+    with open_regular(os.fsdecode(file)) as opened:  # anew each time: forked workers must not share a position
+        opened.seek(offset)
+        return opened.read(size)
+
+
 def open_member(entry: str) -> io.BytesIO | None:
     """The bytes of an entry of list_members; None for the path of an ordinary file."""
-    match = ENTRY.fullmatch(entry)
-    if match is None:
-        return None
-    with open_regular(match["tar"]) as file:  # opened anew each time: forked workers must not share a position
-        file.seek(int(match["offset"]))
-        return io.BytesIO(file.read(int(match["size"])))
+    path = os.fsencode(entry)
+    return io.BytesIO(bytes_of(path)) if place_of(path) else None

@@ -102,10 +102,10 @@ def test_an_oversized_validation_image_is_refused_with_its_reason(tmp_path, monk
 
 
 def test_where_no_more_files_can_be_opened_no_image_is_taken_for_broken(tmp_path, monkeypatch):
-    photograph(20, 20).save(tmp_path / "image.jpg")
+    photograph(20, 20).save(tmp_path / "image.png")
     monkeypatch.setattr(decode, "open_regular", raising(OSError(errno.EMFILE, "Too many open files")))
-    with pytest.raises(UserError, match=r"image.jpg cannot be opened \(Too many open files\): give fewer --workers"):
-        Images([tmp_path / "image.jpg"], pretraining_transform(8))[0]
+    with pytest.raises(UserError, match=r"image.png cannot be opened \(Too many open files\): give fewer --workers"):
+        Images([tmp_path / "image.png"], pretraining_transform(8))[0]
 
 
 def test_coco_reads_odd_files_as_they_are_stored(odd):

@@ -2,19 +2,17 @@
 
 import json
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
-from PIL import Image
 
 from benchmarks import speed
 from benchmarks.flops import training_flops
 from benchmarks.originals import mae as official
 from benchmarks.speed import Result
-from benchmarks.speed_workloads import loader_workloads, make_workloads
+from benchmarks.speed_workloads import make_workloads
 from benchmarks.timing import Timing
 from mae_core.machine import Machine
 from mae_core.recipe import recipe
@@ -58,7 +56,7 @@ def test_flops_of_the_classifier_agree_with_a_count_by_hand():
 
 
 def test_every_timed_step_trains(monkeypatch):
-    workloads, flops = make_workloads("pretrain", "vit_mini_patch8", 4, Machine(), None, None)
+    workloads, flops = make_workloads("pretrain", "vit_mini_patch8", 4, Machine(), None)
     assert list(workloads) == ["ours"]
     assert flops == training_flops("vit_mini_patch8", recipe("vit_mini_patch8", "mini"))
     steps = []
@@ -67,39 +65,6 @@ def test_every_timed_step_trains(monkeypatch):
     workloads["ours"]()
     assert len(steps) == 2
     assert all(p.grad is not None for group in steps[0].param_groups for p in group["params"])
-
-
-def test_the_loader_is_timed_beside_torchvision_s_image_folder(noise_images, tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "class").symlink_to(noise_images)
-    found = run(tmp_path, "loader", "--data", str(tmp_path / "data"))
-    assert [path.stem for path in tmp_path.glob("*.json")] == ["loader-48px"]
-    assert (found["image_size"], found["machine"]["workers"], "arch" in found) == (48, 0, False)
-    ours, theirs = found["arms"]
-    assert (ours["name"], theirs["name"]) == ("ours", "torchvision's ImageFolder, Pillow")
-    assert ours["utilisation_percent"] is None
-    assert theirs["ours_over_it"] == pytest.approx(ours["images_per_second"] / theirs["images_per_second"])
-
-
-def test_both_loaders_give_normalised_batches_of_the_same_files(tmp_path):
-    """Of images of one colour each, which no crop or flip changes: the same 8 batches of 4 in another order."""
-    for number in range(32):
-        file = tmp_path / f"class{number % 3}" / f"{number}.png"
-        file.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (30, 20), (8 * number, 0, 255 - number)).save(file)
-    colours = []
-    for work in loader_workloads(16, 4, Machine(), tmp_path).values():
-        batches = [work() for _ in range(8)]
-        assert all((batch.shape, batch.dtype) == ((4, 3, 16, 16), torch.float32) for batch in batches)
-        seen = torch.cat(batches)[:, :, 3, 5]
-        colours.append(seen[seen[:, 0].argsort()])
-    torch.testing.assert_close(*colours)
-
-
-def test_images_in_tar_files_have_no_second_arm(noise_images, tmp_path):
-    with tarfile.open(tmp_path / "images.tar", "w") as tar:
-        tar.add(noise_images, "images")
-    assert list(loader_workloads(48, 4, Machine(), tmp_path)) == ["ours"]
 
 
 def test_the_table_gives_ratios():
@@ -167,8 +132,7 @@ def test_the_official_code_is_timed_at_our_precision_and_as_it_ships(folder, tmp
         (["eval", "--data", "."], "--data DIR is needed by loader, and by nothing else"),
         (["eval", "--arch", "vit_base"], "unknown arch 'vit_base'; did you mean"),
         (["eval", "--repeats", "0"], "--repeats 0: give at least one"),
-        (["loader", "--data", ".", "--workers", "2"], "no --workers, no --compare"),
-        (["loader", "--data", ".", "--compare", "."], "no --workers, no --compare"),
+        (["loader", "--data", ".", "--compare", "."], "beside torchvision and Pillow: no --compare"),
     ],
 )
 def test_wrong_calls_are_refused_in_one_sentence(tmp_path, capsys, flags, sentence):

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode, v2
 
+from mae_core.crops import Crop
 from mae_core.data import IMAGENET_NORMALIZATION, Normalization
 from mae_core.settings import choose
 
@@ -29,7 +30,7 @@ def train_transform(
     operations are Pillow's, on the crop. Random erasing follows normalisation, in train.py. rand_augment: timm's
     string, or "" for none. normalization: its mean fills the borders that RandAugment's shifts open."""
     crop = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    steps: list[Callable] = [crop, v2.RandomHorizontalFlip()]
+    rest: list[Callable] = []
     if rand_augment:
         _, augment, _ = create_transform(
             image_size,
@@ -43,8 +44,8 @@ def train_transform(
         for operation in getattr(augment.transforms[0], "ops", ()):  # AutoAugment has no `ops`, nor this operation
             if operation.name == "PosterizeIncreasing":
                 operation.aug_fn = posterize
-        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
-    return v2.Compose(steps)
+        rest = [v2.ToPILImage(), augment, v2.PILToTensor()]
+    return Crop(crop, *rest)
 
 
 class LoopFreeCrop(v2.RandomResizedCrop):
@@ -66,7 +67,7 @@ class LoopFreeCrop(v2.RandomResizedCrop):
 def probe_transform(image_size: int, min_scale: float) -> v2.Compose:
     """The linear probe's augmentation of uint8 tensors: loop-free random resized crop (bicubic) and flip."""
     crop = LoopFreeCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return Crop(crop)
 
 
 def whole_transform(image_size: int) -> v2.Resize:

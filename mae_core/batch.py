@@ -1,0 +1,82 @@
+"""A batch of images that is assembled in the place from which it is used."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Batch:
+    """`size` samples (image, label, name of an unreadable file or "") whose images lie in one tensor: a new one, or
+    `room` if it has the right shape and type. The first image says what all are."""
+
+    def __init__(self, size: int, room: Tensor | None = None) -> None:
+        self.size, self.room = size, room
+        self.images, self.labels, self.bad = torch.empty(0), [], []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return len(self.bad)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Any, str]:
+        return self.images[range(len(self))[place]], self.labels[place], self.bad[place]
+
+    def begin(self, shape: Sequence[int], kind: torch.dtype) -> None:
+        """Before the first image: there is a place for each."""
+        whole, room = (self.size, *shape), self.room
+        if room is not None and (room.shape[1:], room.dtype) == (whole[1:], kind) and self.size <= len(room):
+            self.images = room[: self.size]
+        else:
+            self.images = torch.empty(whole, dtype=kind)
+
+    def add(self, image: Tensor | None, label: Any, bad: str) -> None:
+        """image: None if it has been written to its place. ValueError for one that is not like the first."""
+        if image is not None:
+            if not len(self):
+                self.begin(image.shape, image.dtype)
+            place = self.images[len(self)]
+            if (image.shape, image.dtype) != (place.shape, place.dtype):
+                raise ValueError(f"{image.dtype} {[*image.shape]} in a batch of {place.dtype} {[*place.shape]}")
+            if image.data_ptr() != place.data_ptr():
+                place.copy_(image)
+        self.labels.append(label)
+        self.bad.append(bad)
+
+
+class Batched(Protocol):
+    """What reads a batch, into a place that is given."""
+
+    def batch(self, samples: Sequence[Any], room: Tensor | None = None) -> Batch: ...
+
+
+class InTurn(Dataset):
+    """Batches that workers write to `count` pieces of shared memory in turn, for lists as `Numbered` gives them. New
+    memory for each would take about as long as to decode what it holds: the system clears it page by page.
+
+    A piece is written again `count` batches later. The DataLoader has PREFETCH batches of each worker under way, in
+    order: one more piece than those suffices, if a batch is copied as soon as it is there.
+    """
+
+    def __init__(self, images: Batched, like: Tensor, count: int) -> None:
+        self.images = images
+        self.pieces = [
+            torch.empty(0, dtype=like.dtype).set_(
+                torch.UntypedStorage._new_shared(like.nbytes), 0, like.shape, like.stride()
+            )
+            for _ in range(count)
+        ]
+
+    def __getitems__(self, numbered: tuple[int, Sequence[Any]]) -> Batch:
+        number, samples = numbered
+        return self.images.batch(samples, self.pieces[number % len(self.pieces)])
+
+
+class Numbered:
+    """Each list with its number, from 0 on."""
+
+    def __init__(self, lists: Iterable[Any]) -> None:
+        self.lists = lists
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.lists)
