@@ -66,7 +66,9 @@ QUICK = {
     "python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16": (
         "--precision fp32 --device cpu --batch 2 --warmup 0 --repeats 1"
     ),
-    "python benchmarks/speed.py loader --data /datasets/imagenet/train": "--batch 8 --warmup 0 --repeats 1",
+    "python benchmarks/speed.py loader --data /datasets/imagenet/train --workers 16": (
+        "--workers 1 --batch 8 --warmup 0 --repeats 1"
+    ),
 }
 SLOW = {
     "mae-transfer run --ckpt FILE --data DIR": f"{LITTLE} --tasks imagenet_knn",
