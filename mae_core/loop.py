@@ -21,7 +21,7 @@ from mae_core import distributed
 from mae_core.data import TrainingStream, UnreadableFiles, loader, seed_all
 from mae_core.errors import UserError
 from mae_core.files import printable
-from mae_core.machine import Machine, suit_attention
+from mae_core.machine import Machine, lack_of_memory_named, suit_attention
 from mae_core.optim import set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
@@ -188,7 +188,9 @@ def train_step(
     while True:
         optimizer.zero_grad(set_to_none=True)
         try:
-            loss, failed = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not agreeing), False
+            with lack_of_memory_named():
+                loss = accumulate(model, chunks, step, t, state.micro_batch, sync=parallel and not agreeing)
+            failed = False
         except torch.OutOfMemoryError:
             failed = True
         if not (distributed.any_process(failed)[0] if agreeing else failed):
@@ -227,7 +229,8 @@ def updated(optimizer: torch.optim.Optimizer, step: int, t: Training, state: Sta
 
     before = versions()
     try:
-        optimizer.step()
+        with lack_of_memory_named():
+            optimizer.step()
         return True
     except torch.OutOfMemoryError:
         failed = versions()

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -100,6 +100,18 @@ def machine_from(args: argparse.Namespace, processes: int = 0) -> Machine:
         threads=torch.get_num_threads(),
         save_minutes=args.save_minutes,
     )
+
+
+@contextlib.contextmanager
+def lack_of_memory_named() -> Iterator[None]:
+    """torch.OutOfMemoryError also where it is a library of CUDA that gets no memory: they ask for their own beside what
+    torch has taken, which can be all. Seen on an H200: cublasCreate in the first backward pass of a large batch."""
+    try:
+        yield
+    except RuntimeError as e:
+        if re.search(r"CU\w+_STATUS_ALLOC_FAILED|CUDA error: out of memory", str(e)):
+            raise torch.OutOfMemoryError(str(e)) from e
+        raise
 
 
 def unusable_gpu(driver: Path = Path("/proc/driver/nvidia/version")) -> str:

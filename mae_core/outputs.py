@@ -9,7 +9,7 @@ from mae_core import distributed
 from mae_core.data import Images, Normalization, loader, normalize
 from mae_core.decode import why_unreadable
 from mae_core.errors import UserError
-from mae_core.machine import Machine
+from mae_core.machine import Machine, lack_of_memory_named
 from mae_core.progress import Progress
 
 
@@ -46,7 +46,7 @@ def forward(
     try:
         images = images.to(machine.device, non_blocking=True)
         for part in images.split(size):
-            with machine.autocast():
+            with lack_of_memory_named(), machine.autocast():
                 outputs.append(model(normalize(part, normalization)).float())
         return torch.cat(outputs), size
     except torch.OutOfMemoryError:

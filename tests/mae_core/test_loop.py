@@ -61,19 +61,24 @@ def test_accumulated_micro_batches_equal_the_whole_batch(noise_images, reference
     runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
 
 
-def out_of_memory_above(monkeypatch, limit, only_call=None):
+# As torch names a library of CUDA for which it has left no memory.
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def out_of_memory_above(monkeypatch, limit, only_call=None, error=None):
     def change(call, images, output):
         if len(images) > limit and only_call in (None, call):
-            raise torch.OutOfMemoryError("simulated")
+            raise error or torch.OutOfMemoryError("simulated")
         return output
 
     return on_forward(monkeypatch, change)
 
 
+@pytest.mark.parametrize("error", [None, CUBLAS])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
-    noise_images, reference, tmp_path, monkeypatch, capsys
+    noise_images, reference, tmp_path, monkeypatch, capsys, error
 ):
-    calls = out_of_memory_above(monkeypatch, limit=4)
+    calls = out_of_memory_above(monkeypatch, limit=4, error=error)
     state = runs.train(noise_images, tmp_path / "a")
     assert calls == [16, 8] + [4] * 4 * 8
     assert state.micro_batch == 4
@@ -84,6 +89,13 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(
     assert "micro-batch reduced to 4, effective batch kept" in capsys.readouterr().out
     runs.assert_equal_to_rounding(reference, tmp_path / "a", rate_sum=5e-4)
     assert runs.losses(tmp_path / "a") == pytest.approx(runs.losses(reference))
+
+
+def test_other_errors_of_cuda_are_not_taken_for_lack_of_memory(noise_images, tmp_path, monkeypatch):
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`")
+    out_of_memory_above(monkeypatch, limit=4, error=error)
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        runs.train(noise_images, tmp_path / "a")
 
 
 def test_out_of_memory_after_part_of_a_step_counts_nothing_twice(noise_images, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from mae_core import distributed
 from mae_core.checkpoint import CheckpointError, read_state, save_pickle
 from mae_core.data import Sample, TrainingStream, seed_all
 from mae_core.errors import UserError
+from mae_core.machine import lack_of_memory_named
 from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
@@ -261,7 +262,8 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
         writer = hooks.PeriodicWriter([JSONWriter(str(job.work / "metrics.json"))], period=METRICS_EVERY)
         trainer.register_hooks([LearningRate(rate), saver, writer if distributed.is_main() else None])
         try:
-            trainer.train(first, iterations)
+            with lack_of_memory_named():
+                trainer.train(first, iterations)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"out of GPU memory at iteration {trainer.iter} with a micro-batch of {micro_batch}: start again with "

@@ -127,11 +127,11 @@ def test_logits_that_are_not_finite_give_no_accuracy(tmp_path):
 class Small(TableModel):
     """Lacks memory for more than `room` images."""
 
-    room = 2
+    room, error = 2, torch.OutOfMemoryError("too many")
 
     def forward(self, images):
         if len(images) > self.room:
-            raise torch.OutOfMemoryError("too many")
+            raise self.error
         return super().forward(images)
 
 
@@ -141,6 +141,8 @@ def test_lack_of_memory_halves_what_is_evaluated_at_once(tmp_path):
     scores = evaluated(model, split)
     assert scores.top1.tolist() == [True, False, True, False, True, True, True]
     assert sum(model.batches) == 7
+    model.error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert evaluated(model, split).top1.tolist() == scores.top1.tolist()
     model.room = 0
     with pytest.raises(torch.OutOfMemoryError):
         evaluated(model, split)
