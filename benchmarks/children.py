@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.warm import start
 from mae_core.files import printable
 from mae_core.settings import as_typed
 from mae_core.writing import named_if_refused, open_to_append
@@ -89,15 +90,8 @@ class Child:
         self.torchrun = "torch.distributed.run" in command
         self.file = open_to_append(log)
         print("$", *command, file=self.file, flush=True)
-        self.process = subprocess.Popen(
-            command,
-            env={**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # else the terminal's Ctrl-C would reach it twice
-        )
+        own = {**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self.process = start(command, own)
         assert self.process.stdout is not None  # since it is a pipe
         self.reader = threading.Thread(target=self.follow, args=[self.process.stdout], daemon=True)
         self.reader.start()

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks.markdown import no_formula
 from benchmarks.page.build import page
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
@@ -223,7 +221,7 @@ def summary_csv(records: list[Record]) -> str:
     for line in lines:
         line |= {key: fixed(line[key], decimals) for key, decimals in DECIMALS.items()}
         line |= {key: line[key][:8] for key in ("sha256", "data_fingerprint")}
-    return as_csv(pd.DataFrame(lines).drop(columns="identity"))
+    return as_csv([{key: value for key, value in line.items() if key != "identity"} for line in lines])
 
 
 def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
@@ -246,11 +244,13 @@ def table_csv(table: Table, sections: dict[Section, list[Record]]) -> str:
                 line |= {f"{column.key}.verdict": c.verdict, f"{column.key}.published": c.reference}
                 line[f"{column.key}.why"] = without_paths("; ".join(c.why))
             lines.append(line)
-    return as_csv(pd.DataFrame(lines))
+    return as_csv(lines)
 
 
-def as_csv(table: pd.DataFrame) -> str:
-    return table.map(no_formula).to_csv(index=False, lineterminator="\n")
+def as_csv(lines: list[dict[str, Any]]) -> str:
+    import pandas as pd  # late: the import takes half a second, and a plan writes no table
+
+    return pd.DataFrame(lines).map(no_formula).to_csv(index=False, lineterminator="\n")
 
 
 def main(argv: list[str] | None = None) -> int:

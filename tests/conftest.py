@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import warm
 from mae_core.autoencoder import MaskedAutoencoder
 
+warm.READ_LATE.add("PYTEST_CURRENT_TEST")  # the children of all tests may be forks of one server
 torch.set_num_threads(1)  # several threads sum in another order; and the models here are too small to gain by them
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for every child too, and some tests send it
 

@@ -33,7 +33,7 @@ from transfer.data.imagenet_shifts import (
 from transfer.data.inputs import input_objections
 from transfer.data.predictions import MAIN, Columns, names_of, prediction_space, write_predictions
 from transfer.data.scores import Scores, evaluate
-from transfer.data.split import Split
+from transfer.data.split import Split, joined
 from transfer.data.transforms import eval_transform
 from transfer.miniature import imagenet as miniature
 from transfer.task import Job, Needs, Result, Task
@@ -167,8 +167,7 @@ def run_c(job: Job) -> Result:
         splits = [read_split(folder / str(s))[0].few(job.data.limit) for s in SEVERITIES]
         if job.recipe.transform == "center_crop":
             check_crop(splits[0].files[0], classifier(job)[1])
-        whole = Split(sum((s.files for s in splits), ()), sum((s.labels for s in splits), ()))
-        scores = scores_of(job, whole, f"{number + 1}/15 {corruption}")
+        scores = scores_of(job, joined(splits), f"{number + 1}/15 {corruption}")
         images = images or names_of(splits[0].files)  # those of all 75 folders, or there would be no number
         starts = [len(images) * i for i in range(len(splits) + 1)]
         parts = [scores.part(start, end, images) for start, end in pairwise(starts)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.imagenet import columns, read_split, without, wnids
-from transfer.data.split import Split, fingerprint
+from transfer.data.split import Files, Split, fingerprint, joined
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -72,27 +72,26 @@ def inspect_c(root: Path) -> Data:
     if absent:
         problems.append(f"{base} lacks {len(absent)} of the 15 corruptions: {', '.join(absent)}; unpack their archives")
     splits: dict[str, Split] = {}
+    first = Split()
     for corruption in (c for c in CORRUPTIONS if c not in absent):
         for severity in SEVERITIES:
             folder = corruption_folder(root, corruption) / str(severity)
             if not folder.is_dir():
                 problems.append(f"{folder} is missing: unpack its archive again")
                 continue
-            splits[f"{corruption}/{severity}"], wrong = read_split(folder)
+            split, wrong = read_split(folder)
+            first = first if first.files else split
+            splits[f"{corruption}/{severity}"] = sharing(split, first)
             problems += wrong
     sizes = {name: len(split.files) for name, split in splits.items()}
     if len(set(sizes.values())) > 1:
         full = max(sizes.values())
         short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
         problems.append(f"{base} has fewer than {full} images in {preview(short)}")
-    elif splits:
-        first = next(iter(splits))
-        images = images_of(splits[first])
-        if others := [name for name, split in splits.items() if images_of(split) != images]:
-            problems.append(
-                f"{base} does not hold the same images in every folder: {first} differs from {preview(others)}"
-            )
-    problems += unusable([file for split in splits.values() for file in split.files])
+    elif others := [name for name, split in splits.items() if split.labels is not first.labels]:
+        one = next(iter(splits))
+        problems.append(f"{base} does not hold the same images in every folder: {one} differs from {preview(others)}")
+    problems += unusable(joined(list(splits.values())).files)
     if problems:
         return incomplete(root, *problems)
     ordered = [splits[name] for name in sorted(splits)]
@@ -103,5 +102,12 @@ def inspect_c(root: Path) -> Data:
     return found(root, base, detail, fingerprint(root, *ordered), counts, official, without(classes))
 
 
-def images_of(split: Split) -> list[tuple[int, str]]:
-    return [(label, file.name) for file, label in zip(split.files, split.labels)]
+def sharing(split: Split, first: Split) -> Split:
+    """The split, which shares its names and labels with the first one if it holds the same images: 75 times 50,000
+    names would fill half a GiB."""
+    if split.labels != first.labels or split.names != first.names:
+        return split
+    assert isinstance(split.files, Files)  # as read_split makes them
+    assert isinstance(first.files, Files)
+    both = zip(split.files.folders, first.files.folders)
+    return Split(Files((folder, names) for (folder, _), (_, names) in both), first.labels)

@@ -2,9 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -12,12 +15,61 @@ from mae_core.data import seed_for
 from transfer.data.findings import spread
 
 
+class Files(Sequence[Path]):
+    """Files by their folders: (folder, names) each. As Paths a million of them would fill 400 MiB."""
+
+    def __init__(self, folders: Iterable[tuple[str, Sequence[str]]] = ()) -> None:
+        self.folders = tuple(folders)
+        self.ends = list(accumulate(len(names) for _, names in self.folders))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, names in self.folders for name in names]
+
+    def texts(self) -> Iterator[str]:
+        """str() of each."""
+        return (f"{folder}/{name}" for folder, names in self.folders for name in names)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(Path, self.texts())
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Path, ...]: ...
+    def __getitem__(self, index: int | slice) -> Path | tuple[Path, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        place = range(len(self))[index]  # IndexError as of any sequence
+        number = bisect_right(self.ends, place)
+        folder, names = self.folders[number]
+        return Path(f"{folder}/{names[place - self.ends[number]]}")  # from its folder's end: a negative index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Files | tuple) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+def texts_of(files: Sequence[Path | str]) -> Iterator[str]:
+    """str() of each."""
+    return files.texts() if isinstance(files, Files) else map(str, files)
+
+
 @dataclass(frozen=True)
 class Split:
     """Image files and their labels, in a fixed order (ImageNet's sets: by WNID and file name, labels 0..999)."""
 
-    files: tuple[Path, ...] = ()
+    files: Sequence[Path] = ()
     labels: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return self.files.names if isinstance(self.files, Files) else [file.name for file in self.files]
 
     @property
     def classes(self) -> frozenset[int]:
@@ -62,6 +114,14 @@ class Split:
         return Split(tuple(self.files[i] for i in kept), tuple(self.labels[i] for i in kept))
 
 
+def joined(splits: Sequence[Split]) -> Split:
+    """The images of the splits, one split after the other."""
+    files = [split.files for split in splits]
+    folders = [each.folders for each in files if isinstance(each, Files)]
+    whole: Sequence[Path] = Files(chain.from_iterable(folders)) if len(folders) == len(files) else ()
+    return Split(whole or tuple(chain.from_iterable(files)), tuple(chain.from_iterable(s.labels for s in splits)))
+
+
 def few_of_both(train: Split, val: Split, limit: int) -> tuple[Split, Split]:
     """`Split.few` of both, of the same classes."""
     few = val.few(limit)
@@ -73,7 +133,7 @@ def fingerprint(root: Path, *splits: Split) -> str:
     digest = hashlib.sha256()
     above = os.path.join(root, "")  # as text: for a million files, relative_to would take half as long again
     for split in splits:
-        for file, label in zip(split.files, split.labels):
-            digest.update(f"{str(file).removeprefix(above)} {label}\n".encode(errors="surrogateescape"))
+        for file, label in zip(texts_of(split.files), split.labels):
+            digest.update(f"{file.removeprefix(above)} {label}\n".encode(errors="surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()

@@ -3,9 +3,9 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-import matplotlib
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
@@ -20,9 +20,16 @@ from transfer.data.coco import CATEGORIES, LABELS, Example
 
 PICTURE_FILE = "predictions.png"
 IMAGES, SIDE, SHOWN_SCORE, SHOWN = 16, 320, 0.3, 12
-FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 # One colour per class; steps of the golden angle keep neighbouring labels apart.
 COLOURS = tuple(f"hsl({int(label * 137.508) % 360}, 90%, 45%)" for label in range(len(CATEGORIES)))
+
+
+@cache
+def font() -> str:
+    """The file of the one that matplotlib brings along."""
+    import matplotlib  # late, as everywhere
+
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def draw_predictions(examples: Sequence[Example], results: Path, picture: Path) -> None:
@@ -54,14 +61,22 @@ def draw(example: Example, entries: list[dict]) -> Tensor:
         for mask, colour in zip(masks, colours):  # one by one: drawn together, torchvision skips their overlaps
             tile = draw_segmentation_masks(tile, mask[None], alpha=0.45, colors=[colour])
         tile = draw_bounding_boxes(
-            tile, boxes, texts, colors=colours, width=2, font=FONT, font_size=11, label_colors="white", fill_labels=True
+            tile,
+            boxes,
+            texts,
+            colors=colours,
+            width=2,
+            font=font(),
+            font_size=11,
+            label_colors="white",
+            fill_labels=True,
         )
     square = F.pad(tile, (0, SIDE - width, 0, SIDE - height), value=255)
     if not entries:  # else the picture would look as if drawing had failed
         image = v2.functional.to_pil_image(square)
         text = f"no detection of {SHOWN_SCORE} or more"
         ImageDraw.Draw(image).text(
-            (4, SIDE - 16), text, "black", ImageFont.truetype(FONT, 11), stroke_width=2, stroke_fill="white"
+            (4, SIDE - 16), text, "black", ImageFont.truetype(font(), 11), stroke_width=2, stroke_fill="white"
         )
         square = v2.functional.pil_to_tensor(image)
     return square / 255

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from mae_core.checkpoint import load_encoder, model_of
@@ -89,6 +88,8 @@ def fit(
             residual[torch.arange(len(y), device=y.device), y] -= 1
             gradient = gradient + residual.T @ x
         return value.item() / n, (gradient / n).cpu().numpy().ravel()
+
+    from scipy.optimize import minimize  # late: the import takes a while, and only this task needs it
 
     options = {"maxiter": iterations, "gtol": 1e-7, "ftol": 64 * np.finfo(float).eps, "maxfun": 10 * iterations}
     start = np.zeros(classes * shape[1])

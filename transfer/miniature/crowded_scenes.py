@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import binary_fill_holes
 
 from transfer.miniature.scenes import CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline, rgb
 
@@ -73,6 +72,8 @@ def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedS
 
 def _with_object(scene: CrowdedScene, kind: str, radius: float, rng: np.random.Generator) -> CrowdedScene:
     """The scene with one more object on top, or unchanged if that would hide too much."""
+    from scipy.ndimage import binary_fill_holes  # late: who only looks whether the data are there needs none of it
+
     larger = replace(scene, objects=(*scene.objects, _random_object(kind, radius, scene, rng)))
     first = len(scene.regions)
     before, after = owners(scene), owners(larger)

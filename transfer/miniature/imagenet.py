@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 from mae_core.vit import get_arch
 from transfer.data.imagenet import wnids
+from transfer.data.imagenet_shifts import CORRUPTIONS, SEVERITIES
 from transfer.data.objectnet import BORDER
 from transfer.data.objectnet import OBJECTS as OBJECTNET
 from transfer.miniature import scenes
-from transfer.miniature.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
 # Images per class.
@@ -90,6 +90,8 @@ def _sketch_files(seed: int) -> Files:
 
 
 def _imagenet_c_files(seed: int) -> Files:
+    from transfer.miniature.corruptions import corrupt  # late: it imports scipy
+
     for wnid, label, index in _labelled(CORRUPTED):
         # As published: the decoded val image is corrupted, then saved at quality 85.
         clean = np.asarray(Image.open(io.BytesIO(jpeg(_photograph(seed, "val", label, index)))))

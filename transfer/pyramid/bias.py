@@ -4,7 +4,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +50,8 @@ def resize_geometrically(tables: Tensor, size: tuple[int, int]) -> Tensor:
 def geometric_weights(have: int, want: int) -> np.ndarray:
     """[want, have]: the weight of each of `have` entries in each of `want` (both odd) along one axis: a spline is
     linear in what it goes through."""
+    from scipy.interpolate import make_interp_spline  # late: the import takes half a second, and only BEiT needs it
+
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2

@@ -1,8 +1,11 @@
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from transfer.data.split import Split, few_of_both, fingerprint
+import pytest
+
+from transfer.data.split import Files, Split, few_of_both, fingerprint, joined, texts_of
 
 
 def test_of_classes_keeps_files_and_labels_together():
@@ -69,3 +72,41 @@ def test_a_few_images_of_two_splits_share_their_classes():
     assert {1, 99} <= few_val.classes
     assert few_of_both(train, val, 0) == (train, val)
     assert few_of_both(train, val, 1000)[1] is val
+
+
+def test_files_are_a_sequence_of_paths(tmp_path):
+    folders = [(f"{tmp_path}/a", ["1", "2"]), (f"{tmp_path}/b", []), (f"{tmp_path}/c c", ["3", "4", "5"])]
+    files, same = Files(folders), tuple(tmp_path / name for name in ("a/1", "a/2", "c c/3", "c c/4", "c c/5"))
+    assert tuple(files) == same
+    assert files == same
+    assert same == files
+    assert hash(files) == hash(same)
+    assert len(files) == 5
+    assert [files[i] for i in range(-5, 5)] == [same[i] for i in range(-5, 5)]
+    assert (files[1:4], files[::-2]) == (same[1:4], same[::-2])
+    assert list(texts_of(files)) == list(map(str, same)) == list(texts_of(same))
+    assert Split(files, (0,) * 5).names == Split(same, (0,) * 5).names == list("12345")
+    assert files != same[:4]
+    assert files != (*same[:4], same[0])
+    with pytest.raises(IndexError):
+        files[5]
+    assert not Files()
+
+
+def test_the_fingerprint_is_that_of_the_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path, Path(), Path("data")):
+        paths = (root / "x" / "1.jpg", root / "x" / "2.jpg")
+        files = Files([(str(root / "x"), ["1.jpg", "2.jpg"])])
+        assert fingerprint(root, Split(files, (3, 4))) == fingerprint(root, Split(paths, (3, 4)))
+    named = "".join(f"{paths[i].relative_to(root)} {label}\n" for i, label in enumerate((3, 4)))
+    assert fingerprint(root, Split(files, (3, 4))) == hashlib.sha256(f"{named}\n".encode()).hexdigest()
+
+
+def test_joined_splits_follow_each_other(tmp_path):
+    one = Split(Files([(f"{tmp_path}/a", ["1", "2"])]), (0, 1))
+    two = Split((tmp_path / "b",), (2,))
+    for splits in ([one, one], [one, two], [two, two], [one], []):
+        whole = joined(splits)
+        assert list(whole.files) == [file for split in splits for file in split.files]
+        assert list(whole.labels) == [label for split in splits for label in split.labels]
