@@ -5,6 +5,8 @@ Each claims the folder that it works in itself.
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -66,6 +68,8 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
         command += ["--engine", job.engine]
     if job.parent is not None:
         command += ["--classifier", job.parent.path]
+    if found := {job.task.name: dataclasses.asdict(job.data) for job in jobs if job.task.looks_itself}:
+        command += ["--found", json.dumps(found)]
     if (expected := [job.estimated_seconds for job in jobs]) and None not in expected:
         command += ["--estimated-seconds", *map(str, expected)]
     return command + machine_flags(args, job.machine.workers)

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from mae_core.flags import add_common_flags, add_limit_flag, seed
 from mae_core.machine import Machine, machine_from
 from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
-from transfer.data.findings import guarded, limited
+from transfer.data.findings import Data, guarded, limited
 from transfer.jobs import cached_or_skipped, check_space, classifier_of, find_tasks, make_job
 from transfer.run import run_job
 from transfer.task import RECORD_FILE, Needs, Record, Task
@@ -47,6 +48,14 @@ def data_root(args: argparse.Namespace, tasks: Sequence[Task]) -> Path:
     return root
 
 
+def found_before(text: str) -> dict[str, Data]:
+    """{task: its Data} on a command line, as `task_command` of benchmarks writes it."""
+    try:
+        return {name: Data(**{**data, "findings": tuple(data["findings"])}) for name, data in json.loads(text).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise argparse.ArgumentTypeError(f"it is not what a plan writes: {e}") from None
+
+
 @distributed.ends_alone
 def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     """Run some of a family's tasks on one checkpoint. Exit code: 0 if all gave a number, 1 if not, 2 for a
@@ -62,6 +71,8 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
     )
     estimate_help = "wall time that a plan expects of each task, for its record"
     parser.add_argument("--estimated-seconds", nargs="+", type=finite, default=[], metavar="S", help=estimate_help)
+    found_help = "what a plan has found of the data of tasks that look through them again as they run"
+    parser.add_argument("--found", type=found_before, default={}, metavar="JSON", help=found_help)
     if any(task.needs is Needs.CLASSIFIER for task in tasks):
         parser.add_argument("--classifier", type=Path, help="classifier.safetensors of imagenet_finetune")
     add_limit_flag(parser)
@@ -89,7 +100,7 @@ def run_tasks(tasks: Sequence[Task], args: argparse.Namespace, machine: Machine)
     expected = itertools.chain(args.estimated_seconds, itertools.repeat(None))
     for task, seconds in zip(tasks, expected):
         evaluated = parent if task.needs is Needs.CLASSIFIER and checkpoint.kind != "classifier" else None
-        data = limited(guarded(task.inspect, root), args.limit)
+        data = args.found.get(task.name) or limited(guarded(task.inspect, root), args.limit)
         job = make_job(
             task, checkpoint, args.recipe, args.set, data, args.out, args.seed, machine, args.engine, evaluated
         )

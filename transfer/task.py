@@ -100,6 +100,7 @@ class Task:
     install: str = ""  # how to install an engine that is absent
     packages: tuple[str, ...] = ()  # further packages whose versions go into the record
     opt_in: bool = False  # runs only if it is named
+    looks_itself: bool = False  # its run checks that the data are those of the plan: nobody looks through them again
     from_scratch: bool = False  # it uses only the size of a checkpoint
     own_encoders: bool = False  # only those that this project builds itself, not those that timm builds
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder

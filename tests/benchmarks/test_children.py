@@ -1,5 +1,6 @@
 """What a child process is called with, and what comes of it."""
 
+import argparse
 import os
 import signal
 import sys
@@ -14,7 +15,10 @@ from benchmarks import run_all
 from benchmarks.children import Child, run_child, stop_all, task_command
 from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
-from tests.fixtures.transfer import CLASSES, write_imagenet
+from mae_core.checkpoint import save_weights
+from mae_core.vit import build_vit
+from tests.fixtures.transfer import CLASSES, write_c, write_imagenet
+from transfer import cli
 from transfer.jobs import find_tasks, make_job
 from transfer.run import describe
 
@@ -49,6 +53,41 @@ def test_a_recipe_by_name_holds_only_for_its_task_and_reaches_the_child(tmp_path
     default = {item.job.task.name: item.job for item in make_plan(run_all.parse(common))}["inat2018"]
     assert default.recipe_label == "paper"
     assert default.work != job.work
+
+
+def test_a_child_takes_what_the_plan_found_of_imagenet_c(tmp_path: Path, monkeypatch, capsys) -> None:
+    root = write_c(write_imagenet(tmp_path / "data", train=4, val=3, classes=CLASSES[:2]))
+    classifier = build_vit(ARCH.partition(":")[2], num_classes=1000).state_dict()
+    save_weights(tmp_path / "classifier.safetensors", classifier, {"arch": ARCH.partition(":")[2]})
+    flags = [
+        "--ckpt",
+        str(tmp_path / "classifier.safetensors"),
+        "--recipe",
+        "mini",
+        "--data",
+        str(root),
+        "--limit",
+        "3",
+    ]
+    args = run_all.parse([*flags, "--out", str(tmp_path / "out"), "--tasks", "imagenet_c", "imagenet_eval"])
+    jobs = {item.job.task.name: item.job for item in make_plan(args)}
+    arguments = task_command([jobs["imagenet_c"], jobs["imagenet_eval"]], args)[3:]
+    found = cli.found_before(arguments[arguments.index("--found") + 1])
+    assert found == {"imagenet_c": jobs["imagenet_c"].data}
+
+    def unwanted(root: Path) -> None:
+        raise AssertionError("it is looked through again")
+
+    tasks = [replace(task, inspect=unwanted) if task.name == "imagenet_c" else task for task in TASKS]
+    assert cli.main(tasks, arguments) == 0, capsys.readouterr().out
+    assert (jobs["imagenet_c"].work / "record.json").exists()
+    assert "--found" not in task_command([jobs["imagenet_eval"]], args)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"imagenet_c": 1}', '{"imagenet_c": {"root": "x"}}'])
+def test_what_no_plan_wrote_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="not what a plan writes"):
+        cli.found_before(text)
 
 
 def test_the_exit_code_and_the_last_line_come_back_and_all_lines_are_logged(tmp_path: Path) -> None:

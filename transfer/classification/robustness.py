@@ -21,14 +21,16 @@ from mae_core.vit import ViT
 from transfer.classification import cost
 from transfer.classification.evaluate import EvalRecipe, trained_classifier
 from transfer.classification.recipes import eval_recipe, eval_sources
+from transfer.data.findings import of_limited
 from transfer.data.imagenet import columns, inspect_imagenet_val, read_split, wnids
 from transfer.data.imagenet_shifts import (
     SEVERITIES,
     clean_split,
-    corruption_folder,
+    fingerprint_c,
     folder_of,
     inspect_c,
     inspect_shift,
+    read_c,
 )
 from transfer.data.inputs import input_objections
 from transfer.data.predictions import MAIN, Columns, names_of, prediction_space, write_predictions
@@ -158,13 +160,17 @@ def run_sketch(job: Job) -> Result:
 
 
 def run_c(job: Job) -> Result:
-    """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity."""
+    """ImageNet-C: mCE over the 15 corruptions, normalised by AlexNet; the error of each corruption and severity. What
+    it reads is compared with what was found before, which may have been long ago."""
+    root, limit = Path(job.data.root), job.data.limit
+    there, _ = read_c(root)
+    if of_limited(fingerprint_c(root, there), limit) != job.data.fingerprint:
+        raise UserError(f"{root / 'imagenet-c'} has changed since it was looked through: start the same command again")
     wrong: dict[str, list[np.ndarray]] = {}
     sets: dict[str, Columns] = {}
     images: list[str] = []
     for number, corruption in enumerate(ALEXNET_ERROR):
-        folder = corruption_folder(Path(job.data.root), corruption)
-        splits = [read_split(folder / str(s))[0].few(job.data.limit) for s in SEVERITIES]
+        splits = [there[f"{corruption}/{s}"].few(limit) for s in SEVERITIES]
         if job.recipe.transform == "center_crop":
             check_crop(splits[0].files[0], classifier(job)[1])
         scores = scores_of(job, joined(splits), f"{number + 1}/15 {corruption}")
@@ -282,6 +288,7 @@ TASKS = (
         sources=sources_c,
         inspect=inspect_c,
         run=run_c,
+        looks_itself=True,
         miniature=miniature.imagenet_c,
     ),
 )

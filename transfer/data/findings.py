@@ -63,9 +63,14 @@ def limited(data: Data, limit: int) -> Data:
         unlimited=data.counts,
         chance=data.chance and max(data.chance, 100 / limit),
         detail=f"at most {limit} images a split of {data.detail}",
-        fingerprint=hashlib.sha256(f"{data.fingerprint} limit {limit}".encode()).hexdigest(),
+        fingerprint=of_limited(data.fingerprint, limit),
         findings=(*data.findings, f"a quick look: at most {limit} images of each split"),
     )
+
+
+def of_limited(fingerprint: str, limit: int) -> str:
+    """The fingerprint of data of which at most `limit` images of each split are used (0: all)."""
+    return hashlib.sha256(f"{fingerprint} limit {limit}".encode()).hexdigest() if limit else fingerprint
 
 
 def guarded(inspect: Callable[[Path], Data], root: Path) -> Data:

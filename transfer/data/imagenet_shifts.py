@@ -1,5 +1,6 @@
 """ImageNet-A, -R, -Sketch and -C on disk, and the check that they are complete and official."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
@@ -67,10 +68,33 @@ def inspect_c(root: Path) -> Data:
     base = root / "imagenet-c"
     if not base.is_dir():
         return missing(root, f"it must lie at {base}/CORRUPTION/SEVERITY/WNID/*")
+    splits, problems = read_c(root)
+    first = next((split for split in splits.values() if split.files), Split())
+    sizes = {name: len(split.files) for name, split in splits.items()}
+    if len(set(sizes.values())) > 1:
+        full = max(sizes.values())
+        short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
+        problems.append(f"{base} has fewer than {full} images in {preview(short)}")
+    elif others := [name for name, split in splits.items() if split.labels is not first.labels]:
+        one = next(iter(splits))
+        problems.append(f"{base} does not hold the same images in every folder: {one} differs from {preview(others)}")
+    problems += unusable(joined(list(splits.values())).files)
+    if problems:
+        return incomplete(root, *problems)
+    classes = first.classes
+    counts = {"classes": len(classes), "images": sum(sizes.values()), "versions": len(sizes)}
+    official = {"classes": 1000, "images": 3750000, "versions": 75}
+    detail = f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images"
+    return found(root, base, detail, fingerprint_c(root, splits), counts, official, without(classes))
+
+
+def read_c(root: Path) -> tuple[dict[str, Split], list[str]]:
+    """The images of each "CORRUPTION/SEVERITY" that is there, and the problems of their folders."""
     absent = [c for c in CORRUPTIONS if not corruption_folder(root, c).is_dir()]
     problems = []
     if absent:
-        problems.append(f"{base} lacks {len(absent)} of the 15 corruptions: {', '.join(absent)}; unpack their archives")
+        lacks = f"{root / 'imagenet-c'} lacks {len(absent)} of the 15 corruptions"
+        problems.append(f"{lacks}: {', '.join(absent)}; unpack their archives")
     splits: dict[str, Split] = {}
     first = Split()
     for corruption in (c for c in CORRUPTIONS if c not in absent):
@@ -83,23 +107,11 @@ def inspect_c(root: Path) -> Data:
             first = first if first.files else split
             splits[f"{corruption}/{severity}"] = sharing(split, first)
             problems += wrong
-    sizes = {name: len(split.files) for name, split in splits.items()}
-    if len(set(sizes.values())) > 1:
-        full = max(sizes.values())
-        short = sorted(f"{name} ({n})" for name, n in sizes.items() if n < full)
-        problems.append(f"{base} has fewer than {full} images in {preview(short)}")
-    elif others := [name for name, split in splits.items() if split.labels is not first.labels]:
-        one = next(iter(splits))
-        problems.append(f"{base} does not hold the same images in every folder: {one} differs from {preview(others)}")
-    problems += unusable(joined(list(splits.values())).files)
-    if problems:
-        return incomplete(root, *problems)
-    ordered = [splits[name] for name in sorted(splits)]
-    classes = ordered[0].classes
-    counts = {"classes": len(classes), "images": sum(sizes.values()), "versions": len(sizes)}
-    official = {"classes": 1000, "images": 3750000, "versions": 75}
-    detail = f"{counts['classes']} classes, 15 corruptions x 5 severities, {counts['images']} images"
-    return found(root, base, detail, fingerprint(root, *ordered), counts, official, without(classes))
+    return splits, problems
+
+
+def fingerprint_c(root: Path, splits: Mapping[str, Split]) -> str:
+    return fingerprint(root, *(splits[name] for name in sorted(splits)))
 
 
 def sharing(split: Split, first: Split) -> Split:

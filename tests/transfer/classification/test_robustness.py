@@ -13,7 +13,8 @@ from tests.fixtures import SHARED
 from tests.fixtures.transfer import CLASSES, coded_set, make_job, one_hot_logits, small_checkpoint, write_c
 from transfer.classification import robustness
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
-from transfer.data.imagenet import columns
+from transfer.data.findings import limited
+from transfer.data.imagenet import columns, wnids
 from transfer.data.transforms import eval_transform, probe_transform, train_transform
 from transfer.run import run_job
 
@@ -105,6 +106,22 @@ def test_a_perfect_and_a_hopeless_model_on_imagenet_c(tmp_path, loads):
     record = run_job(make_job(C, root, tmp_path / "wrong"))
     assert record.metrics["mean_err"] == 100.0
     assert record.metrics["mce"] == pytest.approx(100 * np.mean([250000 / n for n in ALEXNET_WRONG.values()]))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_imagenet_c_is_that_which_was_found_before(tmp_path, loads, limit):
+    root = write_c(tmp_path)
+    loads(one_hot_logits([CLASSES[0], CLASSES[1]]))
+    job = make_job(C, root, tmp_path / "work")
+    job = replace(job, data=limited(job.data, limit))
+    assert run_job(job).status == "ok"
+    for folder in (root / "imagenet-c").glob("*/*"):
+        (folder / wnids()[CLASSES[1]] / "ILSVRC2012_val_00000003.png").rename(
+            folder / wnids()[CLASSES[1]] / "ILSVRC2012_val_00000004.png"
+        )
+    record = run_job(replace(job, work=tmp_path / "again"))
+    assert record.status == "failed"
+    assert "imagenet-c has changed since it was looked through: start the same command again" in record.reason
 
 
 def test_a_crop_larger_than_the_files_is_refused(tmp_path, loads):
