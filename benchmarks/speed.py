@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --precision bf16
 python benchmarks/speed.py pretrain --arch vit_base_patch16 --compare /path/to/mae    # beside the official code
+python benchmarks/speed.py coco --image-size 512 --batch 1    # beside detectron2's ViTDet
 python benchmarks/speed.py loader --data /datasets/imagenet/train --workers 16    # beside decoding alone
 """
 
@@ -18,6 +19,7 @@ try:
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.markdown import markdown_table
+    from benchmarks.speed_dense import dense_workloads
     from benchmarks.speed_loader import loader_table, loader_values, read_arms
     from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
@@ -36,7 +38,8 @@ except ModuleNotFoundError as e:
 except KeyboardInterrupt:  # before anything of ours is imported, which answers it
     sys.exit(130)
 
-KINDS = ("pretrain", "finetune", "eval", "loader")
+DENSE, DENSE_BATCH = ("coco", "ade20k"), 2
+KINDS = ("pretrain", "finetune", "eval", *DENSE, "loader")
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=KINDS, metavar="WHAT", help=", ".join(KINDS))
     parser.add_argument("--arch", default="vit_base_patch16", help="default: vit_base_patch16")
-    batch_help = "images per step (default: 128 on a GPU, of mini and of `loader`; else 16)"
+    batch_help = "images per step (default: 2 of coco and ade20k; 128 on a GPU, of mini and of `loader`; else 16)"
     parser.add_argument("--batch", type=non_negative_int, default=0, help=batch_help)
+    size_help = "px, of coco and ade20k (default: the recipe's)"
+    parser.add_argument("--image-size", type=non_negative_int, default=0, metavar="PX", help=size_help)
     parser.add_argument("--data", type=Path, help="images for `loader`: class folders, or tar files")
     parser.add_argument("--compare", type=Path, metavar="DIR", help="checkout of facebookresearch/mae, timed too")
     parser.add_argument("--warmup", type=non_negative_int, default=3, help="steps before the clock runs (default: 3)")
@@ -84,9 +89,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
     large = machine.device == "cuda" or args.arch == "vit_mini_patch8"
     batch = args.batch or (128 if large else 16)
-    workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare)
+    if args.what in DENSE:
+        batch = args.batch or DENSE_BATCH
+        workloads = dense_workloads(args.what, args.arch, args.image_size, batch, machine)
+        flops = 0
+    else:
+        workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare)
     if args.profile:
-        print_profile(workloads["ours"], machine)
+        print_profile(next(iter(workloads.values())), machine)
     timings = alternate(workloads, args.warmup, args.repeats, machine.device)
     rate_of = cache(partial(matmul_rate, machine.device))
     results = []
@@ -122,7 +132,7 @@ def table(results: Sequence[Result]) -> str:
     rows = [
         {
             "arm": r.name,
-            "images/s": f"{r.rate:.1f}",
+            "images/s": f"{r.rate:.1f}" if r.rate >= 10 else f"{r.rate:.3f}",
             "step (ms)": f"{1000 * r.timing.median:.1f}",
             "spread": "" if r.timing.spread is None else f"± {r.timing.spread:.1f} %",
             "peak GiB": f"{r.peak_memory_gib:.2f}",
@@ -153,11 +163,14 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
     ]
     name = f"{args.what}-{args.arch}-{machine.precision}{'-compiled' * machine.compile}"
     value = {"what": args.what, "arch": args.arch, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
+    if args.image_size:
+        name, value["image_size"] = f"{name}-{args.image_size}px", args.image_size
     value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine), "versions": versions()}
     value["matmul_flops_per_second"] = results[0].matmul_rate
     path = args.out / f"{name}.json"
     write_json(path, value)
-    title = f"{args.what}, {args.arch}, {machine.precision}, batch {results[0].images}, {hardware(machine)}"
+    size = f" {args.image_size} px," if args.image_size else ""
+    title = f"{args.what}, {args.arch}, {machine.precision},{size} batch {results[0].images}, {hardware(machine)}"
     write_text(path.with_suffix(".md"), f"{title}\n\n{table(results)}\n")
     return path
 
@@ -191,6 +204,10 @@ def run(args: argparse.Namespace) -> int:
     choose("arch", args.arch, ARCHS)
     if args.repeats < 1:
         raise UserError("--repeats 0: give at least one")
+    if args.compare is not None and args.what in DENSE:
+        raise UserError(f"{args.what} is compared with the package that is installed: no --compare")
+    if args.image_size and args.what not in DENSE:
+        raise UserError(f"--image-size is for {' and '.join(DENSE)}: {args.what} has its recipe's")
     if (args.what == "loader") != (args.data is not None):
         raise UserError("--data DIR is needed by loader, and by nothing else")
     machine = replace(machine_from(args), fused_adamw=args.fused_adamw)
