@@ -31,6 +31,8 @@ from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.recipe import recipe as detection_recipe
 from transfer.detection.shared import groups_of, new_pyramid
 from transfer.pyramid import ViTPyramid, quarters
+from transfer.segmentation.mmseg_config import model_of
+from transfer.segmentation.mmseg_plugin import layer_groups, register
 from transfer.segmentation.recipe import SegmentationRecipe
 from transfer.segmentation.recipe import recipe as segmentation_recipe
 
@@ -156,9 +158,6 @@ def segmentation(arch: str, size: int, batch: int, machine: Machine) -> dict[str
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
-
-    from transfer.segmentation.mmseg_config import model_of
-    from transfer.segmentation.mmseg_plugin import layer_groups, register
 
     register()
     if not DefaultScope.check_instance_created("speed"):
