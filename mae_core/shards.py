@@ -13,15 +13,29 @@ from typing import BinaryIO
 
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, open_regular, walk
+from mae_core.writing import read_object
 
 ENTRY = re.compile(rb"(?P<tar>.+\.tar)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 END = 2 * tarfile.BLOCKSIZE  # bytes of zeros that mark the end of a tar
 AT_A_TIME = 1 << 20  # bytes
+LISTING = "shards.json"  # what write_shards.py writes first, beside its shards
 
 
 def list_shards(root: Path) -> list[Path]:
-    """Every .tar file below a folder, as `walk` finds them, sorted."""
-    return sorted(path for path in walk(root) if path.suffix == ".tar")
+    """Every .tar file below a folder, as `walk` finds them, sorted. UserError if some that write_shards.py listed are
+    not there yet."""
+    found = [path for path in walk(root) if path.suffix == ".tar" or path.name == LISTING]
+    for listing in (path for path in found if path.name == LISTING):
+        try:
+            names = read_object(listing)["shards"]
+            lacking = sum(listing.with_name(name) not in found for name in names)
+        except (OSError, ValueError, KeyError, TypeError):  # somebody else's file of that name
+            continue
+        if lacking:
+            raise UserError(
+                f"{listing.parent} lacks {lacking} of {len(names)} shards: mae_core.write_shards goes on there"
+            )
+    return sorted(path for path in found if path.suffix == ".tar")
 
 
 def list_members(shards: list[Path]) -> list[str]:
@@ -66,6 +80,12 @@ def place_of(entry: bytes) -> tuple[bytes, int, int] | None:
     """Tar, offset and size of an entry of list_members, as os.fsencode gives it; None for the path of a file."""
     match = ENTRY.fullmatch(entry)
     return (match["tar"], int(match["offset"]), int(match["size"])) if match else None
+
+
+def member_name(entry: str) -> str | None:
+    """The name of an entry of list_members in its tar; None for the path of a file."""
+    match = ENTRY.fullmatch(os.fsencode(entry))
+    return os.fsdecode(match["member"]) if match else None
 
 
 def bytes_of(path: bytes) -> bytes:

@@ -49,6 +49,7 @@ QUICK = {
     "python -m mae_core.pretrain --data /datasets/imagenet --arch vit_base_patch16 --recipe paper --out runs/mae_b": (
         ONE_EPOCH
     ),
+    "python -m mae_core.write_shards --data /datasets/imagenet/train --out imagenet-256 --short 256": "--workers 0",
     "python -m mae_core.reconstruct --ckpt runs/mae_b/mae.safetensors --images DIR --mask-ratio .75 .85 .95 "
     "--out picture.png": "--limit 1",
     "python benchmarks/run_all.py --ckpt mae_vit_l.pth --data /datasets --plan": LITTLE,
@@ -241,6 +242,7 @@ def test_the_arguments_of_every_command_are_right(command):
 PROGRAMS = (
     "-m mae_core.pretrain --data d --arch a --out o",
     "-m mae_core.reconstruct --ckpt c --images i --out o",
+    "-m mae_core.write_shards --data d --out o",
     "-m mae_core.checkpoint --formats",
     "-m transfer.classification --task t --ckpt c",
     "-m transfer.detection --task t --ckpt c",
