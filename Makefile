@@ -7,7 +7,7 @@ PARALLEL := -n auto --dist loadfile
 DEMO := demo
 DEMO_TASKS := imagenet_finetune imagenet_linprobe imagenet_knn imagenet_a imagenet_r imagenet_sketch imagenet_c coco ade20k
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check nightly campaign gpu-check gpu-bundle lint lock clean
+.PHONY: help install demo test check nightly campaign gpu-check gpu-bundle speed lint lock clean
 
 help:
 	@echo "make demo     install, pre-train for a minute, run the main tasks on the miniature, write the tables to $(DEMO)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make check    install, lint, run the quick tests"
 	@echo "make gpu-check   half an hour on a GPU: does everything run on it, with the CPU's numbers, and how fast?"
 	@echo "make gpu-bundle  the same in a folder for a GPU machine without network"
+	@echo "make speed    every speed figure that this machine can give: to speed/; docs/speed.md has arguments"
 	@echo "make campaign    kills, full disks, bad inputs and hostile files against every command: half an hour, one table"
 	@echo "make nightly  short runs on mae_mini beside committed numbers: some minutes"
 	@echo "make install  set up .venv with the versions in uv.lock"
@@ -64,6 +65,10 @@ check: install lint
 
 gpu-check: install
 	$(BIN)/python benchmarks/gpu_check.py
+
+# make speed ARGS="--compare /path/to/mae --data /datasets/imagenet/train"
+speed: install
+	$(BIN)/python benchmarks/speed_all.py $(ARGS)
 
 gpu-bundle: install
 	$(BIN)/python benchmarks/gpu_bundle.py

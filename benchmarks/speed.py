@@ -27,7 +27,7 @@ try:
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
     from mae_core.flags import add_machine_flags, named_path, non_negative_int
-    from mae_core.machine import Machine, cores, hardware, machine_from, peak_memory_gib, versions
+    from mae_core.machine import Machine, commit, cores, hardware, machine_from, peak_memory_gib, versions
     from mae_core.settings import choose
     from mae_core.vit import ARCHS, get_arch
     from mae_core.writing import write_json, write_text
@@ -165,7 +165,12 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
     value = {"what": args.what, "arch": args.arch, "batch": results[0].images, "arms": arms, "warmup": args.warmup}
     if args.image_size:
         name, value["image_size"] = f"{name}-{args.image_size}px", args.image_size
-    value |= {"machine": dataclasses.asdict(machine), "hardware": hardware(machine), "versions": versions()}
+    value |= {
+        "machine": dataclasses.asdict(machine),
+        "hardware": hardware(machine),
+        "versions": versions(),
+        "commit": commit(),
+    }
     value["matmul_flops_per_second"] = results[0].matmul_rate
     path = args.out / f"{name}.json"
     write_json(path, value)
@@ -186,7 +191,7 @@ def run_loader(args: argparse.Namespace, machine: Machine) -> int:
     arms = read_arms(args.data, size, batch, counts, args.warmup, args.repeats, machine.device)
     path = args.out / f"loader-{args.data.resolve().name}.json"
     value = {"what": "loader", "image_size": size, "batch": batch, "warmup": args.warmup, **loader_values(arms)}
-    value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions()}
+    value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions(), "commit": commit()}
     write_json(path, value)
     text = loader_table(arms)
     write_text(path.with_suffix(".md"), f"loader, {size} px, batch {batch}, {hardware(machine)}\n\n{text}\n")

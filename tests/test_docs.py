@@ -96,6 +96,7 @@ NOT_RUN = {
     "real/": "takes more than an hour, with pictures from the network",
     "gpu_check.py": "needs a GPU; tests/benchmarks/test_gpu_check.py rehearses it",
     "gpu_bundle.py": "needs the network",
+    "speed.py (coco|ade20k)": "takes minutes; tests/benchmarks/test_speed_dense.py runs them small",
     "twins.py (upernet|miou)": "tests/benchmarks/test_originals_ade20k.py runs them",
     "dalle_encoder": "needs DALL-E's encoder",
     "demo|unlabelled|docs/images": "takes minutes: the demo, mae_mini and the pictures",
