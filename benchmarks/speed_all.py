@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
@@ -61,7 +62,7 @@ def measurements(gpu: bool, compare: Path | None, data: Path | None) -> list[lis
     return found + ([["loader", "--data", str(data)]] if data is not None else [])
 
 
-def made(folder: Path, about: dict) -> list[Path]:
+def made(folder: Path, about: dict[str, Any]) -> list[Path]:
     """The figures of this commit, hardware and these versions that lie in the folder."""
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder} is no folder")
     gpu = torch.cuda.is_available()
-    about = {"hardware": hardware(Machine(device="cuda" if gpu else "cpu")), "versions": versions(), "commit": commit()}
+    place = hardware(Machine(device="cuda" if gpu else "cpu"))
+    about: dict[str, Any] = {"hardware": place, "versions": versions(), "commit": commit()}
     todo, failed, started = measurements(gpu, args.compare, args.data), [], time.monotonic()
     for number, what in enumerate(todo, 1):
         # A folder for each: the name of a file does not tell whether another arm was timed too.
