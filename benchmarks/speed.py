@@ -188,7 +188,7 @@ def run_loader(args: argparse.Namespace, machine: Machine) -> int:
     size, batch = get_arch(args.arch).image_size, args.batch or 128
     most = args.workers if args.workers >= 0 else cores()
     counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} - {0}))
-    arms = read_arms(args.data, size, batch, counts, args.warmup, args.repeats, machine.device)
+    arms = read_arms(args.data, args.arch, batch, counts, args.warmup, args.repeats, machine)
     path = args.out / f"loader-{args.data.resolve().name}.json"
     value = {"what": "loader", "image_size": size, "batch": batch, "warmup": args.warmup, **loader_values(arms)}
     value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions(), "commit": commit()}

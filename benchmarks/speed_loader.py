@@ -6,7 +6,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,26 @@ from torchvision.transforms import v2
 from benchmarks.markdown import markdown_table
 from benchmarks.timing import Timing, alternate
 from mae_core import native
-from mae_core.data import MEAN, STD, Images, TrainingStream, images_or_shards, loader, normalize, pretraining_transform
+from mae_core.data import (
+    IMAGENET_NORMALIZATION,
+    MEAN,
+    STD,
+    Images,
+    TrainingStream,
+    images_or_shards,
+    loader,
+    normalize,
+    pretraining_transform,
+)
 from mae_core.errors import UserError
+from mae_core.machine import Machine, suit_attention
+from mae_core.outputs import outputs_of
 from mae_core.shards import bytes_of, list_shards
+from mae_core.vit import build_vit, get_arch
+from transfer.data.transforms import eval_transform
 
 Workload = Callable[[], object]
-OURS, NORMALISED = "ours", "ours, normalised on the CPU"
+OURS, NORMALISED, EVALUATION = "ours", "ours, normalised on the CPU", "evaluation images"
 UNCOMPILED = "ours, without the compiled reader"
 IMAGE_FOLDER = "torchvision's ImageFolder and Pillow, normalised"
 RESIZE = "only crop and resize: torchvision"
@@ -51,9 +65,11 @@ class Arm:
 
 
 def read_arms(
-    data: Path, size: int, batch: int, counts: Sequence[int], warmup: int, repeats: int, device: str
+    data: Path, arch: str, batch: int, counts: Sequence[int], warmup: int, repeats: int, machine: Machine
 ) -> list[Arm]:
-    """The arms on one core by turns, then ours with each of these numbers of worker processes."""
+    """The arms on one core by turns, then ours with each of these numbers of worker processes, and evaluation images
+    with the last."""
+    size = get_arch(arch).image_size
     files, folder = files_of(data, size)
     if len(files) < batch:
         raise UserError(f"{data} has {len(files)} images, fewer than one batch of {batch}: give a smaller --batch")
@@ -61,7 +77,12 @@ def read_arms(
     timings = alternate(workloads, warmup, repeats, "cpu", time.process_time)
     arms = [Arm(name, 0, batch, timing) for name, timing in timings.items()]
     dataset = Images(files, pretraining_transform(size))
-    return arms + [with_workers(dataset, batch, count, repeats, device) for count in counts]
+    for count in counts:
+        batches = ours(dataset, batch, count, machine.device)
+        arms.append(with_workers(OURS, batches, batch, count, repeats))
+    if counts:
+        arms += evaluations(files, arch, batch, repeats, replace(machine, workers=counts[-1]))
+    return arms
 
 
 def files_of(data: Path, size: int) -> tuple[list[str], datasets.ImageFolder | None]:
@@ -149,18 +170,37 @@ def resizing(jpegs: list[bytes], size: int) -> list[Workload]:
     return works
 
 
-def with_workers(dataset: Images, batch: int, workers: int, repeats: int, device: str) -> Arm:
-    """Ours, of the clock: `repeats` spells of some batches each, once every worker has given two."""
-    batches, spell = ours(dataset, batch, workers, device), max(4, 2 * workers)
+def with_workers(name: str, batches: Iterator[object], batch: int, workers: int, repeats: int) -> Arm:
+    """Of the clock: `repeats` spells of some batches each, once every worker has given two."""
+    spell, seconds = spell_of(workers), []
     take: Callable = partial(collections.deque, maxlen=0)
     take(itertools.islice(batches, spell))
-    seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         take(itertools.islice(batches, spell))
         seconds.append(time.perf_counter() - started)
     batches.close()  # type: ignore[attr-defined]
-    return Arm(OURS, workers, batch * spell, Timing(tuple(seconds)))
+    return Arm(name, workers, batch * spell, Timing(tuple(seconds)))
+
+
+def spell_of(workers: int) -> int:
+    return max(4, 2 * workers)
+
+
+def evaluations(files: list[str], arch: str, batch: int, repeats: int, machine: Machine) -> Iterator[Arm]:
+    """Images as evaluations read them, by all workers: the reading alone, and beside the forward pass of the ViT where
+    that takes no hours."""
+    size, count = get_arch(arch).image_size, batch * spell_of(machine.workers) * (repeats + 1)
+    listed = list(itertools.islice(itertools.cycle(files), count))
+    dataset = Images(listed, eval_transform(size), pillow=True)
+    indices = [range(first, first + batch) for first in range(0, count, batch)]
+    read = (images for images, _, _ in loader(dataset, indices, machine.workers, machine.device))
+    yield with_workers(EVALUATION, read, batch, machine.workers, repeats)
+    if machine.device == "cuda" or arch == "vit_mini_patch8":
+        model, each = build_vit(arch, size).to(machine.device), replace(machine, micro_batch=batch)
+        suit_attention(model, machine)
+        found = (out.cpu() for out, _ in outputs_of(model, dataset, IMAGENET_NORMALIZATION, each, arch))
+        yield with_workers(f"{EVALUATION}, {arch}", found, batch, machine.workers, repeats)
 
 
 def limit_of(arms: Sequence[Arm]) -> float:

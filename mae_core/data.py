@@ -81,9 +81,9 @@ class Images(Dataset):
     draws are seeded by (seed, position), so that worker counts and restarts change nothing.
 
     The transform gets a uint8 tensor [3, H, W]; with pillow=True a PIL image that Pillow decoded, as in the published
-    evaluations. A file that cannot be read gives a black image and its name: the caller decides what that means.
-    UserError, with the file's name, where the transform fails, and for a file whose folder is gone: with a disk that
-    is no longer mounted all would be black.
+    evaluations, which draw nothing. A file that cannot be read gives a black image and its name: the caller decides
+    what that means. UserError, with the file's name, where the transform fails, and for a file whose folder is gone:
+    with a disk that is no longer mounted all would be black.
     """
 
     def __init__(
@@ -123,7 +123,8 @@ class Images(Dataset):
                     if index != decoded:
                         image, bad = self.decode(index)
                         decoded = index
-                    seed_all(self.seed, position)
+                    if not self.pillow:
+                        seed_all(self.seed, position)
                     view = self.transform(image)
                 batch.add(view, int(self.labels[index]), bad)
             except UserError:

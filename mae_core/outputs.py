@@ -24,10 +24,14 @@ def outputs_of(
     progress = Progress(label, len(dataset), enabled=distributed.is_main())
     unreadable: list[str] = []
     done, size = 0, machine.micro_batch or 128
-    for images, labels, unreadable in loader(dataset, batches, machine.workers, machine.device):
+    read = loader(dataset, batches, machine.workers, machine.device, held=2)
+    batch = next(read, None)
+    while batch is not None:
+        images, labels, unreadable = batch
         if unreadable:
             break
         outputs, size = forward(model, images, normalization, machine, size)
+        batch = next(read, None)  # while a GPU computes, for whose results whoever takes them waits
         yield outputs, labels
         done += len(images)
         progress.update(min(len(dataset), done * distributed.world_size()), len(images))

@@ -38,6 +38,7 @@ def test_it_reports_the_limit_one_core_and_workers(tmp_path, folder, capsys):
     rates = {(arm["name"], arm["workers"]): arm["images_per_second"] for arm in found["arms"]}
     assert {("ours", 0), ("ours", 1), ("ours", 2), ("only decode: Pillow", 0)} <= rates.keys()
     assert (speed_loader.IMAGE_FOLDER, 0) in rates
+    assert {("evaluation images", 2), ("evaluation images, vit_mini_patch8", 2)} <= rates.keys()
     limit = max(rate for (name, _), rate in rates.items() if name.startswith("only decode"))
     assert found["of_decoding_alone"] == pytest.approx(rates["ours", 0] / limit)
     assert found["cores_for_20000_images_per_second"] == pytest.approx(20000 / rates["ours", 0])
