@@ -4,6 +4,7 @@ in the nearest training patches, as CAPI evaluates (Darcet et al., arXiv 2502.08
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -19,6 +20,7 @@ from mae_core.errors import UserError
 from mae_core.outputs import forward
 from mae_core.progress import Progress
 from mae_core.settings import as_typed, bounded, check_ranges, choose
+from mae_core.space import FLOAT, GIB
 from mae_core.vit import get_arch
 from transfer.data.inputs import evaluation, input_objections
 from transfer.data.miou import columns_of, metrics_of, scores
@@ -64,13 +66,13 @@ class Patches:
         self.features, self.labels = features, labels
 
     def scale(self, mean: Tensor, std: Tensor) -> None:
-        """In place: all of ADE20K's take 11 GB at a width of 768."""
+        """In place: all of ADE20K's take 11 GiB at a width of 768."""
         self.features.sub_(mean).div_(std)
 
-    def labelled(self) -> "Patches":
-        """Those whose most frequent label is a class."""
-        kept = self.labels.mode(dim=1).values != VOID
-        return Patches(self.features[kept], self.labels[kept])
+    @cached_property
+    def voting(self) -> Tensor:
+        """Those whose most frequent label is a class: bool [P]."""
+        return self.labels.mode(dim=1).values != VOID
 
 
 def patches_of(job: Job, tokens: Tokens, pairs: Sequence[Pair], what: str) -> Patches:
@@ -90,8 +92,19 @@ def patches_of(job: Job, tokens: Tokens, pairs: Sequence[Pair], what: str) -> Pa
         found.append((parts[:, -1, 1:].cpu().numpy(), cut.flatten(3).flatten(1, 2).numpy()))
         done += len(batch)
         progress.update(min(len(pairs), done * distributed.world_size()), len(batch))
-    whole = [torch.from_numpy(np.concatenate(one)).flatten(0, 1) for one in zip(*distributed.gather_in_turn(found))]
-    return Patches(*whole)
+    batched = distributed.gather_in_turn(found)
+    del found
+    _, patches, width = batched[0][0].shape
+    whole = Patches(
+        torch.empty(len(pairs) * patches, width), torch.empty(len(pairs) * patches, patch**2, dtype=torch.uint8)
+    )
+    end = len(whole.features)
+    while batched:  # from the end on, so that each is freed once it is copied
+        features, classes = (torch.from_numpy(one).flatten(0, 1) for one in batched.pop())
+        start = end - len(features)
+        whole.features[start:end], whole.labels[start:end] = features, classes
+        end = start
+    return whole
 
 
 def pixels_of(pair: Pair, side: int) -> tuple[Tensor, Tensor]:
@@ -102,20 +115,24 @@ def pixels_of(pair: Pair, side: int) -> tuple[Tensor, Tensor]:
 
 
 def predicted(train: Patches, queries: Tensor, k: int, distance: str, device: str) -> Tensor:
-    """The class of each pixel [Q, side * side]: the most frequent, of equals the lowest, of the k nearest patches."""
+    """The class of each pixel [Q, side * side]: the most frequent, of equals the lowest, of the k nearest patches that
+    vote."""
     found = []
     for query in queries.split(QUERIES):
         query = query.to(device)
         near = torch.empty(len(query), 0, device=device)
         index = torch.empty(len(query), 0, dtype=torch.int64, device=device)
         for start in range(0, len(train.features), KEYS):
-            keys = train.features[start : start + KEYS].to(device)
+            voters = start + train.voting[start : start + KEYS].nonzero()[:, 0]
+            if not len(voters):
+                continue
+            keys = train.features[voters].to(device)
             if distance == "cosine":
                 close = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T
             else:
                 close = -torch.cdist(query, keys)
             values, places = close.topk(min(k, len(keys)), dim=1)
-            near, index = torch.cat([near, values], dim=1), torch.cat([index, start + places], dim=1)
+            near, index = torch.cat([near, values], dim=1), torch.cat([index, voters.to(device)[places]], dim=1)
             near, best = near.topk(min(k, near.shape[1]), dim=1)
             index = index.gather(1, best)
         found.append(train.labels[index.cpu()].mode(dim=1).values)
@@ -142,18 +159,17 @@ def patch_knn(job: Job) -> Result:
     std, mean = torch.std_mean(kept.features, dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     known.scale(mean, std)  # and so the parts of it
-    voters, grid = kept.labelled(), list(product(map(int, r.ks), DISTANCES))
-    if len(voters.features) < max(map(int, r.ks)):
-        raise UserError(f"ks={as_typed(r.ks)}, but only {len(voters.features)} training patches have a class")
+    voting, grid = int(kept.voting.sum()), list(product(map(int, r.ks), DISTANCES))
+    if voting < max(map(int, r.ks)):
+        raise UserError(f"ks={as_typed(r.ks)}, but only {voting} training patches have a class")
     tried = {}
     for k, distance in grid:
-        classes = predicted(voters, held.features, k, distance, device)
+        classes = predicted(kept, held.features, k, distance, device)
         tried[k, distance] = float(metrics_of(areas_by_image(classes, held, count).sum(axis=0))["miou"])
     k, distance = max(tried, key=lambda choice: tried[choice])
-    del voters
-    everyone, test = known.labelled(), patches_of(job, tokens, val, "val")
+    test = patches_of(job, tokens, val, "val")
     test.scale(mean, std)
-    areas = areas_by_image(predicted(everyone, test.features, k, distance, device), test, len(val))
+    areas = areas_by_image(predicted(known, test.features, k, distance, device), test, len(val))
     return Result(
         *scores(areas),
         n_eval=len(val),
@@ -166,7 +182,7 @@ def patch_knn(job: Job) -> Result:
             "neighbours": k,
             "distance": distance,
             "held_out_images": count,
-            "voting_patches": len(everyone.features),
+            "voting_patches": int(known.voting.sum()),
             "feature": "patch tokens after the final norm, standardised",
         },
     )
@@ -181,3 +197,11 @@ def objections(job: Job) -> Iterator[Objection]:
 def parts(job: Job) -> tuple[Part, ...]:
     """The features; the search among them is not counted."""
     return (evaluation(job.recipe.image_size, job.data.counts["train"] + job.data.counts["val"]),)
+
+
+def detail(job: Job) -> str:
+    """What the plan says about the data, and of the memory that they take if it is much."""
+    a, counts = get_arch(job.checkpoint.arch), job.data.counts
+    patches = sum(counts[split] for split in ("train", "val")) * (job.recipe.image_size // a.patch) ** 2
+    gib = patches * (a.dim * FLOAT + a.patch**2) / GIB
+    return job.data.detail + (f"; {gib:.1f} GiB of memory for the features of their patches" if gib >= 1 else "")

@@ -128,6 +128,7 @@ ADE20K_KNN = Task(
     objections=patch_knn.objections,
     parts=patch_knn.parts,
     flops=features.flops,
+    detail=patch_knn.detail,
     trains=False,
     opt_in=True,
 )

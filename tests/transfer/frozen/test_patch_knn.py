@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.verify import verify
-from mae_core.checkpoint import load_encoder, model_of
+from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
 from mae_core.data import normalize, seed_for
 from mae_core.errors import UserError
 from mae_core.machine import Machine
@@ -58,6 +58,30 @@ def test_the_vote_is_that_of_scikit_learns_neighbours(distance, keys, monkeypatc
     known = Patches(torch.from_numpy(train), torch.from_numpy(labels))
     found = predicted(known, torch.from_numpy(queries), 5, distance, "cpu")
     np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_patches_without_a_class_do_not_vote(monkeypatch):
+    """As if they were not there, wherever the pieces in which patches are compared begin."""
+    rng = np.random.default_rng(1)
+    train, queries = (torch.from_numpy(rng.normal(size=(n, 6)).astype(np.float32)) for n in (40, 10))
+    labels = torch.from_numpy(rng.integers(0, 4, (40, 9)).astype(np.uint8))
+    labels[5:25, :6] = VOID  # most of each
+    expected = predicted(
+        Patches(train[[*range(5), *range(25, 40)]], labels[[*range(5), *range(25, 40)]]), queries, 5, "L2", "cpu"
+    )
+    for keys in (7, 10, 1000):
+        monkeypatch.setattr(patch_knn, "KEYS", keys)
+        assert torch.equal(predicted(Patches(train, labels), queries, 5, "L2", "cpu"), expected)
+
+
+def test_the_plan_says_how_much_memory_the_patches_take(root, tmp_path):
+    job = job_of(root, tmp_path / "work")
+    assert ADE20K_KNN.detail(job) == job.data.detail
+    # ADE20K with ViT-B: 196 patches of 768 floats and 256 labels for each of 22,210 images, in GiB.
+    full = replace(job.data, counts={"train": 20_210, "val": 2_000})
+    checkpoint = read_checkpoint("random:vit_base_patch16")
+    job = replace(job, data=full, checkpoint=checkpoint, recipe=ADE20K_KNN.recipe("vit_base_patch16", "paper"))
+    assert f"{22_210 * 196 * (768 * 4 + 256) / 2**30:.1f} GiB of memory" in ADE20K_KNN.detail(job)
 
 
 def test_the_number_is_that_of_an_independent_evaluation(root, tmp_path):
