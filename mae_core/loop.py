@@ -95,6 +95,8 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     forward = model
     if t.machine.compile:
         # Not dynamic: a reduced micro-batch would make one graph for all sizes, which is slower.
+        if distributed.is_main():  # or the first step would look like a hang
+            print("compiling: the first step takes from half a minute to some minutes", flush=True)
         forward = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # which is a module too
     if distributed.world_size() > 1:
         # No broadcast: each process keeps its own BatchNorm statistics, and a target's tensors are equal everywhere.

@@ -25,11 +25,13 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("masking", ["random", "block", "grid"])
-def test_pre_training_is_one_graph(noise_images, tmp_path, graphs, masking):
+def test_pre_training_is_one_graph(noise_images, tmp_path, graphs, masking, capsys):
     knobs = {"masking": masking} | ({"mask_ratio": 0.75} if masking == "grid" else {})
     runs.train(noise_images, tmp_path / "a", Machine(compile=True), **knobs)
     assert graphs.frame_count == 1
+    assert capsys.readouterr().out.startswith("compiling: ")
     runs.train(noise_images, tmp_path / "b", **knobs)
+    assert "compiling" not in capsys.readouterr().out
     a, b = (load_file(tmp_path / name / pretrain.WEIGHTS_FILE) for name in "ab")
     assert a.keys() == b.keys()  # no name begins with _orig_mod
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
