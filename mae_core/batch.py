@@ -1,6 +1,9 @@
 """A batch of images that is assembled in the place from which it is used."""
 
+import itertools
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +18,7 @@ class Batch:
     def __init__(self, size: int, room: Tensor | None = None) -> None:
         self.size, self.room = size, room
         self.images, self.labels, self.bad = torch.empty(0), [], []  # type: ignore[var-annotated]
+        self.placed: Placed | None = None  # where the images are, if another process can see them there
 
     def __len__(self) -> int:
         return len(self.bad)
@@ -55,21 +59,46 @@ class InTurn(Dataset):
     memory for each would take about as long as to decode what it holds: the system clears it page by page.
 
     A piece is written again `count` batches later. The DataLoader has PREFETCH batches of each worker under way, in
-    order: one more piece than those suffices, if a batch is copied as soon as it is there.
+    order: one more piece than those suffices, if a batch is copied as soon as it is there. A worker only says which
+    piece it has written: to send and map a tensor costs more than to copy it.
     """
 
     def __init__(self, images: Batched, like: Tensor, count: int) -> None:
-        self.images = images
+        self.images, self.key = images, next(KEYS)
         self.pieces = [
             torch.empty(0, dtype=like.dtype).set_(
                 torch.UntypedStorage._new_shared(like.nbytes), 0, like.shape, like.stride()
             )
             for _ in range(count)
         ]
+        IN_USE[self.key] = self
 
     def __getitems__(self, numbered: tuple[int, Sequence[Any]]) -> Batch:
-        number, samples = numbered
-        return self.images.batch(samples, self.pieces[number % len(self.pieces)])
+        number, samples = numbered[0] % len(self.pieces), numbered[1]
+        batch = self.images.batch(samples, self.pieces[number])
+        if batch.images.data_ptr() == self.pieces[number].data_ptr():
+            batch.placed = Placed(self.key, number, len(samples))
+        return batch
+
+
+@dataclass(frozen=True)
+class Placed:
+    """In place of images [count, ...]: those that a worker has written to a piece."""
+
+    key: int
+    piece: int
+    count: int
+
+    def images(self) -> Tensor:
+        return IN_USE[self.key].pieces[self.piece][: self.count]
+
+    def pin_memory(self) -> Tensor:
+        """What the DataLoader calls where the images go to a GPU."""
+        return self.images().pin_memory()
+
+
+KEYS = itertools.count()
+IN_USE: "weakref.WeakValueDictionary[int, InTurn]" = weakref.WeakValueDictionary()
 
 
 class Numbered:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core import distributed, native
-from mae_core.batch import Batch, InTurn, Numbered
+from mae_core.batch import Batch, InTurn, Numbered, Placed
 from mae_core.crops import Crop
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
@@ -205,15 +205,18 @@ def loader(
             pin_memory=pinned,
             worker_init_fn=end_at_errors,
         ):
-            # What a worker wrote will be written again; to pin it has copied it already.
-            yield images.clone() if source is not dataset and not pinned else images, labels, bad
+            # To pin it has copied it already.
+            yield images.images().clone() if isinstance(images, Placed) else images, labels, bad
 
 
-def collate(samples: list[tuple[Tensor, Any, str]] | Batch) -> tuple[Tensor, Any, list[str]]:
-    images, labels, bad = (samples.images, samples.labels, samples.bad) if isinstance(samples, Batch) else zip(*samples)
+def collate(samples: list[tuple[Tensor, Any, str]] | Batch) -> tuple[Any, Any, list[str]]:
+    """(images, labels, unreadable names); of images that lie in shared memory, where they do."""
+    if isinstance(samples, Batch):
+        images, bad = samples.placed or samples.images, [name for name in samples.bad if name]
+        return images, torch.tensor(samples.labels), bad
+    views, labels, names = zip(*samples)
     targets = Targets(labels) if isinstance(labels[0], dict) else torch.tensor(labels)
-    images = images if isinstance(images, Tensor) else torch.stack(images)
-    return images, targets, [name for name in bad if name]
+    return torch.stack(views), targets, [name for name in names if name]
 
 
 def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZATION) -> Tensor:

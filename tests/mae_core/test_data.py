@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as v1
 
 from mae_core import data, distributed
+from mae_core.batch import InTurn, Numbered
 from mae_core.data import Images, Sample, TrainingStream, list_images, loader, normalize, pretraining_transform
 from mae_core.decode import read_pixels
 from mae_core.errors import UserError
@@ -263,3 +264,23 @@ def test_mean_and_std_are_made_once_for_a_device():
 def test_nothing_is_normalised_twice():
     with pytest.raises(TypeError, match="normalised once"):
         normalize(normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)))
+
+
+def test_pieces_of_shared_memory_are_copied_before_they_are_written_again(noise_images):
+    """Many more batches than pieces, all kept: each is what one process alone reads."""
+    files = list_images(noise_images)
+    dataset = Images(files, pretraining_transform(32), seed=5)
+    stream = TrainingStream(len(files), 8, 8, 5, 0, 40)
+    alone = [images for images, _, _ in loader(dataset, stream, 0, "cpu")]
+    shared = [images for images, _, _ in loader(dataset, stream, 2, "cpu")]
+    assert len(alone) == len(shared) == 40
+    assert all(torch.equal(*pair) for pair in zip(alone, shared))
+    assert len({images.data_ptr() for images in shared}) == 40
+    turns = InTurn(dataset, torch.zeros(8, 3, 32, 32, dtype=torch.uint8), 2)
+    for number, samples in Numbered(stream.__iter__()):
+        placed, _, _ = data.collate(turns.__getitems__((number, samples)))
+        assert torch.equal(placed.images(), alone[number])
+        assert placed.images().data_ptr() == turns.pieces[number % 2].data_ptr()
+    (last,) = [turns.__getitems__((0, samples[:3]))]
+    assert torch.equal(data.collate(last)[0].images(), alone[39][:3])
+    assert isinstance(data.collate(turns.__getitems__((0, samples + samples)))[0], torch.Tensor)  # too many for a piece
