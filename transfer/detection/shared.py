@@ -107,10 +107,10 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
 
 
 def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
-    """The optimizer's groups: `parameter_groups`, by ViTDet's recipe each split by layer, with lr_scale = layer_decay
+    """The optimizer's groups: `parameter_groups`, with a layer decay each split by layer, with lr_scale = layer_decay
     ** (depth + 1 - layer), where all that the encoder does not have is of layer depth + 1."""
     groups = parameter_groups(model, r.weight_decay)
-    if not isinstance(r, ViTDetRecipe):
+    if r.layer_decay == 1:
         return groups
     (pyramid,) = (module for module in model.modules() if isinstance(module, ViTPyramid))
     top = len(pyramid.blocks) + 1

@@ -52,7 +52,7 @@ class PatchKnnRecipe:
 def recipe(arch: str, name: str) -> PatchKnnRecipe:
     patch = get_arch(arch).patch
     paper = PatchKnnRecipe(image_size=224 - 224 % patch)
-    return choose("recipe", name, {"paper": paper, "mini": replace(paper, image_size=96 - 96 % patch)})
+    return choose("recipe", name, {"paper": paper, "mini": replace(paper, image_size=48 - 48 % patch)})
 
 
 def sources(arch: str) -> dict[str, str]:

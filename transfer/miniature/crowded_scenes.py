@@ -9,19 +9,24 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from transfer.miniature.scenes import CLUTTER, RGB, SUPERSAMPLE, PlacedObject, object_colour, outline, rgb
+from transfer.miniature.scenes import (
+    CLUTTER,
+    RGB,
+    SUPERSAMPLE,
+    PlacedObject,
+    contrasting_colour,
+    object_colour,
+    outline,
+    rgb,
+)
 
 # (width, height) in px, in turn.
 SIZES = ((52, 52), (56, 42), (42, 56), (60, 48), (48, 60), (64, 48), (48, 64), (56, 56))
 # The classes of scenes.py that only their shape tells apart.
 KINDS = ("cross", "heart", "moon", "square", "star", "triangle")
-# Kinds of background and their colours, pale or dull so that objects stand out.
-STUFF: dict[str, RGB] = {
-    "grass": (112, 138, 92),
-    "ground": (128, 104, 82),
-    "sky": (200, 214, 228),
-    "wall": (226, 206, 168),
-}
+# Kinds of background: a wall fills the picture, or the sky is above the ground. Only that tells them apart: colours are
+# arbitrary.
+STUFF = ("ground", "sky", "wall")
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,15 @@ class CrowdedScene:
 
 
 def crowded_scene(width: int, height: int, rng: np.random.Generator) -> CrowdedScene:
-    """Sky over grass or ground, often a wall, sometimes a crowd; one or two objects of radius 12 to 21 px, and pebbles.
+    """A wall, or sky over ground; one object or two of radius 12 to 21 px,
+    and pebbles; sometimes a crowd.
 
     At least 60 % of every object outside the crowd is visible, and the visible part has no hole: polygons describe it.
     """
     regions = _regions(width, height, rng)
-    crowd = _crowd(width, height, regions, rng) if rng.random() < 0.15 else ()
+    crowd = _crowd(width, height, regions, rng) if rng.random() < 0.1 else ()
     scene = CrowdedScene(width, height, regions, crowd, len(crowd))
-    wanted = len(crowd) + int(rng.integers(1, 3))
+    wanted = len(crowd) + 1 + int(rng.random() < 0.15)
     for _ in range(20):
         radius = min(12 * 1.75 ** rng.random(), 0.45 * min(width, height))
         scene = _with_object(scene, str(rng.choice(KINDS)), radius, rng)
@@ -89,22 +95,13 @@ def _with_object(scene: CrowdedScene, kind: str, radius: float, rng: np.random.G
 
 
 def _regions(width: int, height: int, rng: np.random.Generator) -> tuple[Region, ...]:
-    def region(kind: str, *corners: tuple[float, float]) -> Region:
-        colour = rgb(np.clip(np.array(STUFF[kind]) + rng.integers(-12, 13, 3), 0, 255))
-        return Region(kind, colour, corners)
-
-    left, right = (height * rng.uniform(0.3, 0.6, 2)).tolist()
-    below = str(rng.choice(["grass", "ground"]))
-    regions = [
-        region("sky", (0, 0), (width, 0), (width, height), (0, height)),
-        region(below, (0, left), (width, right), (width, height), (0, height)),
-    ]
+    colour = contrasting_colour([], 0, rng)
+    whole = (0, 0), (width, 0), (width, height), (0, height)
     if rng.random() < 0.6:
-        edge = width * int(rng.integers(2))
-        inner = abs(edge - width * rng.uniform(0.2, 0.45))
-        top, foot = height * rng.uniform(0, 0.2), height * rng.uniform(0.65, 0.9)
-        regions.append(region("wall", (edge, top), (inner, top), (inner, foot), (edge, foot)))
-    return tuple(regions)
+        return (Region("wall", colour, whole),)
+    left, right = (height * rng.uniform(0.3, 0.7, 2)).tolist()
+    below = (0, left), (width, right), (width, height), (0, height)
+    return Region("sky", colour, whole), Region("ground", contrasting_colour([colour], 180, rng), below)
 
 
 def _random_object(kind: str, radius: float, scene: CrowdedScene, rng: np.random.Generator) -> PlacedObject:
@@ -114,7 +111,7 @@ def _random_object(kind: str, radius: float, scene: CrowdedScene, rng: np.random
     others = [region.colour for region in scene.regions] + [thing.colour for thing in scene.objects]
     for _ in range(50):
         colour = rgb(rng.integers(60, 130, 3)) if kind in CLUTTER else object_colour(kind, rng)
-        if all(np.abs(np.subtract(colour, other)).sum() >= 110 for other in others):
+        if all(np.abs(np.subtract(colour, other)).sum() >= 150 for other in others):
             break
     return PlacedObject(kind, centre, float(radius), float(rng.uniform(-0.3, 0.3)), colour)
 

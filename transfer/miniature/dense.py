@@ -19,16 +19,16 @@ from contourpy import contour_generator
 from PIL import Image
 
 from transfer.data.coco import CATEGORIES
-from transfer.miniature.crowded_scenes import KINDS, SIZES, CrowdedScene, crowded_scene, paint
+from transfer.miniature.crowded_scenes import KINDS, SIZES, STUFF, CrowdedScene, crowded_scene, paint
 from transfer.miniature.scenes import with_noise
 from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 
-TRAIN, VAL = 300, 100
+TRAIN, VAL = 300, 200
 # COCO's ids around one of its gaps, 12.
 COCO_IDS = dict(zip(KINDS, (9, 10, 11, 13, 14, 15)))
 # ADE20K's ids of the regions' namesakes, and ids spread over 1..150 for the objects. What has no entry, the pebbles, is
 # 0: unlabelled.
-ADE_IDS = {"wall": 1, "sky": 3, "grass": 10, "ground": 14} | {name: 15 + 27 * i for i, name in enumerate(KINDS)}
+ADE_IDS = {"wall": 1, "sky": 3, "ground": 14} | {name: 15 + 27 * i for i, name in enumerate(KINDS)}
 
 # First id and name of each of COCO's supercategories, which have consecutive ids.
 SUPERCATEGORIES = {
@@ -143,7 +143,7 @@ def voc_label(drawn: Picture) -> np.ndarray:
     """VOC's label image, uint8 [H, W]: objects are 1..6, regions the background 0, and 255 what has no class."""
     scene = drawn.scene
     kinds = [region.kind for region in scene.regions] + [thing.kind for thing in scene.objects]
-    ids = dict.fromkeys(("wall", "sky", "grass", "ground"), 0) | {name: i for i, name in enumerate(KINDS, 1)}
+    ids = dict.fromkeys(STUFF, 0) | {name: i for i, name in enumerate(KINDS, 1)}
     return np.array([ids.get(kind, 255) for kind in kinds], np.uint8)[drawn.owner]
 
 
@@ -161,7 +161,7 @@ def _voc_files(seed: int) -> Files:
 
 
 def coco(root: Path, seed: int = 0) -> Path:
-    """Write root/coco: 300 training and 100 validation images with boxes and masks. Returns that folder; what already
+    """Write root/coco: 300 training and 200 validation images with boxes and masks. Returns that folder; what already
     lies there is treated as by `write_set`."""
     counts = {"train": TRAIN, "val": VAL, "annotation files": 2}
     return write_set(root, "coco", seed, counts, _coco_files(seed))

@@ -6,7 +6,7 @@
     DIR/places205/trainvalsplit_places205/{train,val}_places205.csv, .../images256/...
     DIR/places365/{places365_train_standard.txt, places365_val.txt, data_256_standard, val_256}
 
-iNaturalist's classes are fine-grained and long-tailed: four shapes, each filled in four ways, with 40 down to 5 images.
+iNaturalist's classes are fine-grained and long-tailed: four shapes, each filled in four ways, with 100 to 20 images.
 Places' classes are backgrounds, with an arbitrary object in front. A class's real meaning plays no part.
 """
 
@@ -27,7 +27,7 @@ from transfer.miniature.writer import Files, jpeg, rng_of, write_set
 SHAPES = {"Aves": "moon", "Fungi": "square", "Insecta": "star", "Plantae": "heart"}  # supercategory -> shape
 FILLS = ("plain", "rows", "columns", "squares")
 # Training images of the most and the least frequent class (long-tailed, as in iNaturalist); validation images of each.
-MOST, LEAST, VAL = 40, 5, 10
+MOST, LEAST, VAL = 100, 20, 20
 # Ids with gaps, as in a subset of the official classes.
 INAT_IDS = tuple(range(3, 3 + 16 * 60, 60))
 PLACES = {

@@ -14,8 +14,9 @@ from transfer.detection.recipe import DetectionRecipe, recipe, sources
 # what enters the losses and what the RPN keeps: detectron2's config/defaults.py.
 PAPER = {
     "image_size": 1024, "epochs": 100, "warmup_epochs": 0.25, "batch": 64, "lr": 8e-5, "betas": (0.9, 0.999),
-    "weight_decay": 0.1, "drop_path": 0.1, "window": 14, "min_scale": 0.1, "max_scale": 2.0, "fpn_dim": 256,
-    "head_dim": 256, "fc_dim": 1024, "rpn_convs": 2, "rpn_batch": 256, "roi_batch": 512, "proposals": 1000,
+    "weight_decay": 0.1, "layer_decay": 1.0, "drop_path": 0.1, "window": 14, "min_scale": 0.1, "max_scale": 2.0,
+    "fpn_dim": 256, "head_dim": 256, "fc_dim": 1024, "rpn_convs": 2, "rpn_batch": 256, "roi_batch": 512,
+    "proposals": 1000,
 }  # fmt: skip
 
 

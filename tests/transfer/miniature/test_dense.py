@@ -133,7 +133,7 @@ def test_ade20k_ids_are_spread_and_some_pixels_are_unlabelled(root):
         ids, pixels = np.unique(np.asarray(Image.open(path)), return_counts=True)
         counts.update(dict(zip(ids.tolist(), pixels.tolist())))
     assert set(counts) == {0, *ADE_IDS.values()}
-    assert len(counts) == 1 + 4 + 6
+    assert len(counts) == 1 + 3 + 6
     assert (min(set(counts) - {0}), max(counts)) == (1, 150)
     assert 0 < counts[0] < 0.05 * sum(counts.values())
 

@@ -55,10 +55,10 @@ def test_other_sizes_take_the_values_of_the_one_nearest_to_them():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_mini_changes_sizes_lengths_rates_widths_and_augmentation_only(arch):
+def test_mini_changes_sizes_lengths_rates_decay_widths_and_augmentation_only(arch):
     paper, mini = asdict(recipe(arch, "paper")), asdict(recipe(arch, "mini"))
     assert {name for name in paper if paper[name] != mini[name]} <= {
-        "image_size", "iterations", "warmup_iterations", "batch", "lr", "drop_path", "head_channels",
+        "image_size", "iterations", "warmup_iterations", "batch", "lr", "layer_decay", "drop_path", "head_channels",
         "auxiliary_channels", "min_scale", "max_scale", "photometric", "test_short_side", "test_long_side", "stride",
     }  # fmt: skip
 

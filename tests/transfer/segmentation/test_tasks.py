@@ -60,7 +60,7 @@ def test_the_plan_says_what_to_install(root, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_leaves_a_record_the_weights_and_a_picture(root, tmp_path):
-    job = make_job(root, tmp_path, multi_scale=True, lr=1e-2)
+    job = make_job(root, tmp_path, multi_scale=True)
     record = run_job(job)
     assert record.status == "ok", record.reason
     names = {"miou", "macc", "aacc", "miou_ms", "macc_ms", "aacc_ms"}

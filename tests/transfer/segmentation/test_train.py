@@ -50,7 +50,7 @@ def test_crops_are_normalised_padded_and_labelled(root, tmp_path, mmseg):
     truth = np.asarray(Image.open(root / FOLDER / "annotations/training" / f"{first.stem}.png"))
     seen = {int(c) for c in label[:56, :56].unique()}
     assert seen <= {int(c) - 1 if c else 255 for c in np.unique(truth)}
-    assert len(seen) > 2
+    assert len(seen) > 1
 
 
 def test_a_crop_depends_on_seed_and_position_only(root, tmp_path, mmseg):
