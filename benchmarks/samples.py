@@ -61,6 +61,8 @@ def sample_of(record: Record, folder: Path, root: Path) -> tuple[Sample, bool]:
     rows = sets.get(MAIN) or sets[record.metric.partition("@")[2]]
     if "intersection" in rows:
         return Miou(areas_of(rows)), False
+    if "within" in rows:
+        return Mean(100.0 * rows["within"] / rows["pixels"]), False
     return Mean(100.0 * right_classes(rows, rows["top1"])), True
 
 

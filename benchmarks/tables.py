@@ -150,6 +150,17 @@ TABLES = (
         ),
     ),
     Table(
+        name="depth",
+        title="Depth by a frozen encoder",
+        caption="NYU Depth V2: one layer on the patch tokens of square windows, otherwise as DINOv2. Pixels whose "
+        "depth is right within a factor of 1.25 (%), RMSE (m), mean relative error; means over the test images.",
+        columns=(
+            Column("nyu_linear", "delta1", "delta 1"),
+            Column("nyu_linear", "rmse", "RMSE", better="lower"),
+            Column("nyu_linear", "abs_rel", "AbsRel", better="lower"),
+        ),
+    ),
+    Table(
         name="partial",
         title="ImageNet-1K, partial fine-tuning",
         caption="Top-1 accuracy (%) by the number of last blocks that are tuned, as in Figure 9 of the MAE paper: 0 is "

@@ -106,6 +106,8 @@ def metrics_of(record: Record, file: Path, path: Path, data: Path | None) -> dic
         score: Callable[[Rows], dict[str, float]] = accuracies
         if "intersection" in rows:
             score = segmentation_metrics
+        elif "squared_error" in rows:
+            score = depth_metrics
         elif "neighbours" in rows:
             score = partial(neighbour_metrics, k=record.recipe["k"], temperature=record.recipe["temperature"])
         found |= {named(metric, name): value for metric, value in score(rows).items()}
@@ -207,6 +209,16 @@ def segmentation_metrics(rows: Rows) -> dict[str, float]:
             accuracies.append(recall_score(truth, predicted, sample_weight=weight))
     right = rows["intersection"].sum() / rows["label_pixels"].sum()
     return {"miou": 100 * float(np.mean(ious)), "macc": 100 * float(np.mean(accuracies)), "aacc": 100 * float(right)}
+
+
+def depth_metrics(rows: Rows) -> dict[str, float]:
+    """delta1, rmse and abs_rel: means over the images of what each has from its pixels."""
+    images = list(zip(*(rows[name].tolist() for name in ("pixels", "within", "squared_error", "relative_error"))))
+    return {
+        "delta1": 100 * math.fsum(within / pixels for pixels, within, _, _ in images) / len(images),
+        "rmse": math.fsum(math.sqrt(squared / pixels) for pixels, _, squared, _ in images) / len(images),
+        "abs_rel": math.fsum(relative / pixels for pixels, _, _, relative in images) / len(images),
+    }
 
 
 def coco_metrics(record: Record, file: Path, path: Path, data: Path | None) -> dict[str, float]:

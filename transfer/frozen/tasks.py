@@ -1,4 +1,4 @@
-"""A frozen encoder on ImageNet-1k, ADE20K and VOC: k-NN, attentive and linear probes, logistic regression.
+"""A frozen encoder on ImageNet-1k, ADE20K, VOC and NYUv2: k-NN, attentive and linear probes, logistic regression.
 
 python -m transfer.frozen --task imagenet_knn --ckpt FILE --data DIR --out DIR
 """
@@ -10,10 +10,12 @@ from transfer.data.ade20k import inspect_ade20k
 from transfer.data.imagenet import inspect_imagenet
 from transfer.data.inputs import detail, fit_batch
 from transfer.data.lowshot import SUBSETS, inspect_subset
+from transfer.data.nyu import inspect_nyu
 from transfer.data.voc import inspect_voc
-from transfer.frozen import attnprobe, features, knn, logreg, patch_knn, probes, segment
+from transfer.frozen import attnprobe, depth, features, knn, logreg, patch_knn, probes, segment
 from transfer.frozen.scenes import ADE20K, VOC
 from transfer.miniature import dense
+from transfer.miniature import depth as scenes_with_depth
 from transfer.miniature import imagenet as miniature
 from transfer.task import Task
 
@@ -132,4 +134,18 @@ ADE20K_KNN = Task(
     trains=False,
     opt_in=True,
 )
-TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG, ADE20K_LINEAR, VOC_LINEAR, ADE20K_KNN)
+NYU_LINEAR = replace(
+    ADE20K_LINEAR,
+    name="nyu_linear",
+    title="NYU Depth V2, linear depth",
+    metric="delta1",
+    version=1,
+    recipe=depth.recipe,
+    sources=depth.sources,
+    inspect=inspect_nyu,
+    run=depth.depth,
+    miniature=scenes_with_depth.nyu,
+    space=depth.space,
+    parts=depth.parts,
+)
+TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG, ADE20K_LINEAR, VOC_LINEAR, ADE20K_KNN, NYU_LINEAR)

@@ -105,6 +105,9 @@ def everything(root: Path) -> None:
         (root / name).touch()
     for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / "VOCdevkit" / "VOC2012" / kind).mkdir(parents=True)
+    (root / "nyu").mkdir()
+    for split in ("train", "test"):
+        (root / "nyu" / f"nyu_{split}.txt").touch()
     for split in ("train", "val"):
         (root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt").touch()
         (root / "coco" / "annotations" / f"instances_{split}2017.json").touch()

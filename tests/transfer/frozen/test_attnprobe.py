@@ -44,6 +44,7 @@ OWN = {  # what the miniature changes in other recipes
     "ade20k_linear": {"iterations", "warmup_iterations", "lr", "min_scale", "max_scale", "photometric", "stride"},
 }
 OWN["voc_linear"] = OWN["ade20k_linear"]
+OWN["nyu_linear"] = {"iterations", "warmup_iterations", "lr", "rotate", "colour", "stride"}
 
 
 def test_the_recipe_is_the_sources():

@@ -1,0 +1,241 @@
+"""Linear depth of a frozen encoder: its loss, its score, its views and its training."""
+
+import math
+import shutil
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.samples import sample_of
+from benchmarks.verify import verify
+from mae_core.checkpoint import parameters_sha256
+from mae_core.data import Sample
+from mae_core.errors import UserError
+from mae_core.machine import Machine
+from tests.fixtures.miniature import write_few
+from tests.fixtures.transfer import (
+    ARCH,
+    assert_objection_is_right,
+    assert_same_weights,
+    assert_space_is_right,
+    small_checkpoint,
+)
+from transfer.data.nyu import FOLDER, pairs, read_depth
+from transfer.frozen import depth as linear
+from transfer.frozen import encoder as frozen
+from transfer.frozen.depth import DepthRecipe, DepthViews, PatchDepth, metrics_of, rate_of, scale_invariant, sums_of
+from transfer.frozen.segment import HEAD_FILE
+from transfer.frozen.tasks import NYU_LINEAR
+from transfer.miniature import dense
+from transfer.miniature import depth as miniature
+from transfer.run import run_job
+from transfer.task import RECORD_FILE, Job
+
+LITTLE = {"image_size": 48, "stride": 32, "batch": 4, "iterations": 4, "warmup_iterations": 1}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_few(miniature.nyu, tmp_path_factory.mktemp("depth"), 8, 3)
+
+
+def job_of(root, work, machine=None, seed=0, **knobs) -> Job:
+    recipe, data = replace(NYU_LINEAR.recipe(ARCH, "mini"), **LITTLE | knobs), NYU_LINEAR.inspect(root)
+    assert data.status == "found", data.detail
+    return Job(
+        NYU_LINEAR, small_checkpoint(), recipe, "mini", knobs, data, work, seed, machine=machine or Machine(), out=work
+    )
+
+
+def test_the_recipe_is_that_of_its_source():
+    r = NYU_LINEAR.recipe("vit_base_patch16", "paper")
+    assert (r.image_size, r.batch, r.iterations, r.warmup_iterations, r.bins) == (416, 16, 38_400, 12_800, 256)
+    assert (r.lr, r.weight_decay, r.betas, r.flip, r.rotate) == (5e-3, 0.01, (0.9, 0.999), 0.5, 2.5)
+    assert NYU_LINEAR.recipe("vit_large_patch14", "paper").image_size == 406
+    # mmcv: half a cosine, and a line from a thousandth over the warm-up.
+    rates = [rate_of(r, step, 38_400) / r.lr for step in (0, 6400, 19_200, 38_400)]
+    assert rates == pytest.approx([1e-3, (1 + math.cos(math.pi / 6)) / 2 * (0.001 + 0.999 / 2), 0.5, 0], abs=1e-9)
+
+
+def test_the_loss_of_hand_cases():
+    truth = torch.tensor([[[1.0, 2.0], [4.0, 0.0]]])  # the last one is unknown
+    eps = 1e-3
+    # Twice as far everywhere: no variance but for the 1 mm, a mean of log 2.
+    predicted = 2 * (truth + eps) - eps
+    predicted[0, 1, 1] = 99.0
+    assert scale_invariant(predicted, truth).item() == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-5)
+    # Log ratios 0.3, 0 and -0.3: no mean, a variance of 0.09.
+    predicted = (truth + eps) * torch.tensor([[[0.3, 0.0], [-0.3, 0.0]]]).exp() - eps
+    assert scale_invariant(predicted, truth).item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_images_without_depth_or_without_error_have_a_slope_all_the_same():
+    truth = torch.stack([torch.zeros(3, 3), torch.full((3, 3), 2.0), torch.full((3, 3), 2.0)])
+    predicted = torch.full((3, 3, 3), 2.0)
+    predicted[2] = 3.0
+    predicted.requires_grad_()
+    losses = scale_invariant(predicted, truth)
+    assert losses[:2].tolist() == [0, 0]
+    losses.mean().backward()
+    assert predicted.grad.isfinite().all()
+    assert predicted.grad[2].abs().sum() > 0
+
+
+def test_the_score_of_a_hand_case():
+    truth = np.array([[1.0, 2.0, 4.0], [0.0, 10.0, 8.0]], np.float32)  # 0 and 10 do not count
+    metres = np.array([[1.2, 2.0, 3.0], [5.0, 5.0, 8.0]], np.float32)
+    found = metrics_of(sums_of(metres, truth)[None])
+    assert found["delta1"].item() == pytest.approx(75)  # 3 for 4 m is a factor of 1.33
+    assert found["rmse"].item() == pytest.approx(math.sqrt((0.2**2 + 1) / 4))
+    assert found["abs_rel"].item() == pytest.approx((0.2 + 0.25) / 4)
+
+
+def test_of_nyus_own_size_eigens_crop_counts():
+    truth = np.ones((480, 640), np.float32)
+    metres = np.full((480, 640), 2.0, np.float32)
+    metres[45:471, 41:601] = 1.0
+    assert sums_of(metres, truth).tolist() == [426 * 560, 426 * 560, 0, 0]
+
+
+def test_the_head_is_dinov2s():
+    """Which interpolates the features and then applies the layer: the same."""
+    torch.manual_seed(0)
+    head, tokens = PatchDepth(8, 16), torch.randn(2, 1, 1 + 9, 8)
+    patches = tokens[:, 0, 1:].mT.reshape(2, 8, 3, 3)
+    both = torch.cat([patches, tokens[:, 0, 0, :, None, None].expand(2, 8, 3, 3)], dim=1)
+    logits = F.relu(head.layer(F.interpolate(both, scale_factor=4, mode="bilinear"))) + 0.1
+    bins = torch.linspace(1e-3, 10, 16)
+    expected = (logits / logits.sum(dim=1, keepdim=True) * bins[:, None, None]).sum(dim=1)
+    assert torch.allclose(head(tokens)[:, 0], expected, atol=1e-5)
+
+
+def test_views_depend_on_seed_and_position_alone_and_stay_aligned(root, tmp_path):
+    r = replace(job_of(root, root).recipe, rotate=2.5, colour=True)
+    files = pairs(root / FOLDER, "train")
+    views = DepthViews(files, r, seed=0)
+    image, target, bad = views[Sample(3, 7)]
+    assert (image.shape, image.dtype, target["label"].shape, bad) == ((3, 48, 48), torch.uint8, (48, 48), "")
+    again = views[Sample(3, 7)]
+    assert torch.equal(image, again[0])
+    assert torch.equal(target["label"], again[1]["label"])
+    assert not torch.equal(image, views[Sample(3, 8)][0])
+    assert not torch.equal(image, DepthViews(files, r, seed=1)[Sample(3, 7)][0])
+    # An image that is its own depth: what happens to one must happen to the other.
+    steps = np.repeat(1 + np.arange(480)[:, None] // 48, 640, axis=1).astype(np.uint16)
+    Image.fromarray((10 * steps).astype(np.uint8)).save(tmp_path / "rgb.png")
+    Image.fromarray(10 * steps).save(tmp_path / "depth.png")
+    views = DepthViews([(tmp_path / "rgb.png", tmp_path / "depth.png")], replace(r, image_size=400, colour=False), 0)
+    turned = 0
+    for position in range(8):
+        image, target, _ = views[Sample(0, position)]
+        gap = (image[0] - 1000 * target["label"]).abs()
+        assert gap.median() == 0
+        assert (gap > 0).float().mean() < 0.1  # along the edges, which are sharp in the depth
+        turned += bool((target["label"] != target["label"][:, :1]).any())
+    assert 0 < turned < 8
+
+
+def test_colours_change_in_half_of_the_views():
+    torch.manual_seed(0)
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    made = [linear.recoloured(grey) for _ in range(200)]
+    same = sum(torch.equal(one, grey) for one in made)
+    assert 70 < same < 130
+    values = torch.stack(made).float()
+    assert values.min() >= 255 * (100 / 255) ** 1.1 * 0.75 * 0.9 - 1
+    assert values.max() <= 255 * (100 / 255) ** 0.9 * 1.25 * 1.1 + 1
+
+
+def test_the_miniatures_depths_tell_the_classes_apart(root):
+    scene = dense.picture(0, "train", 0)
+    metres = miniature.depth_of(scene)
+    first = len(scene.scene.regions)
+    for number, thing in enumerate(scene.scene.objects, first):
+        found = np.unique(metres[scene.owner == number])
+        assert found.tolist() == ([miniature.METRES[thing.kind]] if thing.kind in miniature.METRES else [0.0])
+    assert len(set(miniature.METRES.values())) == len(miniature.METRES)
+    assert np.abs(read_depth(pairs(root / FOLDER, "train")[0][1]) - metres).max() <= 5.1e-4
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory):
+    job = job_of(root, tmp_path_factory.mktemp("trained"))
+    return job, run_job(job)
+
+
+def test_a_run_keeps_what_its_numbers_are_made_of(trained, root):
+    job, record = trained
+    assert record.status == "ok", record.reason
+    assert verify(job.work / RECORD_FILE) == pytest.approx(record.metrics)
+    assert 0 <= record.metrics["delta1"] <= 100
+    sample, right_or_wrong = sample_of(record, job.work, root)
+    assert not right_or_wrong
+    assert sample.values(np.ones((1, sample.images))).item() == pytest.approx(record.metrics["delta1"])
+    assert record.resolved["backbone_sha256"] == parameters_sha256(
+        frozen.Tokens(frozen.frozen_encoder(job)[0], norm=True).state_dict().items()
+    )
+
+
+def test_a_resumed_run_is_an_undisturbed_one(trained, root, tmp_path, monkeypatch):
+    job = job_of(root, tmp_path / "work", Machine(save_minutes=0))
+    calls, original = [], linear.loss
+
+    def stopped(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*inputs)
+
+    monkeypatch.setattr(linear, "loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job)
+    monkeypatch.setattr(linear, "loss", original)
+    record = run_job(job)
+    assert record.metrics == trained[1].metrics
+    assert_same_weights(job.work / HEAD_FILE, trained[0].work / HEAD_FILE)
+
+
+def test_it_learns_depth(root, tmp_path):
+    """More steps on few images: nearer than what the untrained head says, 5 m everywhere."""
+    record = run_job(job_of(root, tmp_path / "work", iterations=60, warmup_iterations=5, lr=1e-2))
+    files = [file for _, file in pairs(root / FOLDER, "val")]
+    flat = np.stack([sums_of(np.full_like(read_depth(file), 5.0), read_depth(file)) for file in files])
+    assert record.metrics["rmse"] < metrics_of(flat)["rmse"].mean()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "knob", "said"),
+    [
+        ({"image_size": 50}, "image_size", "50x50 is not divisible"),
+        ({"batch": 9}, "batch", "8 training images are less than one batch=9"),
+        ({"batch": 8}, None, ""),
+    ],
+)
+def test_a_job_that_is_objected_to_would_fail_and_any_other_runs(root, tmp_path, knobs, knob, said):
+    assert_objection_is_right(job_of(root, tmp_path / "work", **knobs), knob, said)
+
+
+def test_wrong_recipes_and_unmeasured_images_are_refused(root, tmp_path):
+    for wrong in ({"stride": 99}, {"warmup_iterations": 4}, {"bins": 1}):
+        with pytest.raises(UserError):
+            job_of(root, tmp_path, **wrong)
+    data = shutil.copytree(root, tmp_path / "copy")
+    (_, first), *_ = pairs(data / FOLDER, "val")
+    Image.fromarray(np.full_like(np.asarray(Image.open(first)), 20_000)).save(first)  # 20 m: beyond what counts
+    record = run_job(job_of(data, tmp_path / "work"))
+    assert record.status == "failed"
+    assert "has no measured depth between 1 mm and 10 m" in record.reason
+
+
+def test_the_space_is_what_a_training_takes(root, tmp_path):
+    assert_space_is_right(job_of(root, tmp_path / "work"), HEAD_FILE)
+
+
+def test_the_source_of_every_knob_is_named():
+    assert set(NYU_LINEAR.sources(ARCH)) == {field.name for field in fields(DepthRecipe)}
+    assert isinstance(PatchDepth(4, 2).layer, nn.Conv2d)
