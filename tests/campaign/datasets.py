@@ -68,6 +68,20 @@ def write(file: str, content: str) -> Change:
     return lambda root: (root / file).write_text(content) and None
 
 
+def make(file: str, content: str) -> Change:
+    """Write a file of a set that the world does not have."""
+
+    def apply(root: Path) -> None:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(content)
+
+    return apply
+
+
+def write_bytes(file: str, content: bytes) -> Change:
+    return lambda root: (root / file).write_bytes(content)
+
+
 def stranger(root: Path) -> None:
     """A class of imagenet/val that is none of ImageNet's."""
     (root / "imagenet" / "val" / wnids()[6]).rename(root / "imagenet" / "val" / "n99999999")
@@ -83,6 +97,8 @@ TRAIN_JSON, VAL_JSON = (f"coco/annotations/instances_{split}2017.json" for split
 INAT = "inat2018/train2018.json"
 PLACES = "places365/places365_train_standard.txt"
 ADE = "ADEChallengeData2016"
+V2, VTAB_LISTS = "imagenetv2-matched-frequency-format-val", ("train800", "val200", "train800val200", "test")
+VOC, VOC_LIST = "VOCdevkit/VOC2012", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
 DATA: dict[str, tuple[str, Change]] = {
     "no training images": ("imagenet_finetune", remove("imagenet/train/*")),
     "no validation split": ("imagenet_finetune", remove("imagenet/val")),
@@ -136,6 +152,37 @@ DATA: dict[str, tuple[str, Change]] = {
     "Places: a label of 5,000 digits": ("places365", write(PLACES, f"/a/airfield/1.jpg {'9' * 5000}\n")),
     "Places: a line without a label": ("places365", write(PLACES, "/a/airfield/1.jpg\n")),
     "Places: an empty list": ("places365", write(PLACES, "")),
+    "VOC: a list of images that are absent": ("voc_linear", write(VOC_LIST, "2012_000001\n")),
+    "VOC: a list of bytes": ("voc_linear", write_bytes(VOC_LIST, b"\xff\xfe\x00")),
+    "VOC: an empty list": ("voc_linear", write(VOC_LIST, "")),
+    "VOC: a pipe": ("voc_linear", pipe(f"{VOC}/SegmentationClass/*val*")),
+    "VOC: labels that are none": ("voc_linear", damage_all(f"{VOC}/SegmentationClass/*", b"\x89PNG")),
+    "NYU: a list that leads outside": ("nyu_linear", write("nyu/nyu_train.txt", "../../x.jpg y.png 518.8579\n")),
+    "NYU: a line of one word": ("nyu_linear", write("nyu/nyu_test.txt", "x.jpg\n")),
+    "NYU: depths that are none": ("nyu_linear", damage_all("nyu/test/*.png", b"<html>")),
+    "NYU: a pipe": ("nyu_linear", pipe("nyu/test/*.png")),
+    "NYU: images of 60,000 x 60,000": ("nyu_linear", huge_image("nyu/test/*.jpg")),
+    "few labels: a list of images that are absent": (
+        "imagenet_logreg_1pct",
+        make("imagenet_subsets/1percent.txt", "n01440764_99999.JPEG\n"),
+    ),
+    "few labels: a list of bytes": ("imagenet_logreg_1pct", make("imagenet_subsets/1percent.txt", "\0\n")),
+    "few labels: an empty list": ("imagenet_logreg_1pct", make("imagenet_subsets/1percent.txt", "")),
+    "VTAB: lists that lead outside": (
+        "vtab_dtd",
+        both(*(make(f"vtab-1k/dtd/{name}.txt", "../../../x.jpg 0\n") for name in VTAB_LISTS)),
+    ),
+    "VTAB: a label of 10^6": (
+        "vtab_dtd",
+        both(*(make(f"vtab-1k/dtd/{name}.txt", "images/x.jpg 1000000\n") for name in VTAB_LISTS)),
+    ),
+    "ImageNet-V2: a class that is none": ("imagenet_v2", make(f"{V2}/1000/x.jpeg", "x")),
+    "ObjectNet: a class that is none": ("objectnet", make("objectnet-1.0/images/x/x.png", "x")),
+    "ReaL: a nested json": ("imagenet_real", make("imagenet-real/real.json", DEEP)),
+    "iNaturalist 2021: json cut": (
+        "inat2021",
+        both(make("inat2021/train.json", "{"), make("inat2021/val.json", "{")),
+    ),
     "a folder: no classes": ("folder", remove("flowers/*/*")),
     "a folder: no val": ("folder", remove("flowers/val")),
 }
@@ -143,6 +190,9 @@ FAMILY = {
     "coco": ("detection", DETECTOR),
     "ade20k": ("segmentation", SEGMENTER),
     "imagenet_knn": ("frozen", ()),
+    "imagenet_logreg_1pct": ("frozen", ()),
+    "voc_linear": ("frozen", ("batch=2", "iterations=2", "warmup_iterations=1")),
+    "nyu_linear": ("frozen", ("batch=2", "iterations=2", "warmup_iterations=1")),
 }
 
 
@@ -158,6 +208,7 @@ def copy_of(world: World, work: Path, wanted: str) -> Path:
     return root
 
 
+EVALUATED = ("imagenet_c", "imagenet_v2", "imagenet_real", "objectnet")
 SETS = {
     "coco": "coco",
     "ade20k": ADE,
@@ -165,6 +216,8 @@ SETS = {
     "places365": "places",
     "folder": "flowers",
     "imagenet_c": "imagenet",
+    "voc_linear": "VOCdevkit",
+    "nyu_linear": "nyu",
 }
 
 
@@ -176,7 +229,7 @@ def try_data(world: World, task: str, change: Change, work: Path) -> None:
     name = f"folder:{root}/flowers" if task == "folder" else task
     command = ["-m", f"transfer.{family}", "--task", name, "--ckpt", world.ckpt, "--data", root, *SUITE]
     command += ["--engine", "torchvision"] if task == "coco" else []
-    command += ["--set", *knobs] if knobs and task != "imagenet_c" else []
+    command += ["--set", *knobs] if knobs and task not in EVALUATED else []
     done = call(command, work, 100)
     refused(done, work)
     records = [json.loads(path.read_text()) for path in work.glob("out/runs/**/record.json")]

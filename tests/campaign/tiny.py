@@ -14,7 +14,7 @@ from tests.fixtures import ROOT
 from tests.fixtures.coco import write_coco
 from tests.fixtures.segmentation import write_ade20k
 from tests.fixtures.transfer import CLASSES, write_imagenet, write_noise_image, write_split
-from transfer.miniature import dense, imagenet, labelled
+from transfer.miniature import dense, depth, imagenet, labelled
 
 RUN_ALL = ROOT / "benchmarks" / "run_all.py"
 ABLATIONS = ROOT / "benchmarks" / "ablations.py"
@@ -64,6 +64,8 @@ def make_world(folder: Path) -> World:
             patch.setattr(labelled, name, value)
         labelled.inaturalist(data, year=2018)
         labelled.places(data, which=365)
+    dense.voc(data)
+    depth.nyu(data)
     write_split(data / "flowers" / "train", 6, seed=3)
     write_split(data / "flowers" / "val", 2, seed=4)
     torch.manual_seed(0)
