@@ -59,7 +59,7 @@ def records(out: Path) -> dict[str, Record]:
 
 
 @pytest.mark.slow
-def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path) -> None:
+def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path, monkeypatch) -> None:
     for name in ("imagenet-a", "imagenet-sketch"):
         write_split(data / name, 2, TWO)
     broken = data / "imagenet-sketch" / wnids()[TWO[0]] / "broken.jpg"
@@ -94,9 +94,10 @@ def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path) -> None:
     assert again["imagenet_finetune"].finished == found["imagenet_finetune"].finished
 
     # A skipped task that was asked for by name is a failure of the call; on its own, nothing could run.
-    assert call(out.parent, *common, "--tasks", "imagenet_knn", "imagenet_linprobe", "imagenet_r").returncode == 1
+    monkeypatch.chdir(out.parent)
+    assert run_all.main([*common, "--tasks", "imagenet_knn", "imagenet_linprobe", "imagenet_r"]) == 1
     own = [part for part in common if not part.startswith(("imagenet_knn.", "imagenet_linprobe."))]
-    assert call(out.parent, *own, "--tasks", "imagenet_r").returncode == 2
+    assert run_all.main([*own, "--tasks", "imagenet_r"]) == 2
 
 
 @pytest.mark.slow
@@ -147,11 +148,12 @@ sys.exit(run_all.main(sys.argv[2:]))
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "written"), [("reading", False), ("replacing", True)])
 def test_an_interrupt_while_the_last_tables_are_written_leaves_all_of_them_or_none(
-    tmp_path: Path, moment: str, written: bool
+    tmp_path: Path, monkeypatch, moment: str, written: bool
 ) -> None:
     (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
     arguments = ["--ckpt", ARCH, "--data", "data", "--out", "out"]
-    assert call(tmp_path, *arguments, "--tasks", "imagenet_a").returncode == 2  # skipped: there are no data
+    assert run_all.main([*arguments, "--tasks", "imagenet_a"]) == 2  # skipped: there are no data
     before = tables_in(tmp_path / "out")
     child = [sys.executable, "-c", INTERRUPTED, moment, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

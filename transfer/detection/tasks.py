@@ -102,10 +102,15 @@ def detector(arch: str, variant: Variant, r: DetectionRecipe) -> Any:
     return MaskRCNN(new_pyramid(arch, variant, r), r, RoIBatchNorm)
 
 
-def space(job: Job) -> Space:
+@cache
+def numbers_of(arch: str, variant: Variant, r: DetectionRecipe) -> int:
+    """How many numbers the detector holds."""
     with torch.device("meta"):
-        model = detector(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
-    numbers = sum(tensor.numel() for tensor in model.state_dict().values())
+        return sum(tensor.numel() for tensor in detector(arch, variant, r).state_dict().values())
+
+
+def space(job: Job) -> Space:
+    numbers = numbers_of(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
     return training_space(job.work, numbers, numbers)
 
 

@@ -18,7 +18,6 @@ from mae_core.vit import Variant, get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
 from transfer.pyramid import ViTPyramid, patch_side
 from transfer.segmentation.recipe import SegmentationRecipe
-from transfer.task import Job
 
 # Without the EXIF orientation: labels are stored unturned.
 LOAD_IMAGE = {"type": "LoadImageFromFile", "color_type": "color_ignore_orientation"}
@@ -117,12 +116,12 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
     }
 
 
-def weights_of(job: Job) -> int:
+@cache
+def weights_of(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """How many numbers `model_of`'s model holds, counted without mmsegmentation, which takes seconds to import."""
-    r, dim = job.recipe, get_arch(job.checkpoint.arch).dim
-    wide, narrow = r.head_channels, r.auxiliary_channels
+    dim, wide, narrow = get_arch(arch).dim, r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
-        pyramid = ViTPyramid(job.checkpoint.arch, r.image_size, variant=job.checkpoint.variant, upernet=True)
+        pyramid = ViTPyramid(arch, r.image_size, variant=variant, upernet=True)
     pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
     merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
     classifiers = (wide + 1 + narrow + 1) * CLASSES

@@ -131,7 +131,7 @@ def few(r: SegmentationRecipe, data: Data) -> SegmentationRecipe:
 
 
 def space(job: Job) -> Space:
-    numbers = weights_of(job)
+    numbers = weights_of(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
     return training_space(job.work, numbers, numbers)
 
 
