@@ -137,6 +137,17 @@ def test_each_layer_has_its_share_of_the_rate():
     assert scale[id(model.roi_heads.box_predictor.cls_score.weight)] == (1.0, r.weight_decay)
     assert scale[id(body.stages[2][1].weight)] == (1.0, 0.0)  # a norm
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    everything = groups_of(model, replace(r, decay_all=True))
+    assert {group["weight_decay"] for group in everything} == {r.weight_decay}
+    assert sorted((g["lr_scale"], len(g["params"])) for g in everything) == sorted(
+        (g["lr_scale"], len(g["params"])) for g in groups
+    )
+
+
+def test_only_the_config_of_vit_h_decays_norms_and_positions():
+    """Its `weight_decay_norm` is None and it has no overrides; the others have 0."""
+    archs = ("vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
+    assert [TASK.recipe(arch, "vitdet").decay_all for arch in archs] == [False, False, True]
 
 
 @pytest.mark.parametrize("engine", ["torchvision", pytest.param("detectron2", marks=pytest.mark.detectron2)])

@@ -52,10 +52,12 @@ class DetectionRecipe:
 class ViTDetRecipe(DetectionRecipe):
     """ViTDet: its pyramid (transfer/pyramid/vitdet.py) in place of the FPN, layer norms in place of batch norms.
 
-    lr_steps: the shares of the training after which the rate is a tenth.
+    lr_steps: the shares of the training after which the rate is a tenth. decay_all: weight decay on norm layers and
+    positions too, as its config of ViT-H has it.
     """
 
     lr_steps: tuple[float, ...] = (8 / 9, 26 / 27)
+    decay_all: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +83,16 @@ VITDET_NAMES = {"vit_base_patch16": "b_100ep", "vit_large_patch16": "l_100ep", "
 
 def vitdet(arch: str) -> ViTDetRecipe:
     """250 iterations of warm-up, counted in epochs of 118,000 images as in its configs."""
-    epochs, layer_decay, drop_path = VITDET[nearest(arch, VITDET)]
-    warmup = 250 * 64 / 118_000
-    return ViTDetRecipe(epochs=epochs, warmup_epochs=warmup, lr=1e-4, layer_decay=layer_decay, drop_path=drop_path)
+    known = nearest(arch, VITDET)
+    epochs, layer_decay, drop_path = VITDET[known]
+    return ViTDetRecipe(
+        epochs=epochs,
+        warmup_epochs=250 * 64 / 118_000,
+        lr=1e-4,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        decay_all=known == "vit_huge_patch14",
+    )
 
 
 def recipe(arch: str, name: str) -> DetectionRecipe:
@@ -127,7 +136,7 @@ def vitdet_sources(arch: str) -> dict[str, str]:
     found = {f.name: config for f in fields(ViTDetRecipe)}
     found |= dict.fromkeys(("rpn_batch", "roi_batch", "proposals"), "detectron2's defaults")
     found["epochs"] += "; counted over the images with objects, where its iterations count 118,000 images"
-    found["weight_decay"] += "; none on norm layers and positions (that of ViT-H decays both, which is not followed)"
-    for knob in ("epochs", "layer_decay", "drop_path"):
+    found["weight_decay"] += "; none on norm layers and positions, but for ViT-H (decay_all)"
+    for knob in ("epochs", "layer_decay", "drop_path", "decay_all"):
         found[knob] += "" if arch in VITDET else f"; {stand_in(arch, VITDET)}"
     return found

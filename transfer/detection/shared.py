@@ -110,6 +110,8 @@ def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
     """The optimizer's groups: `parameter_groups`, with a layer decay each split by layer, with lr_scale = layer_decay
     ** (depth + 1 - layer), where all that the encoder does not have is of layer depth + 1."""
     groups = parameter_groups(model, r.weight_decay)
+    if isinstance(r, ViTDetRecipe) and r.decay_all:
+        groups = [{**group, "weight_decay": r.weight_decay} for group in groups]
     if r.layer_decay == 1:
         return groups
     (pyramid,) = (module for module in model.modules() if isinstance(module, ViTPyramid))
