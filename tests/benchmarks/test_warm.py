@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks import warm
 from benchmarks.children import Child, stop_all
+from benchmarks.suite import TASKS
 from tests.fixtures import ROOT
 
 # What a server imports: it leaves a line for each time, and takes as long as a file is there.
-TASKS = """
+IMPORTED = """
 import os, pathlib, time
 with open(os.environ["PLACE"] + "/imports", "a") as file:
     file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\\n")
@@ -35,7 +36,7 @@ def place(tmp_path: Path, monkeypatch):
     own."""
     package = tmp_path / "a_family"
     package.mkdir()
-    for name, text in {"__init__": "", "tasks": TASKS, "__main__": MAIN}.items():
+    for name, text in {"__init__": "", "tasks": IMPORTED, "__main__": MAIN}.items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.setattr(warm, "FAMILIES", "a_family")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
@@ -200,15 +201,17 @@ def test_what_is_no_task_starts_as_ever(place: Path) -> None:
     assert not (place / "imports").exists()
 
 
-THREADS = (
-    "import torch; torch.set_num_threads(2); a = torch.rand(600, 600); print(torch.get_num_threads(), (a @ a).shape)"
-)
-
-
-def test_threads_work_in_a_fork(place: Path) -> None:
-    """OpenMP's hang in a fork of a process that had any."""
-    (place / "a_family" / "tasks.py").write_text(TASKS + "import torch, torchvision\n")
-    assert ended(place, THREADS) == (0, "2 torch.Size([600, 600])")
+def test_a_fork_has_threads_and_could_use_a_gpu(place: Path) -> None:
+    """OpenMP's threads hang in a fork of a process that had any; CUDA refuses one of a process that looked for GPUs."""
+    families = "\n".join(f"import {module}.tasks" for module in sorted({task.module for task in TASKS}))
+    (place / "a_family" / "tasks.py").write_text(f"{IMPORTED}\n{families}\n")
+    two = (
+        "import torch; torch.set_num_threads(2); a = torch.rand(600, 600); print(torch.get_num_threads(), len(a @ a), "
+    )
+    assert ended(place, f"{two}; print(torch.get_num_threads(), len(a @ a), torch.cuda._is_in_bad_fork())") == (
+        0,
+        "2 600 False",
+    )
 
 
 def test_a_library_that_looks_for_gpus_at_its_import_costs_the_warm_start_only(place: Path) -> None:
@@ -218,7 +221,7 @@ def test_a_library_that_looks_for_gpus_at_its_import_costs_the_warm_start_only(p
     said = "print('torch' in sys.modules, os.getsid(0) == os.getpid(), os.environ['CUDA_VISIBLE_DEVICES'])"
     for gpus, warm_still in ((["/no/gpu"], True), (["/no/gpu", "/dev/null"], False)):
         told = f"sys.modules['__main__'].GPUS = {gpus}\n"
-        (place / "a_family" / "tasks.py").write_text(TASKS + poisoned + told)
+        (place / "a_family" / "tasks.py").write_text(IMPORTED + poisoned + told)
         assert ended(place, said, CUDA_VISIBLE_DEVICES="2") == (0, f"{warm_still} True 2")
         warm.server.cache_clear()
 
