@@ -156,18 +156,19 @@ static void resample_rows(const uint8_t *from_a, const uint8_t *from_b, uint8_t 
         resample_two(from_a, from_b, to_a, to_b, f, f->taps);
 }
 
-/* Output row y, `used` bytes, from rows of `stride` bytes, a multiple of BLOCK that is not less. */
-static void resample_column(const uint8_t *rows, size_t stride, size_t used, uint8_t *to, const Filter *f, int y) {
-    const uint8_t *top = rows + f->start[y] * stride;
-    const int16_t *weights = f->weights + (size_t)y * f->taps;
-    const int count = f->count[y];
-    const __m256i half = _mm256_set1_epi32(1 << (f->shift - 1)), zero = _mm256_setzero_si256();
-    const __m128i shift = _mm_cvtsi32_si128(f->shift);
+/* Output row y, `used` bytes, from rows of `stride` bytes, a multiple of BLOCK that is not less. Inlined for a constant
+   number of taps; there are zeros in place of the weights and of the rows that it has not. */
+static inline __attribute__((always_inline)) void resample_taps(const uint8_t *top, size_t stride, size_t used,
+                                                                uint8_t *to, const int16_t *weights, int shift,
+                                                                int taps) {
+    const __m256i half = _mm256_set1_epi32(1 << (shift - 1)), zero = _mm256_setzero_si256();
+    const __m128i places = _mm_cvtsi32_si128(shift);
     for (size_t x = 0; x < used; x += BLOCK) {
         __m256i s0 = half, s1 = half, s2 = half, s3 = half;
-        for (int k = 0; k < count; k += 2) {
-            const uint8_t *upper = top + k * stride + x, *lower = k + 1 < count ? upper + stride : upper;
-            const __m256i a = _mm256_load_si256((const __m256i *)upper), b = _mm256_load_si256((const __m256i *)lower);
+        for (int k = 0; k < taps; k += 2) {
+            const uint8_t *upper = top + k * stride + x;
+            const __m256i a = _mm256_load_si256((const __m256i *)upper);
+            const __m256i b = _mm256_load_si256((const __m256i *)(upper + stride));
             const __m256i w = _mm256_set1_epi32(pair_at(weights + k));
             const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
             s0 = _mm256_add_epi32(s0, _mm256_madd_epi16(_mm256_unpacklo_epi8(lo, zero), w));
@@ -175,10 +176,19 @@ static void resample_column(const uint8_t *rows, size_t stride, size_t used, uin
             s2 = _mm256_add_epi32(s2, _mm256_madd_epi16(_mm256_unpacklo_epi8(hi, zero), w));
             s3 = _mm256_add_epi32(s3, _mm256_madd_epi16(_mm256_unpackhi_epi8(hi, zero), w));
         }
-        const __m256i lo = _mm256_packs_epi32(_mm256_sra_epi32(s0, shift), _mm256_sra_epi32(s1, shift));
-        const __m256i hi = _mm256_packs_epi32(_mm256_sra_epi32(s2, shift), _mm256_sra_epi32(s3, shift));
+        const __m256i lo = _mm256_packs_epi32(_mm256_sra_epi32(s0, places), _mm256_sra_epi32(s1, places));
+        const __m256i hi = _mm256_packs_epi32(_mm256_sra_epi32(s2, places), _mm256_sra_epi32(s3, places));
         _mm256_store_si256((__m256i *)(to + x), _mm256_packus_epi16(lo, hi));
     }
+}
+
+static void resample_column(const uint8_t *rows, size_t stride, size_t used, uint8_t *to, const Filter *f, int y) {
+    const uint8_t *top = rows + f->start[y] * stride;
+    const int16_t *weights = f->weights + (size_t)y * f->taps;
+    if (f->count[y] <= TAPS_AT_A_TIME)
+        resample_taps(top, stride, used, to, weights, f->shift, TAPS_AT_A_TIME);
+    else
+        resample_taps(top, stride, used, to, weights, f->shift, f->count[y]);
 }
 
 /* A row of RGB into the planes of three channels, mirrored or not. */

@@ -111,9 +111,10 @@ static int sample(const uint8_t *data, size_t length, Box box, Twister *draws, c
     /* libjpeg writes an aligned line past the cache, from where it would have to come back: so lines begin at 1. */
     const size_t line = round_up(1 + (size_t)wide * CHANNELS + CHANNELS * across->taps + 16);
     const size_t used = (size_t)side * CHANNELS, stride = round_up(used + 8);
-    uint8_t *lines = room_for(2 * line + stride * ((size_t)box.height + 2));
+    /* As many rows more as the taps of the last ones may reach beyond the crop, with weight 0. */
+    uint8_t *lines = room_for(2 * line + stride * ((size_t)box.height + TAPS_AT_A_TIME + 2));
     if (lines == NULL) goto end;
-    uint8_t *rows = lines + 2 * line, *result = rows + ((size_t)box.height + 1) * stride;
+    uint8_t *rows = lines + 2 * line, *result = rows + ((size_t)box.height + TAPS_AT_A_TIME + 1) * stride;
     if (box.top > 0) jpeg_skip_scanlines(&image, box.top);
     for (int y = 0; y < box.height; y += 2) {
         for (int i = 0; i < 2 && y + i < box.height; i++) {
