@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from statistics import mean, variance
 
 import pytest
 
@@ -48,3 +49,18 @@ def test_mae_mini_beats_random_weights_and_both_beat_chance(task: str) -> None:
         assert record.metrics["top1"] > record.chance + 4 * record.stderr["top1"]
     worst, best = min(r.metrics["top1"] for r in pretrained), max(r.metrics["top1"] for r in floor)
     assert worst > best + 5 * max(r.stderr["top1"] for r in (*pretrained, *floor))
+
+
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("coco", ("box_ap", "mask_ap")), ("ade20k", ("miou", "macc", "aacc"))], ids=["coco", "ade20k"]
+)
+def test_mae_mini_beats_random_weights_in_dense_tasks(task: str, metrics: tuple[str, ...]) -> None:
+    """By more than three standard errors of the difference, which counts the seeds and the images; every seed is above
+    every seed."""
+    pretrained, floor = seeds(task, "mae_mini"), seeds(task, "random:vit_mini_patch8")
+    for metric in metrics:
+        sides = [[r.metrics[metric] for r in side] for side in (pretrained, floor)]
+        images = sum(sum(r.stderr[metric] for r in side) ** 2 / len(side) ** 2 for side in (pretrained, floor))
+        spread = sum(variance(side) / len(side) for side in sides)
+        assert mean(sides[0]) - mean(sides[1]) > 3 * (images + spread) ** 0.5
+        assert min(sides[0]) > max(sides[1])
