@@ -105,7 +105,7 @@ IMAGE = "images/training/ADE_train_00000002.jpg"
         ),
         (lambda ids: ids.astype(np.uint16) + 300, "is of mode I;16, not one channel of 8 bits"),
         (lambda ids: np.stack([ids] * 3, axis=2), "is of mode RGB, not one channel of 8 bits"),
-        (lambda ids: ids[:-1], "is 96x71 px, its image ADE_train_00000002.jpg 96x72"),
+        (lambda ids: ids[:-1], "is 56x41 px, its image ADE_train_00000002.jpg 56x42"),
     ],
 )
 def test_a_wrong_label_file_is_described(root, change, says):
