@@ -243,7 +243,8 @@ def test_the_miniatures_records_foretell_each_other_within_a_quarter(monkeypatch
     first = [record for record in MINIATURE if record.seed == 0]
     known = [record for record in first if record.checkpoint["name"] == "mae_mini"]
     long = [record for record in first if record not in known and record.seconds > 60]
-    assert {record.task for record in long} == {"imagenet_finetune", "coco", "ade20k"}
+    inaturalist = {"inat2017", "inat2018", "inat2019"}
+    assert {record.task for record in long} == {"imagenet_finetune", "coco", "ade20k", *inaturalist}
     rates = Rates(recorded=recorded_rates(known, [as_job(record) for record in known]))
     for record in long:
         found = estimate(as_job(record), rates)
