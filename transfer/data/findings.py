@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_core.errors import UserError
 from mae_core.files import printable
 
 MINIATURE_MARKER = "miniature.json"
@@ -170,3 +171,30 @@ def unusable(files: Sequence[Path], what: str = "images") -> list[str]:
         return []
     which = f"{len(wrong)} of {len(checked)} {what} looked at (of {len(files)})"
     return [f"{which} cannot be used: {preview(wrong)}; mend or replace them"]
+
+
+def listed_pairs(
+    root: Path,
+    folder: Path,
+    lists: Mapping[str, Path],
+    listed: Mapping[str, Sequence[tuple[Path, Path]]],
+    check: Callable[[Path, Path], None],
+    remedy: str,
+) -> tuple[str, list[str]]:
+    """The fingerprint of the pairs of files that each split's list names, from their paths below root and their sizes,
+    and what is wrong: an empty list, files that are not there, and what `check` says (UserError) of a hundred pairs."""
+    digest, problems = hashlib.sha256(), []
+    for split, pairs in listed.items():
+        absent = [str(path.relative_to(folder)) for pair in pairs for path in pair if not path.is_file()]
+        if absent or not pairs:
+            what = f"{len(absent)} files that are not there: {preview(absent)}" if absent else "no image"
+            problems.append(f"{lists[split]} lists {what}; {remedy}")
+            continue
+        for number in spread(len(pairs)):
+            try:
+                check(*pairs[number])
+            except UserError as e:
+                problems.append(str(e))
+        for file in (file for pair in pairs for file in pair):
+            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest(), problems

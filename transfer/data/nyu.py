@@ -4,14 +4,13 @@ DIR/nyu/nyu_train.txt  nyu_test.txt        lines "RGB DEPTH FOCAL": paths below 
 DIR/nyu/SCENE/rgb_00000.jpg  sync_depth_00000.png        depth: 16 bits, millimetres, 0 where nothing was measured
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
-from transfer.data.findings import Data, found, incomplete, missing, preview, spread
+from transfer.data.findings import Data, found, incomplete, listed_pairs, missing
 
 FOLDER = "nyu"
 LISTS = {"train": "nyu_train.txt", "val": "nyu_test.txt"}
@@ -75,23 +74,10 @@ def inspect_nyu(root: Path) -> Data:
         return incomplete(root, f"a list in {folder} is no text: take BTS's")
     except UserError as e:
         return incomplete(root, str(e))
-    digest, problems = hashlib.sha256(), []
-    for split, files in listed.items():
-        absent = [str(path.relative_to(folder)) for pair in files for path in pair if not path.is_file()]
-        if absent or not files:
-            what = f"{len(absent)} files that are not there: {preview(absent)}" if absent else "no image"
-            problems.append(f"{folder / LISTS[split]} lists {what}; unpack NYU Depth V2 again")
-            continue
-        for number in spread(len(files)):
-            try:
-                check_pair(*files[number])
-            except UserError as e:
-                problems.append(str(e))
-        for file in (file for pair in files for file in pair):
-            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    lists = {split: folder / name for split, name in LISTS.items()}
+    digest, problems = listed_pairs(root, folder, lists, listed, check_pair, "unpack NYU Depth V2 again")
     if problems:
         return incomplete(root, *problems)
     counts = {split: len(files) for split, files in listed.items()}
-    return found(
-        root, folder, f"{counts['train']} train, {counts['val']} test", digest.hexdigest(), counts, OFFICIAL_COUNTS
-    )
+    detail = f"{counts['train']} train, {counts['val']} test"
+    return found(root, folder, detail, digest, counts, OFFICIAL_COUNTS)

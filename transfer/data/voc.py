@@ -1,13 +1,12 @@
 """PASCAL VOC 2012's segmentation set on disk: what is there, and whether it is complete."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
-from transfer.data.findings import Data, found, incomplete, missing, preview, spread
+from transfer.data.findings import Data, found, incomplete, listed_pairs, missing
 
 FOLDER = "VOCdevkit/VOC2012"
 CLASSES = 21  # the background is one
@@ -52,22 +51,10 @@ def inspect_voc(root: Path) -> Data:
         listed = {split: pairs(folder, split) for split in OFFICIAL_COUNTS}
     except UnicodeDecodeError:
         return incomplete(root, f"a list in {folder}/ImageSets/Segmentation is no text: unpack it again")
-    digest, problems = hashlib.sha256(), []
-    for split, files in listed.items():
-        absent = [path.name for pair in files for path in pair if not path.is_file()]
-        if absent or not files:
-            what = f"{len(absent)} files that are not there: {preview(absent)}" if absent else "no image"
-            problems.append(f"{folder}/ImageSets/Segmentation/{split}.txt lists {what}; unpack VOC 2012 again")
-            continue
-        for number in spread(len(files)):
-            try:
-                check_pair(*files[number])
-            except UserError as e:
-                problems.append(str(e))
-        for file in (file for pair in files for file in pair):
-            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    lists = {split: folder / f"ImageSets/Segmentation/{split}.txt" for split in listed}
+    digest, problems = listed_pairs(root, folder, lists, listed, check_pair, "unpack VOC 2012 again")
     if problems:
         return incomplete(root, *problems)
     counts = {split: len(files) for split, files in listed.items()}
     detail = f"{counts['train']} train, {counts['val']} val"
-    return found(root, folder, detail, digest.hexdigest(), counts, OFFICIAL_COUNTS)
+    return found(root, folder, detail, digest, counts, OFFICIAL_COUNTS)

@@ -64,7 +64,7 @@ def smaller(path: Path) -> None:
     ("harm", "file", "said"),
     [
         (lose, "ImageSets/Segmentation/val.txt", "lacks ImageSets/Segmentation/val.txt"),
-        (lose, "JPEGImages/2012_train000002.jpg", "lists 1 files that are not there: 2012_train000002.jpg"),
+        (lose, "JPEGImages/2012_train000002.jpg", "lists 1 files that are not there: JPEGImages/2012_train000002.jpg"),
         (cut, "JPEGImages/2012_val000001.jpg", "cannot be read as an image"),
         (colour, "SegmentationClass/2012_val000001.png", "is of mode RGB, not one channel"),
         (label_21, "SegmentationClass/2012_val000001.png", "has the label 21"),
