@@ -61,6 +61,7 @@ def test_the_torchvision_arm_learns(models):
 
 @pytest.mark.detectron2
 def test_both_engines_have_as_many_weights_as_vitdet(models):
+    pytest.importorskip("detectron2")
     workloads = dense_workloads("coco", "vit_base_patch16", 64, 1, Machine())
     assert list(workloads) == ["ours, torchvision", "ours, detectron2", "detectron2's ViTDet"]
     ours, again, theirs = map(weights, models)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from mae_core import machine
+from mae_core import flags, machine
 from mae_core.errors import UserError
 
 
@@ -41,10 +41,10 @@ def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(tmp_path, mo
     assert machine.commit() == f"{head}-dirty"
 
 
-def resolved(*flags, processes=0):
+def resolved(*given, processes=0):
     parser = argparse.ArgumentParser()
-    machine.add_machine_flags(parser)
-    return machine.machine_from(parser.parse_args(flags), processes)
+    flags.add_machine_flags(parser)
+    return machine.machine_from(parser.parse_args(given), processes)
 
 
 @pytest.fixture

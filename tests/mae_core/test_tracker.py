@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mae_core import tracker
+from mae_core.flags import TRACKERS, add_tracker_flag
 from mae_core.tracker import Curves, Run
 from mae_core.training import CHECKPOINT_FILE
 from tests.fixtures import pretrain as runs
@@ -50,7 +50,7 @@ def init(**options):
 """
 
 
-@pytest.fixture(params=tracker.TRACKERS)
+@pytest.fixture(params=TRACKERS)
 def fake(request, tmp_path, monkeypatch):
     """A package of a tracker's name that notes its calls: (the name, a function that returns them)."""
     folder = tmp_path / "packages"
@@ -133,7 +133,7 @@ def test_what_fails_is_a_warning_and_costs_no_number(noise_images, reference, tm
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_what_to_do(tmp_path, monkeypatch, capsys):
     parser = argparse.ArgumentParser()
-    tracker.add_tracker_flag(parser)
+    add_tracker_flag(parser)
     assert parser.parse_args([]).tracker == ""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -200,12 +200,15 @@ def test_a_resumed_run_is_an_undisturbed_one(trained, root, tmp_path, monkeypatc
     assert_same_weights(job.work / HEAD_FILE, trained[0].work / HEAD_FILE)
 
 
-def test_it_learns_depth(root, tmp_path):
-    """More steps on few images: nearer than what the untrained head says, 5 m everywhere."""
-    record = run_job(job_of(root, tmp_path / "work", iterations=60, warmup_iterations=5, lr=1e-2))
-    files = [file for _, file in pairs(root / FOLDER, "val")]
-    flat = np.stack([sums_of(np.full_like(read_depth(file), 5.0), read_depth(file)) for file in files])
-    assert record.metrics["rmse"] < metrics_of(flat)["rmse"].mean()
+def test_it_learns_the_depths_that_it_is_trained_on(root, tmp_path):
+    """Nearer than what the untrained head says, 5 m everywhere: tested on its training images, since eight teach little
+    about others."""
+    data = shutil.copytree(root, tmp_path / "copy")
+    shutil.copy(data / FOLDER / "nyu_train.txt", data / FOLDER / "nyu_test.txt")
+    record = run_job(job_of(data, tmp_path / "work", iterations=120, warmup_iterations=5, lr=2e-2))
+    truths = [read_depth(file) for _, file in pairs(data / FOLDER, "val")]
+    flat = metrics_of(np.stack([sums_of(np.full_like(truth, 5.0), truth) for truth in truths]))
+    assert record.metrics["rmse"] < 0.8 * flat["rmse"].mean()
 
 
 @pytest.mark.parametrize(
