@@ -152,12 +152,13 @@ TABLES = (
     Table(
         name="depth",
         title="Depth by a frozen encoder",
-        caption="NYU Depth V2: one layer on the patch tokens of square windows, otherwise as DINOv2. Pixels whose "
-        "depth is right within a factor of 1.25 (%), RMSE (m), mean relative error; means over the test images.",
-        columns=(
-            Column("nyu_linear", "delta1", "delta 1"),
-            Column("nyu_linear", "rmse", "RMSE", better="lower"),
-            Column("nyu_linear", "abs_rel", "AbsRel", better="lower"),
+        caption="NYU Depth V2: one layer on the patch tokens of square windows, or DPT's head on the tokens of four "
+        "blocks, otherwise as DINOv2. Pixels whose depth is right within a factor of 1.25 (%), RMSE (m), mean relative "
+        "error; means over the test images.",
+        columns=tuple(
+            Column(task, metric, title + name, better="higher" if metric == "delta1" else "lower", optional=bool(title))
+            for task, title in (("nyu_linear", ""), ("nyu_dpt", "DPT, "))
+            for metric, name in (("delta1", "delta 1"), ("rmse", "RMSE"), ("abs_rel", "AbsRel"))
         ),
     ),
     Table(

@@ -57,16 +57,18 @@ class TimmEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))
 
-    def forward_intermediates(self, images: Tensor, indices: int = 1, norm: bool = False, **_: Any) -> list[Any]:
-        """(patch tokens [B, N, D], prefix tokens [B, P, D]) after each of the last `indices` blocks, as timm's models
-        give them for output_fmt="NLC", return_prefix_tokens and intermediates_only."""
+    def forward_intermediates(
+        self, images: Tensor, indices: int | list[int] = 1, norm: bool = False, **_: Any
+    ) -> list[Any]:
+        """(patch tokens [B, N, D], prefix tokens [B, P, D]) after each of the last `indices` blocks, or of those of the
+        given numbers, as timm's models give them for output_fmt="NLC", return_prefix_tokens and intermediates_only."""
         if not hasattr(self.net, "num_prefix_tokens"):  # Hiera
             maps = self.net.forward_intermediates(
                 images, indices=indices, output_fmt="NHWC", intermediates_only=True, coarse=False
             )
             if len({each.shape for each in maps}) > 1:
                 raise UserError(
-                    f"the last {indices} blocks of this encoder lie in several stages, whose maps differ in size: "
+                    "the blocks that this task reads lie in several stages of this encoder, whose maps differ in size: "
                     "a task that reads fewer blocks can take it"
                 )
             found = [each.flatten(1, 2) for each in maps]

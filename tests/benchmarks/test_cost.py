@@ -105,6 +105,16 @@ def test_a_family_says_how_many_images_a_job_computes(task, settings, parts):
         assert (part.images, part.passes) == (images, pytest.approx(passes))
 
 
+def test_the_fit_of_a_logistic_regression_is_counted_as_if_it_took_all_its_iterations():
+    """Two products of the features with the weights for an image and iteration, each twice as dear in float64."""
+    job = job_of("imagenet_logreg_10pct", "vit_base_patch16", "paper", "iterations=200")
+    features, fit = job.task.parts(job)
+    assert features.images == 1281167 + 50000
+    assert fit.images == 200 * 1281167
+    encoder = 2 * (12 * block(197, 768) + 196 * 768 * 768)
+    assert fit.passes == pytest.approx(2 * 2 * 2 * 768 * 1000 / encoder, rel=0.01)
+
+
 def test_a_classifier_is_evaluated_at_the_size_that_it_is_or_will_be_fine_tuned_at():
     job = job_of("imagenet_sketch", "vit_large_patch16", "mini")
     assert [part.kind for part in job.task.parts(job)] == ["evaluation, 48 px"]

@@ -107,7 +107,7 @@ FILES = {"imagenet", "robustness", "coco", "ade20k", "inaturalist_places", "abla
 TASKS = {
     "imagenet": {"imagenet_finetune/top1", "imagenet_linprobe/top1", "imagenet_eval/top1", "imagenet_knn/top1"},
     "frozen": {"imagenet_attnprobe/top1"},
-    "robustness": {"imagenet_a/top1", "imagenet_r/top1", "imagenet_sketch/top1", "imagenet_c/mce"},
+    "robustness": {f"imagenet_{name}/top1" for name in ("a", "r", "sketch", "v2", "real")} | {"imagenet_c/mce"},
     "coco": {"coco/box_ap", "coco/mask_ap"},
     "ade20k": {"ade20k/miou"},
     "partial": {f"imagenet_partial/top1@{k}" for k in ("0", "0.5", "1", "2", "4", "6", "12", "18", "24")},
@@ -116,8 +116,8 @@ TASKS = {
     | {f"pretrain/{metric}" for metric in ("relative_flops", "hours", "speed_up")},
     "inaturalist_places": {f"{t}/top1" for t in ("inat2017", "inat2018", "inat2019", "places205", "places365")},
 }
-# (lowest, highest) that any method of 2021, or ViTDet, could have printed.
-RANGES = {"top1": (15, 90), "mce": (30, 55), "box_ap": (45, 57), "mask_ap": (40, 51), "miou": (45, 55)}
+# (lowest, highest) that any method of 2021, ViTDet, or on ReaL BEiT v2, could have printed.
+RANGES = {"top1": (15, 91), "mce": (30, 55), "box_ap": (45, 57), "mask_ap": (40, 51), "miou": (45, 55)}
 RANGES |= {"relative_flops": (1, 3.3), "hours": (10, 120), "speed_up": (2, 5)}
 
 
@@ -145,6 +145,7 @@ def test_published_file(name):
     assert (rows[["table", "method", "value", "source", "confidence"]] != "").all(axis=None)
     assert rows.source.str.contains(
         "arXiv 2111.06377|arXiv 2111.11429|facebookresearch/mae|mmpretrain|efficient-probing|detectron2 projects/ViTDet"
+        "|huggingface/pytorch-image-models"
     ).all()
     for metric, value in zip(rows.metric, rows.value.astype(float)):
         low, high = RANGES[metric.split("@")[0].split("_without")[0]]
@@ -172,6 +173,12 @@ def test_published_numbers_that_agree_across_tables():
     huge = printed("robustness").query("method == 'MAE' and arch == 'vit_huge_patch14' and task == 'imagenet_c'")
     error = dict(zip(huge.resolution, huge.value.astype(float), strict=True))
     assert error["448"] > error["224"]
+    for (_, arch), of_timm in printed("robustness").query("table == 'timm'").groupby(["method", "arch"]):
+        by_set = dict(zip(of_timm.task, of_timm.value.astype(float)))
+        order = ["imagenet_real", "imagenet_v2", "imagenet_r", "imagenet_sketch"]
+        assert sorted(by_set, key=by_set.get, reverse=True)[:3] == order[:3], arch
+    larger = printed("robustness").query("table == 'timm'").groupby(["method", "task"]).value
+    assert all(values.astype(float).is_monotonic_increasing for _, values in larger)  # the file's order is by size
 
 
 def test_published_numbers_against_the_facts():
@@ -182,7 +189,7 @@ def test_published_numbers_against_the_facts():
     known = {(t, v.split()[0].removesuffix("x")) for t, v in zip(facts.table, facts.value) if v}
     for name in FILES:
         rows = printed(name)
-        rows = rows[rows.table != "leaderboard"]  # of 2026, each with the commit that it was read from
+        rows = rows[~rows.table.isin(["leaderboard", "timm"])]  # each with the commit that it was read from
         for table, value in zip(rows.table, rows.value):
             assert (table.replace("Figure", "Fig"), value) in known
     # 25, 50 and 100 epochs on COCO.

@@ -154,6 +154,7 @@ DATA: dict[str, tuple[str, Change]] = {
     "Places: an empty list": ("places365", write(PLACES, "")),
     "VOC: a list of images that are absent": ("voc_linear", write(VOC_LIST, "2012_000001\n")),
     "VOC: a list of bytes": ("voc_linear", write_bytes(VOC_LIST, b"\xff\xfe\x00")),
+    "VOC: a list that leads outside": ("voc_linear", write(VOC_LIST, "../../../x\n")),
     "VOC: an empty list": ("voc_linear", write(VOC_LIST, "")),
     "VOC: a pipe": ("voc_linear", pipe(f"{VOC}/SegmentationClass/*val*")),
     "VOC: labels that are none": ("voc_linear", damage_all(f"{VOC}/SegmentationClass/*", b"\x89PNG")),

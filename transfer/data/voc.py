@@ -6,6 +6,7 @@ import numpy as np
 
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
+from mae_core.files import leaves
 from transfer.data.findings import Data, found, incomplete, listed_pairs, missing
 
 FOLDER = "VOCdevkit/VOC2012"
@@ -15,8 +16,12 @@ OFFICIAL_COUNTS = {"train": 1464, "val": 1449}
 
 
 def pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """(image, label file) of every image of "train" or "val", in the order of its official list."""
-    names = (folder / "ImageSets/Segmentation" / f"{split}.txt").read_text(encoding="utf-8").split()
+    """(image, label file) of every image of "train" or "val", in the order of its official list. UserError for a name
+    that leaves the folder."""
+    file = folder / "ImageSets/Segmentation" / f"{split}.txt"
+    names = file.read_text(encoding="utf-8").split()
+    if outside := [name for name in names if leaves(name)]:
+        raise UserError(f"{file} lists {outside[0][:60]!r}, which leaves its folder: unpack VOC 2012 again")
     return [(folder / "JPEGImages" / f"{name}.jpg", folder / "SegmentationClass" / f"{name}.png") for name in names]
 
 
@@ -51,6 +56,8 @@ def inspect_voc(root: Path) -> Data:
         listed = {split: pairs(folder, split) for split in OFFICIAL_COUNTS}
     except UnicodeDecodeError:
         return incomplete(root, f"a list in {folder}/ImageSets/Segmentation is no text: unpack it again")
+    except UserError as e:
+        return incomplete(root, str(e))
     lists = {split: folder / f"ImageSets/Segmentation/{split}.txt" for split in listed}
     digest, problems = listed_pairs(root, folder, lists, listed, check_pair, "unpack VOC 2012 again")
     if problems:

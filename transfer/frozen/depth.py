@@ -1,4 +1,5 @@
-"""Linear depth: one layer on the patch and class tokens of a frozen encoder, as DINOv2 evaluates on NYU Depth V2.
+"""Depth on NYU Depth V2 by the tokens of a frozen encoder, as DINOv2 evaluates it: recipe, views, training and score,
+and its linear head. `dpt` has the other one.
 
 The depth of a place is a mean over bins, weighted by what the layer gives for each. DINOv2's second loss, of
 gradients, takes differences along the axes of the batch and of the one channel in place of the image's, and is 0 for
@@ -6,7 +7,7 @@ the two images that a GPU had: it is left out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mae_core.optim import adamw
 from mae_core.progress import Progress
 from mae_core.settings import bounded, check_ranges, choose
 from mae_core.space import Space, training_space
-from mae_core.vit import get_arch
+from mae_core.vit import ViT, get_arch
 from transfer.data import nyu
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.frozen.encoder import Tokens, frozen_encoder, train_heads
@@ -57,7 +58,6 @@ class DepthRecipe:
     flip: float = bounded(0, 1, default=0.5)
     rotate: float = bounded(0, 45, default=2.5)
     colour: bool = True
-    bins: int = bounded(2, default=256)
     stride: int = bounded(1)
 
     def __post_init__(self) -> None:
@@ -68,10 +68,17 @@ class DepthRecipe:
             raise UserError(f"warmup_iterations={self.warmup_iterations} must be below iterations={self.iterations}")
 
 
-def recipe(arch: str, name: str) -> DepthRecipe:
+@dataclass(frozen=True, kw_only=True)
+class LinearDepthRecipe(DepthRecipe):
+    """bins: depths, evenly from 1 mm to 10 m, whose weighted mean is predicted."""
+
+    bins: int = bounded(2, default=256)
+
+
+def recipe(arch: str, name: str) -> LinearDepthRecipe:
     patch = get_arch(arch).patch
     side = 416 - 416 % patch
-    paper = DepthRecipe(
+    paper = LinearDepthRecipe(
         image_size=side, iterations=38_400, warmup_iterations=12_800, batch=16, lr=5e-3, stride=min(224, side)
     )
     small = 48 - 48 % patch
@@ -83,7 +90,7 @@ def recipe(arch: str, name: str) -> DepthRecipe:
 
 
 def sources(arch: str, name: str = "paper") -> dict[str, str]:
-    found = {field.name: DINOV2 for field in fields(DepthRecipe)}
+    found = {field.name: DINOV2 for field in fields(LinearDepthRecipe)}
     square = "its crops are 416 x 544 and its test images whole; ours are square, for encoders of any kind"
     return found | {"image_size": f"{DINOV2}; {square}; a multiple of the patch", "stride": f"stand-in: {square}"}
 
@@ -185,13 +192,26 @@ def rate_of(r: DepthRecipe, step: int, steps: int) -> float:
     return rate
 
 
-def depth(job: Job) -> Result:
-    """Train the head, then score the test images: delta1, RMSE and relative error are means over the images."""
+def linear_tokens(encoder: ViT) -> Tokens:
+    return Tokens(encoder, norm=True)
+
+
+def linear_head(job: Job) -> PatchDepth:
+    return PatchDepth(get_arch(job.checkpoint.arch).dim, job.recipe.bins)
+
+
+def linear(job: Job) -> Result:
+    return depth(job, linear_tokens, linear_head, "patch tokens after the final norm, each with the first token")
+
+
+def depth(job: Job, tokens_of: Callable[[ViT], Tokens], head_of: Callable[[Job], nn.Module], feature: str) -> Result:
+    """Train the head, then score the test images: delta1, RMSE and relative error are means over the images. feature:
+    what the head gets of the encoder, in words."""
     r, machine = job.recipe, job.machine
     train, test = (nyu.pairs(Path(job.data.root) / nyu.FOLDER, split)[: job.data.limit or None] for split in nyu.LISTS)
     encoder, load = frozen_encoder(job)
-    tokens: Tokens = Tokens(encoder, norm=True)
-    head = PatchDepth(get_arch(job.checkpoint.arch).dim, r.bins).to(machine.device)
+    tokens = tokens_of(encoder)
+    head = head_of(job).to(machine.device)
     optimizer = adamw([{"params": list(head.parameters()), "weight_decay": r.weight_decay}], r.betas)
     epochs = epochs_of(r, len(train))
     steps = epochs * (len(train) // r.batch)
@@ -216,7 +236,7 @@ def depth(job: Job) -> Result:
         resolved={
             "load": load,
             "iterations": state.step,
-            "feature": "patch tokens after the final norm, each with the first token",
+            "feature": feature,
             "backbone_sha256": checksum,
         },
     )
@@ -267,13 +287,14 @@ def metrics_of(errors: np.ndarray) -> dict[str, np.ndarray]:
     return {"delta1": 100 * within / pixels, "rmse": np.sqrt(squared / pixels), "abs_rel": relative / pixels}
 
 
-def space(job: Job) -> Space:
-    numbers = (2 * get_arch(job.checkpoint.arch).dim + 1) * job.recipe.bins
+def space(job: Job, head_of: Callable[[Job], nn.Module] = linear_head) -> Space:
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in head_of(job).parameters())
     return training_space(job.work, numbers, numbers, moments=2)
 
 
-def parts(job: Job) -> tuple[Part, ...]:
+def parts(job: Job, head: str = "linear depth") -> tuple[Part, ...]:
     """Training, and the windows of the test: three columns and two rows of an image and of its mirror image."""
     r, images = job.recipe, job.data.counts["train"]
     seen, how = epochs_of(r, images) * (images // r.batch) * r.batch, f"{r.image_size} px, {job.recipe_name}"
-    return Part(f"linear depth, {how}", seen), Part(f"windows, {how}", 8 * job.data.counts["val"])
+    return Part(f"{head}, {how}", seen), Part(f"windows, {how}", 8 * job.data.counts["val"])

@@ -25,9 +25,9 @@ IMAGES_OF_A_GPU = 512  # in the official probes, so that a BatchNorm sees as man
 
 class Tokens(nn.Module):
     """Images -> [B, blocks, 1 + N, D]: class token and patch tokens after each of the encoder's last blocks, the last
-    one last. norm: through the final norm. Registers are left out."""
+    one last, or after those of the given numbers, from 0. norm: through the final norm. Registers are left out."""
 
-    def __init__(self, encoder: ViT, blocks: int = 1, norm: bool = False) -> None:
+    def __init__(self, encoder: ViT, blocks: int | list[int] = 1, norm: bool = False) -> None:
         super().__init__()
         self.encoder, self.blocks, self.norm = encoder.eval().requires_grad_(False), blocks, norm
 

@@ -26,7 +26,7 @@ from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.scores import collected, score
 from transfer.data.split import Split, few_of_both, fingerprint
 from transfer.data.transforms import eval_transform
-from transfer.frozen.features import Representation, feature_folder, read_or_computed
+from transfer.frozen.features import Representation, feature_folder, flops, read_or_computed
 from transfer.miniature.imagenet import miniature_size
 from transfer.run import origin, save_trained
 from transfer.task import Job, Objection, Part, Result
@@ -158,5 +158,11 @@ def space(job: Job) -> Space:
 
 
 def parts(job: Job) -> tuple[Part, ...]:
-    counts = job.data.counts
-    return (evaluation(job.recipe.image_size, counts["train"] + counts["val"]),)
+    """The features, and the fit, which is taken to need all its iterations: two products of the features with the
+    weights in each, in float64, which takes twice float32's time."""
+    counts, r = job.data.counts, job.recipe
+    products = 2 * 2 * 2 * get_arch(job.checkpoint.arch).dim * len(wnids())
+    return (
+        evaluation(r.image_size, counts["train"] + counts["val"]),
+        Part("L-BFGS", counts["train"] * r.iterations, products / flops(job)),
+    )

@@ -12,7 +12,7 @@ from transfer.data.inputs import detail, fit_batch
 from transfer.data.lowshot import SUBSETS, inspect_subset
 from transfer.data.nyu import inspect_nyu
 from transfer.data.voc import inspect_voc
-from transfer.frozen import attnprobe, depth, features, knn, logreg, patch_knn, probes, segment
+from transfer.frozen import attnprobe, depth, dpt, features, knn, logreg, patch_knn, probes, segment
 from transfer.frozen.scenes import ADE20K, VOC
 from transfer.miniature import dense
 from transfer.miniature import depth as scenes_with_depth
@@ -143,9 +143,19 @@ NYU_LINEAR = replace(
     recipe=depth.recipe,
     sources=depth.sources,
     inspect=inspect_nyu,
-    run=depth.depth,
+    run=depth.linear,
     miniature=scenes_with_depth.nyu,
     space=depth.space,
     parts=depth.parts,
 )
-TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG, ADE20K_LINEAR, VOC_LINEAR, ADE20K_KNN, NYU_LINEAR)
+NYU_DPT = replace(
+    NYU_LINEAR,
+    name="nyu_dpt",
+    title="NYU Depth V2, depth by DPT",
+    recipe=dpt.recipe,
+    sources=dpt.sources,
+    run=dpt.dpt,
+    space=dpt.space,
+    parts=dpt.parts,
+)
+TASKS = (KNN, ATTNPROBE, PROBES, *LOGREG, ADE20K_LINEAR, VOC_LINEAR, ADE20K_KNN, NYU_LINEAR, NYU_DPT)

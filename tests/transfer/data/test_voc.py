@@ -69,6 +69,16 @@ def smaller(path: Path) -> None:
         (colour, "SegmentationClass/2012_val000001.png", "is of mode RGB, not one channel"),
         (label_21, "SegmentationClass/2012_val000001.png", "has the label 21"),
         (smaller, "SegmentationClass/2012_val000001.png", "is 20x20 px, its image"),
+        (
+            lambda path: path.write_text("../../x\n"),
+            "ImageSets/Segmentation/val.txt",
+            "'../../x', which leaves its folder",
+        ),
+        (
+            lambda path: path.write_text("/etc/x\n"),
+            "ImageSets/Segmentation/val.txt",
+            "'/etc/x', which leaves its folder",
+        ),
         (lambda path: path.write_text(""), "ImageSets/Segmentation/train.txt", "train.txt lists no image"),
     ],
 )

@@ -45,6 +45,7 @@ OWN = {  # what the miniature changes in other recipes
 }
 OWN["voc_linear"] = OWN["ade20k_linear"]
 OWN["nyu_linear"] = {"iterations", "warmup_iterations", "lr", "rotate", "colour", "stride"}
+OWN["nyu_dpt"] = OWN["nyu_linear"] | {"channels"}
 
 
 def test_the_recipe_is_the_sources():

@@ -28,7 +28,15 @@ from tests.fixtures.transfer import (
 from transfer.data.nyu import FOLDER, pairs, read_depth
 from transfer.frozen import depth as linear
 from transfer.frozen import encoder as frozen
-from transfer.frozen.depth import DepthRecipe, DepthViews, PatchDepth, metrics_of, rate_of, scale_invariant, sums_of
+from transfer.frozen.depth import (
+    DepthViews,
+    LinearDepthRecipe,
+    PatchDepth,
+    metrics_of,
+    rate_of,
+    scale_invariant,
+    sums_of,
+)
 from transfer.frozen.segment import HEAD_FILE
 from transfer.frozen.tasks import NYU_LINEAR
 from transfer.miniature import dense
@@ -240,5 +248,5 @@ def test_the_space_is_what_a_training_takes(root, tmp_path):
 
 
 def test_the_source_of_every_knob_is_named():
-    assert set(NYU_LINEAR.sources(ARCH)) == {field.name for field in fields(DepthRecipe)}
+    assert set(NYU_LINEAR.sources(ARCH)) == {field.name for field in fields(LinearDepthRecipe)}
     assert isinstance(PatchDepth(4, 2).layer, nn.Conv2d)

@@ -13,8 +13,16 @@ from benchmarks.verify import probe_metrics, verify
 from mae_core.errors import UserError
 from mae_core.flops import count_flops
 from mae_core.optim import lars
+from mae_core.training import CHECKPOINT_FILE
 from mae_core.vit import build_vit, get_arch
-from tests.fixtures.transfer import ARCH, assert_objection_is_right, assert_space_is_right, make_job
+from tests.fixtures.transfer import (
+    ARCH,
+    assert_objection_is_right,
+    assert_space_is_right,
+    finished,
+    kill_when,
+    make_job,
+)
 from transfer.data.predictions import read_predictions
 from transfer.data.split import Split
 from transfer.frozen.encoder import Tokens
@@ -152,6 +160,23 @@ def test_a_run_keeps_what_its_numbers_are_made_of(root, tmp_path):
     with pytest.raises(UserError, match="not those of the head that was chosen"):
         probe_metrics(shown | {"top1": np.arange(4)}, shown, ["linear, z", "attentive, a"])
     assert len(load_file(job.work / PROBES_FILE)) == 8 * 2 + 7  # BatchNorm has three buffers
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_heads_of_an_undisturbed_one(root, tmp_path):
+    knobs = ["batch=4", "epochs=4", "rates=0.01,1", "last_blocks=1,2", "attentive_rates=1", "held_out=0.25"]
+    own = ["--task", "imagenet_probes", "--ckpt", f"random:{ARCH}", "--data", str(root), "--recipe", "mini"]
+    line = ["-m", "transfer.frozen", *own, "--set", *knobs, "--device", "cpu", "--workers", "0"]
+    finished([*line, "--out", str(tmp_path / "a")])
+    often = [*line, "--out", str(tmp_path / "b"), "--save-minutes", "0"]
+    kill_when(lambda: any((tmp_path / "b").rglob(CHECKPOINT_FILE)), often)
+    assert not list((tmp_path / "b").rglob(RECORD_FILE))
+    assert "resuming imagenet_probes" in finished(often)
+    (one,), (other,) = ((tmp_path / name).rglob(PROBES_FILE) for name in "ab")
+    assert one.read_bytes() == other.read_bytes()
+    one, other = (read_record(next((tmp_path / name).rglob(RECORD_FILE))) for name in "ab")
+    assert one.metrics == other.metrics
+    assert one.tables == other.tables
 
 
 @pytest.mark.parametrize(
