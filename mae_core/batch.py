@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 
 
 class Batch:
-    """`size` samples (image, label, name of an unreadable file or "") whose images lie in one tensor: a new one, or
-    `room` if it has the right shape and type. The first image says what all are."""
+    """Samples (image, label, name of an unreadable file or "") whose images lie in one tensor: a new one, or `room` if
+    it has the right shape and type. The first image says what all are."""
 
-    def __init__(self, size: int, room: Tensor | None = None) -> None:
-        self.size, self.room = size, room
-        self.images, self.labels, self.bad = torch.empty(0), [], []  # type: ignore[var-annotated]
+    def __init__(self, labels: Sequence[Any], room: Tensor | None = None) -> None:
+        self.labels, self.room, self.images = labels, room, torch.empty(0)
+        self.bad = [""] * len(labels)
         self.placed: Placed | None = None  # where the images are, if another process can see them there
 
     def __len__(self) -> int:
@@ -28,24 +28,20 @@ class Batch:
 
     def begin(self, shape: Sequence[int], kind: torch.dtype) -> None:
         """Before the first image: there is a place for each."""
-        whole, room = (self.size, *shape), self.room
-        if room is not None and (room.shape[1:], room.dtype) == (whole[1:], kind) and self.size <= len(room):
-            self.images = room[: self.size]
+        whole, room = (len(self), *shape), self.room
+        if room is not None and (room.shape[1:], room.dtype) == (whole[1:], kind) and len(self) <= len(room):
+            self.images = room[: len(self)]
         else:
             self.images = torch.empty(whole, dtype=kind)
 
-    def add(self, image: Tensor | None, label: Any, bad: str) -> None:
-        """image: None if it has been written to its place. ValueError for one that is not like the first."""
-        if image is not None:
-            if not len(self):
-                self.begin(image.shape, image.dtype)
-            place = self.images[len(self)]
-            if (image.shape, image.dtype) != (place.shape, place.dtype):
-                raise ValueError(f"{image.dtype} {[*image.shape]} in a batch of {place.dtype} {[*place.shape]}")
-            if image.data_ptr() != place.data_ptr():
-                place.copy_(image)
-        self.labels.append(label)
-        self.bad.append(bad)
+    def put(self, place: int, image: Tensor) -> None:
+        """ValueError for an image that is not like the first."""
+        if not self.images.numel():
+            self.begin(image.shape, image.dtype)
+        into = self.images[place]
+        if (image.shape, image.dtype) != (into.shape, into.dtype):
+            raise ValueError(f"{image.dtype} {[*image.shape]} in a batch of {into.dtype} {[*into.shape]}")
+        into.copy_(image)
 
 
 class Batched(Protocol):

@@ -111,22 +111,25 @@ class Images(Dataset):
 
     def batch(self, samples: Sequence[Sample | int], room: Tensor | None = None) -> Batch:
         """Several at once, in one tensor (`room`, or a new one): consecutive samples of one image are decoded once."""
-        asked = [(s.index, s.position) if isinstance(s, Sample) else (s, s) for s in samples]
-        images = [-1, *(index for index, _ in asked), -1]
-        batch, decoded = Batch(len(asked), room), -1
-        read = None if self.pillow else native.reader(self.transform, self.seed, batch)
-        for place, (index, position) in enumerate(asked):
+        indices = [s.index if isinstance(s, Sample) else s for s in samples]
+        positions = [s.position if isinstance(s, Sample) else s for s in samples]
+        batch, decoded = Batch(self.labels[indices].tolist(), room), -1
+        written = np.zeros(len(batch), np.uint8)
+        if not self.pillow:
+            after, before = [*indices[1:], -1], [-1, *indices[:-1]]
+            alone = [-1 if at in (first, last) else at for at, first, last in zip(indices, before, after)]
+            written = native.write_crops(self.transform, self.seed, self.files, alone, positions, batch)
+        for place, (index, position) in enumerate(zip(indices, positions)):
+            if written[place]:
+                continue
             try:
-                bad, view = "", None
-                alone = index not in (images[place], images[place + 2])
-                if read is None or not alone or not read(self.files[index], position):
-                    if index != decoded:
-                        image, bad = self.decode(index)
-                        decoded = index
-                    if not self.pillow:
-                        seed_all(self.seed, position)
-                    view = self.transform(image)
-                batch.add(view, int(self.labels[index]), bad)
+                if index != decoded:
+                    image, bad = self.decode(index)
+                    decoded = index
+                if not self.pillow:
+                    seed_all(self.seed, position)
+                batch.put(place, self.transform(image))
+                batch.bad[place] = bad
             except UserError:
                 raise
             except Exception as e:  # of any kind: a worker must not lose the file's name

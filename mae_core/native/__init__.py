@@ -2,22 +2,24 @@
 torchvision, and the same pixels to the bit. Where it is not there, or would not give the same, only the time differs.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import io
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.batch import Batch
 from mae_core.crops import Crop
 from mae_core.seeds import seed_all, seed_for
-from mae_core.shards import bytes_of, place_of
+from mae_core.shards import bytes_of
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
 WORDS = 4  # of 32 bits: as many as numpy's SeedSequence mixes alike
@@ -41,8 +43,10 @@ def load(path: Path) -> ctypes.CDLL | None:
     except OSError:  # not there, or without the libjpeg that it was built with
         return None
     address, size, whole = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    part = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
-    found.mae_sample.argtypes = (*part, address, whole, address, ctypes.c_int64, whole, address)
+    long = ctypes.c_int64
+    listed = (address, long, address, address, whole, address, whole)
+    found.mae_samples.argtypes = (*listed, address, long, whole, address, address)
+    found.mae_samples.restype = None
     found.mae_crop.argtypes = (ctypes.c_char_p, size, *[whole] * 6, address)
     found.mae_size.argtypes = found.mae_decode.argtypes = (ctypes.c_char_p, size, address)
     found.mae_draw.argtypes = (address, whole, whole, whole, address, address)
@@ -90,39 +94,38 @@ def entropy(*parts: int) -> ctypes.Array:
     return (ctypes.c_uint32 * len(words))(*words)
 
 
-def most_pixels() -> int:
-    """Pillow warns of or refuses images of more: both are left to it."""
-    return Image.MAX_IMAGE_PIXELS or 2**62
-
-
-def reader(transform: object, seed: int, batch: Batch) -> Callable[[bytes, int], bool] | None:
-    """(path, position) -> whether the next image of the batch has been written to its place, from a file or an entry of
-    shards.py. It is not if the file is no JPEG, or if anything about it is not as it should be. None for other
-    transforms than a Crop, and without the library."""
+def write_crops(
+    transform: object, seed: int, files: np.ndarray, indices: Sequence[int], positions: Sequence[int], batch: Batch
+) -> np.ndarray:
+    """Whether each image of the batch has been written to its place: that of file `index`, with the draws of its
+    position. files: bytes, of files or of entries of shards.py. Negative indices are left out, and so is a file that is
+    no JPEG or of which anything is not as it should be; all without the library, and with transforms other than a Crop.
+    """
+    done = np.zeros(len(indices), np.uint8)
     found = library() if isinstance(transform, Crop) else None
     if found is None:
-        return None
+        return done
     assert isinstance(transform, Crop)
     batch.begin((3, transform.side, transform.side), torch.uint8)
     most = Image.MAX_IMAGE_PIXELS or 2**62  # of more pixels Pillow warns, or refuses them
     words = entropy(seed, 0)
-    if transform.range is None or len(words) > WORDS - 1:
-        return partial(read_crop, found, transform, seed, batch, most)
-    start, length = batch.images.data_ptr(), 3 * transform.side**2
-    last, draws = len(words) - 1, (words, len(words), transform.range.data_ptr(), most, transform.side)
+    if transform.range is None or len(words) > WORDS - 1 or max(positions, default=0) >> 32:
+        for place, (index, position) in enumerate(zip(indices, positions)):
+            with contextlib.suppress(Exception):  # a step that fails does so again in Python, which names the file
+                into = batch.images[place]
+                done[place] = index >= 0 and read_crop(found, transform, seed, into, most, files[index], position)
+        return done
+    which, ends = np.array(indices, np.int64), np.array(positions, np.uint32)
+    places = (files.ctypes.data, files.itemsize, which.ctypes.data, words, len(words), ends.ctypes.data, len(done))
+    found.mae_samples(
+        *places, transform.range.data_ptr(), most, transform.side, batch.images.data_ptr(), done.ctypes.data
+    )
+    return done
 
-    def read(path: bytes, position: int) -> bool:
-        if position >> 32:
-            return read_crop(found, transform, seed, batch, most, path, position)
-        words[last] = position
-        place = start + length * len(batch)
-        return found.mae_sample(*(place_of(path) or (path, 0, -1)), *draws, place) == 1
 
-    return read
-
-
-def read_crop(found: ctypes.CDLL, crop: Crop, seed: int, batch: Batch, most: int, path: bytes, position: int) -> bool:
-    """The same where only the decoding is compiled: for a Crop that draws otherwise, or that something follows."""
+def read_crop(found: ctypes.CDLL, crop: Crop, seed: int, place: Tensor, most: int, path: bytes, position: int) -> bool:
+    """Whether one has been written where only the decoding is compiled: for a Crop that draws otherwise, or that
+    something follows."""
     size = (ctypes.c_int * 3)()
     try:
         data = bytes_of(path)
@@ -135,7 +138,6 @@ def read_crop(found: ctypes.CDLL, crop: Crop, seed: int, batch: Batch, most: int
         return False
     seed_all(seed, position)
     left, top, width, height, flip = crop.draw(size[0], size[1])
-    place = batch.images[len(batch)]
     if not found.mae_crop(data, len(data), left, top, width, height, crop.side, flip, place.data_ptr()):
         return False
     view = place

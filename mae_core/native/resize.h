@@ -1,20 +1,30 @@
 /* Rows of RGB bytes resized as torch does (bicubic, antialiased, uint8, AVX2), to the bit: first along rows, rounded to
-   bytes, then along columns. */
+   bytes, then along columns. Each colour has a plane of its own. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHANNELS = 3, SUPPORT = 2, TAPS_AT_A_TIME = 4, BLOCK = 32 };
+/* PIXEL: bytes of libjpeg's RGBX. An output byte is made of QUAD input bytes at a time, or, where the scale is above
+   NARROW, of MANY; BLOCK bytes fill a register. */
+enum { CHANNELS = 3, PIXEL = 4, SUPPORT = 2, QUAD = 4, MANY = 16, BLOCK = 32, NARROW = 4 };
 
 /* What each of `size` output positions is made of: `taps` inputs from start[i] on, of which count[i] are its own and the
-   others have weight 0. Weights are integers of `shift` binary places. */
+   others have weight 0. Weights are integers of `shift` binary places.
+
+   quads: taps / QUAD, for rows of which 16 bytes hold what four positions need at a time; 0 where the scale is above
+   NARROW. Then `table` has, for each eight positions, which bytes of two such pieces are theirs, and their weights, as
+   they lie in a register: four positions of the piece that begins at base[0], four of the one at base[1]. With one quad
+   (the scale is at most 1, or the row has at most 4 px) both are the same. */
 typedef struct {
-    int from, size, taps, shift;
-    int *start, *count; /* [size + 1]: the last one is there to be read, not used */
-    int16_t *weights;   /* [size + 1][taps] */
+    int from, size, taps, shift, quads;
+    int *start, *count, *base; /* base [blocks][4][2] */
+    int16_t *weights;          /* [size][taps] */
+    __m256i *table;            /* [blocks][4][2 + 2 * quads] */
 } Filter;
+
+static size_t round_up(size_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
 
 static double cubic(double x) { /* Keys' kernel with a = -0.5, as Pillow and torch have it for antialiased resizing */
     x = fabs(x);
@@ -26,8 +36,33 @@ static double cubic(double x) { /* Keys' kernel with a = -0.5, as Pillow and tor
 static void free_filter(Filter *f) {
     free(f->start);
     free(f->count);
+    free(f->base);
     free(f->weights);
+    free(f->table);
     memset(f, 0, sizeof *f);
+}
+
+/* Fill base and table. 0 if memory ran out. */
+static int arrange(Filter *f) {
+    const int padded = round_up(f->size), each = 2 + 2 * f->quads;
+    f->base = malloc(sizeof(int) * padded / 4);
+    f->table = aligned_alloc(BLOCK, sizeof(__m256i) * padded / 8 * each);
+    if (f->base == NULL || f->table == NULL) return 0;
+    memset(f->table, 0, sizeof(__m256i) * padded / 8 * each);
+    for (int x = 0; x < padded; x++) {
+        const int four = x / 4, at = x < f->size ? x : f->size - 1;
+        if (x % 4 == 0) f->base[four] = f->quads == 1 && four % 2 ? f->base[four - 1] : f->start[at];
+        const int first = f->start[at] - f->base[four];
+        __m256i *table = f->table + x / 8 * each;
+        for (int k = 0; k < QUAD; k++) {
+            uint8_t *pick = (uint8_t *)(table + k / 2) + 4 * (x % 8) + 2 * (k % 2);
+            pick[0] = first + k;
+            pick[1] = 0x80; /* a zero: the byte becomes a word */
+        }
+        for (int k = 0; k < f->taps && x < f->size; k++)
+            ((int16_t *)(table + 2 + k / 2))[2 * (x % 8) + k % 2] = f->weights[(size_t)x * f->taps + k];
+    }
+    return 1;
 }
 
 /* The filter of a resize from `from` to `to` values; 0 if memory ran out. Weights are rounded to the most binary places
@@ -40,10 +75,8 @@ static int make_filter(Filter *f, int from, int to) {
     double *exact = malloc(sizeof(double) * to * room);
     f->from = from;
     f->size = to;
-    f->taps = 0;
-    f->start = calloc(to + 1, sizeof(int));
-    f->count = calloc(to + 1, sizeof(int));
-    f->weights = NULL;
+    f->start = malloc(sizeof(int) * to);
+    f->count = malloc(sizeof(int) * to);
     if (exact == NULL || f->start == NULL || f->count == NULL) {
         free(exact);
         return 0;
@@ -66,8 +99,10 @@ static int make_filter(Filter *f, int from, int to) {
     }
     while (shift < 22 && (int)(0.5 + highest * (1 << (shift + 1))) < 1 << 15) shift++;
     f->shift = shift;
-    f->taps = (f->taps + TAPS_AT_A_TIME - 1) / TAPS_AT_A_TIME * TAPS_AT_A_TIME;
-    f->weights = calloc(((size_t)to + 1) * f->taps, sizeof(int16_t));
+    const int unit = scale > NARROW ? MANY : QUAD;
+    f->taps = (f->taps + unit - 1) / unit * unit;
+    f->quads = scale > NARROW ? 0 : f->taps / QUAD;
+    f->weights = calloc((size_t)to * f->taps, sizeof(int16_t));
     if (f->weights != NULL)
         for (int i = 0; i < to; i++)
             for (int k = 0; k < f->count[i]; k++) {
@@ -75,7 +110,7 @@ static int make_filter(Filter *f, int from, int to) {
                 f->weights[(size_t)i * f->taps + k] = (int16_t)(value < 0 ? value - 0.5 : value + 0.5);
             }
     free(exact);
-    return f->weights != NULL;
+    return f->weights != NULL && (f->quads == 0 || arrange(f));
 }
 
 /* A thread's filters, which photographs of like size share, and its memory for rows. */
@@ -105,70 +140,106 @@ static uint8_t *room_for(size_t bytes) { /* a multiple of BLOCK */
     return scratch;
 }
 
-static size_t round_up(size_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
-
 static int32_t pair_at(const int16_t *weights) {
     int32_t pair;
     memcpy(&pair, weights, sizeof pair);
     return pair;
 }
 
-/* Two rows of RGB, one in each half of a register, two pixels at a time: each `to` gets filter->size pixels, and up to 8
-   bytes more. Rows must be readable for 3 * taps + 16 bytes beyond their ends. Inlined for a constant number of taps. */
-static inline __attribute__((always_inline)) void resample_two(const uint8_t *from_a, const uint8_t *from_b,
-                                                               uint8_t *to_a, uint8_t *to_b, const Filter *f,
-                                                               int taps) {
-    const __m256i low = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1)); /* r r g g b b of two pixels */
-    const __m256i high = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1)); /* of the next two */
-    const __m256i dense = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 2, 4, 5, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)); /* r g b r g b */
-    const __m256i half = _mm256_set1_epi32(1 << (f->shift - 1));
-    const __m128i shift = _mm_cvtsi32_si128(f->shift);
-    const int16_t *w = f->weights;
-    for (int x = 0; x < f->size; x += 2) {
-        __m256i pixel[2];
-        for (int i = 0; i < 2; i++, w += taps) {
-            const int at = CHANNELS * f->start[x + i];
-            __m256i sum = half;
-            for (int k = 0; k < taps; k += TAPS_AT_A_TIME) {
-                const __m128i a = _mm_loadu_si128((const __m128i *)(from_a + at + CHANNELS * k));
-                const __m128i b = _mm_loadu_si128((const __m128i *)(from_b + at + CHANNELS * k));
-                const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-                const __m256i w01 = _mm256_set1_epi32(pair_at(w + k)), w23 = _mm256_set1_epi32(pair_at(w + k + 2));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, low), w01));
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, high), w23));
-            }
-            pixel[i] = _mm256_sra_epi32(sum, shift);
-        }
-        __m256i bytes = _mm256_packs_epi32(pixel[0], pixel[1]);
-        bytes = _mm256_shuffle_epi8(_mm256_packus_epi16(bytes, bytes), dense);
-        _mm_storel_epi64((__m128i *)(to_a + CHANNELS * x), _mm256_castsi256_si128(bytes));
-        _mm_storel_epi64((__m128i *)(to_b + CHANNELS * x), _mm256_extracti128_si256(bytes, 1));
+/* Pixels of RGBX into planes `apart` bytes from each other, 8 at a time: up to 7 bytes more. */
+static void into_planes(const uint8_t *pixels, int count, uint8_t *planes, size_t apart) {
+    const __m256i by_colour = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int x = 0; x < count; x += 8) {
+        __m256i eight = _mm256_loadu_si256((const __m256i *)(pixels + PIXEL * x));
+        eight = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(eight, by_colour), order);
+        const __m128i red_green = _mm256_castsi256_si128(eight);
+        _mm_storel_epi64((__m128i *)(planes + x), red_green);
+        _mm_storeh_pd((double *)(planes + apart + x), _mm_castsi128_pd(red_green));
+        _mm_storel_epi64((__m128i *)(planes + 2 * apart + x), _mm256_extracti128_si256(eight, 1));
     }
 }
 
-static void resample_rows(const uint8_t *from_a, const uint8_t *from_b, uint8_t *to_a, uint8_t *to_b, const Filter *f) {
-    if (f->taps == TAPS_AT_A_TIME)
-        resample_two(from_a, from_b, to_a, to_b, f, TAPS_AT_A_TIME);
-    else
-        resample_two(from_a, from_b, to_a, to_b, f, f->taps);
+/* Eight positions along a row. Inlined, as what calls it, for a constant number of quads. */
+static inline __attribute__((always_inline)) __m256i eight_along(const uint8_t *from, const int *base,
+                                                                 const __m256i *table, int quads, __m256i half,
+                                                                 __m128i shift) {
+    __m256i sum = half;
+    for (int q = 0; q < quads; q++) {
+        const __m128i a = _mm_loadu_si128((const __m128i *)(from + base[0] + QUAD * q));
+        const __m128i b = quads == 1 ? a : _mm_loadu_si128((const __m128i *)(from + base[1] + QUAD * q));
+        const __m256i both = _mm256_set_m128i(b, a);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, table[0]), table[2 + 2 * q]));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, table[1]), table[3 + 2 * q]));
+    }
+    return _mm256_sra_epi32(sum, shift);
 }
 
-/* Output row y, `used` bytes, from rows of `stride` bytes, a multiple of BLOCK that is not less. Inlined for a constant
-   number of taps; there are zeros in place of the weights and of the rows that it has not. */
-static inline __attribute__((always_inline)) void resample_taps(const uint8_t *top, size_t stride, size_t used,
+static inline __attribute__((always_inline)) void narrow_row(const uint8_t *from, uint8_t *to, const Filter *f,
+                                                             int flip, int quads) {
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i backwards = _mm256_setr_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    const __m256i swapped = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12));
+    const __m256i half = _mm256_set1_epi32(1 << (f->shift - 1)), order = flip ? backwards : in_order;
+    const __m128i shift = _mm_cvtsi32_si128(f->shift);
+    const int *base = f->base, width = round_up(f->size), each = 2 + 2 * quads;
+    const __m256i *table = f->table;
+    for (int x = 0; x < width; x += BLOCK, base += 8, table += 4 * each) {
+        const __m256i a = eight_along(from, base, table, quads, half, shift);
+        const __m256i b = eight_along(from, base + 2, table + each, quads, half, shift);
+        const __m256i c = eight_along(from, base + 4, table + 2 * each, quads, half, shift);
+        const __m256i d = eight_along(from, base + 6, table + 3 * each, quads, half, shift);
+        __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+        bytes = _mm256_permutevar8x32_epi32(bytes, order);
+        if (flip) bytes = _mm256_shuffle_epi8(bytes, swapped);
+        _mm256_store_si256((__m256i *)(to + (flip ? width - BLOCK - x : x)), bytes);
+    }
+}
+
+static void wide_row(const uint8_t *from, uint8_t *to, const Filter *f, int flip) {
+    const int width = round_up(f->size);
+    const int16_t *weights = f->weights;
+    for (int x = 0; x < f->size; x++) {
+        __m256i sums = _mm256_setzero_si256();
+        for (int k = 0; k < f->taps; k += MANY, weights += MANY) {
+            const __m128i bytes = _mm_loadu_si128((const __m128i *)(from + f->start[x] + k));
+            const __m256i words = _mm256_loadu_si256((const __m256i *)weights);
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), words));
+        }
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        sum = _mm_hadd_epi32(sum, sum);
+        sum = _mm_hadd_epi32(sum, sum);
+        const int value = (_mm_cvtsi128_si32(sum) + (1 << (f->shift - 1))) >> f->shift;
+        to[flip ? width - 1 - x : x] = value < 0 ? 0 : value > 255 ? 255 : value;
+    }
+}
+
+/* A row of one colour: filter->size bytes, and up to BLOCK - 1 more behind them or, where it is flipped, before them. It
+   must be readable for taps + 16 bytes beyond its end. */
+static void resample_row(const uint8_t *from, uint8_t *to, const Filter *f, int flip) {
+    if (f->quads == 1)
+        narrow_row(from, to, f, flip, 1);
+    else if (f->quads)
+        narrow_row(from, to, f, flip, f->quads);
+    else
+        wide_row(from, to, f, flip);
+}
+
+/* `used` bytes from rows that are `stride` bytes apart. Inlined for a constant number of taps; there are zeros in place
+   of the weights that it has not, and rows that can be read. */
+static inline __attribute__((always_inline)) void resample_taps(const uint8_t *top, size_t stride, int used,
                                                                 uint8_t *to, const int16_t *weights, int shift,
                                                                 int taps) {
     const __m256i half = _mm256_set1_epi32(1 << (shift - 1)), zero = _mm256_setzero_si256();
     const __m128i places = _mm_cvtsi32_si128(shift);
-    for (size_t x = 0; x < used; x += BLOCK) {
+    for (int x = 0; x < used; x += BLOCK) {
         __m256i s0 = half, s1 = half, s2 = half, s3 = half;
         for (int k = 0; k < taps; k += 2) {
             const uint8_t *upper = top + k * stride + x;
-            const __m256i a = _mm256_load_si256((const __m256i *)upper);
-            const __m256i b = _mm256_load_si256((const __m256i *)(upper + stride));
+            const __m256i a = _mm256_loadu_si256((const __m256i *)upper);
+            const __m256i b = _mm256_loadu_si256((const __m256i *)(upper + stride));
             const __m256i w = _mm256_set1_epi32(pair_at(weights + k));
             const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
             s0 = _mm256_add_epi32(s0, _mm256_madd_epi16(_mm256_unpacklo_epi8(lo, zero), w));
@@ -178,31 +249,23 @@ static inline __attribute__((always_inline)) void resample_taps(const uint8_t *t
         }
         const __m256i lo = _mm256_packs_epi32(_mm256_sra_epi32(s0, places), _mm256_sra_epi32(s1, places));
         const __m256i hi = _mm256_packs_epi32(_mm256_sra_epi32(s2, places), _mm256_sra_epi32(s3, places));
-        _mm256_store_si256((__m256i *)(to + x), _mm256_packus_epi16(lo, hi));
+        const __m256i bytes = _mm256_packus_epi16(lo, hi);
+        if (used - x >= BLOCK)
+            _mm256_storeu_si256((__m256i *)(to + x), bytes);
+        else {
+            uint8_t last[BLOCK];
+            _mm256_storeu_si256((__m256i *)last, bytes);
+            memcpy(to + x, last, used - x);
+        }
     }
 }
 
-static void resample_column(const uint8_t *rows, size_t stride, size_t used, uint8_t *to, const Filter *f, int y) {
+/* Row y of one colour's output. */
+static void resample_column(const uint8_t *rows, size_t stride, uint8_t *to, const Filter *f, int y) {
     const uint8_t *top = rows + f->start[y] * stride;
     const int16_t *weights = f->weights + (size_t)y * f->taps;
-    if (f->count[y] <= TAPS_AT_A_TIME)
-        resample_taps(top, stride, used, to, weights, f->shift, TAPS_AT_A_TIME);
+    if (f->count[y] <= QUAD)
+        resample_taps(top, stride, f->size, to, weights, f->shift, QUAD);
     else
-        resample_taps(top, stride, used, to, weights, f->shift, f->count[y]);
-}
-
-/* A row of RGB into the planes of three channels, mirrored or not. */
-static void into_planes(const uint8_t *row, uint8_t *red, uint8_t *green, uint8_t *blue, int side, int flip) {
-    if (flip)
-        for (int x = 0; x < side; x++) {
-            red[side - 1 - x] = row[3 * x];
-            green[side - 1 - x] = row[3 * x + 1];
-            blue[side - 1 - x] = row[3 * x + 2];
-        }
-    else
-        for (int x = 0; x < side; x++) {
-            red[x] = row[3 * x];
-            green[x] = row[3 * x + 1];
-            blue[x] = row[3 * x + 2];
-        }
+        resample_taps(top, stride, f->size, to, weights, f->shift, f->count[y]);
 }

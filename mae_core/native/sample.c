@@ -5,6 +5,7 @@
    it not at all; columns left and right of it are neither transformed nor converted. Rows are resized while they are in
    the cache, and the result is written to its place in the batch: no whole image is ever in memory. */
 #include <fcntl.h>
+#include <limits.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -16,6 +17,8 @@
 
 #include "draws.h"
 #include "resize.h"
+
+enum { LINES = 2 }; /* as many as libjpeg makes at a time, where colour is stored at half the resolution */
 
 typedef struct {
     struct jpeg_error_mgr manager;
@@ -99,7 +102,7 @@ static int sample(const uint8_t *data, size_t length, Box box, Twister *draws, c
     const Filter *down = box.width == box.height ? across : filter_of(box.height, side);
     /* Two sizes may want the same place among the filters. */
     if (across == NULL || down == NULL || (across == down && box.width != box.height)) goto end;
-    image.out_color_space = JCS_RGB;
+    image.out_color_space = JCS_EXT_RGBX;
     jpeg_start_decompress(&image);
     /* Colour may be stored at a lower resolution: interpolated at the crop's edges, it needs the next sample beyond. */
     const int margin = 2 * image.max_h_samp_factor;
@@ -108,26 +111,26 @@ static int sample(const uint8_t *data, size_t length, Box box, Twister *draws, c
         if (x + wide > image.output_width) wide = image.output_width - x;
         jpeg_crop_scanline(&image, &x, &wide);
     }
-    /* libjpeg writes an aligned line past the cache, from where it would have to come back: so lines begin at 1. */
-    const size_t line = round_up(1 + (size_t)wide * CHANNELS + CHANNELS * across->taps + 16);
-    const size_t used = (size_t)side * CHANNELS, stride = round_up(used + 8);
+    /* libjpeg writes an aligned line past the cache, from where it would have to come back: so lines begin at PIXEL. */
+    const size_t line = round_up(PIXEL * ((size_t)wide + 9)), plane = round_up((size_t)box.width + across->taps + 16);
+    const size_t third = round_up(side), stride = CHANNELS * third;
     /* As many rows more as the taps of the last ones may reach beyond the crop, with weight 0. */
-    uint8_t *lines = room_for(2 * line + stride * ((size_t)box.height + TAPS_AT_A_TIME + 2));
+    uint8_t *lines = room_for(LINES * line + CHANNELS * plane + stride * ((size_t)box.height + QUAD));
     if (lines == NULL) goto end;
-    uint8_t *rows = lines + 2 * line, *result = rows + ((size_t)box.height + TAPS_AT_A_TIME + 1) * stride;
+    uint8_t *planes = lines + LINES * line, *rows = planes + CHANNELS * plane, *into[LINES];
+    const uint8_t *ready = rows + (box.flip ? third - side : 0);
+    for (int i = 0; i < LINES; i++) into[i] = lines + i * line + PIXEL;
     if (box.top > 0) jpeg_skip_scanlines(&image, box.top);
-    for (int y = 0; y < box.height; y += 2) {
-        for (int i = 0; i < 2 && y + i < box.height; i++) {
-            uint8_t *into = lines + i * line + 1;
-            jpeg_read_scanlines(&image, &into, 1);
+    for (int y = 0, at = 0; y < box.height;) {
+        const int left = box.height - y, got = jpeg_read_scanlines(&image, into, left < LINES ? left : LINES);
+        for (int i = 0; i < got; i++, y++) {
+            into_planes(into[i] + PIXEL * (box.left - x), box.width, planes, plane);
+            for (int c = 0; c < CHANNELS; c++)
+                resample_row(planes + c * plane, rows + y * stride + c * third, across, box.flip);
         }
-        const uint8_t *from = lines + 1 + CHANNELS * (box.left - x);
-        resample_rows(from, from + line, rows + y * stride, rows + (y + 1) * stride, across);
-    }
-    for (int y = 0; y < side; y++) {
-        uint8_t *plane = out + (size_t)y * side;
-        resample_column(rows, stride, used, result, down, y);
-        into_planes(result, plane, plane + side * side, plane + 2 * side * side, side, box.flip);
+        for (; at < side && down->start[at] + down->count[at] <= y; at++)
+            for (int c = 0; c < CHANNELS; c++)
+                resample_column(ready + c * third, stride, out + ((size_t)c * side + at) * side, down, at);
     }
     done = errors.manager.num_warnings == 0;
 end:
@@ -142,44 +145,81 @@ int mae_crop(const uint8_t *data, size_t length, int left, int top, int width, i
     return sample(data, length, box, NULL, NULL, INT64_MAX, side, out);
 }
 
-/* The bytes of a regular file, or of `length` of them from `offset` on, with *length set; NULL if it cannot be read. */
+/* The bytes of a regular file, or of `length` of them from `offset` on, with *length set, until the next call; NULL if they
+   cannot be read. */
 static uint8_t *contents(const char *path, int64_t offset, int64_t *length) {
+    static _Thread_local uint8_t *data;
+    static _Thread_local int64_t room;
     struct stat found;
-    uint8_t *data = NULL;
+    int64_t had = 0;
     const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (file < 0) return NULL;
-    if (fstat(file, &found) == 0 && S_ISREG(found.st_mode)) {
-        if (*length < 0) *length = found.st_size;
-        data = malloc(*length + 1);
-        int64_t had = 0;
-        while (data != NULL && had < *length) {
-            const ssize_t more = pread(file, data + had, *length - had, offset + had);
-            if (more <= 0) {
-                free(data);
-                data = NULL;
-            } else
-                had += more;
-        }
+    if (fstat(file, &found) != 0 || !S_ISREG(found.st_mode)) *length = 0;
+    if (*length < 0) *length = found.st_size;
+    if (room < *length) {
+        free(data);
+        data = malloc(*length);
+        room = data == NULL ? 0 : *length;
+    }
+    while (room >= *length && had < *length) {
+        const ssize_t more = pread(file, data + had, *length - had, offset + had);
+        if (more <= 0) break;
+        had += more;
     }
     close(file);
-    return data;
+    return had > 0 && had == *length ? data : NULL;
 }
 
-/* The image that data.py's Images makes of a file (length -1) or of a part of one, with the draws that `words` seed: entropy as
-   numpy splits it into 32 bits. most: px an image may have. Returns 1; 0 to leave it to Python. */
-int mae_sample(const char *path, int64_t offset, int64_t length, const uint32_t *words, int count, const float *range,
-               int64_t most, int side, uint8_t *out) {
-    int done = 0;
-    Twister draws;
-    uint8_t *data = contents(path, offset, &length);
-    if (data == NULL) return 0;
-    /* Without its mark of the end, a file may be cut short: it is decoded to its last row, which tells. */
-    if (length > 4 && data[length - 2] == 0xff && data[length - 1] == 0xd9) {
-        seed_twister(&draws, seed_of(words, count));
-        done = sample(data, length, (Box){0}, &draws, range, most, side, out);
+/* The number that ends at *end, before which `mark` comes; *end is then where that is. -1 if there is none. */
+static int64_t number_before(const char *path, size_t *end, char mark) {
+    int64_t value = 0, place = 1;
+    size_t at = *end;
+    while (at > 0 && path[at - 1] >= '0' && path[at - 1] <= '9' && *end - at < 18) {
+        value += place * (path[--at] - '0');
+        place *= 10;
     }
-    free(data);
-    return done;
+    if (at == *end || at == 0 || path[at - 1] != mark) return -1;
+    *end = at - 1;
+    return value;
+}
+
+/* If the path is an entry of shards.py, "SHARD.tar!/MEMBER@OFFSET+SIZE", cut it to the shard's. */
+static void find_place(char *path, int64_t *offset, int64_t *length) {
+    static const char mark[] = ".tar!/";
+    size_t end = strlen(path);
+    const int64_t size = number_before(path, &end, '+'), from = size < 0 ? -1 : number_before(path, &end, '@');
+    if (from < 0 || end < sizeof mark) return;
+    for (size_t at = end - sizeof mark; at > 0; at--) /* a letter at least on either side of the mark */
+        if (memcmp(path + at, mark, sizeof mark - 1) == 0) {
+            path[at + 4] = '\0';
+            *offset = from;
+            *length = size;
+            return;
+        }
+}
+
+/* Images that data.py's Images makes: of path which[i] (none if it is negative), of `width` bytes, with the draws that
+   `words` seed: entropy as numpy splits it into 32 bits, of which the last is position[i]. most: px that an image may have.
+   done[i]: whether image i has been written to out [images, 3, side, side]; those that have not are left to Python. */
+void mae_samples(const char *paths, int64_t width, const int64_t *which, uint32_t *words, int count,
+                 const uint32_t *position, int images, const float *range, int64_t most, int side, uint8_t *out,
+                 uint8_t *done) {
+    char path[PATH_MAX];
+    for (int i = 0; i < images; i++) {
+        done[i] = 0;
+        if (which[i] < 0 || width >= PATH_MAX) continue;
+        memcpy(path, paths + which[i] * width, width);
+        path[width] = '\0';
+        int64_t offset = 0, length = -1;
+        find_place(path, &offset, &length);
+        const uint8_t *data = contents(path, offset, &length);
+        /* Without its mark of the end, a file may be cut short: it is decoded to its last row, which tells. */
+        if (data == NULL || length < 4 || data[length - 2] != 0xff || data[length - 1] != 0xd9) continue;
+        Twister draws;
+        words[count - 1] = position[i];
+        seed_twister(&draws, seed_of(words, count));
+        done[i] = sample(data, length, (Box){0}, &draws, range, most, side, out + (size_t)i * CHANNELS * side * side);
+    }
 }
 
 /* The box that a sample of an image of that size is drawn, for the check at the start: left, top, width, height, flip.

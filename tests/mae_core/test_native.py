@@ -171,6 +171,23 @@ def test_batches_are_assembled_in_their_place_whoever_reads(tmp_path, used):
         assert torch.equal(image, by_torchvision(dataset, sample, crop_of(32)))
 
 
+def test_entries_of_any_name_are_found_in_their_tar(tmp_path, used):
+    """As mae_core.shards finds them."""
+    names = ["a.jpg", "b@5+3.jpg", "c.tar/d.jpg", "e@1+2@3+4.jpg", "f+7.jpg", "g@.jpg"]
+    contents = [encoded(photograph(40 + number, 30, number), "JPEG") for number in range(len(names))]
+    entries = []
+    for folder in ("x", "y.tar!", "z@1+2.tar"):
+        pack(tmp_path / folder / "0.tar", list(zip(names, contents)))
+        entries += data.images_or_shards(tmp_path / folder)
+    dataset = Images(entries, pretraining_transform(32), seed=4)
+    assert len(entries) == 3 * len(names)
+    for index in range(len(entries)):
+        (tmp_path / "one.jpg").write_bytes(contents[index % len(names)])
+        expected = by_torchvision(Images([tmp_path / "one.jpg"], None, seed=4), Sample(0, index), crop_of(32))
+        assert torch.equal(dataset[index][0], expected), entries[index]
+    assert not used
+
+
 def test_an_image_unlike_the_others_of_its_batch_is_named(tmp_path):
     for name, size in (("a.png", 8), ("b.png", 9)):
         photograph(size, size).save(tmp_path / name)
