@@ -18,7 +18,8 @@ def passed_over(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not passed_over(name)
+    # os.path.splitext takes twice as long; it sees no extension in ".jpg", which is passed over.
+    return name[name.rfind(".") :].lower() in EXTENSIONS and not passed_over(name)
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -5,7 +5,6 @@ Each is read as its official archives unpack. Labels are the official ones, howe
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from mae_core.files import is_image, leaves, passed_over, walk
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
-from transfer.data.split import Split, fingerprint
+from transfer.data.split import Files, Split, fingerprint, folders_of
 
 
 @dataclass(frozen=True)
@@ -78,26 +77,46 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
             all_problems += unusable(split.files, f"{name} images")
         if strange := sorted({label for label in split.labels if not 0 <= label < classes}):
             all_problems.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview(strange)}")
-    once = {"training": set(train.files), "validation": set(val.files)}
-    for (name, files), split in zip(once.items(), (train, val)):
-        if len(files) < len(split.files):
-            twice = [str(file) for file, count in Counter(split.files).items() if count > 1]
+    once = {name: twice_in(split.files) for name, split in (("training", train), ("validation", val))}
+    for name, (_, twice) in once.items():
+        if twice:
             all_problems.append(f"{len(twice)} {name} images are listed twice: {preview(twice)}; keep one line of each")
-    if both := once["training"] & once["validation"]:
-        all_problems.append(
-            f"{len(both)} images are in both splits of {folder}: {preview(sorted(map(str, both)))}; keep each in one"
-        )
+    trained, tested = (listed for listed, _ in once.values())
+    if both := sorted(f"{at}/{name}" for at in trained.keys() & tested.keys() for name in trained[at] & tested[at]):
+        all_problems.append(f"{len(both)} images are in both splits of {folder}: {preview(both)}; keep each in one")
     if (unlearnt := sorted(val.classes - train.classes)) and not all_problems:
         all_problems.append(f"{folder}: validation has classes that training lacks: {preview(unlearnt)}")
     return Reading(train, val, classes, tuple(all_problems))
 
 
-def missing_files(files: Sequence[Path]) -> list[Path]:
+def listed_in(folder: Path, names: Iterable[str]) -> Files:
+    """The files of these relative names, which are tidied up where they need it: to make Paths of millions takes a
+    minute."""
+    return Files.of(f"{folder}/{PurePosixPath(name) if '//' in name or '/.' in f'/{name}' else name}" for name in names)
+
+
+def twice_in(files: Sequence[Path]) -> tuple[dict[str, set[str]], list[str]]:
+    """The names by their folders, and the files that are listed more than once."""
+    listed: dict[str, set[str]] = {}
+    twice = {}
+    for folder, names in folders_of(files):
+        known = listed.setdefault(folder, set())
+        for name in names:
+            if name in known:
+                twice[f"{folder}/{name}"] = True
+            known.add(name)
+    return listed, list(twice)
+
+
+def missing_files(files: Sequence[Path]) -> list[str]:
     """The files that are not on disk. Each folder is listed once: to ask for millions of files takes minutes."""
-    listings: dict[Path, set[str]] = {}
-    for folder in {file.parent for file in files}:
-        listings[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-    return [file for file in files if file.name not in listings[file.parent]]
+    listings: dict[str, set[str]] = {}
+    absent = []
+    for folder, names in folders_of(files):
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        absent += [f"{folder}/{name}" for name in names if name not in listings[folder]]
+    return absent
 
 
 def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
@@ -107,7 +126,7 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
     splits, problems = [], []
     for name in ("train", "val"):
         path = folder / annotation_file(name, year)
-        files, labels = [], []
+        files, labels = Files(), []
         try:
             values = json.loads(path.read_bytes())
             names = {image["id"]: image["file_name"] for image in values["images"]}
@@ -123,12 +142,12 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
             if bare := sorted(names[i] for i in names.keys() - label.keys()):
                 problems.append(f"{path} lists {len(bare)} images without a label: {preview(bare)}")
             pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
-            files, labels = [folder / file for file, _ in pairs], [c for _, c in pairs]
+            files, labels = listed_in(folder, (file for file, _ in pairs)), [c for _, c in pairs]
         except FileNotFoundError:
             problems.append(f"{path} is missing: unpack the archive that holds it")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
-        splits.append(Split(tuple(files), tuple(labels)))
+        splits.append(Split(files, tuple(labels)))
     train, val = splits
     return checked(folder, train, val, classes, problems)
 
@@ -139,7 +158,7 @@ def annotation_file(name: str, year: int) -> str:
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     """A list of lines `relative/path label`; the path may begin with a slash, and the folders may be nested."""
-    files, labels = [], []
+    names, labels = [], []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -157,9 +176,9 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
         if leaves(name):
             problems.append(f"{path}, line {number}, leaves the folder of the images: {line[:60]!r}")
             return Split()
-        files.append(images / PurePosixPath(name))
+        names.append(name)
         labels.append(int(label))
-    return Split(tuple(files), tuple(labels))
+    return Split(listed_in(images, names), tuple(labels))
 
 
 def first_of(folder: Path, names: tuple[str, ...]) -> Path:

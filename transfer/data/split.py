@@ -22,6 +22,19 @@ class Files(Sequence[Path]):
         self.folders = tuple(folders)
         self.ends = list(accumulate(len(names) for _, names in self.folders))
 
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Files":
+        """The files of these names, in their order."""
+        folders: list[tuple[str, list[str]]] = []
+        last = None
+        for text in texts:
+            folder, _, name = (text if "/" in text else f"./{text}").rpartition("/")
+            if folder != last:
+                folders.append((folder, []))
+                last = folder
+            folders[-1][1].append(name)
+        return cls(folders)
+
     @property
     def names(self) -> list[str]:
         return [name for _, names in self.folders for name in names]
@@ -53,6 +66,11 @@ class Files(Sequence[Path]):
 
     def __hash__(self) -> int:
         return hash(tuple(self))
+
+
+def folders_of(files: Sequence[Path]) -> tuple[tuple[str, Sequence[str]], ...]:
+    """(folder, names) of files that follow each other there."""
+    return (files if isinstance(files, Files) else Files.of(map(str, files))).folders
 
 
 def texts_of(files: Sequence[Path | str]) -> Iterator[str]:
@@ -131,9 +149,18 @@ def few_of_both(train: Split, val: Split, limit: int) -> tuple[Split, Split]:
 def fingerprint(root: Path, *splits: Split) -> str:
     """SHA-256 over the splits' listings: paths relative to root, and labels."""
     digest = hashlib.sha256()
-    above = os.path.join(root, "")  # as text: for a million files, relative_to would take half as long again
+    above = os.path.join(root, "")
     for split in splits:
-        for file, label in zip(texts_of(split.files), split.labels):
-            digest.update(f"{file.removeprefix(above)} {label}\n".encode(errors="surrogateescape"))
+        start = 0
+        for folder, names in folders_of(split.files):
+            at, labels = f"{folder}/".removeprefix(above), split.labels[start : start + len(names)]
+            start += len(names)
+            if not labels:
+                continue
+            if labels.count(labels[0]) == len(labels):  # a class folder's: joined at a tenth of the time, for millions
+                text = f"{at}{f' {labels[0]}{chr(10)}{at}'.join(names)} {labels[0]}\n"
+            else:
+                text = "".join(f"{at}{name} {label}\n" for name, label in zip(names, labels))
+            digest.update(text.encode(errors="surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from transfer.task import Job, Part, Result
 
 HUB = "facebookresearch/dinov2 dinov2/hub/depthers.py"
 TOOLBOX = "zhyever/Monocular-Depth-Estimation-Toolbox configs/dpt/dpt_vit-b16_nyu.py"
-START = 2.0  # metres that the untrained head says, give or take
+START = 2.0  # metres that the untrained head says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,8 @@ class DPT(nn.Module):
         self.joined = nn.Sequential(convolution(channels, channels, 3), nn.ReLU())
         self.narrow = nn.Conv2d(channels, channels // 2, kernel_size=3, padding=1)
         last = nn.Conv2d(32, 1, kernel_size=1)
-        # DINOv2 starts near 0, where the last ReLU may give 0 everywhere and then learns nothing.
+        # DINOv2's starts anywhere, also where the last ReLU gives 0 for all, from where nothing is learnt.
+        nn.init.zeros_(last.weight)
         nn.init.constant_(last.get_parameter("bias"), START)
         self.metres = nn.Sequential(nn.Conv2d(channels // 2, 32, kernel_size=3, padding=1), nn.ReLU(), last)
 
@@ -127,9 +128,11 @@ def doubled(maps: Tensor) -> Tensor:
 
 
 def tokens_of(encoder: ViT) -> Tokens:
-    """Of the blocks that end each quarter, as in DINOv2 (whose ViT-L has block 4, counted from 0, for 5)."""
+    """Of the blocks that end each quarter, as in DINOv2 (whose ViT-L has block 4, counted from 0, for 5), through the
+    final norm, which DINOv2 leaves out here: the tokens of other encoders have scales at which the head does not
+    learn."""
     blocks: Any = encoder.blocks
-    return Tokens(encoder, list(quarters(len(blocks))))
+    return Tokens(encoder, list(quarters(len(blocks))), norm=True)
 
 
 def head_of(job: Job) -> DPT:
@@ -138,7 +141,7 @@ def head_of(job: Job) -> DPT:
 
 def dpt(job: Job) -> Result:
     numbers = ", ".join(str(block + 1) for block in quarters(get_arch(job.checkpoint.arch).depth))
-    return depth.depth(job, tokens_of, head_of, f"tokens after blocks {numbers}, without the final norm")
+    return depth.depth(job, tokens_of, head_of, f"tokens after blocks {numbers}, each through the final norm")
 
 
 def space(job: Job) -> Space:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -110,3 +111,20 @@ def test_joined_splits_follow_each_other(tmp_path):
         whole = joined(splits)
         assert list(whole.files) == [file for split in splits for file in split.files]
         assert list(whole.labels) == [label for split in splits for label in split.labels]
+
+
+def test_files_of_names_keep_their_order(tmp_path):
+    texts = ["/d/a/1.jpg", "/d/a/2.jpg", "/d/b/1.jpg", "/d/a/3.jpg", "/4.jpg"]
+    files = Files.of(texts)
+    assert list(files.texts()) == texts
+    assert [len(names) for _, names in files.folders] == [2, 1, 1, 1]
+    assert list(Files.of(["5.jpg"])) == [Path("5.jpg")]
+
+
+def test_the_fingerprint_of_folders_of_one_label_is_that_of_their_lines(tmp_path):
+    """Whose lines are joined; of mixed, empty and unlabelled ones too, and of names that are no UTF-8."""
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    files = Files([(f"{tmp_path}/a", ["1.jpg", odd]), (f"{tmp_path}/b", []), (f"{tmp_path}/c", ["1.jpg", "2.jpg"])])
+    lines = [f"a/1.jpg 7\na/{odd} 7\nc/1.jpg 3\nc/2.jpg 4\n\n", "\n"]
+    expected = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    assert fingerprint(tmp_path, Split(files, (7, 7, 3, 4)), Split()) == expected
