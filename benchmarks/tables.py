@@ -209,7 +209,8 @@ TABLES = (
         name="calibration",
         title="Calibration of the fine-tuned classifier",
         caption="ECE: expected calibration error (%) of the first class's probability, in 15 bins of equal width. NLL: "
-        "mean negative log-likelihood of the label. On IN-A and IN-R among the 200 classes of each set.",
+        "mean negative log-likelihood of the label. On IN-A and IN-R among the 200 classes of each set. ECE does not "
+        "rank encoders: a classifier that knows little and claims no more has a low one.",
         columns=tuple(
             Column(task, metric, f"{title} {name}", better="lower", optional=True, reference="")
             for task, title in (

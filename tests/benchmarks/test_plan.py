@@ -126,7 +126,7 @@ def test_every_task_has_a_state_and_nothing_is_run(root, tmp_path, capsys):
     code, lines, _ = call(capsys, tmp_path / "out", "--data", str(root), "--plan")
     assert code == 0
     stated = {line.split()[0]: line for line in lines if line.startswith("    ") and line[4] != " "}
-    assert "failed   32 training images are less than one batch=64: set a smaller batch" in stated["imagenet_finetune"]
+    assert "failed   32 training images are less than one batch=256: set a smaller batch" in stated["imagenet_linprobe"]
     for task, state, why in (
         ("imagenet_knn", "to do", "4 classes, 32 train, 4 val"),
         ("imagenet_c", "failed", "lacks 14 of the 15 corruptions"),

@@ -88,7 +88,7 @@ def test_incomplete_data_is_a_failure(tmp_path, call):
     assert "lacks train" in record.reason
 
 
-@pytest.mark.parametrize(("task", "fitted"), [("imagenet_knn", "k: 20 -> 2"), ("imagenet_finetune", "batch: 64 -> 2")])
+@pytest.mark.parametrize(("task", "fitted"), [("imagenet_knn", "k: 20 -> 2"), ("imagenet_finetune", "batch: 32 -> 2")])
 def test_a_limit_makes_a_run_of_its_own_on_so_few_images(tmp_path, call, task, fitted):
     data = write_imagenet(tmp_path / "data", train=16, val=2)
     more = [] if task == "imagenet_knn" else ["--set", "epochs=1", "warmup_epochs=0", "train_fraction=1"]
@@ -103,7 +103,7 @@ def test_a_limit_makes_a_run_of_its_own_on_so_few_images(tmp_path, call, task, f
     ]
     assert call(task, "--limit", "2", *more, data=data)[0] == 0
     assert the_record(tmp_path) == record  # it was done already
-    full = [*more, "batch=64"] if more else ["--set", "k=20"]
+    full = [*more, "batch=32"] if more else ["--set", "k=20"]
     assert call(task, *full, data=data)[0] == 0
     records = [read_record(path) for path in (tmp_path / "out").rglob(RECORD_FILE)]
     assert sorted(r.n_eval for r in records) == [2, 8]

@@ -23,7 +23,9 @@ SHOTS |= dict.fromkeys(("drop_path", "random_erasing", "mixup", "cutmix"), 0.0)
 def recipe(arch: str, name: str, subset: Subset) -> ClassifierRecipe:
     """ImageNet's, with what MIM-Refiner has instead for so few images."""
     paper = replace(finetune_recipe(arch, "paper"), **(SHOTS if subset.per_class else PERCENT))
-    mini = replace(paper, **MINI_FINETUNE | {"batch": 16}, **miniature_size(arch))
+    # 16 images are a step an epoch.
+    longer = {"epochs": 30, "warmup_epochs": 3, "batch": 16, "base_lr": 8e-3}
+    mini = replace(paper, **MINI_FINETUNE | longer, **miniature_size(arch))
     return choose("recipe", name, {"paper": paper, "mini": mini})
 
 

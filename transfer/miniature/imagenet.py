@@ -145,7 +145,7 @@ def imagenet(root: Path, seed: int = 0) -> Path:
 
 
 def imagenet_a(root: Path, seed: int = 0) -> Path:
-    """Write root/imagenet-a: small, partly covered objects among clutter, 40 per class."""
+    """Write root/imagenet-a: smaller, partly covered objects among clutter, 40 per class."""
     return write_set(root, "imagenet-a", seed, {"test": HARD * len(scenes.CLASSES)}, _imagenet_a_files(seed))
 
 
@@ -155,8 +155,8 @@ def imagenet_r(root: Path, seed: int = 0) -> Path:
 
 
 def imagenet_sketch(root: Path, seed: int = 0) -> Path:
-    """Write root/imagenet-sketch: line drawings without colour, 40 per class. The two disc classes look the same here:
-    they differ only by colour."""
+    """Write root/imagenet-sketch: shaded drawings without colour, 40 per class. The two disc classes look the same
+    here: they differ only by colour."""
     return write_set(root, "imagenet-sketch", seed, {"test": SKETCH * len(scenes.CLASSES)}, _sketch_files(seed))
 
 

@@ -150,7 +150,7 @@ def plain_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
 
 def hard_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
     """A smaller object off the middle, among clutter, partly covered by a stick, on an uneven background."""
-    thing = _placed_object(kind, size, (0.2, 0.3), 0.18, rng)
+    thing = _placed_object(kind, size, (0.24, 0.36), 0.14, rng)
     ground = contrasting_colour([thing.colour], 180, rng)
 
     def clutter(what: str, centre: np.ndarray, radius: float) -> PlacedObject:
@@ -158,15 +158,15 @@ def hard_scene(kind: str, rng: np.random.Generator, size: int = SIZE) -> Scene:
         return PlacedObject(what, (float(centre[0]), float(centre[1])), radius, rng.uniform(0, math.tau), colour)
 
     behind: list[PlacedObject] = []
-    while len(behind) < 4:
-        centre, radius = rng.uniform(0, size, 2), size * rng.uniform(0.05, 0.1)
+    while len(behind) < 3:
+        centre, radius = rng.uniform(0, size, 2), size * rng.uniform(0.04, 0.08)
         # Clutter behind the object, but not behind its middle: it disturbs the outline and stays visible.
         if np.hypot(*(centre - thing.centre)) > 0.8 * thing.radius:
             behind.append(clutter(str(rng.choice(sorted(CLUTTER))), centre, radius))
     angle = rng.uniform(0, math.tau)
-    edge = np.array(thing.centre) + 0.7 * thing.radius * np.array([math.cos(angle), math.sin(angle)])
-    cover = clutter("stick", edge, size * rng.uniform(0.15, 0.28))
-    return Scene(_background(ground, 60, rng), (*behind, thing, cover), size)
+    edge = np.array(thing.centre) + 0.8 * thing.radius * np.array([math.cos(angle), math.sin(angle)])
+    cover = clutter("stick", edge, size * rng.uniform(0.12, 0.2))
+    return Scene(_background(ground, 50, rng), (*behind, thing, cover), size)
 
 
 def _canvas(scene: Scene) -> Image.Image:
@@ -251,13 +251,14 @@ def rendition(scene: Scene, style: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def line_drawing(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Dark, slightly trembling contours on white, each drawn twice as if by hand: uint8 [size, size, 3], with equal
-    channels."""
+    """Dark, slightly trembling contours on white, each drawn twice as if by hand around an even grey: uint8
+    [size, size, 3], with equal channels."""
     canvas = Image.new("RGB", (scene.size * SUPERSAMPLE,) * 2, (255, 255, 255))
     for thing in scene.objects:
-        corners = outline(thing) * SUPERSAMPLE
+        ImageDraw.Draw(canvas).polygon(corners(thing), fill=(int(rng.integers(130, 190)),) * 3)
         for _ in range(2):
-            moved = corners + rng.normal(0, 0.45 * SUPERSAMPLE, corners.shape)
+            moved = outline(thing) * SUPERSAMPLE
+            moved += rng.normal(0, 0.45 * SUPERSAMPLE, moved.shape)
             tremble = [(float(x), float(y)) for x, y in moved]
             shade = int(rng.integers(10, 90))
             ImageDraw.Draw(canvas).line(_closed(tremble), fill=(shade,) * 3, width=SUPERSAMPLE, joint="curve")

@@ -23,7 +23,7 @@ ARCHS = (B, L, H, "vit_small_patch16", ARCH)
 
 # All that "mini" may change.
 SIZES = {"image_size", "epochs", "warmup_epochs", "batch", "base_lr"}
-TUNING = SIZES | {"mixup", "cutmix", "drop_path", "min_scale", "rand_augment", "random_erasing"}
+TUNING = SIZES | {"mixup", "cutmix", "drop_path", "min_scale", "rand_augment", "random_erasing", "label_smoothing"}
 MINI_FIELDS = {"imagenet_linprobe": SIZES, "imagenet_scratch": TUNING | {"ema"}}
 MINI_FIELDS |= {t.name: TUNING for t in TASKS if t in (FINETUNE, PARTIAL) or t.recipe is stand_in_recipe}
 MINI_FIELDS |= {t.name: TUNING for t in TASKS if subset_of(t)}
