@@ -239,12 +239,15 @@ MINIATURE = [read_record(path) for path in sorted((ROOT / "results" / "miniature
 
 
 def as_job(record: Record) -> Job:
-    """The job that a record of the miniature is of."""
+    """The job that a record of the miniature is of, with the recipe that it had."""
     [task] = find_tasks([record.task], TASKS)
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in record.data.items()}
     checkpoint = replace(MINI, name=record.checkpoint["name"])
     machine = Machine(threads=record.machine["threads"])
-    return make_job(task, checkpoint, "mini", (), Data(**known), Path("/out"), record.seed, machine)
+    job = make_job(task, checkpoint, "mini", (), Data(**known), Path("/out"), record.seed, machine)
+    of_the_record = cost.as_recorded(job, record)
+    assert of_the_record is not None
+    return of_the_record
 
 
 def test_the_miniatures_records_foretell_each_other_within_a_quarter(monkeypatch):
