@@ -6,7 +6,7 @@ import pytest
 from mae_core.data import images_or_shards, list_images
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
-from mae_core.files import escape_output, open_regular, printable, walk
+from mae_core.files import escape_output, images_among, is_image, open_regular, printable, walk
 from mae_core.writing import write_json
 
 
@@ -63,3 +63,9 @@ def test_such_names_are_printed_and_raised(tmp_path, monkeypatch):
         print(os.fsdecode(b"caf\xe9"), "é")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "caf\\udce9 é\n"
     assert str(UserError(os.fsdecode(b"caf\xe9"))) == r"caf\xe9"
+
+
+@pytest.mark.parametrize("more", [[], [".hidden.jpg"], ["@ea.png"], ["Thumbs.db"], ["notes.txt"], ["x.Jpg", "jpg"]])
+def test_the_images_among_names_are_those_one_by_one(more):
+    names = ["a.JPEG", "b.jpg", "c.tar.png", *more]
+    assert images_among(names) == [name for name in names if is_image(name)]

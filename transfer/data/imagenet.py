@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from mae_core.files import is_image, passed_over
+from mae_core.files import images_among, is_image, passed_over
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.split import Files, Split, fingerprint
 
@@ -66,7 +66,7 @@ def read_split(
             strange.append(entry.name)
         else:
             listed = os.listdir(entry.path)
-            names = sorted(filter(is_image, listed))
+            names = sorted(images_among(listed))
             if len(names) < len(listed):
                 rest = (name for name in listed if not is_image(name) and not passed_over(name))
                 nested += [f"{entry.name}/{n}" for n in rest if os.path.isdir(f"{entry.path}/{n}")]
@@ -169,7 +169,15 @@ def named_otherwise(train: Split, val: Split) -> list[str]:
     seen: list[str] = []
     for split, name, foreign in ((train, "train", "validation"), (val, "val", "training")):
         other, wrong = [], []
-        for file, label in zip(split.names, split.labels):
+        odd: list[tuple[str, int]] = []
+        for _, names, labels in split.by_folder():
+            # All names of a class at once: one by one, a million take seconds.
+            usual = VAL_NAME if name == "val" else rf"{wnids()[labels[0]]}_\d+\."
+            if len(set(labels)) == 1 and re.fullmatch(rf"(?:{usual}[^\n]*\n)*", "\n".join([*names, ""])):
+                seen += names
+            else:
+                odd += zip(names, labels)
+        for file, label in odd:
             of_class = TRAIN_NAME.match(file)
             if of_class if name == "val" else file.startswith(VAL_NAME):
                 other.append(file)

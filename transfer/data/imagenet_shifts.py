@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.imagenet import columns, read_split, without, wnids
-from transfer.data.split import Files, Split, fingerprint, joined
+from transfer.data.split import Files, Split, fingerprint, folders_of, joined
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -117,9 +117,7 @@ def fingerprint_c(root: Path, splits: Mapping[str, Split]) -> str:
 def sharing(split: Split, first: Split) -> Split:
     """The split, which shares its names and labels with the first one if it holds the same images: 75 times 50,000
     names would fill half a GiB."""
-    if split.labels != first.labels or split.names != first.names:
+    own, others = folders_of(split.files), folders_of(first.files)
+    if split.labels != first.labels or [names for _, names in own] != [names for _, names in others]:
         return split
-    assert isinstance(split.files, Files)  # as read_split makes them
-    assert isinstance(first.files, Files)
-    both = zip(split.files.folders, first.files.folders)
-    return Split(Files((folder, names) for (folder, _), (_, names) in both), first.labels)
+    return Split(Files((folder, names) for (folder, _), (_, names) in zip(own, others)), first.labels)
