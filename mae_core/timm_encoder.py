@@ -7,7 +7,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Attention, AttentionRope, resample_abs_pos_embed
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
@@ -110,6 +112,12 @@ def last_norm(net: nn.Module) -> str:
     return ""
 
 
+def has_one_grid(name: str) -> bool:
+    """Whether all blocks of timm's model of that name attend over one grid of tokens, as a plain ViT's do. KeyError as
+    `described`."""
+    return described(name)["one_grid"]
+
+
 def model_config(name: str) -> dict[str, Any]:
     """timm's default mean, std and so on of the architecture."""
     return dict(described(name)["config"])
@@ -117,8 +125,8 @@ def model_config(name: str) -> dict[str, Any]:
 
 @cache
 def described(name: str) -> dict[str, Any]:
-    """dim, depth, heads, patch and image_size of timm's model of that name, and its config. patch: px between the last
-    block's tokens. KeyError if timm has none, or none that gives tokens."""
+    """dim, depth, heads, patch and image_size of timm's model of that name, its config, and one_grid (`has_one_grid`).
+    patch: px between the last block's tokens. KeyError if timm has none, or none that gives tokens."""
     if not timm.is_model(name):
         raise KeyError(name)
     try:
@@ -131,6 +139,10 @@ def described(name: str) -> dict[str, Any]:
             "heads": getattr(attention, "num_heads", None) or attention.heads,
             "patch": net.feature_info[-1]["reduction"],
             "image_size": net.pretrained_cfg["input_size"][-1],
+            # Of a subclass nobody knows which further tokens and positions it has.
+            "one_grid": type(net) in (Eva, VisionTransformer)
+            and type(net.blocks[-1]) in (EvaBlock, EvaBlockPostNorm, Block, ResPostBlock)
+            and type(attention) in (EvaAttention, AttentionRope, Attention),
             "config": {key: net.pretrained_cfg[key] for key in ("mean", "std")},
         }
     except (AttributeError, TypeError, IndexError):  # a convolutional network

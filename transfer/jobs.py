@@ -17,7 +17,7 @@ from mae_core.flags import RECIPES
 from mae_core.machine import Machine
 from mae_core.settings import differences, override, unknown
 from mae_core.space import Space, check_free
-from mae_core.timm_encoder import PREFIX, is_timm
+from mae_core.timm_encoder import is_timm
 from transfer.data.findings import Data
 from transfer.run import describe, finished, tidy, with_work_folder, write_record
 from transfer.task import Job, Needs, Record, Task
@@ -148,9 +148,8 @@ def obstacle(job: Job) -> tuple[str, str]:
     """("skipped" or "failed", why) if the job cannot run; ("", "") if it can. UserError if a knob or flag given by the
     user is why it cannot."""
     task, kind = job.task, job.checkpoint.kind
-    if task.own_encoders and is_timm(job.checkpoint.arch):
-        model = job.checkpoint.arch.removeprefix(PREFIX)
-        return "skipped", f"{task.name} takes ViTs, BEiT, DINOv2 and DeiT, not timm's {model}: see docs/checkpoints.md"
+    if why := task.refuses(job.checkpoint.arch):
+        return "skipped", f"{task.name} {why}"
     found = list(task.objections(job))
     for knob, why in found:
         if knob.startswith("--") or knob in job.overrides:

@@ -102,7 +102,8 @@ class Task:
     opt_in: bool = False  # runs only if it is named
     looks_itself: bool = False  # its run checks that the data are those of the plan: nobody looks through them again
     from_scratch: bool = False  # it uses only the size of a checkpoint
-    own_encoders: bool = False  # only those that this project builds itself, not those that timm builds
+    # Why it does not take an encoder of that arch, to be read after the task's name; "" if it does.
+    refuses: Callable[[str], str] = lambda arch: ""
     of: Callable[[str], "Task"] | None = None  # "NAME:PATH" -> the task on that folder
     path: str = ""  # that folder
 

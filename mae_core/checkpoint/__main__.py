@@ -21,7 +21,7 @@ from mae_core.checkpoint.read import Checkpoint, read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.flags import program
-from mae_core.timm_encoder import is_timm
+from mae_core.timm_encoder import PREFIX, has_one_grid, is_timm
 from mae_core.vit import get_arch, variant_in_words
 
 # Released files by the first digits of their hash: MD5 in facebookresearch/mae (README.md, FINETUNE.md); SHA-256 in the
@@ -89,8 +89,9 @@ def uses(checkpoint: Checkpoint) -> list[str]:
     head = checkpoint.classifier.get("head.weight")
     found = []
     if checkpoint.kind != "classifier":
-        dense = "" if is_timm(checkpoint.arch) else ", detection, segmentation"
-        found.append(f"fine-tuning, linear probing, k-NN{dense}")
+        arch = checkpoint.arch
+        dense = not is_timm(arch) or has_one_grid(arch.removeprefix(PREFIX))
+        found.append(f"fine-tuning, linear probing, k-NN{', detection, segmentation' * dense}")
     if head is not None:
         found.append(f"evaluation as a classifier of {len(head)} classes")
     if checkpoint.decoder:

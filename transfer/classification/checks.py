@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from mae_core.loop import batch_objections, batchnorm_objections
 from mae_core.settings import as_typed
 from mae_core.space import Space, training_space
+from mae_core.timm_encoder import PREFIX, is_timm
 from mae_core.vit import get_arch
 from transfer.classification.recipes import linprobe_recipe
 from transfer.data.inputs import detail, input_objections, of_all, training_images
@@ -13,6 +14,12 @@ from transfer.jobs import encoder_numbers
 from transfer.task import Job, Objection
 
 MOMENTS = {"adamw": 2, "lars": 1}
+
+
+def refuses_timms(arch: str) -> str:
+    """`Task.refuses` of the tasks that build and take apart the ViT themselves."""
+    model = arch.removeprefix(PREFIX)
+    return f"takes ViTs, BEiT, DINOv2 and DeiT, not timm's {model}: see docs/checkpoints.md" if is_timm(arch) else ""
 
 
 def vtab_detail(job: Job) -> str:

@@ -55,7 +55,7 @@ LINPROBE = replace(
 PARTIAL = replace(
     FINETUNE,
     name="imagenet_partial",
-    own_encoders=True,
+    refuses=checks.refuses_timms,
     title="ImageNet-1k, fine-tuning the last blocks",
     metric="top1@1",
     cost=35,
@@ -76,7 +76,7 @@ SCRATCH = replace(
     sources=recipes.scratch_sources,
     opt_in=True,
     from_scratch=True,
-    own_encoders=True,
+    refuses=checks.refuses_timms,
 )
 
 

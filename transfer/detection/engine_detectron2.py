@@ -37,7 +37,7 @@ from transfer.detection import shared
 from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.detection.train_detectron2 import train
-from transfer.pyramid import ViTDetPyramid, ViTPyramid, load_pyramid, pretraining_grid
+from transfer.pyramid import ViTDetPyramid, ViTPyramid, load_pyramid, pretraining_grid, pyramid_class
 from transfer.task import Job
 
 
@@ -125,7 +125,7 @@ def build_backbone(
     RGB, normalised with the mean and std that `python -m mae_core.checkpoint` prints. CheckpointError for a file that
     is no ViT encoder."""
     source = read_checkpoint(checkpoint)
-    pyramid = ViTPyramid(
+    pyramid = pyramid_class(source.arch)(
         source.arch,
         image_size,
         variant=source.variant,

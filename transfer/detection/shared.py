@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as mask_util
+from timm.layers import RmsNorm, SimpleNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ from mae_core.vit import Variant
 from mae_core.writing import write_json
 from transfer.data.coco import IDS, Example, Examples, read_split
 from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
-from transfer.pyramid import ViTDetPyramid, ViTPyramid, layer_of, load_pyramid
+from transfer.pyramid import ViTDetPyramid, ViTPyramid, layer_of, load_pyramid, pyramid_class
 from transfer.run import save_trained
 from transfer.task import Job
 
@@ -37,8 +38,9 @@ DETECTOR_FILE = "detector.safetensors"
 ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
 # What has no weight decay: the layers of these types, and the parameters of these names.
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-NO_DECAY = ("pos_embed", "bias_global", "bias_windowed", "gamma")
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, RmsNorm, SimpleNorm)
+# freqs: learned rotary positions. gamma_1, gamma_2: EVA's layer scales.
+NO_DECAY = ("pos_embed", "freqs", "bias_global", "bias_windowed", "gamma", "gamma_1", "gamma_2")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def new_pyramid(arch: str, variant: Variant, r: DetectionRecipe, activation_chec
     own |= {"activation_checkpointing": activation_checkpointing}
     if isinstance(r, ViTDetRecipe):
         return ViTDetPyramid(arch, r.image_size, dim=r.fpn_dim, **own)
-    return ViTPyramid(arch, r.image_size, **own)
+    return pyramid_class(arch)(arch, r.image_size, **own)
 
 
 def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:

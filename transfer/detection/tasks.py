@@ -16,6 +16,7 @@ from mae_core.checkpoint import sha256_of
 from mae_core.flops import forward_flops
 from mae_core.loop import batch_objections, batch_within
 from mae_core.space import Space, training_space
+from mae_core.timm_encoder import is_timm
 from mae_core.vit import Variant
 from transfer.data.coco import annotation_file, inspect_coco, read_split
 from transfer.data.findings import Data
@@ -26,7 +27,7 @@ from transfer.detection.picture import PICTURE_FILE, draw_predictions
 from transfer.detection.recipe import PUBLISHED, DetectionRecipe, ViTDetRecipe, recipe, sources
 from transfer.detection.shared import Predictions, RoIBatchNorm, new_pyramid, tested_examples
 from transfer.miniature import dense
-from transfer.pyramid import facts, size_objections
+from transfer.pyramid import facts, refusal, size_objections
 from transfer.task import TRAINED, Job, Objection, Part, Result, Task
 
 
@@ -90,6 +91,9 @@ def kept_results(job: Job, results: Path) -> dict[str, str]:
 def objections(job: Job) -> Iterator[Objection]:
     if isinstance(job.recipe, ViTDetRecipe) and job.checkpoint.variant.beit:
         yield "recipe", "ViTDet adds relative positions, where BEiT has its own: leave recipe=vitdet out"
+    if isinstance(job.recipe, ViTDetRecipe) and is_timm(job.checkpoint.arch):
+        why = "ViTDet's relative positions depend on the query, for which timm's own attention has no place"
+        yield "recipe", f"{why}: leave recipe=vitdet out"
     yield from size_objections(job.checkpoint.arch, job.recipe.image_size, job.task.name)
     if job.data.status == "found":
         yield from batch_objections(job.data.counts["train"], job.recipe.batch, job.machine.processes)
@@ -139,7 +143,7 @@ def image_flops(arch: str, variant: Variant, r: DetectionRecipe) -> int:
 TASKS = (
     Task(
         name="coco",
-        own_encoders=True,
+        refuses=refusal,
         title="COCO 2017, Mask R-CNN with a ViT-FPN",
         module="transfer.detection",
         metric="box_ap",

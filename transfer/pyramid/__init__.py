@@ -12,9 +12,11 @@ from transfer.pyramid.model import (
     size_objections,
     token_side,
 )
+from transfer.pyramid.timm_pyramid import TimmPyramid, pyramid_class, refusal
 from transfer.pyramid.vitdet import ViTDetPyramid
 
 __all__ = [
+    "TimmPyramid",
     "ViTDetPyramid",
     "ViTPyramid",
     "facts",
@@ -22,7 +24,9 @@ __all__ = [
     "load_pyramid",
     "patch_side",
     "pretraining_grid",
+    "pyramid_class",
     "quarters",
+    "refusal",
     "relative_position_bias",
     "resize_geometrically",
     "run_block",

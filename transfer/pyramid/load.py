@@ -8,12 +8,14 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from mae_core.checkpoint import Checkpoint, LoadReport, load_encoder, model_of
+from mae_core.timm_encoder import INNER, is_timm
 from mae_core.vit import get_arch
 from transfer.pyramid.bias import resize_geometrically
 from transfer.pyramid.model import ViTPyramid
 
 NEW = re.compile(
-    r"upsample_|stages\.|bias_(windowed|global)$|blocks\.\d+\.(bias|bias_class|rel_pos_[hw]|ls[12]\.gamma)$"
+    r"upsample_|stages\.|bias_(windowed|global)$|"
+    r"(net\.)?blocks\.\d+\.(bias|bias_class|rel_pos_[hw]|ls[12]\.gamma|gamma_[12])$"
 )
 TABLE = re.compile(r"blocks\.\d+\.bias")
 # timm's names of BEiT's tensors, and the pyramid's.
@@ -24,7 +26,7 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     """Load a checkpoint's encoder: all its tensors but the last norm, which no map passes through, and, where the
     pyramid has none, the class token and registers. Positions and BEiT's tables are resized to the pyramid's grid and
     windows, ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT). The LayerNorms get the checkpoint's
-    eps. CheckpointError if a tensor is missing or has another shape."""
+    eps; timm's encoders keep theirs. CheckpointError if a tensor is missing or has another shape."""
     if pyramid.variant != source.variant:
         raise ValueError("the pyramid was built for another kind of encoder")
     patch = get_arch(pyramid.arch).patch
@@ -33,13 +35,13 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     vit = model_of(source, source.meta["image_size"] if source.variant.beit else size)
     report = load_encoder(vit, source)
     state = from_beit(vit.state_dict()) if source.variant.beit else vit.state_dict()
-    if pyramid.cls_token is None and pyramid.pos_embed is not None:
-        state["pos_embed"] = state["pos_embed"][:, source.variant.positions :]
-    side, resized = pyramid.patch_embed.proj.weight.shape[-2:], list(report.resized)
-    if state["patch_embed.proj.weight"].shape[-2:] != side:
-        state["patch_embed.proj.weight"] = resample_patch_embed(state["patch_embed.proj.weight"], list(side))
+    own, resized = pyramid.state_dict(), list(report.resized)
+    for name in {"pos_embed", f"{INNER}pos_embed"} & own.keys():  # the last are the patches'
+        state[name] = state[name][:, -own[name].shape[1] :]
+    if not is_timm(pyramid.arch) and pyramid.side != patch:
+        side = [pyramid.side, pyramid.side]
+        state["patch_embed.proj.weight"] = resample_patch_embed(state["patch_embed.proj.weight"], side)
         resized.append("patch_embed.proj.weight")
-    own = pyramid.state_dict()
     for name in [name for name in own if TABLE.fullmatch(name) and name in state]:
         if state[name].shape != own[name].shape:
             state[name] = resize_geometrically(state[name][None], (own[name].shape[1], own[name].shape[2]))[0]
@@ -49,7 +51,7 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     encoder = {name: state[name] for name in own if name not in new}
     pyramid.load_state_dict(own | encoder, strict=True)
     for module in pyramid.blocks.modules():
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm) and not is_timm(pyramid.arch):
             module.eps = source.eps
     changed = {renamed(name) for name in report.loaded if renamed(name) != name}
     converted = tuple(name for name in encoder if name in changed or name in report.converted)
@@ -58,7 +60,7 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
 
 def renamed(name: str) -> str:
     """The pyramid's name for a tensor of timm's BEiT."""
-    for theirs, ours in BEIT:
+    for theirs, ours in () if name.startswith(INNER) else BEIT:
         name = re.sub(theirs, ours, name)
     return name
 
@@ -84,7 +86,8 @@ def from_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def layer_of(name: str, depth: int) -> int:
     """The layer that sets a pyramid parameter's learning rate under layer-wise decay: 0 for the embeddings, i + 1 for
     block i and what is new in it, depth + 1 for other new parameters."""
-    if name.startswith(("patch_embed.", "pos_embed", "cls_token", "reg_token")):
+    name = name.removeprefix(INNER)
+    if name.startswith(("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.", "rope.")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1

@@ -7,7 +7,7 @@ BEiT's blocks instead, as in its public configs: global attention with the class
 block a bias table of its own and layer scales.
 
 Other encoders (`Variant`) keep what they have: layer scales, SwiGLU, registers (where the class token is kept), and
-BEiT its own tables of relative positions in place of absolute ones.
+BEiT its own tables of relative positions in place of absolute ones. Those that timm builds: timm_pyramid.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mae_core.errors import UserError
-from mae_core.timm_encoder import TimmEncoder
+from mae_core.timm_encoder import PREFIX, TimmEncoder, is_timm
 from mae_core.vit import PLAIN, Variant, build_vit, get_arch, variant_in_words
 from transfer.pyramid.bias import relative_position_bias, resize, resize_geometrically, with_prefix
 
@@ -45,14 +45,14 @@ def patch_side(arch: str) -> int:
 def token_side(arch: str, variant: Variant) -> int:
     """The side of what a token covers (px). The patch projection of MAE's own ViT-H is resampled from 14 to 16 px, as
     in ViTDet. Other encoders keep their patches, and their maps are resampled."""
-    return patch_side(arch) if variant == PLAIN else get_arch(arch).patch
+    return patch_side(arch) if variant == PLAIN and not is_timm(arch) else get_arch(arch).patch
 
 
 def facts(arch: str, variant: Variant) -> dict[str, str]:
     """What a record says of an encoder that is no plain ViT."""
-    if variant == PLAIN:
+    if variant == PLAIN and not is_timm(arch):
         return {}
-    said = {"encoder": variant_in_words(variant)}
+    said = {"encoder": f"timm's {arch.removeprefix(PREFIX)}" if is_timm(arch) else variant_in_words(variant)}
     if (token := token_side(arch, variant)) != patch_side(arch):
         said["maps"] = f"patches of {token} px, each map resampled bilinearly to cells of {patch_side(arch)} px"
     return said
@@ -111,12 +111,19 @@ class ViTPyramid(nn.Module):
         self.taps, self.window = taps or quarters(a.depth), window
         self.activation_checkpointing = activation_checkpointing
 
+        self.upernet = upernet
+        self.add_encoder(drop_path)
+        self.add_tables()
+        self.add_neck(norm)
+
+    def add_encoder(self, drop_path: float) -> None:
         # timm gets its own patch size: only the projection depends on it, and that is replaced below. BEiT's blocks are
         # a plain ViT's with layer scales, once their tables are handed to them.
+        a, variant, upernet = get_arch(self.arch), self.variant, self.upernet
         alike = replace(variant, beit=False, layer_scale=variant.layer_scale or variant.beit)
         size = (self.grid[0] * a.patch, self.grid[1] * a.patch)
-        vit = build_vit(arch, size, drop_path=drop_path, variant=alike)
-        assert not isinstance(vit, TimmEncoder)  # Task.own_encoders
+        vit = build_vit(self.arch, size, drop_path=drop_path, variant=alike)
+        assert not isinstance(vit, TimmEncoder)  # it has a pyramid of its own: `pyramid_class`
         self.patch_embed = PatchEmbed(None, self.side, 3, a.dim, flatten=False, strict_img_size=False)
         self.pos_embed: nn.Parameter | None = None
         if not variant.beit:
@@ -126,9 +133,7 @@ class ViTPyramid(nn.Module):
             self.pos_embed = nn.Parameter(positions.clone(memory_format=torch.contiguous_format))
         self.cls_token = vit.cls_token if upernet else None
         self.reg_token = vit.reg_token if upernet else None
-        self.blocks, self.upernet = vit.blocks, upernet
-        self.add_tables()
-        self.add_neck(norm)
+        self.blocks: Any = vit.blocks
 
     def add_tables(self) -> None:
         """Those of the relative positions."""
@@ -141,9 +146,9 @@ class ViTPyramid(nn.Module):
             if self.upernet or self.variant.beit:
                 block.bias = table((window, window) if self.windowed(number) else self.grid)
             if self.upernet:
-                block.bias_class = nn.Parameter(torch.zeros(a.heads, 3))
-                if not self.variant.layer_scale and not self.variant.beit:
-                    block.ls1, block.ls2 = LayerScale(a.dim, 1.0), LayerScale(a.dim, 1.0)
+                if self.prefix:
+                    block.bias_class = nn.Parameter(torch.zeros(a.heads, 3))
+                add_layer_scales(block, a.dim)
         if not self.upernet and not self.variant.beit:
             self.bias_global = table(self.grid)
             if window:
@@ -155,6 +160,11 @@ class ViTPyramid(nn.Module):
         self.upsample_2x = deconvolution(dim)
         self.downsample = nn.MaxPool2d(2)
 
+    @property
+    def prefix(self) -> int:
+        """How many tokens come before those of the patches."""
+        return 1 + self.variant.registers if self.upernet else 0
+
     def windowed(self, block: int) -> bool:
         return self.window > 0 and block not in self.taps
 
@@ -162,13 +172,17 @@ class ViTPyramid(nn.Module):
         height, width = images.shape[-2:]
         # Zeros up to a multiple of the coarsest stride, so that the four maps cover the same area.
         images = F.pad(images, (0, -width % self.strides[3], 0, -height % self.strides[3]))
-        x = self.patch_embed(F.pad(images, (0, -images.shape[3] % self.side, 0, -images.shape[2] % self.side)))
-        maps = self.maps_with_prefix(x) if self.cls_token is not None else self.maps_of_patches(x)
+        maps = self.maps_of(F.pad(images, (0, -images.shape[3] % self.side, 0, -images.shape[2] % self.side)))
         if self.side != self.strides[2]:
             cells = (images.shape[2] // self.strides[2], images.shape[3] // self.strides[2])
             maps = [resample(m, self.side / self.strides[2])[..., : cells[0], : cells[1]] for m in maps]
         maps = self.at_strides(maps)
         return [m[..., : -(-height // stride), : -(-width // stride)] for m, stride in zip(maps, self.strides)]
+
+    def maps_of(self, images: Tensor) -> list[Tensor]:
+        """Images that the patches divide -> the tokens after each tapped block, [B, D, H, W]."""
+        x = self.patch_embed(images)
+        return self.maps_with_prefix(x) if self.prefix else self.maps_of_patches(x)
 
     def at_strides(self, maps: list[Tensor]) -> list[Tensor]:
         """The maps of the tapped blocks at a stride each."""
@@ -179,11 +193,8 @@ class ViTPyramid(nn.Module):
         """[B, D, H, W] -> the same after each tapped block."""
         grid = (x.shape[2], x.shape[3])
         x = self.at_positions(x).permute(0, 2, 3, 1)
-        sides = {0: grid, self.window: (self.window, self.window)} if self.window else {0: grid}
-        shared: dict[int, Tensor] = {}
-        if not self.variant.beit:  # large tensors, each made once per pass for all blocks of its kind
-            tables = {self.window: getattr(self, "bias_windowed", None), 0: self.bias_global}
-            shared = {window: self.attention_bias(tables[window], side, x.device) for window, side in sides.items()}
+        sides = self.sides(grid)
+        shared = {} if self.variant.beit else self.shared_biases(grid, x.device)
         maps: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             window = self.window if self.windowed(number) else 0
@@ -191,6 +202,15 @@ class ViTPyramid(nn.Module):
             x = self.through(run_block, block, x, window, bias)
             maps += [x.permute(0, 3, 1, 2)] * self.taps.count(number)
         return maps
+
+    def sides(self, grid: tuple[int, int]) -> dict[int, tuple[int, int]]:
+        """The window, 0 for none, of each kind of block -> the patches that attend to each other."""
+        return {0: grid, self.window: (self.window, self.window)} if self.window else {0: grid}
+
+    def shared_biases(self, grid: tuple[int, int], device: torch.device) -> dict[int, Tensor]:
+        """The bias of each kind of block: large tensors, each made once per pass for all blocks of its kind."""
+        tables = {self.window: getattr(self, "bias_windowed", None), 0: self.bias_global}
+        return {window: self.attention_bias(tables[window], side, device) for window, side in self.sides(grid).items()}
 
     def maps_with_prefix(self, x: Tensor) -> list[Tensor]:
         """As `maps_of_patches`, with the class token and registers first of the tokens [B, P + H*W, D] that timm's
@@ -241,6 +261,15 @@ def resample(maps: Tensor, scale: float) -> Tensor:
     return F.interpolate(maps.float(), scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
 
 
+def add_layer_scales(block: Any, dim: int) -> None:
+    """Ones, where a block of timm's has a place for layer scales and none."""
+    for number in (1, 2):
+        if isinstance(getattr(block, f"ls{number}", None), nn.Identity):
+            setattr(block, f"ls{number}", LayerScale(dim, 1.0))
+        elif getattr(block, f"gamma_{number}", 0) is None:  # EVA's
+            setattr(block, f"gamma_{number}", nn.Parameter(torch.ones(dim)))
+
+
 def deconvolution(dim: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
 
@@ -252,20 +281,22 @@ def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
 
 
 def in_windows(block: Block, x: Tensor, window: int, attend: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
-    """The block with `attend` on the tokens [B, N, D] of each window, or of the map, and the sides of those.
-
-    Windows are padded with zeros after the norm and attend to the padding, as in ViTDet.
-    """
-    batch, height, width, dim = x.shape
-    y = block.norm1(x)
-    if window:
-        y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
-        rows, columns = y.shape[1] // window, y.shape[2] // window
-        y = y.view(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
-        y = attend(y, (window, window))
-        y = y.view(batch, rows, columns, window, window, dim).transpose(2, 3)
-        y = y.reshape(batch, rows * window, columns * window, dim)[:, :height, :width]
-    else:
-        y = attend(y.reshape(batch, height * width, dim), (height, width)).view(batch, height, width, dim)
-    x = x + block.drop_path1(block.ls1(y))
+    """The block with `attend` in place of its attention (`attended`)."""
+    x = x + block.drop_path1(block.ls1(attended(block.norm1(x), window, attend)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def attended(y: Tensor, window: int, attend: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
+    """`attend` on the tokens [B, N, D] of each window of a map [B, H, W, D], or of the map, and the sides of those.
+
+    Windows are padded with zeros, after the norm, and attend to the padding, as in ViTDet.
+    """
+    batch, height, width, dim = y.shape
+    if not window:
+        return attend(y.reshape(batch, height * width, dim), (height, width)).view(batch, height, width, dim)
+    y = F.pad(y, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = y.shape[1] // window, y.shape[2] // window
+    y = y.view(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
+    y = attend(y, (window, window))
+    y = y.view(batch, rows, columns, window, window, dim).transpose(2, 3)
+    return y.reshape(batch, rows * window, columns * window, dim)[:, :height, :width]

@@ -16,7 +16,7 @@ from mae_core.machine import Machine
 from mae_core.settings import as_typed
 from mae_core.vit import Variant, get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
-from transfer.pyramid import ViTPyramid, patch_side
+from transfer.pyramid import patch_side, pyramid_class
 from transfer.segmentation.recipe import SegmentationRecipe
 
 # Without the EXIF orientation: labels are stored unturned.
@@ -121,7 +121,7 @@ def weights_of(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """How many numbers `model_of`'s model holds, counted without mmsegmentation, which takes seconds to import."""
     dim, wide, narrow = get_arch(arch).dim, r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
-        pyramid = ViTPyramid(arch, r.image_size, variant=variant, upernet=True)
+        pyramid = pyramid_class(arch)(arch, r.image_size, variant=variant, upernet=True)
     pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
     merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
     classifiers = (wide + 1 + narrow + 1) * CLASSES
@@ -137,7 +137,7 @@ def crop_flops(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     dim, patch = get_arch(arch).dim, patch_side(arch)
     wide, narrow = r.head_channels, r.auxiliary_channels
     pyramid = forward_flops(
-        lambda: ViTPyramid(arch, r.image_size, variant=variant, taps=r.taps, upernet=True),
+        lambda: pyramid_class(arch)(arch, r.image_size, variant=variant, taps=r.taps, upernet=True),
         lambda model: model(torch.empty(1, 3, r.image_size, r.image_size)),
     )
     first, second, third, last = ((-(-4 * r.image_size // (patch * n))) ** 2 for n in (1, 2, 4, 8))

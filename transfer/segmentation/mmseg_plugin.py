@@ -27,7 +27,7 @@ from mae_core.vit import Variant
 from mae_core.workers import bytes_of, end_at_errors, fitting_workers
 from transfer.data.ade20k import check_pair
 from transfer.data.findings import spread
-from transfer.pyramid import ViTPyramid, layer_of
+from transfer.pyramid import ViTPyramid, layer_of, pyramid_class
 
 # The names that mmseg 1.2.2 imports from mmcv.ops. The classes appear in isinstance checks and as bases.
 FUNCTIONS = ("point_sample", "sigmoid_focal_loss")
@@ -67,14 +67,15 @@ def layer_groups(model: nn.Module, depth: int, layer_decay: float, weight_decay:
     As mmseg's own constructor has them for its MAE, whose blocks it knows by another name: it leaves timm's at scale 1.
 
     A group's lr_scale is layer_decay ** (depth + 1 - layer), with the layer of `pyramid.layer_of`; the heads are layer
-    depth + 1. No weight decay on vectors. Positions, class token and bias tables have it, as in implus/mae_segmentation
-    and mmsegmentation: both would spare the first two but look for their names without the prefix `backbone.`.
+    depth + 1. No weight decay on vectors and, as in timm, learned rotary frequencies. Positions, class token and bias
+    tables have it, as in implus/mae_segmentation and mmsegmentation: both would spare the first two but look for their
+    names without the prefix `backbone.`.
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         own = re.sub(r"^backbone\.", "", name)
         layer = layer_of(own, depth) if own != name else depth + 1
-        decayed = parameter.ndim > 1
+        decayed = parameter.ndim > 1 and not name.endswith("rope.freqs")
         scaled = {"lr_scale": layer_decay ** (depth + 1 - layer), "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault((layer, decayed), {"params": [], "names": [], **scaled})
         group["params"].append(parameter)
@@ -90,9 +91,9 @@ class CheckPair:
         return results
 
 
-def make_pyramid(variant: dict[str, Any], **options: Any) -> ViTPyramid:
+def make_pyramid(arch: str, variant: dict[str, Any], **options: Any) -> ViTPyramid:
     """The backbone. variant: a Variant's fields, since mmengine's configuration holds plain values only."""
-    return ViTPyramid(norm=nn.BatchNorm2d, variant=Variant(**variant), **options)
+    return pyramid_class(arch)(arch, norm=nn.BatchNorm2d, variant=Variant(**variant), **options)
 
 
 def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transfer.data.findings import Data, spread
 from transfer.data.miou import by_class, columns_of, scores
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.miniature import dense
-from transfer.pyramid import facts, size_objections
+from transfer.pyramid import facts, refusal, size_objections
 from transfer.run import origin, save_trained
 from transfer.segmentation.mmseg_config import config_of, crop_flops, norm_of, weights_of, windows_of
 from transfer.segmentation.picture import IMAGES, PICTURE_FILE, draw_predictions
@@ -146,7 +146,7 @@ def parts(job: Job) -> tuple[Part, ...]:
 TASKS = (
     Task(
         name="ade20k",
-        own_encoders=True,
+        refuses=refusal,
         title="ADE20K, semantic segmentation",
         module="transfer.segmentation",
         metric="miou",

@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.fixtures.curves import curves
 from tests.fixtures.miniature import write_few
+from tests.fixtures.timm import register_timm, timm_checkpoint
 from tests.fixtures.transfer import TORCHRUN, assert_same_weights, finished, kill_when, record_samples
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
@@ -251,6 +252,23 @@ def test_configs_build_the_same_backbone(tmp_path):
         weight = backbone.bottom_up.pyramid.blocks[3].mlp.fc1.weight
         assert torch.equal(weight, encoder["blocks.3.mlp.fc1.weight"])
         assert backbone(torch.zeros(1, 3, 64, 64))["p3"].shape == (1, 32, 8, 8)
+
+
+def test_an_encoder_that_timm_builds_is_trained_and_detects(root, tmp_path, monkeypatch):
+    """And gives configs the same backbone."""
+    register_timm(monkeypatch)
+    source, work = timm_checkpoint("little_eva02"), tmp_path / "work"
+    work.mkdir()
+    r = replace(recipe(source.arch, "mini"), **LITTLE, window=3)
+    job = Job(COCO, source, r, "mini", {}, COCO.inspect(root), work, engine="detectron2", machine=Machine())
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.resolved["encoder"] == "timm's little_eva02"
+    weights, key = load_file(work / DETECTOR_FILE), "net.blocks.5.mlp.fc2.weight"
+    (trained,) = (tensor for name, tensor in weights.items() if name.endswith(key))
+    assert not torch.equal(trained, source.encoder[key])
+    fpn = engine_detectron2.build_backbone(f"random:{source.arch}", image_size=64, fpn_dim=16, norm="BN")
+    assert [m.shape[-1] for m in fpn(torch.randn(1, 3, 64, 64)).values()] == [16, 8, 4, 2, 1]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from mae_core.vit import variant_in_words
 from tests.fixtures.coco import COLOURS, FIRST_ID, NAMES, change, rectangle, write_coco, write_split
 from tests.fixtures.curves import curves
 from tests.fixtures.detection import TASK, TINY, by_hand, job_of
+from tests.fixtures.timm import register_timm, timm_checkpoint
 from tests.fixtures.transfer import (
     ARCH,
     OTHERS,
@@ -155,6 +156,30 @@ def test_an_encoder_that_is_no_plain_vit_is_trained_and_named(root, tmp_path, na
     start = job.checkpoint.encoder.get(own, job.checkpoint.encoder.get("blocks.5.gamma_1"))
     assert not torch.equal(weights[f"body.{own}"], start)
     assert ("body.bias_global" in weights) != (name == "BEiT")
+
+
+@pytest.mark.parametrize("name", ["little_eva02", pytest.param("little_siglip", marks=pytest.mark.slow)])
+def test_an_encoder_that_timm_builds_is_trained_and_named(root, tmp_path, monkeypatch, name):
+    register_timm(monkeypatch)
+    job = replace(job_of(root, tmp_path, layer_decay=0.5), checkpoint=timm_checkpoint(name))
+    assert jobs.obstacle(job) == ("", "")
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.resolved["encoder"] == f"timm's {name}"
+    weights, key = load_file(job.work / DETECTOR_FILE), "net.blocks.5.mlp.fc2.weight"
+    assert not torch.equal(weights[f"body.{key}"], job.checkpoint.encoder[key])
+    assert weights["body.bias_windowed"].any()
+    numbers = tasks.numbers_of(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
+    assert sum(t.numel() for t in weights.values()) == numbers
+    assert tasks.image_flops(job.checkpoint.arch, job.checkpoint.variant, job.recipe) > 0
+
+
+def test_vitdets_recipe_is_refused_where_timm_builds_the_encoder(root, tmp_path, monkeypatch):
+    register_timm(monkeypatch)
+    recipe = TASK.recipe("timm/little_eva02", "vitdet")
+    job = replace(job_of(root, tmp_path), checkpoint=timm_checkpoint("little_eva02"), recipe=recipe)
+    assert "leave recipe=vitdet out" in dict(tasks.objections(job))["recipe"]
+    assert "recipe" not in dict(tasks.objections(replace(job, checkpoint=job_of(root, tmp_path).checkpoint)))
 
 
 def test_layer_scales_and_bias_tables_have_no_weight_decay(root, tmp_path):

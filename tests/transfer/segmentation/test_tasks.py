@@ -20,6 +20,7 @@ from mae_core.vit import variant_in_words
 from tests.fixtures import SHARED
 from tests.fixtures.curves import curves
 from tests.fixtures.segmentation import LITTLE, TASK, make_config, make_job, write_ade20k
+from tests.fixtures.timm import register_timm, timm_checkpoint
 from tests.fixtures.transfer import (
     ARCH,
     OTHERS,
@@ -225,6 +226,23 @@ def test_an_encoder_that_is_no_plain_vit_is_trained_and_named(root, tmp_path, na
     assert weights["backbone.blocks.0.bias"].any()
     assert ("backbone.pos_embed" in weights) == (name != "BEiT")
     assert ("backbone.reg_token" in weights) == (name != "BEiT")
+
+
+@pytest.mark.parametrize("name", ["little_dinov3", pytest.param("little_siglip", marks=pytest.mark.slow)])
+def test_an_encoder_that_timm_builds_is_trained_and_named(root, tmp_path, monkeypatch, name):
+    register_timm(monkeypatch)
+    job = replace(make_job(root, tmp_path, layer_decay=0.5), checkpoint=timm_checkpoint(name))
+    assert jobs.obstacle(job) == ("", "")
+    record = run_job(job)
+    assert record.status == "ok", record.reason
+    assert record.resolved["encoder"] == f"timm's {name}"
+    weights, key = load_file(job.work / SEGMENTER_FILE), "net.blocks.5.mlp.fc1.weight"
+    assert not torch.equal(weights[f"backbone.{key}"], job.checkpoint.encoder[key])
+    assert weights["backbone.net.blocks.0.bias"].any()
+    assert ("backbone.net.cls_token" in weights) == (name == "little_dinov3")
+    numbers = tasks.weights_of(job.checkpoint.arch, job.checkpoint.variant, job.recipe)
+    assert sum(t.numel() for t in weights.values()) == pytest.approx(numbers, rel=1e-3)
+    assert tasks.crop_flops(job.checkpoint.arch, job.checkpoint.variant, job.recipe) > 0
 
 
 @pytest.mark.slow
