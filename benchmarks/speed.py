@@ -21,6 +21,7 @@ try:
     from benchmarks.markdown import markdown_table
     from benchmarks.speed_dense import dense_workloads
     from benchmarks.speed_loader import loader_table, loader_values, read_arms
+    from benchmarks.speed_parts import parts_table, seconds_of_parts
     from benchmarks.speed_workloads import SHIPPED, make_workloads
     from benchmarks.timing import Timing, alternate, matmul_rate
     from mae_core.command_line import answered
@@ -78,7 +79,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fused-adamw", action=argparse.BooleanOptionalAction, default=True, help="for pretrain (default: on)"
     )
-    parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
+    profile_help = "print where the time of our step goes; of coco and ade20k also by parts of each model"
+    parser.add_argument("--profile", action="store_true", help=profile_help)
     add_machine_flags(parser)
     args = parser.parse_args(arguments)
     if args.batch == 0 and any(a.startswith("--batch") for a in arguments or sys.argv):
@@ -97,6 +99,8 @@ def measure(args: argparse.Namespace, machine: Machine) -> list[Result]:
         workloads, flops = make_workloads(args.what, args.arch, batch, machine, args.compare)
     if args.profile:
         print_profile(next(iter(workloads.values())), machine)
+        for name, work in workloads.items() if args.what in DENSE else ():
+            print(f"{name}\n\n{parts_table(seconds_of_parts(work, machine.device))}\n", flush=True)
     timings = alternate(workloads, args.warmup, args.repeats, machine.device)
     rate_of = cache(partial(matmul_rate, machine.device))
     results = []
