@@ -17,7 +17,7 @@ from transfer.miniature import dense
 from transfer.miniature.crowded_scenes import KINDS
 from transfer.miniature.writer import Files, jpeg, write_set
 
-METRES = {name: 0.8 * 1.5**i for i, name in enumerate(KINDS)} | {"wall": 7.0, "sky": 9.0}
+METRES = {name: 0.8 * 1.5**i for i, name in enumerate(KINDS)} | {"wall": 8.0, "sky": 8.5}
 GROUND = (7.0, 2.0)  # at the highest and the lowest row of an image
 
 
