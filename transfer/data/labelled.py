@@ -5,6 +5,7 @@ Each is read as its official archives unpack. Labels are the official ones, howe
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,11 +53,12 @@ def inspect_set(known: LabelledSet, root: Path) -> Data:
     if reading.problems:
         return incomplete(root, *reading.problems)
     train, val = reading.train, reading.val
-    counts = {"classes": len(train.classes), "train": len(train.files), "val": len(val.files)}
+    learnt = train.classes
+    counts = {"classes": len(learnt), "train": len(train.files), "val": len(val.files)}
     # The user's own folder has no official counts.
     official = dict(zip(("classes", "train", "val"), known.counts)) if any(known.counts) else {}
-    absent = [str(c) for c in range(reading.classes) if c not in train.classes]
-    untested = sorted(train.classes - val.classes)
+    absent = [str(c) for c in range(reading.classes) if c not in learnt]
+    untested = sorted(learnt - val.classes)
     lacks = f"{known.name}: validation lacks {len(untested)} classes of training: {preview(untested)}"
     detail = f"{counts['classes']} of {reading.classes} classes, {counts['train']} train, {counts['val']} val"
     listing, chance = fingerprint(root, train, val), 100 / len(val.classes)
@@ -92,19 +94,23 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
 def listed_in(folder: Path, names: Iterable[str]) -> Files:
     """The files of these relative names, which are tidied up where they need it: to make Paths of millions takes a
     minute."""
-    return Files.of(f"{folder}/{PurePosixPath(name) if '//' in name or '/.' in f'/{name}' else name}" for name in names)
+    return Files.of(f"{folder}/{name if tidy(name) else PurePosixPath(name)}" for name in names)
+
+
+def tidy(name: str) -> bool:
+    return "//" not in name and "/." not in name and name[:1] != "."
 
 
 def twice_in(files: Sequence[Path]) -> tuple[dict[str, set[str]], list[str]]:
     """The names by their folders, and the files that are listed more than once."""
     listed: dict[str, set[str]] = {}
-    twice = {}
+    twice: dict[str, None] = {}  # in their order
     for folder, names in folders_of(files):
-        known = listed.setdefault(folder, set())
-        for name in names:
-            if name in known:
-                twice[f"{folder}/{name}"] = True
-            known.add(name)
+        known, fresh = listed.setdefault(folder, set()), set(names)
+        if len(fresh) < len(names) or not known.isdisjoint(fresh):
+            counted = Counter((*known.intersection(fresh), *names))
+            twice |= {f"{folder}/{name}": None for name, count in counted.items() if count > 1}
+        known |= fresh
     return listed, list(twice)
 
 
@@ -115,7 +121,8 @@ def missing_files(files: Sequence[Path]) -> list[str]:
     for folder, names in folders_of(files):
         if folder not in listings:
             listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        absent += [f"{folder}/{name}" for name in names if name not in listings[folder]]
+        if not listings[folder].issuperset(names):
+            absent += [f"{folder}/{name}" for name in names if name not in listings[folder]]
     return absent
 
 
@@ -158,7 +165,6 @@ def annotation_file(name: str, year: int) -> str:
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     """A list of lines `relative/path label`; the path may begin with a slash, and the folders may be nested."""
-    names, labels = [], []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -167,18 +173,16 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     except UnicodeDecodeError:
         problems.append(f"{path} is no text: unpack the list from its archive")
         return Split()
-    for number, line in enumerate(lines, 1):
-        file, _, label = line.rpartition(" ")
-        name = file.strip().lstrip("/")
+    parted = [line.rpartition(" ") for line in lines]
+    names, labels = [file.strip().lstrip("/") for file, _, _ in parted], [label for _, _, label in parted]
+    for number, (name, label) in enumerate(zip(names, labels), 1):
         if not name or not label.isdecimal() or len(label) > 9:
-            problems.append(f"{path}, line {number}, is not `path label`: {line[:60]!r}")
+            problems.append(f"{path}, line {number}, is not `path label`: {lines[number - 1][:60]!r}")
             return Split()
-        if leaves(name):
-            problems.append(f"{path}, line {number}, leaves the folder of the images: {line[:60]!r}")
+        if ".." in name and leaves(name):
+            problems.append(f"{path}, line {number}, leaves the folder of the images: {lines[number - 1][:60]!r}")
             return Split()
-        names.append(name)
-        labels.append(int(label))
-    return Split(listed_in(images, names), tuple(labels))
+    return Split(listed_in(images, names), tuple(map(int, labels)))
 
 
 def first_of(folder: Path, names: tuple[str, ...]) -> Path:
