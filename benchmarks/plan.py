@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.cost import hours_in_words
+from benchmarks.inspections import inspect_all
 from benchmarks.suite import TASKS
 from mae_core.checkpoint import Checkpoint, read_checkpoint
 from mae_core.errors import UserError
@@ -16,7 +17,6 @@ from mae_core.progress import duration
 from mae_core.settings import did_you_mean
 from mae_core.space import space_line
 from transfer.cli import data_root
-from transfer.data.findings import guarded, limited
 from transfer.jobs import find_tasks, make_job, needed, obstacle, resolve
 from transfer.run import finished, with_work_folder
 from transfer.task import CLASSIFIER_FILE, Job, Needs, Task
@@ -52,17 +52,18 @@ def make_plan(args: argparse.Namespace) -> list[Item]:
     for task in TASKS:
         resolve(task, "vit_base_patch16", args.recipe, settings.get(task.name, ()))  # also for tasks that are not run
     root = data_root(args, named or TASKS)
-    # Tasks may share their data: list it once.
-    inspect = cache(lambda function: limited(guarded(function, root), args.limit))
+    of_each = [named or [task for task in TASKS if runs_by_default(task, one)] for one, _ in checkpoints]
+    wanted = [*find_tasks([FINETUNE], TASKS), *(task for chosen in of_each for task in chosen)]
+    # Tasks may share their data: it is listed once.
+    found = inspect_all({task.inspect: task.name for task in wanted}, root, args.limit)
 
     def job_of(checkpoint: Checkpoint, seed: int, task: Task) -> Job:
-        data, knobs = inspect(task.inspect), settings[task.name]
+        data, knobs = found[task.inspect], settings[task.name]
         own = replace(machine, processes=(args.gpus_per_job or args.gpus) * args.nodes if task.trains else 1)
         return make_job(task, checkpoint, args.recipe, knobs, data, args.out, seed, own, args.engine)
 
     items, run = [], set()
-    for checkpoint, seed in checkpoints:
-        chosen = named or [task for task in TASKS if runs_by_default(task, checkpoint)]
+    for (checkpoint, seed), chosen in zip(checkpoints, of_each):
         finetune = job_of(checkpoint, seed, *find_tasks([FINETUNE], TASKS))
         coming = finetune.task in chosen and not obstacle(finetune)[0]
         run |= {task.name for task in chosen} | {FINETUNE for task in chosen if task.needs is Needs.CLASSIFIER}
