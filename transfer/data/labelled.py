@@ -91,14 +91,15 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
     return Reading(train, val, classes, tuple(all_problems))
 
 
-def listed_in(folder: Path, names: Iterable[str]) -> Files:
+def listed_in(folder: Path, names: Sequence[str]) -> Files:
     """The files of these relative names, which are tidied up where they need it: to make Paths of millions takes a
     minute."""
-    return Files.of(f"{folder}/{name if tidy(name) else PurePosixPath(name)}" for name in names)
-
-
-def tidy(name: str) -> bool:
-    return "//" not in name and "/." not in name and name[:1] != "."
+    text = "\n".join(["", *names])
+    if "//" in text or "/." in text or "\n." in text:
+        names = [str(PurePosixPath(name)) for name in names]
+    return Files(
+        (f"{folder}/{inner}" if inner != "." else str(folder), each) for inner, each in Files.of(names).folders
+    )
 
 
 def twice_in(files: Sequence[Path]) -> tuple[dict[str, set[str]], list[str]]:
@@ -149,7 +150,7 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
             if bare := sorted(names[i] for i in names.keys() - label.keys()):
                 problems.append(f"{path} lists {len(bare)} images without a label: {preview(bare)}")
             pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
-            files, labels = listed_in(folder, (file for file, _ in pairs)), [c for _, c in pairs]
+            files, labels = listed_in(folder, [file for file, _ in pairs]), [c for _, c in pairs]
         except FileNotFoundError:
             problems.append(f"{path} is missing: unpack the archive that holds it")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

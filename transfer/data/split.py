@@ -28,7 +28,9 @@ class Files(Sequence[Path]):
         folders: list[tuple[str, list[str]]] = []
         last = None
         for text in texts:
-            folder, _, name = (text if "/" in text else f"./{text}").rpartition("/")
+            folder, slash, name = text.rpartition("/")
+            if not slash:
+                folder = "."
             if folder != last:
                 folders.append((folder, []))
                 last = folder
