@@ -49,7 +49,7 @@ def finetune(folder: Path) -> Numbers:
         patch.setattr(imagenet, "VAL", 10)
         imagenet.imagenet(folder / "data")
     task = next(task for task in CLASSIFICATION if task.name == "imagenet_finetune")
-    return run(task, "torch", folder / "data", folder / "work", epochs=6, warmup_epochs=1)
+    return run(task, "torch", folder / "data", folder / "work", epochs=15, warmup_epochs=1)
 
 
 def ade20k(folder: Path) -> Numbers:
