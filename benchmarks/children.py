@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.warm import start
+from benchmarks.warm import start, surroundings
 from mae_core.files import printable
 from mae_core.settings import as_typed
 from mae_core.writing import named_if_refused, open_to_append
@@ -75,12 +74,6 @@ def task_command(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
     return command + machine_flags(args, job.machine.workers)
 
 
-def waiting(environment: Mapping[str, str]) -> dict[str, str]:
-    """How long OpenMP's threads spin at a barrier before they sleep, unless the user says it. By default it is so long
-    that beside one other busy process a training on two cores kept 16 % of one core's speed (docs/speed.md)."""
-    return {} if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": "10000"}
-
-
 class Child:
     """A running child process; all it prints is appended to its log.
 
@@ -94,8 +87,7 @@ class Child:
         self.torchrun = "torch.distributed.run" in command
         self.file = open_to_append(log)
         print("$", *command, file=self.file, flush=True)
-        own = {**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
-        self.process = start(command, own)
+        self.process = start(command, {**surroundings(), **(environment or {})})
         assert self.process.stdout is not None  # since it is a pipe
         self.reader = threading.Thread(target=self.follow, args=[self.process.stdout], daemon=True)
         self.reader.start()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,9 @@ from mae_core.writing import read_object, write_json
 from transfer.run import read_record
 from transfer.task import RECORD_FILE, Job, Part, Record
 
-STARTUP = 10.0  # seconds: the imports, the checkpoint, the model; where it was not measured
+# Seconds before the first image, where they were not measured: the imports, the checkpoint, the model; of a fork of a
+# process that has imported everything (warm.py), as one process of its own is, the last two.
+STARTUP, FORKED = 10.0, 1.0
 RATES_FILE = "rates.json"
 MEASURED, RECORDS, FLOPS = "measured rates", "records", "FLOPs"  # the sources, best first
 # The share of the peak at which a job's FLOPs are computed. Of a GPU's data sheet: assumed, since no GPU has been
@@ -68,7 +71,8 @@ class Rates:
 
     def startup(self, job: Job, part: Part) -> float:
         """Seconds before the first image."""
-        return self.measured.get(startup_key(key_of(job, part.kind, hardware(job.machine))), STARTUP)
+        usual = FORKED if sys.platform == "linux" and job.machine.processes == 1 else STARTUP
+        return self.measured.get(startup_key(key_of(job, part.kind, hardware(job.machine))), usual)
 
 
 def key_of(job: Job, kind: str, where: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.children import Child, task_command
 from benchmarks.cost import keep_measured, key_of, side_by_side, startup_key
+from benchmarks.warm import forks
 from mae_core.machine import hardware
 from transfer.task import Job
 
@@ -104,8 +105,11 @@ def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, float, s
     with tempfile.TemporaryDirectory(prefix=".measure-", dir=args.out, ignore_cleanup_errors=True) as scratch:
         own = argparse.Namespace(**{**vars(args), "out": Path(scratch), "tracker": ""})
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(job.machine.threads)}
+        command = task_command([job], own)
+        if forks(command):  # in a run the imports are not this job's
+            Child([*command[:3], "--help"], Path(scratch) / "log", threads).wait()
         began = time.monotonic()
-        child = Child(task_command([job], own), Path(scratch) / "log", threads)
+        child = Child(command, Path(scratch) / "log", threads)
         try:
             while child.wait(0.05) is None and not sightings.enough():
                 sightings.add(child.last, time.monotonic())

@@ -1,8 +1,9 @@
 """Child processes that start in a moment: forks of a server that has imported what they need.
 
-Importing torch, torchvision and timm takes longer than a small job. The server does it once. It computes nothing and
-starts no thread, so that its forks are as good as new processes: each has a session, pipes, an environment and an exit
-code of its own, and what kills one leaves the others. The server ends when its client has ended and its last fork too.
+Importing torch, torchvision and timm takes longer than a small job. The server does it once, or is itself the fork of
+a process that has done so. It computes nothing and starts no thread, so that its forks are as good as new processes:
+each has a session, pipes, an environment and an exit code of its own, and what kills one leaves the others. The server
+ends when its client has ended and its last fork too.
 
 A client's socket to the server carries two descriptors for each child: a channel, and where the child prints. On the
 channel the client sends a line of JSON, then the numbers of the signals that the child shall get; the server answers
@@ -23,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 FAMILIES = "transfer."  # python -m transfer.NAME runs tasks that are in transfer.NAME.tasks
 # A server's forks have its environment, since libraries read theirs when they are loaded. But for these:
@@ -32,16 +33,26 @@ GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's driver, also under
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a scheduler sends them to all processes of a job
 
 
+def waiting(environment: Mapping[str, str]) -> dict[str, str]:
+    """How long OpenMP's threads spin at a barrier before they sleep, unless the user says it. By default it is so long
+    that beside one other busy process a training on two cores kept 16 % of one core's speed (docs/speed.md)."""
+    return {} if "OMP_WAIT_POLICY" in environment else {"GOMP_SPINCOUNT": "10000"}
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of the children of this process."""
+    return {**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1"}
+
+
 def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen | Fork":
     """Start a child that prints to its `stdout`, in a session of its own: else the terminal's Ctrl-C would reach it
     twice. One that runs tasks is forked, but on macOS, whose libraries do not bear that."""
-    if sys.platform == "linux" and list(command[:2]) == [sys.executable, "-m"] and command[2].startswith(FAMILIES):
-        shared = frozenset((name, value) for name, value in environment.items() if name not in READ_LATE)
+    if forks(command):
         try:
-            return Fork(server(shared), command, environment)
+            return Fork(server(shared(environment)), command, environment)
         except OSError:  # it was killed
             server.cache_clear()
-            return Fork(server(shared), command, environment)
+            return Fork(server(shared(environment)), command, environment)
     return subprocess.Popen(
         command,
         env=environment,
@@ -53,26 +64,69 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess
     )
 
 
+def forks(command: Sequence[str]) -> bool:
+    """Whether `start` forks it."""
+    return sys.platform == "linux" and list(command[:2]) == [sys.executable, "-m"] and command[2].startswith(FAMILIES)
+
+
+def shared(environment: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    """What a server and its forks have in common."""
+    return frozenset((name, value) for name, value in environment.items() if name not in READ_LATE)
+
+
 class Server:
     """A server, as its client has it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self.control, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+    def __init__(self, control: socket.socket) -> None:
+        self.control = control
+
+
+OWN: dict[frozenset[tuple[str, str]], Server] = {}  # a fork of this process, until it is used
 
 
 @lru_cache(maxsize=1)
 def server(environment: frozenset[tuple[str, str]]) -> Server:
     """The server of this environment; that of another one before it ends with its last fork."""
-    return Server(dict(environment))
+    if environment in OWN:
+        return OWN.pop(environment)
+    control, theirs = socket.socketpair()
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            env=dict(environment),
+            pass_fds=[theirs.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Server(control)
+
+
+def fork_server(environment: Mapping[str, str]) -> None:
+    """Make a fork of this process the server of this environment: what this one has imported nobody imports again. It
+    must have done so under that environment, and have computed nothing. In the server and its forks this does not
+    return."""
+    control, theirs = socket.socketpair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        number = os.fork()
+    except OSError:  # there is no room for another process: later there may be
+        return
+    if number:
+        theirs.close()
+        OWN[shared(environment)] = Server(control)
+        return
+    control.close()
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+    for stop in STOPS:
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
+    serve(theirs)
 
 
 class Fork:
@@ -240,13 +294,14 @@ def read_line(channel: socket.socket) -> bytes:
     return line
 
 
-def main() -> None:
-    request = Forks(socket.socket(fileno=int(sys.argv[1]))).serve()
+def serve(control: socket.socket) -> NoReturn:
+    request = Forks(control).serve()
     if request is not None:
         _, _, module, *arguments = request["command"]
         sys.argv = ["-m", *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.exit()
 
 
 if __name__ == "__main__":
-    main()
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.stopping import stop_postponed
@@ -29,10 +28,8 @@ def count_flops(work: Callable[[], object], model: nn.Module) -> int:
 
 @stop_postponed()
 def forward_flops(build: Callable[[], nn.Module], forward: Callable[[Any], object]) -> int:
-    """FLOPs of what `forward` does with the model in evaluation mode, on fake tensors: it makes its inputs itself, on
-    the CPU."""
+    """FLOPs of what `forward` does with the model in evaluation mode; both are called on the meta device, where what
+    they make has no values."""
     with torch.device("meta"):
         model = build().eval()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device="cpu")
         return count_flops(lambda: forward(model), model)

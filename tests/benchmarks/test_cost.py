@@ -9,6 +9,7 @@ import torch
 from benchmarks import cost
 from benchmarks.cost import (
     CPU_SHARE,
+    FORKED,
     GPU_SHARE,
     STARTUP,
     Estimate,
@@ -132,6 +133,19 @@ def test_windows_of_all_views_are_counted():
     assert job.task.parts(job)[1].images == 50000 * (2 + 2 * (3 * 2 + 2 * 2 + 2 * 3 + 3 * 3))
 
 
+@pytest.fixture(autouse=True)
+def on_linux(monkeypatch):
+    """Where one process is a fork."""
+    monkeypatch.setattr(cost.sys, "platform", "linux")
+
+
+def test_a_fork_starts_sooner_than_a_process_that_imports_everything(monkeypatch):
+    job = job_of("imagenet_knn")
+    forked = estimate(job, Rates()).seconds
+    monkeypatch.setattr(cost.sys, "platform", "darwin")
+    assert estimate(job, Rates()).seconds - forked == pytest.approx(STARTUP - FORKED)
+
+
 @pytest.fixture
 def on_h100(monkeypatch):
     monkeypatch.setattr(cost, "hardware", lambda machine: H100)
@@ -164,7 +178,7 @@ def test_a_rate_counts_once_for_each_gpu_and_once_for_all_processes_of_a_cpu(on_
     one = job_of("imagenet_knn", "vit_base_patch16", **on_h100 | {"processes": 1})
     assert key_of(job, kind, H100) == key_of(one, kind, "1x NVIDIA H100 80GB HBM3")
     rates = Rates({key_of(job, kind, H100): 100})
-    assert estimate(one, rates).seconds - STARTUP == pytest.approx(8 * (estimate(job, rates).seconds - STARTUP))
+    assert estimate(one, rates).seconds - FORKED == pytest.approx(8 * (estimate(job, rates).seconds - STARTUP))
     assert cost.hours_in_words([replace(job, estimated_seconds=1800)] * 3) == "12.00 GPU hours"
     two, four = (job_of("imagenet_knn", processes=2, threads=threads) for threads in (1, 2))
     assert key_of(two, kind, CPU) != key_of(four, kind, CPU)
@@ -183,7 +197,7 @@ def test_the_peak_is_the_data_sheets_or_measured(monkeypatch):
     assert cost.peak(CPU, "cpu-of-this-test", "fp32") == 1e11
     images = 1281167 + 50000
     monkeypatch.setattr(cost, "peak", lambda *of: 1e11)
-    wanted = STARTUP + images * job.task.flops(job) / (CPU_SHARE * 1e11)
+    wanted = FORKED + images * job.task.flops(job) / (CPU_SHARE * 1e11)
     assert estimate(job, Rates()) == Estimate(pytest.approx(wanted), "FLOPs")
 
 
@@ -262,4 +276,4 @@ def test_the_miniatures_records_foretell_each_other_within_a_quarter(monkeypatch
     for record in long:
         found = estimate(as_job(record), rates)
         assert found.source == "records"
-        assert found.seconds - STARTUP == pytest.approx(record.seconds, rel=0.25), record.task
+        assert found.seconds - FORKED == pytest.approx(record.seconds, rel=0.25), record.task

@@ -194,6 +194,55 @@ def test_a_child_outlives_its_client_and_the_server_ends_with_it(place: Path) ->
         time.sleep(0.01)
 
 
+IMPORTER = """
+import os, pathlib, signal, sys
+from benchmarks import warm
+from benchmarks.children import Child
+warm.FAMILIES = "a_family"
+os.environ.update(warm.waiting(os.environ))
+import a_family.tasks
+for number in warm.STOPS:
+    signal.signal(number, lambda *_: print("the client's own"))
+print("not yet printed", end=" ")
+warm.fork_server(warm.surroundings())
+print("printed", os.getpid(), flush=True)
+for number, (environment, program) in enumerate(eval(sys.argv[1])):
+    one = Child([sys.executable, "-m", "a_family", program], pathlib.Path(f"{number}"), environment)
+    print(one.wait(60), one.last, flush=True)
+"""
+
+
+def test_a_process_that_has_imported_everything_already_is_forked_itself(place: Path) -> None:
+    said = "import signal; handlers = [str(signal.getsignal(number)) for number in (2, 15)]; "
+    said += "print(os.getsid(0) == os.getpid(), os.getppid(), handlers)"
+    programs = [
+        ({}, said),
+        ({"CUDA_VISIBLE_DEVICES": "3"}, "raise ValueError(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['MORE'])"),
+        ({}, "sys.exit(3)"),
+        ({}, "os.kill(os.getppid(), 9)"),
+        ({}, "print('on')"),
+        ({"OMP_NUM_THREADS": "7"}, "print(os.environ['OMP_NUM_THREADS'])"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTER, repr(programs)],
+        cwd=place,
+        env=os.environ | {"MORE": "!", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    first, *rest = done.stdout.splitlines()
+    (own,) = first.removeprefix("not yet printed printed ").split()
+    told, raised, *others = rest
+    assert told.startswith("0 True ")
+    assert told.split()[2] != own
+    assert told.endswith("['<built-in function default_int_handler>', '0']")  # as Python sets them
+    assert (raised, others) == ("1 ValueError: 3!", ["3 ", "-9 ", "0 on", "0 7"])
+    # What comes after a server that was killed takes one that imports anew, and so does another environment.
+    assert [line.split()[1] for line in imports(place)] == ["1", "1", "7"]
+    assert imports(place)[0].split()[0] == own
+
+
 def test_what_is_no_task_starts_as_ever(place: Path) -> None:
     one = Child([sys.executable, "-c", "print('new')"], place / "log")
     assert isinstance(one.process, subprocess.Popen)

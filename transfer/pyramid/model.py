@@ -253,7 +253,9 @@ class ViTPyramid(nn.Module):
         resized = resize_geometrically if self.variant.beit else resize
         bias = relative_position_bias(resized(table[None], (2 * side[0] - 1, 2 * side[1] - 1))[0], side)
         bias = bias if of_class is None else with_prefix(bias, of_class, prefix)
-        return bias.to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else bias
+        if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta: only FLOPs are counted
+            return bias
+        return bias.to(torch.get_autocast_dtype(device.type))
 
 
 def resample(maps: Tensor, scale: float) -> Tensor:
