@@ -4,10 +4,11 @@ import contextlib
 import importlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -89,7 +90,13 @@ def seconds_of_parts(work: Callable[[], object], device: str, steps: int = 3) ->
         with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as found:
             for _ in range(steps):
                 work()
-    events = found.events() or []
+    return by_parts(found.events() or [], gpu, steps)
+
+
+def by_parts(events: Iterable[FunctionEvent], gpu: bool, steps: int) -> dict[str, tuple[float, float]]:
+    """`seconds_of_parts` of a profile's events. Those of a GPU itself are left out: the operations that launched its
+    kernels have their times."""
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     # A backward node has the number of the forward operation that it belongs to.
     made_in = {e.sequence_nr: part_above(e) for e in events if e.sequence_nr >= 0 and backward_node(e) is None}
     spent: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])

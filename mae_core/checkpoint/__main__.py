@@ -132,7 +132,8 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     origin = " (the format's: the file does not say)" if c.format not in ("ours", "random") else ""
     origin = " (said by the config beside it)" if c.config else origin
     lines += [("input", f"{c.meta['image_size']} px, mean {numbers(c.mean)}, std {numbers(c.std)}{origin}")]
-    lines += [("", f"LayerNorm eps {c.eps:g}, pooling {c.pool}")]
+    eps = "" if is_timm(c.arch) else f"LayerNorm eps {c.eps:g}, "  # timm's model has its own
+    lines += [("", f"{eps}pooling {c.pool}")]
     for part, tensors in (("encoder", c.encoder), ("decoder", c.decoder), ("classifier", c.classifier)):
         if tensors:
             count = sum(tensor.numel() for tensor in tensors.values())

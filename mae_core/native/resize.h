@@ -15,8 +15,8 @@ enum { CHANNELS = 3, PIXEL = 4, SUPPORT = 2, QUAD = 4, MANY = 16, BLOCK = 32, NA
 
    quads: taps / QUAD, for rows of which 16 bytes hold what four positions need at a time; 0 where the scale is above
    NARROW. Then `table` has, for each eight positions, which bytes of two such pieces are theirs, and their weights, as
-   they lie in a register: four positions of the piece that begins at base[0], four of the one at base[1]. With one quad
-   (the scale is at most 1, or the row has at most 4 px) both are the same. */
+   they lie in a register: four positions of the piece that begins at base[0], four of the one at base[1]. With one quad (at
+   most 4 taps) both are the same. */
 typedef struct {
     int from, size, taps, shift, quads;
     int *start, *count, *base; /* base [blocks][4][2] */

@@ -109,11 +109,32 @@ def test_a_family_says_how_many_images_a_job_computes(task, settings, parts):
 def test_the_fit_of_a_logistic_regression_is_counted_as_if_it_took_all_its_iterations():
     """Two products of the features with the weights for an image and iteration, each twice as dear in float64."""
     job = job_of("imagenet_logreg_10pct", "vit_base_patch16", "paper", "iterations=200")
-    features, fit = job.task.parts(job)
-    assert features.images == 1281167 + 50000
-    assert fit.images == 200 * 1281167
+    (whole,) = job.task.parts(job)
+    assert whole.images == 1281167 + 50000
     encoder = 2 * (12 * block(197, 768) + 196 * 768 * 768)
-    assert fit.passes == pytest.approx(2 * 2 * 2 * 768 * 1000 / encoder, rel=0.01)
+    fit = 200 * 1281167 * 2 * 2 * 2 * 768 * 1000 / encoder
+    assert whole.images * whole.passes == pytest.approx(whole.images + fit, rel=0.01)
+
+
+def test_depth_counts_its_head_and_its_windows():
+    """A patch of 416 px by hand: DPT's convolutions of 256 channels at 4, 2, 1 and half the patches' resolution."""
+    job = job_of("nyu_dpt", "vit_base_patch16")
+    training, windows = job.task.parts(job)
+    n, c, d = 26, 256, 768
+    widths, sides = (96, 192, 384, 768), (4 * n, 2 * n, n, n // 2)
+    tokens = 4 * n * n * (2 * d * d) + n * n * d * sum(widths)
+    scaled = n * n * (96 * 96 * 16 + 192 * 192 * 4) + (n // 2) ** 2 * 9 * 768 * 768
+    joined = sum(9 * w * c * side**2 for w, side in zip(widths, sides))
+    fused = sum((2 * 9 * c * c * side**2) * (1 if side == n // 2 else 2) for side in sides)
+    fused += sum(c * c * (2 * side) ** 2 for side in sides)
+    last = 9 * c * c * (8 * n) ** 2 + 9 * c * 128 * (8 * n) ** 2 + 9 * 128 * 32 * (16 * n) ** 2 + 32 * (16 * n) ** 2
+    encoder = 12 * block(1 + n * n, d) + n * n * d * d
+    head = (tokens + scaled + joined + fused + last) / encoder
+    assert training.passes == pytest.approx(1 + 3 * head, rel=0.01)
+    assert (windows.images, windows.passes) == (8 * 50000, pytest.approx(1 + head, rel=0.01))
+    linear = job_of("nyu_linear", "vit_huge_patch14")
+    assert linear.task.parts(linear)[1].images == 12 * 50000  # 406 px: three columns
+    assert not {part.kind for part in linear.task.parts(linear)} & {training.kind, windows.kind}
 
 
 def test_a_classifier_is_evaluated_at_the_size_that_it_is_or_will_be_fine_tuned_at():

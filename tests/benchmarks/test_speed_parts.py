@@ -5,16 +5,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import speed_parts
 from benchmarks.speed_dense import dense_workloads
-from benchmarks.speed_parts import named_parts, parts_table, seconds_of_parts
+from benchmarks.speed_parts import by_parts, named_parts, parts_table, seconds_of_parts
 from mae_core.machine import Machine
 
 
-def test_time_is_the_parts_that_spent_it_forward_and_backward(monkeypatch):
-    """A part of many large products beside one of a small one; an inner part counts by itself; what no part has is
-    other."""
+def test_parts_are_told_apart_forward_and_backward(monkeypatch):
+    """One within another; what no part has is other."""
     module = ModuleType("shown")
     large, small = (torch.nn.Parameter(torch.randn(side, side)) for side in (600, 60))
     module.inner = lambda: (small @ small).sum()
@@ -29,12 +30,45 @@ def test_time_is_the_parts_that_spent_it_forward_and_backward(monkeypatch):
 
     found = seconds_of_parts(work, "cpu")
     assert set(found) == {"small", "large", "update", "other"}
-    assert all(seconds > other for seconds, other in zip(found["large"], found["small"]))  # of 4,000 times the work
-    assert all(seconds > 0 for seconds in found["small"])
+    assert all(seconds > 0 for part in ("large", "small") for seconds in found[part])
     assert found["update"][1] == 0
     shares = [int(line.split("|")[-2].strip(" %")) for line in parts_table(found).splitlines()[2:]]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=2)
+
+
+def event(name: str, start: int, end: int, parent=None, number: int = -1, device=DeviceType.CPU) -> FunctionEvent:
+    """From `start` to `end` microseconds."""
+    made = FunctionEvent(
+        id=start, name=name, thread=0, start_us=start, end_us=end, sequence_nr=number, device_type=device
+    )
+    if parent is not None:
+        parent.append_cpu_child(made)
+        made.set_cpu_parent(parent)
+    return made
+
+
+def test_events_by_hand_give_the_seconds_of_each_part():
+    """An operation counts where it lies, its backward node where the operation of its number lay, each without what
+    lies in it. A GPU's own events are not counted again beside the operations that launched them."""
+    outer = event("part: outer", 0, 100)
+    inner = event("part: inner", 10, 50, outer)
+    forward = event("aten::mm", 20, 40, inner, number=7)
+    node = event("autograd::engine::evaluate_function: MmBackward0", 200, 260, number=7)
+    backward = event("aten::mm", 210, 250, node)
+    update = event("Optimizer.step#SGD.step", 300, 310)
+    rest = event("aten::copy_", 400, 405)
+    events = [outer, inner, forward, node, backward, update, rest]
+    found = by_parts(events, gpu=False, steps=1)
+    wanted = {"outer": (60, 0), "inner": (40, 60), "update": (10, 0), "other": (5, 0)}
+    assert found == {part: pytest.approx((a / 1e6, b / 1e6)) for part, (a, b) in wanted.items()}
+    for launched, kernel in ((forward, 1000), (backward, 3000)):
+        launched.append_kernel("gemm", 0, kernel)
+        launched.use_device = "cuda"
+    on_gpu = [event("gemm", 600, 1600, device=DeviceType.CUDA), event("part: inner", 600, 5000, device=DeviceType.CUDA)]
+    found = by_parts([*events, *on_gpu], gpu=True, steps=2)
+    assert found["inner"] == pytest.approx((0.0005, 0.0015))
+    assert found["other"] == (0, 0)
 
 
 def test_every_name_is_there_and_is_given_back():

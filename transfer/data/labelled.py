@@ -95,7 +95,7 @@ def listed_in(folder: Path, names: Sequence[str]) -> Files:
     """The files of these relative names, which are tidied up where they need it: to make Paths of millions takes a
     minute."""
     text = "\n".join(["", *names])
-    if "//" in text or "/." in text or "\n." in text:
+    if "//" in text or "/." in text or "\n." in text or "/\n" in f"{text}\n":
         names = [str(PurePosixPath(name)) for name in names]
     return Files(
         (f"{folder}/{inner}" if inner != "." else str(folder), each) for inner, each in Files.of(names).folders

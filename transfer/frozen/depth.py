@@ -22,6 +22,7 @@ from mae_core import distributed
 from mae_core.data import Sample, seed_all
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
+from mae_core.flops import count_flops
 from mae_core.optim import adamw
 from mae_core.progress import Progress
 from mae_core.settings import bounded, check_ranges, choose
@@ -30,6 +31,7 @@ from mae_core.vit import ViT, get_arch
 from transfer.data import nyu
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.frozen.encoder import Tokens, frozen_encoder, train_heads
+from transfer.frozen.features import flops
 from transfer.frozen.scenes import Pair, readable, scaled
 from transfer.frozen.segment import HEAD_FILE, epochs_of, sliding
 from transfer.run import origin, save_trained
@@ -39,6 +41,7 @@ MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 KINECT = (480, 640)  # px, of NYU's images
 # What of those is trained on and scored, rows and columns: Eigen et al.'s crop, and BTS's for the training.
 TRAINED, SCORED = (slice(45, 472), slice(43, 608)), (slice(45, 471), slice(41, 601))
+TRAINED_HEAD = 3  # forward passes of a head that is trained: its backward pass takes two
 DINOV2 = "DINOv2's depth config in Jiawei-Yang/Denoising-ViT evaluation/configs/vitb_nyu_linear_config.py"
 
 
@@ -46,7 +49,7 @@ DINOV2 = "DINOv2's depth config in Jiawei-Yang/Denoising-ViT evaluation/configs/
 class DepthRecipe:
     """image_size: side of the square training crops and of the windows of the test; stride: of those. lr: of a batch
     of `batch`. rotate: degrees at most, of half the images; colour: whether half of them change in gamma, brightness
-    and colour. bins: depths, evenly from 1 mm to 10 m, whose weighted mean is predicted."""
+    and colour."""
 
     image_size: int = bounded(1)
     iterations: int = bounded(1)
@@ -293,8 +296,19 @@ def space(job: Job, head_of: Callable[[Job], nn.Module] = linear_head) -> Space:
     return training_space(job.work, numbers, numbers, moments=2)
 
 
-def parts(job: Job, head: str = "linear depth") -> tuple[Part, ...]:
-    """Training, and the windows of the test: three columns and two rows of an image and of its mirror image."""
-    r, images = job.recipe, job.data.counts["train"]
+def parts(
+    job: Job, head_of: Callable[[Job], nn.Module] = linear_head, blocks: int = 1, name: str = "linear depth"
+) -> tuple[Part, ...]:
+    """Training, and the windows of an image and of its mirror image in the test; both with the head, which sees the
+    tokens of so many blocks. Images are as large as NYU's, or as the miniature's largest."""
+    r, a, images = job.recipe, get_arch(job.checkpoint.arch), job.data.counts["train"]
+    with torch.device("meta"):
+        head, tokens = head_of(job), torch.empty(1, blocks, 1 + (r.image_size // a.patch) ** 2, a.dim)
+    own = count_flops(lambda: head(tokens), head) / flops(job)
+    sides = (64, 64) if job.data.label == "miniature" else KINECT
+    windows = 2 * math.prod(1 + max(0, math.ceil((side - r.image_size) / r.stride)) for side in sides)
     seen, how = epochs_of(r, images) * (images // r.batch) * r.batch, f"{r.image_size} px, {job.recipe_name}"
-    return Part(f"{head}, {how}", seen), Part(f"windows, {how}", 8 * job.data.counts["val"])
+    return (
+        Part(f"{name}, {how}", seen, 1 + TRAINED_HEAD * own),
+        Part(f"windows of {name}, {how}", windows * job.data.counts["val"], 1 + own),
+    )

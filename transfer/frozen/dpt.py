@@ -149,4 +149,4 @@ def space(job: Job) -> Space:
 
 
 def parts(job: Job) -> tuple[Part, ...]:
-    return depth.parts(job, f"DPT of {job.recipe.channels} channels")
+    return depth.parts(job, head_of, 4, f"DPT of {job.recipe.channels} channels")

@@ -17,7 +17,7 @@ from mae_core.errors import UserError, in_words
 from transfer.data.findings import MINIATURE_MARKER
 
 # Part of every marker file; raise it with any change that alters an image or a file name.
-VERSION = 2
+VERSION = 3
 
 Files = Iterator[tuple[str, bytes]]
 
