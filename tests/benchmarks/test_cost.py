@@ -292,7 +292,7 @@ def test_the_miniatures_records_foretell_each_other_within_a_quarter(monkeypatch
     known = [record for record in first if record.checkpoint["name"] == "mae_mini"]
     long = [record for record in first if record not in known and record.seconds > 60]
     inaturalist = {"inat2017", "inat2018", "inat2019"}
-    assert {record.task for record in long} == {"imagenet_finetune", "coco", "ade20k", *inaturalist}
+    assert {record.task for record in long} == {"imagenet_finetune", "coco", "ade20k", "places205", "places365", *inaturalist}
     rates = Rates(recorded=recorded_rates(known, [as_job(record) for record in known]))
     for record in long:
         found = estimate(as_job(record), rates)
