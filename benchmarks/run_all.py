@@ -14,7 +14,7 @@ from typing import Any
 
 LACKS = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
 try:
-    from benchmarks.warm import fork_server, surroundings, waiting
+    from benchmarks.warm import fork_server, importing, surroundings, waiting
     from mae_core.command_line import answered
     from mae_core.errors import UserError
     from mae_core.flags import add_common_flags, add_limit_flag, named_path, seed
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if forks:
         os.environ.update(waiting(os.environ))
     try:
-        from benchmarks.execute import list_tasks, plan_and_run
+        with importing():
+            from benchmarks.execute import list_tasks, plan_and_run
     except ModuleNotFoundError as e:
         raise UserError(f"{sys.executable} lacks {e.name}: {LACKS}") from None
     if forks:
