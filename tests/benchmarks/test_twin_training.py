@@ -148,7 +148,7 @@ def test_what_is_wrong_in_ours_is_found(call, monkeypatch, part, wrong, found):
 def test_a_replay_gives_the_images_and_draws_of_every_step(tmp_path):
     """So timm's mixup, called on what a replay gives, makes the targets and images that ours trained on."""
     data = write_imagenet(tmp_path / "data", train=4)
-    job = make_job(FINETUNE, data, tmp_path / "run", batch=8, mixup=0.8, cutmix=1.0, drop_path=0.5)
+    job = make_job(FINETUNE, data, tmp_path / "run", batch=8, mixup=0.8, cutmix=1.0, drop_path=0.5, label_smoothing=0.1)
     job.work.mkdir()
     with watched(train) as run:
         finetune(job)

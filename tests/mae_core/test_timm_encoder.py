@@ -180,5 +180,5 @@ def test_random_weights_of_an_architecture():
 
 def test_blocks_of_several_stages_are_refused():
     encoder = build_vit(f"timm/{HIERA}", 64).eval()
-    with pytest.raises(UserError, match="the last 4 blocks of this encoder lie in several stages"):
+    with pytest.raises(UserError, match="the blocks that this task reads lie in several stages of this encoder"):
         encoder.forward_intermediates(torch.randn(1, 3, 64, 64), 4)
