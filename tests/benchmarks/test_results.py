@@ -17,6 +17,11 @@ MINIATURE = ROOT / "results" / "miniature"
 RECORDS = sorted(MINIATURE.glob("runs/**/record.json"))
 
 
+def test_no_record_names_a_place_of_the_machine_that_made_it() -> None:
+    paths = {read_record(path).checkpoint["path"] for path in RECORDS}
+    assert paths == {"results/miniature/mae_mini.safetensors", "random:vit_mini_patch8"}
+
+
 def test_tables_follow_from_the_records(tmp_path: Path) -> None:
     """Made again elsewhere, they have the same bytes."""
     shutil.copytree(MINIATURE / "runs", tmp_path / "runs")
