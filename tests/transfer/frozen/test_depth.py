@@ -21,7 +21,7 @@ from tests.fixtures.miniature import write_few
 from tests.fixtures.transfer import (
     ARCH,
     assert_objection_is_right,
-    assert_same_weights,
+    assert_resumed_is_undisturbed,
     assert_space_is_right,
     small_checkpoint,
 )
@@ -191,21 +191,7 @@ def test_a_run_keeps_what_its_numbers_are_made_of(trained, root):
 
 def test_a_resumed_run_is_an_undisturbed_one(trained, root, tmp_path, monkeypatch):
     job = job_of(root, tmp_path / "work", Machine(save_minutes=0))
-    calls, original = [], linear.loss
-
-    def stopped(*inputs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*inputs)
-
-    monkeypatch.setattr(linear, "loss", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job)
-    monkeypatch.setattr(linear, "loss", original)
-    record = run_job(job)
-    assert record.metrics == trained[1].metrics
-    assert_same_weights(job.work / HEAD_FILE, trained[0].work / HEAD_FILE)
+    assert_resumed_is_undisturbed(job, linear, *trained, monkeypatch)
 
 
 def test_it_learns_the_depths_that_it_is_trained_on(root, tmp_path):

@@ -11,7 +11,7 @@ from tests.fixtures.miniature import write_few
 from tests.fixtures.transfer import (
     ARCH,
     assert_objection_is_right,
-    assert_same_weights,
+    assert_resumed_is_undisturbed,
     assert_space_is_right,
     small_checkpoint,
 )
@@ -161,20 +161,7 @@ def test_a_run_is_scored_and_names_its_blocks(trained):
 
 def test_a_resumed_run_is_an_undisturbed_one(trained, root, tmp_path, monkeypatch):
     job = job_of(root, tmp_path / "work", Machine(save_minutes=0))
-    calls, original = [], depth.loss
-
-    def stopped(*inputs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*inputs)
-
-    monkeypatch.setattr(depth, "loss", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job)
-    monkeypatch.setattr(depth, "loss", original)
-    assert run_job(job).metrics == trained[1].metrics
-    assert_same_weights(job.work / HEAD_FILE, trained[0].work / HEAD_FILE)
+    assert_resumed_is_undisturbed(job, depth, *trained, monkeypatch)
 
 
 def test_it_learns_the_depths_that_it_is_trained_on(root, tmp_path):
