@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mae_core.machine import cores
-from mae_core.stopping import stop_signals
+from mae_core.stopping import admit_stop, stop_held, stop_signals
 from transfer.data.findings import Data, guarded, limited
 
 Inspect = Callable[[Path], Data]
@@ -32,7 +32,8 @@ def inspect_all(titles: Mapping[Inspect, str], root: Path, limit: int) -> dict[I
                 function = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
                 started = context.Process(target=answer, args=(sender, function, root, limit), daemon=True)
-                started.start()
+                with stop_held():
+                    started.start()
                 sender.close()
                 running[receiver] = started, function
             ready = wait(list(running), SAYING)
@@ -60,6 +61,7 @@ def answer(sender: Connection, function: Inspect, root: Path, limit: int) -> Non
     """In a process of its own, which says nothing of its errors."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_DFL)
+    admit_stop()
     try:
         sender.send(look(function, root, limit))
     except BaseException:

@@ -2,8 +2,7 @@
 
 Importing torch, torchvision and timm takes longer than a small job. The server does it once, or is itself the fork of
 a process that has done so. It computes nothing and starts no thread, so that its forks are as good as new processes:
-each has a session, pipes, an environment and an exit code of its own, and what kills one leaves the others. The server
-ends when its client has ended and its last fork too.
+each has a session, an environment and an exit code of its own. The server ends after its client and its last fork.
 
 A client's socket to the server carries two descriptors for each child: a channel, and where the child prints. On the
 channel the client sends a line of JSON, then the numbers of the signals that the child shall get; the server answers
@@ -25,6 +24,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import IO, Any, NoReturn
+
+from mae_core.stopping import stop_held
 
 FAMILIES = "transfer."  # python -m transfer.NAME runs tasks that are in transfer.NAME.tasks
 # A server's forks have its environment, since libraries read theirs when they are loaded. But for these:
@@ -116,29 +117,28 @@ def server(environment: frozenset[tuple[str, str]]) -> Server:
 
 
 def fork_server(environment: Mapping[str, str]) -> None:
-    """Make a fork of this process the server of this environment: what this one has imported nobody imports again. It
-    must have done so under that environment, and have computed nothing. In the server and its forks this does not
-    return."""
+    """Make a fork of this process, which has imported under that environment and computed nothing, its server: nobody
+    imports again. In the server and its forks this does not return."""
     control, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
-    try:
-        number = os.fork()
-    except OSError:  # there is no room for another process: later there may be
-        return
-    if number:
-        theirs.close()
-        OWN[shared(environment)] = Server(control)
-        return
+    with stop_held():
+        try:
+            number = os.fork()
+        except OSError:  # there is no room for another process: later there may be
+            return
+        if number:
+            theirs.close()
+            OWN[shared(environment)] = Server(control)
+            return
+        os.setsid()
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        for stop in STOPS:
+            if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
     control.close()
-    os.setsid()
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nothing, descriptor)
-    os.close(nothing)
-    for stop in STOPS:
-        if signal.getsignal(stop) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
     serve(theirs)
 
 

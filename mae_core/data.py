@@ -23,7 +23,7 @@ from mae_core.files import EXTENSIONS, is_image, printable, walk
 from mae_core.seeds import seed_all as seed_all
 from mae_core.seeds import seed_for as seed_for
 from mae_core.shards import list_members, list_shards
-from mae_core.workers import PREFETCH, end_at_errors, fitting_workers, lost_batches_explained
+from mae_core.workers import PREFETCH, begin_worker, fitting_workers, lost_batches_explained, started
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
@@ -200,14 +200,15 @@ def loader(
         if workers and isinstance(dataset, Images):
             source, batches = InTurn(dataset, like[0], PREFETCH * workers + 1), Numbered(batches)
     with lost_batches_explained():
-        for images, labels, bad in DataLoader(
+        prepared = DataLoader(
             source,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pinned,
-            worker_init_fn=end_at_errors,
-        ):
+            worker_init_fn=begin_worker,
+        )
+        for images, labels, bad in started(prepared):
             # To pin it has copied it already.
             yield images.images().clone() if isinstance(images, Placed) else images, labels, bad
 

@@ -38,6 +38,21 @@ def stop_postponed() -> Iterator[None]:
 
 
 @contextmanager
+def stop_held() -> Iterator[None]:
+    """A signal that comes within is answered at the end. For forks: what a handler raises while Python prepares one or
+    tidies up after it is printed and lost. A process that is forked within lets signals in by `admit_stop`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def admit_stop() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+
+@contextmanager
 def stop_requested() -> Iterator[list[int]]:
     """A list that each of them enters, so that the current step ends before anything is saved; a second signal raises
     KeyboardInterrupt at once."""

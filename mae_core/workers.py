@@ -1,19 +1,23 @@
 """The processes that decode images: how many of them this machine has room for, and what it means when one dies."""
 
 import contextlib
+import multiprocessing.process
 import multiprocessing.queues
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mae_core import distributed
 from mae_core.errors import UserError
+from mae_core.stopping import admit_stop, stop_held
 
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 PREFETCH = 2  # batches that each worker prepares ahead: torch's default
@@ -62,9 +66,30 @@ def fitting_workers(workers: int, batch: Any, held: int) -> int:
     return fewer
 
 
-def end_at_errors(worker: int) -> None:
-    """In a worker: end it when it cannot hand over a batch. Python would print the error and leave the batch out, for
-    which the training would wait for ever."""
+def started(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, whose workers call `begin_worker`."""
+    with stop_held():
+        return iter(loader)
+
+
+def begin_worker(worker: int) -> None:
+    """In a worker: end it when it cannot hand over a batch, or when nobody is there to take one."""
+    admit_stop()
+    end_at_errors()
+    parent = multiprocessing.parent_process()
+    if parent:
+        threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+
+
+def end_with(parent: int | None) -> None:
+    """A worker that hands over a batch on its way out would wait for ever, as its siblings hold its pipe open."""
+    while os.getppid() == parent:
+        time.sleep(END_SECONDS)
+    os._exit(1)
+
+
+def end_at_errors() -> None:
+    """Python would print the error and leave the batch out, for which the training would wait for ever."""
 
     def end(error: Exception, batch: object) -> None:
         print(f"a worker could not hand over its images: {error}", file=sys.stderr, flush=True)

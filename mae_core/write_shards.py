@@ -31,7 +31,7 @@ from mae_core.machine import cores
 from mae_core.progress import Progress
 from mae_core.shards import LISTING, bytes_of, member_name
 from mae_core.stopping import stop_on_signals
-from mae_core.workers import end_at_errors, lost_batches_explained
+from mae_core.workers import begin_worker, lost_batches_explained, started
 from mae_core.writing import read_object, replacing, write_json
 
 QUALITY = 95
@@ -141,10 +141,10 @@ def encoded(smaller: Smaller, wanted: Sequence[int], workers: int) -> Iterator[t
         batch_sampler=[list(wanted[first : first + AT_A_TIME]) for first in range(0, len(wanted), AT_A_TIME)],
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=end_at_errors,
+        worker_init_fn=begin_worker,
     )
     with lost_batches_explained():
-        for batch in batches:
+        for batch in started(batches):
             yield from batch
 
 

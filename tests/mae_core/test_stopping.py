@@ -71,6 +71,30 @@ def test_a_stop_waits_for_a_count_of_flops(count):
     assert done
 
 
+def test_a_signal_during_a_fork_stops_its_parent_alone():
+    """What a handler raises in Python's hooks around a fork is lost: here one hook sends a signal."""
+    script = """if True:
+        import os, signal, sys
+        from mae_core.stopping import admit_stop, stop_held, stop_on_signals
+
+        stop_on_signals()
+        os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            with stop_held():
+                if os.fork() == 0:
+                    admit_stop()
+                    print("child: went on", flush=True)
+                    os._exit(0)
+        except KeyboardInterrupt:
+            print("parent: stopped", flush=True)
+        os.wait()
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert sorted(done.stdout.splitlines()) == ["child: went on", "parent: stopped"]
+
+
 def test_under_nohup_a_closed_terminal_stops_nothing():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop_on_signals()

@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from mae_core import workers
 from mae_core.data import Targets, loader
 from mae_core.errors import UserError
 from mae_core.workers import MIB, fitting_workers
+from tests.fixtures import ROOT
 
 BATCH = (torch.zeros(4, MIB, dtype=torch.uint8), torch.zeros(0), ["name"])  # 4 MiB in two tensors
 
@@ -117,3 +120,21 @@ def test_what_the_data_set_itself_raises_is_left_alone():
 
     with pytest.raises(EOFError, match="a file ends early"):
         list(loader(Numbers(happen), [[0], [1]], 1, "cpu"))
+
+
+def test_workers_end_with_their_parent():
+    """It is killed while their pipe is full: they hold each other's ends of it open."""
+    script = """if True:
+        import os, signal
+        from torch.utils.data import DataLoader
+        from mae_core.workers import begin_worker, started
+
+        loader = DataLoader([b"x" * 1_000_000] * 64, 4, num_workers=2, collate_fn=list, worker_init_fn=begin_worker)
+        batches = started(loader)
+        next(batches)
+        print("begun", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # The workers have this pipe too: it ends with the last of them.
+    assert process.communicate(timeout=120)[0] == "begun\n"

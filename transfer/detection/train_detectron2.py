@@ -30,7 +30,7 @@ from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
 from mae_core.tracker import Curves, Run
 from mae_core.training import CHECKPOINT_FILE, restart
-from mae_core.workers import dead_workers_explained, end_at_errors, fitting_workers, lost_batches_explained
+from mae_core.workers import begin_worker, dead_workers_explained, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
 from transfer.detection.shared import groups_of, open_image, schedule
@@ -251,7 +251,7 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
         aspect_ratio_grouping=False,
         num_workers=workers,
     )
-    loader.worker_init_fn = end_at_errors
+    loader.worker_init_fn = begin_worker
     logging.getLogger(TRAINER_LOG).disabled = True
     parallel = DistributedDataParallel(model) if machine.processes > 1 else model
     model.train()

@@ -24,7 +24,7 @@ from torch.nn import functional
 from mae_core import distributed
 from mae_core.machine import Machine
 from mae_core.vit import Variant
-from mae_core.workers import bytes_of, end_at_errors, fitting_workers
+from mae_core.workers import begin_worker, bytes_of, fitting_workers
 from transfer.data.ade20k import check_pair
 from transfer.data.findings import spread
 from transfer.pyramid import ViTPyramid, layer_of, pyramid_class
@@ -118,7 +118,7 @@ def with_workers_that_fit(loader: dict[str, Any], datasets: Any) -> dict[str, An
         dataset = datasets.build(loader["dataset"])
         images = [dataset[i] for i in spread(len(dataset), at_most=SIZED)]
         workers = fitting_workers(workers, max(images, key=bytes_of), held=1)
-    return {**loader, "num_workers": workers, "worker_init_fn": {"type": end_at_errors}}
+    return {**loader, "num_workers": workers, "worker_init_fn": {"type": begin_worker}}
 
 
 @cache

@@ -147,4 +147,4 @@ def test_the_test_has_as_many_workers_as_there_is_shared_memory_for(root, tmp_pa
     loader = Runner.build_dataloader(fitting)
     assert (loader.num_workers, fitting | {"num_workers": 16}) == (1, fitting | config | {"num_workers": 16})
     assert [min(batch["inputs"][0].shape[1:]) for batch in loader] == [56] * 5
-    assert loader.worker_init_fn.func is workers.end_at_errors
+    assert loader.worker_init_fn.func is workers.begin_worker
