@@ -42,6 +42,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def cpu_precisions() -> list[str]:
+    """bf16 where oneDNN computes in it: elsewhere torch does so element by element, and one step takes minutes."""
+    return ["fp32", "bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["fp32"]
+
+
 def measurements(gpu: bool, compare: Path | None, data: Path | None) -> list[list[str]]:
     """The arguments of speed.py, in order of worth. On a CPU the large models would take hours."""
     beside = [] if compare is None else ["--compare", str(compare)]
@@ -54,7 +59,7 @@ def measurements(gpu: bool, compare: Path | None, data: Path | None) -> list[lis
         more = [["coco", *dense], ["ade20k", *dense]]
     else:
         for arch in (BASE, MINI):
-            found += [["pretrain", "--arch", arch, "--precision", precision, *beside] for precision in ("fp32", "bf16")]
+            found += [["pretrain", "--arch", arch, "--precision", precision, *beside] for precision in cpu_precisions()]
         found += [[what, "--arch", BASE, *beside] for what in ("finetune", "eval")]
         few = ["--arch", BASE, "--warmup", "1", "--repeats", "5"]
         more = [["coco", *few, "--image-size", "384", "--batch", "1"], ["ade20k", *few, "--batch", "2"]]
@@ -87,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     place = hardware(Machine(device="cuda" if gpu else "cpu"))
     about: dict[str, Any] = {"hardware": place, "versions": versions(), "commit": commit()}
+    if not gpu and "bf16" not in cpu_precisions():
+        print("bf16 is left out: this CPU does not compute in it", flush=True)
     todo, failed, started = measurements(gpu, args.compare, args.data), [], time.monotonic()
     for number, what in enumerate(todo, 1):
         # A folder for each: the name of a file does not tell whether another arm was timed too.

@@ -38,6 +38,14 @@ def test_every_call_is_one_that_speed_takes(gpu, tmp_path):
     assert not any("--compare" in what or "--data" in what for what in speed_all.measurements(gpu, None, None))
 
 
+@pytest.mark.parametrize("able", [False, True])
+def test_a_cpu_that_does_not_compute_in_bf16_is_not_asked_to(able, calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed_all.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    assert speed_all.main(["--out", str(tmp_path)]) == 0
+    assert any("bf16" in what for what in calls[0]) == able
+    assert ("bf16 is left out" in capsys.readouterr().out) != able
+
+
 def test_a_failure_leaves_the_rest_and_is_made_up_for(calls, tmp_path, capsys):
     seen, failing = calls
     failing.add("eval")
