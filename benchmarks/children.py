@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.warm import start, surroundings
 from mae_core.files import printable
 from mae_core.settings import as_typed
+from mae_core.stopping import stop_postponed
 from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
 from transfer.task import Job
@@ -142,11 +143,13 @@ def stop_all(children: Sequence[Child]) -> None:
 def run_child(command: Sequence[str], log: Path) -> tuple[int, str]:
     """Run a command to its end; its exit code and its last word. Ctrl-C is passed on once, waited for, and raised
     again."""
-    child = Child(command, log)
+    children: list[Child] = []
     try:
+        with stop_postponed():  # or nobody would know of a child that has just begun
+            children.append(child := Child(command, log))
         while (code := child.wait(0.1)) is None:
             pass
     except BaseException:
-        stop_all([child])
+        stop_all(children)
         raise
     return code, child.last_word

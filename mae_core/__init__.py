@@ -5,6 +5,8 @@ import signal
 import sys
 from types import TracebackType
 
+from mae_core.stopping import come_again_if_lost
+
 
 def _stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
@@ -19,6 +21,7 @@ def stop_quietly() -> None:
     """For a command: Ctrl-C ends it with a word and exit code 130 also where it is not expected, as during the imports,
     which take seconds."""
     sys.excepthook = _stopped
+    come_again_if_lost()
 
 
 # argv[0] is "-m" only while `python -m ...` imports the packages around its module: there a missing dependency is a

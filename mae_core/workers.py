@@ -5,6 +5,7 @@ import multiprocessing.process
 import multiprocessing.queues
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from mae_core import distributed
 from mae_core.errors import UserError
-from mae_core.stopping import admit_stop, stop_held
+from mae_core.stopping import admit_stop, stop_held, stop_signals
 
 SHARED_MEMORY = Path("/dev/shm")  # where workers put their batches
 PREFETCH = 2  # batches that each worker prepares ahead: torch's default
@@ -73,18 +74,24 @@ def started(loader: DataLoader) -> Iterator[Any]:
 
 
 def begin_worker(worker: int) -> None:
-    """In a worker: end it when it cannot hand over a batch, or when nobody is there to take one."""
-    admit_stop()
+    """In a worker: end it when it cannot hand over a batch, or when nobody is there to take one. To stop is its
+    parent's: it is to finish its step and save, for which it needs its workers, also after a signal to all."""
     end_at_errors()
     parent = multiprocessing.parent_process()
-    if parent:
+    if parent and hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+    else:  # macOS
+        admit_stop()
 
 
 def end_with(parent: int | None) -> None:
-    """A worker that hands over a batch on its way out would wait for ever, as its siblings hold its pipe open."""
+    """End this worker when its parent says so by a signal, or has ended: handing over a batch it would wait for ever,
+    as its siblings hold its pipe open."""
     while os.getppid() == parent:
-        time.sleep(END_SECONDS)
+        came = signal.sigtimedwait(stop_signals(), END_SECONDS)
+        if came and came.si_pid == parent:
+            break
     os._exit(1)
 
 

@@ -202,6 +202,8 @@ def run_claimed(job: Job) -> Record:
             raise UserError(f"{', '.join(dict.fromkeys(bad))} came out infinite or NaN, so there is no number")
     except UserError as e:
         result, status, reason = Result({}), "failed", str(e)
+    except BrokenPipeError:  # who reads what is printed was killed: the same command goes on from here
+        raise
     except Exception as e:
         if distributed.peer_is_gone(e):
             raise  # the other process's reason is the one to keep

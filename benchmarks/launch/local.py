@@ -18,6 +18,7 @@ from benchmarks.report import report
 from mae_core.claim import Watch, in_words
 from mae_core.machine import cores
 from mae_core.progress import duration
+from mae_core.stopping import stop_postponed
 from transfer.jobs import cached_or_skipped
 from transfer.run import describe, read_record, shortened, write_record
 from transfer.task import RECORD_FILE, Job, Record
@@ -127,8 +128,10 @@ class Suite:
         where = f" ({'GPU' if self.gpus else 'place'} {', '.join(map(str, slots))})" if self.places > 1 else ""
         title = f"{position} {label_of(jobs)}{where}"
         log = self.args.out / "logs" / f"{shortened(log_name(jobs))}.log"
-        child = Child(task_command(jobs, self.args), log, self.environment(slots))
-        self.running.append(Running(unit, jobs, slots, child, title, time.monotonic()))
+        command = task_command(jobs, self.args)
+        with stop_postponed():  # or nobody would know of a child that has just begun
+            child = Child(command, log, self.environment(slots))
+            self.running.append(Running(unit, jobs, slots, child, title, time.monotonic()))
 
     def environment(self, slots: Sequence[int]) -> dict[str, str]:
         """What confines a child to its places."""

@@ -151,7 +151,13 @@ def test_children_are_stopped_together_and_killed_by_a_second_ctrl_c(tmp_path: P
     children = [Child([sys.executable, "-c", program], tmp_path / f"{n}.log") for n in range(2)]
     while any(child.last != "deaf" for child in children):
         time.sleep(0.01)
-    threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+    def strike() -> None:  # once both have been asked, which stop_all does before it says so
+        while any(child.last != "asked" for child in children):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=strike, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         stop_all(children)
     assert [child.wait(60) for child in children] == [-signal.SIGKILL] * 2

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,9 @@ def test_they_run_side_by_side(tmp_path):
     assert len({data.detail for data in found.values()} | {str(os.getpid())}) == 3
 
 
-def test_what_a_killed_process_would_have_found_is_found_here(tmp_path, capfd):
+def test_what_a_killed_process_would_have_found_is_found_here(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(inspections, "SAYING", 600)  # however slow this machine is
+
     def killed(root: Path) -> Data:
         if os.getpid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,13 +74,14 @@ def test_a_stop_ends_them_and_long_ones_are_named(tmp_path, monkeypatch, capsys)
         time.sleep(600)
         raise AssertionError
 
-    def stop() -> None:
-        while len(list(tmp_path.iterdir())) < 2:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+    def stop(running: list, seconds: float) -> list:  # once both are at work and have been named
+        if waited and len(list(tmp_path.iterdir())) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        waited.append(seconds)
+        return wait(running, seconds)
 
-    threading.Thread(target=stop, daemon=True).start()
+    waited, wait = [], inspections.wait
+    monkeypatch.setattr(inspections, "wait", stop)
     with pytest.raises(KeyboardInterrupt):
         inspect_all({endless: "one", partial(endless): "another"}, tmp_path, 0)
     assert f"looking at the data below {tmp_path}: one, another" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -56,11 +55,25 @@ def start(program: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+class Clock:
+    """Stands for the module `time`: it goes on only while somebody sleeps, and what is to happen meanwhile does."""
+
+    def __init__(self) -> None:
+        self.now, self.happens = 1000.0, lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.happens()
+
+
 @pytest.fixture
-def soon(monkeypatch):
-    """Claims that are touched, and given up, in fractions of a second."""
-    monkeypatch.setattr(claim, "BEAT", 0.05)
-    monkeypatch.setattr(claim, "SILENT", 1.0)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(claim, "time", clock)
+    return clock
 
 
 def elsewhere(folder: Path, number: int = 0) -> Path:
@@ -80,9 +93,9 @@ def test_a_second_run_is_refused_and_the_first_one_named(tmp_path):
     take_claim(tmp_path / "new").release()
 
 
-def test_waiting_ends_with_the_holder(tmp_path, capsys):
+def test_waiting_ends_with_the_holder(tmp_path, capsys, clock):
     held = take_claim(tmp_path)
-    threading.Timer(0.4, held.release).start()
+    clock.happens = lambda: clock.now > 1001 and held.release()
     take_claim(tmp_path, wait=True).release()
     assert held.ended.is_set()
     assert f"{tmp_path} is in use by another run" in capsys.readouterr().err
@@ -109,34 +122,36 @@ def test_another_process_of_the_same_id_is_not_the_holder(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".claim.4"]
 
 
-def test_another_machine_is_believed_while_it_touches_its_claim(tmp_path, soon, capsys):
-    path, stop = elsewhere(tmp_path), threading.Event()
+def test_another_machine_is_believed_while_it_touches_its_claim(tmp_path, clock, capsys):
+    path, beats = elsewhere(tmp_path), [clock.now]
 
     def beat() -> None:
-        hours = 0
-        while not stop.wait(0.1):  # its clock is hours off, and once set back
-            hours = 5 - hours
-            os.utime(path, (time.time() - 3600 * hours,) * 2)
+        if clock.now > beats[-1] + claim.BEAT:
+            beats.append(clock.now)
+            hours = 5 * (len(beats) % 2)  # its clock is hours off, and once set back
+            os.utime(path, (1_000_000_000 + len(beats) - 3600 * hours,) * 2)
 
-    thread = threading.Thread(target=beat)
-    thread.start()
+    clock.happens = beat
     with pytest.raises(UserError, match=r"process 4711 on node7, since"):
         take_claim(tmp_path)
-    watch, until = Watch(tmp_path), time.monotonic() + 2 * claim.SILENT
-    while time.monotonic() < until:
+    assert clock.now < 1000 + 2 * claim.BEAT
+    watch = Watch(tmp_path)
+    while clock.now < 1000 + 3 * claim.SILENT:
         assert watch.holder()["host"] == "node7"
-        time.sleep(0.05)
-    stop.set()
-    thread.join()
+        clock.sleep(0.5)
+    clock.happens = lambda: None
+    last = clock.now
     assert take_claim(tmp_path).number == 1  # as nothing touches it now
-    assert "watching for 1 s whether it is at work" in capsys.readouterr().err
+    assert last + claim.SILENT <= clock.now < last + claim.SILENT + 1
+    assert "watching for 120 s whether it is at work" in capsys.readouterr().err
 
 
-def test_a_claim_that_is_being_written_is_respected_and_one_that_stays_empty_is_not(tmp_path, soon):
+def test_a_claim_that_is_being_written_is_respected_and_one_that_stays_empty_is_not(tmp_path, clock):
     (tmp_path / ".claim.0").touch()
     watch = Watch(tmp_path)
     assert watch.holder() == {}
     assert take_claim(tmp_path).number == 1
+    assert 1000 + claim.SILENT <= clock.now < 1000 + claim.SILENT + 1
 
 
 def test_a_run_whose_claim_was_taken_over_ends_before_it_does_harm(tmp_path):

@@ -35,8 +35,43 @@ def test_each_signal_stops_like_ctrl_c(number):
         assert stop == [number]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
+        stop.clear()
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_request_that_nobody_answered_stops_at_the_end(number):
+    """It came after the last step."""
+    stop_on_signals()
+    done = []
+
+    def train():
+        with stop_requested():
+            os.kill(os.getpid(), number)
+            done.append("saved")
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert done
+
+    def diverge():
+        with stop_requested():
+            os.kill(os.getpid(), number)
+            raise ValueError  # which ends the run anyway, and says more
+
+    with pytest.raises(ValueError):
+        diverge()
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+def test_a_schedulers_signal_and_the_parents_are_one_request():
+    stop_on_signals()
+    with stop_requested() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop == [signal.SIGTERM, signal.SIGINT]
+        stop.clear()
 
 
 @pytest.mark.parametrize("number", ALL)
@@ -71,14 +106,18 @@ def test_a_stop_waits_for_a_count_of_flops(count):
     assert done
 
 
-def test_a_signal_during_a_fork_stops_its_parent_alone():
-    """What a handler raises in Python's hooks around a fork is lost: here one hook sends a signal."""
+@pytest.mark.parametrize("thread", ["", "threading.Thread(target=threading.Event().wait, daemon=True).start()"])
+def test_a_signal_during_a_fork_stops_its_parent_alone(thread):
+    """What a handler raises in Python's hooks around a fork is lost: here one hook sends a signal, which another
+    thread may take."""
     script = """if True:
-        import os, signal, sys
+        import os, signal, sys, threading, time
         from mae_core.stopping import admit_stop, stop_held, stop_on_signals
 
         stop_on_signals()
-        os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        sys.unraisablehook = sys.__unraisablehook__  # nothing comes again
+        THREAD
+        os.register_at_fork(before=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.2)))
         try:
             with stop_held():
                 if os.fork() == 0:
@@ -89,10 +128,36 @@ def test_a_signal_during_a_fork_stops_its_parent_alone():
             print("parent: stopped", flush=True)
         os.wait()
     """
+    script = script.replace("THREAD", thread)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == ["child: went on", "parent: stopped"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "class Last:\n    def __del__(self): strike()\nLast()",
+        "class Last: pass\none = Last()\nreference = weakref.ref(one, lambda _: strike())\ndel one",
+        "os.register_at_fork(before=strike)\nif os.fork() == 0: os._exit(0)",
+    ],
+    ids=["del", "weakref", "fork"],
+)
+@pytest.mark.parametrize("begin", ["stop_on_signals()", "mae_core.stop_quietly()"])
+def test_a_stop_that_python_cannot_pass_on_comes_again(place, begin):
+    lines = ["import os, signal, sys, time, weakref, mae_core", "from mae_core.stopping import stop_on_signals", begin]
+    lines += ["def strike(): os.kill(os.getpid(), signal.SIGINT)", place, "time.sleep(60)", "print('went on')"]
+    script = ["try:", *("    " + line for part in lines for line in part.splitlines())]
+    script += ["except KeyboardInterrupt:", "    print('stopped')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(script)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
+def test_other_errors_that_python_cannot_pass_on_are_printed():
+    script = "import mae_core\nmae_core.stop_quietly()\nclass Last:\n    def __del__(self): 1 / 0\nLast()\nprint('on')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "on\n")
+    assert "ZeroDivisionError" in done.stderr
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing():

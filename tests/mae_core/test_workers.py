@@ -138,3 +138,32 @@ def test_workers_end_with_their_parent():
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     # The workers have this pipe too: it ends with the last of them.
     assert process.communicate(timeout=120)[0] == "begun\n"
+
+
+def test_workers_leave_a_signal_to_all_processes_to_their_parent():
+    """A scheduler sends it so; the parent needs them for the step that it finishes. What it sends itself ends them."""
+    script = """if True:
+        import os, signal
+        from torch.utils.data import DataLoader, get_worker_info
+        from mae_core.workers import begin_worker, started
+
+        class Pids:
+            def __len__(self): return 400
+            def __getitem__(self, index): return os.getpid()
+
+        batches = started(DataLoader(Pids(), 1, num_workers=2, collate_fn=list, worker_init_fn=begin_worker))
+        own = {next(batches)[0] for _ in range(2)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for pid in own:
+                os.system(f"kill -{int(number)} {pid}")
+        assert {pid for batch in batches for pid in batch} == own
+        print("all batches came", flush=True)
+        batches = started(DataLoader(Pids(), 1, num_workers=2, collate_fn=list, worker_init_fn=begin_worker))
+        os.kill(next(batches)[0], signal.SIGTERM)
+        try:
+            list(batches)
+        except RuntimeError as e:
+            print(str(e)[:17])
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("all batches came\nDataLoader worker\n", 0), done.stderr

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -19,6 +18,21 @@ from tests.fixtures.image import broken_files, encoded, photograph
 from transfer.data.imagenet import read_split, wnids
 
 CLASSES = wnids()[3], wnids()[700]
+# The command, which stands still within its fourth shard of five images.
+HELD = """
+import sys, time
+from mae_core import write_shards
+
+def held(*arguments):
+    begun.append(arguments)
+    if len(begun) == 3 * 5 + 3:
+        print("held", flush=True)
+        time.sleep(600)
+    return header(*arguments)
+
+begun, header, write_shards.header = [], write_shards.header, held
+sys.exit(write_shards.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -85,16 +99,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, data, capsy
             (data / CLASSES[0] / f"copy{copy}-{file.name}").write_bytes(file.read_bytes())
     assert write(data, tmp_path / "whole") == 0
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--short", "64", "--each", "5", "--workers", "2"]
-    program = subprocess.Popen(
-        [sys.executable, "-m", "mae_core.write_shards", *flags], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 120
-    while len(contents(tmp_path / "out")) < 3 and program.poll() is None and time.monotonic() < until:
-        time.sleep(0.005)
+    program = subprocess.Popen([sys.executable, "-c", HELD, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while (line := program.stdout.readline()) != "held\n":
+        assert line
     program.send_signal(number)
-    assert program.wait(60) in (-signal.SIGKILL, 130)
+    program.communicate()
+    assert program.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[number]
     done = contents(tmp_path / "out")
-    assert 3 <= len(done) < len(contents(tmp_path / "whole"))
+    assert len(done) == 3
     capsys.readouterr()
     with pytest.raises(
         write_shards.UserError, match=r"out lacks \d+ of 68 shards: mae_core.write_shards goes on there"

@@ -108,12 +108,13 @@ def test_a_metric_that_is_not_finite_is_a_failure(tmp_path, bad, where):
     json.loads((tmp_path / RECORD_FILE).read_text(), parse_constant=pytest.fail)
 
 
-def test_ctrl_c_leaves_no_record_not_even_an_earlier_one(tmp_path):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BrokenPipeError], ids=["Ctrl-C", "its reader was killed"])
+def test_a_stop_leaves_no_record_not_even_an_earlier_one(tmp_path, end):
     run_job(job_that(raising(UserError("no")), tmp_path))
     assert (tmp_path / RECORD_FILE).exists()
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job_that(raising(KeyboardInterrupt()), tmp_path))
-    assert not (tmp_path / RECORD_FILE).exists()
+    with pytest.raises(end):
+        run_job(job_that(raising(end()), tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {".claim.1", "job.json"}  # no error.txt either
 
 
 def test_a_digest_is_of_every_field_but_itself():
