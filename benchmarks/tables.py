@@ -96,7 +96,7 @@ TABLES = (
             Column("imagenet_finetune", "top1", "fine-tuning"),
             Column("imagenet_linprobe", "top1", "linear probing"),
             Column("imagenet_knn", "top1", "k-NN", optional=True),
-            # The expected number is that of the released fine-tuned files: the self-check of the evaluation itself.
+            # Expected is the number of the released fine-tuned files: the self-check of the evaluation itself.
             Column(
                 "imagenet_eval",
                 "top1",
@@ -111,10 +111,9 @@ TABLES = (
     Table(
         name="frozen",
         title="ImageNet-1K, frozen encoder",
-        caption="Top-1 accuracy (%) of what is trained on the tokens of a frozen encoder. Attentive probing: the patch "
-        "tokens are pooled by attention (Psomas et al., ICLR 2026). Heads that train in one pass, over rates, blocks "
-        "and poolings as in DINOv2: one is chosen on a held-out part of the training images; the best one on the test "
-        "images, as DINOv2 shows it, is no result, and its optimism is how far it lies above the chosen one.",
+        caption="Top-1 accuracy (%) of what is trained on a frozen encoder's tokens. Attentive probing: attention "
+        "pools the patches (EP, ICLR 2026). Heads of one pass (DINOv2): one is chosen on held-out training images; "
+        "the best on the test images is no result, and its optimism is how far it lies above the chosen one.",
         published="frozen",
         columns=(
             Column("imagenet_attnprobe", "top1", "attentive probing, last epoch"),
@@ -140,9 +139,9 @@ TABLES = (
     Table(
         name="frozen_segmentation",
         title="Semantic segmentation by a frozen encoder",
-        caption="mIoU (%) on the validation images. Linear: one layer on the patch tokens, as DINOv2 and DINOv3 do, "
-        "scored at the images' own size. k-NN: the nearest training patches, as CAPI does, scored on images scaled to "
-        "the input side.",
+        caption="mIoU (%) on the validation images. Linear: one layer on the patch tokens (DINOv2, DINOv3), at the "
+        "images' own size. k-NN: the nearest training patches (CAPI), on images scaled to the input side.",
+        published="frozen_segmentation",
         columns=(
             Column("ade20k_linear", "miou", "ADE20K, linear"),
             Column("ade20k_knn", "miou", "ADE20K, k-NN", optional=True),
@@ -154,7 +153,8 @@ TABLES = (
         title="Depth by a frozen encoder",
         caption="NYU Depth V2: one layer on the patch tokens of square windows, or DPT's head on the tokens of four "
         "blocks, otherwise as DINOv2. Pixels whose depth is right within a factor of 1.25 (%), RMSE (m), mean relative "
-        "error; means over the test images.",
+        "error; means over images. DINOv3's rows are of whole images, without the first token.",
+        published="depth",
         columns=tuple(
             Column(task, metric, title + name, better="higher" if metric == "delta1" else "lower", optional=bool(title))
             for task, title in (("nyu_linear", ""), ("nyu_dpt", "DPT, "))

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import timm
 
 from benchmarks.tables import PUBLISHED, TABLES
+from mae_core.vit import ARCHS
 from tests.fixtures import ROOT
 from tests.fixtures.records import CHECKPOINT, DATA, cells, grid, made, official, ok, ours
 
@@ -103,10 +105,13 @@ def test_training_from_scratch_stands_among_the_papers(tmp_path):
     assert (mine["EMA ↑"], mine["without EMA ↑"]) == ("82.00", "81.80")
 
 
-FILES = {"imagenet", "robustness", "coco", "ade20k", "inaturalist_places", "ablations", "partial", "scratch", "frozen"}
+FILES = {"imagenet", "robustness", "coco", "ade20k", "inaturalist_places", "ablations", "partial", "scratch"}
+FILES |= {"frozen", "frozen_segmentation", "depth"}
 TASKS = {
     "imagenet": {"imagenet_finetune/top1", "imagenet_linprobe/top1", "imagenet_eval/top1", "imagenet_knn/top1"},
-    "frozen": {"imagenet_attnprobe/top1"},
+    "frozen": {"imagenet_attnprobe/top1", "imagenet_probes/top1_best_on_test"},
+    "frozen_segmentation": {"ade20k_linear/miou", "ade20k_knn/miou"},
+    "depth": {"nyu_linear/rmse"},
     "robustness": {f"imagenet_{name}/top1" for name in ("a", "r", "sketch", "v2", "real")} | {"imagenet_c/mce"},
     "coco": {"coco/box_ap", "coco/mask_ap"},
     "ade20k": {"ade20k/miou"},
@@ -117,8 +122,15 @@ TASKS = {
     "inaturalist_places": {f"{t}/top1" for t in ("inat2017", "inat2018", "inat2019", "places205", "places365")},
 }
 # (lowest, highest) that any method of 2021, ViTDet, or on ReaL BEiT v2, could have printed.
-RANGES = {"top1": (15, 91), "mce": (30, 55), "box_ap": (45, 57), "mask_ap": (40, 51), "miou": (45, 55)}
-RANGES |= {"relative_flops": (1, 3.3), "hours": (10, 120), "speed_up": (2, 5)}
+RANGES = {
+    "top1": (15, 91),
+    "mce": (30, 55),
+    "box_ap": (45, 57),
+    "mask_ap": (40, 51),
+    "miou": (45, 56),
+    "rmse": (0.3, 0.5),
+}
+RANGES |= {"ade20k_knn/miou": (25, 40), "relative_flops": (1, 3.3), "hours": (10, 120), "speed_up": (2, 5)}
 
 
 def printed(name: str) -> pd.DataFrame:
@@ -141,14 +153,15 @@ def test_published_file(name):
     assert set(rows.target) <= {"", "pixels", "normalised pixels", "PCA coefficients", "dVAE tokens"}
     assert ((rows.sd != "") == (rows.seeds != "")).all()
     assert set(rows.task + "/" + rows.metric) == TASKS[name]
-    assert set(rows.arch) <= {"", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14"}
+    assert set(rows.arch) <= {"", *ARCHS, *timm.list_models("*dinov3")}
     assert (rows[["table", "method", "value", "source", "confidence"]] != "").all(axis=None)
     assert rows.source.str.contains(
         "arXiv 2111.06377|arXiv 2111.11429|facebookresearch/mae|mmpretrain|efficient-probing|detectron2 projects/ViTDet"
-        "|huggingface/pytorch-image-models"
+        "|huggingface/pytorch-image-models|facebookresearch/(?:dinov2|dinov3|capi)"
     ).all()
-    for metric, value in zip(rows.metric, rows.value.astype(float)):
-        low, high = RANGES[metric.split("@")[0].split("_without")[0]]
+    for task, metric, value in zip(rows.task, rows.metric, rows.value.astype(float)):
+        name = re.split("@|_without|_best", metric)[0]
+        low, high = RANGES.get(f"{task}/{metric}") or RANGES[name]
         assert low <= value <= high
 
 
@@ -181,6 +194,25 @@ def test_published_numbers_that_agree_across_tables():
     assert all(values.astype(float).is_monotonic_increasing for _, values in larger)  # the file's order is by size
 
 
+def test_of_each_dino_the_larger_is_better():
+    """But for the very largest pairs, which their owners print as equal or a tenth apart; the files go by size."""
+    for name in ("imagenet", "frozen", "frozen_segmentation", "depth"):
+        dino = printed(name)
+        dino = dino[dino.method.str.startswith("DINOv") & dino.table.isin(["README", "model card"])]
+        assert len(dino)
+        for (_, task), rows in dino.groupby(["method", "task"]):
+            values = rows.value.astype(float) * (-1 if task == "nyu_linear" else 1)
+            assert values.diff().min() >= -0.11, task
+            assert values.is_unique or task in ("imagenet_knn", "nyu_linear")
+    with_registers = (
+        printed("imagenet")
+        .query("method.str.startswith('DINOv2')")
+        .pivot(index="arch", columns="method", values="value")
+    )
+    assert len(with_registers) == 4
+    assert with_registers.astype(float).diff(axis=1).abs().max(axis=None) <= 0.31
+
+
 def test_published_numbers_against_the_facts():
     path = ROOT.parent / "shared" / "facts" / "published_results.csv"
     if not path.exists():
@@ -189,7 +221,9 @@ def test_published_numbers_against_the_facts():
     known = {(t, v.split()[0].removesuffix("x")) for t, v in zip(facts.table, facts.value) if v}
     for name in FILES:
         rows = printed(name)
-        rows = rows[~rows.table.isin(["leaderboard", "timm"])]  # each with the commit that it was read from
+        rows = rows[
+            ~rows.table.isin(["leaderboard", "timm", "README", "model card"])
+        ]  # each with the commit that it was read from
         for table, value in zip(rows.table, rows.value):
             assert (table.replace("Figure", "Fig"), value) in known
     # 25, 50 and 100 epochs on COCO.
