@@ -98,6 +98,8 @@ def exit_code(records: Sequence[Record], items: Sequence[Item], named: bool) -> 
 
 
 def list_tasks() -> None:
+    names, titles = (max(map(len, column)) for column in zip(*((task.name, task.title) for task in TASKS)))
     for task in TASKS:
         direction = "higher" if task.higher_is_better else "lower"
-        print(f"{task.name:<18} {task.title:<50} {task.metric} ({direction} is better); needs: {task.needs.value}")
+        line = f"{task.name:<{names}}  {task.title:<{titles}}  {task.metric} ({direction} is better)"
+        print(f"{line}; needs: {task.needs.value}")

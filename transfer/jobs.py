@@ -1,12 +1,14 @@
 """From names and settings to jobs, the reasons why a job cannot run, and the disk space that jobs need below --out."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import importlib.util
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,12 @@ def split_names(names: Sequence[str], known: Collection[str]) -> list[str]:
 
 
 def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
-    """The tasks with these names, also as "NAME,NAME"; "NAME:PATH" is the task NAME on that folder."""
+    """The tasks with these names, also as "NAME,NAME"; "NAME:PATH" is the task NAME on that folder, and "vtab_*" are
+    all whose names begin so."""
     known = {task.name: task for task in tasks}
     found: dict[str, Task] = {}
-    for name in dict.fromkeys(split_names(names, known)):
+    several = (matching(name, known) or [name] for name in split_names(names, known))
+    for name in dict.fromkeys(chain.from_iterable(several)):
         family, colon, path = name.partition(":")
         of = known[family].of if family in known else None
         if family not in known or (colon and not of):
@@ -56,6 +60,11 @@ def find_tasks(names: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
                 "another name"
             )
     return list(found.values())
+
+
+def matching(name: str, known: Mapping[str, Task]) -> list[str]:
+    """Those that a name with "*" stands for, but for what needs a folder."""
+    return [each for each in fnmatch.filter(known, name) if not known[each].of] if "*" in name else []
 
 
 def task_argument(task: Task) -> str:

@@ -37,6 +37,8 @@ def root(tmp_path_factory) -> Path:
         ("inat2018:/x", "unknown task 'inat2018:/x'"),
         ("imagenet_a,inat2020", "unknown task 'inat2020'; did you mean"),
         (",", "unknown task ','"),
+        ("vtap_*", r"unknown task 'vtap_\*'"),
+        ("folder*", r"unknown task 'folder\*'"),  # of which folder?
     ],
 )
 def test_a_task_that_is_not_known_is_refused(name, said):
@@ -51,6 +53,8 @@ def test_a_task_that_is_not_known_is_refused(name, said):
         (["imagenet_a, imagenet_r,", "imagenet_a"], ["imagenet_a", "imagenet_r"]),
         (["folder:/x/a,b,inat2018"], ["folder:a,b", "inat2018"]),
         (["inat2018,folder:/x/a,folder:/x/b"], ["inat2018", "folder:a", "folder:b"]),
+        (["places*,inat2018", "inat201*"], ["places205", "places365", "inat2018", "inat2017", "inat2019"]),
+        (["folder:/x/*"], ["folder:*"]),
     ],
 )
 def test_names_may_be_separated_by_commas_which_a_path_may_have_too(names, found):
