@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_packages_and_what_they_read(tmp_path):
     (info,) = site.glob("*.dist-info")
     assert {path.name for path in site.iterdir()} == {"mae_core", "transfer", "benchmarks", info.name}
     published = {path.name: path.read_bytes() for path in (ROOT / "results" / "published").glob("*.csv")}
-    assert len(published) == 9
+    assert len(published) == 11
     inside = site / "transfer" / "results"
     assert {path.name: path.read_bytes() for path in (inside / "published").iterdir()} == published
     shipped = {path.name for path in (inside / "miniature").iterdir()}
