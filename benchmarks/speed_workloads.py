@@ -145,7 +145,7 @@ def pretraining(arch: str, name: str, batch: int, machine: Machine) -> Arms:
 
         return training_step(loss_of, own, autocast, scaler, read_loss=True)
 
-    return ours, theirs, training_flops(arch, r)
+    return ours, theirs, training_flops(arch, r, batch)
 
 
 def finetuning(arch: str, name: str, batch: int, machine: Machine) -> Arms:

@@ -54,13 +54,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(device: str, precision: str, sides: Sequence[int] = ()) -> float:
+def matmul_rate(
+    device: str, precision: str, sides: Sequence[int] = (), clock: Callable[[], float] = time.perf_counter
+) -> float:
     """FLOP/s of the fastest of a few square matrix products in that precision, of these sides or of those that suit the
     device: the yardstick for a step's FLOP/s."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for side in sides or ((1024, 2048) if device == "cpu" else (4096, 8192)):
         a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-        timing = alternate({"product": partial(torch.matmul, a, b)}, warmup=2, repeats=5, device=device)["product"]
+        product = partial(torch.matmul, a, b)
+        timing = alternate({"product": product}, warmup=2, repeats=5, device=device, clock=clock)["product"]
         best = max(best, 2 * side**3 / min(timing.seconds))
     return best

@@ -39,6 +39,9 @@ class MaskedAutoencoder(VisionTransformer):
 
     After the patch projection everything runs in the order of the noise, visible patches first: a Transformer ignores
     order, and what is hidden is then a slice.
+
+    What the loss does not read is not computed, and what is alike in several images is computed once: whatever the
+    image, a hidden patch enters the decoder as the mask token and its position.
     """
 
     pos_embed: nn.Parameter
@@ -124,31 +127,56 @@ class MaskedAutoencoder(VisionTransformer):
         class_token = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
-            x = self.run(block, x)
+            x = self.run(transformed, block, x)
         return self.norm(x)
 
     def decode(self, tokens: Tensor, order: Tensor, first: int) -> Tensor:
         """Encoded tokens [B, 1 + V, D] and the order of all patches [B, N], those V first -> predictions
         [B, N - first, W] of the patches from `first` on in that order."""
         x = self.decoder_embed(tokens)
-        hidden = order.shape[1] + 1 - x.shape[1]
-        if hidden:
-            x = torch.cat([x, self.mask_token.to(x.dtype).expand(len(x), hidden, -1)], dim=1)
-        positions = self.decoder_pos_embed.expand(len(x), -1, -1)
-        x = x + torch.cat([positions[:, :1], take(positions[:, 1:], order)], dim=1)
-        for block in self.decoder_blocks[:-1]:
-            x = self.run(block, x)
-        # The last block attends to all tokens, but only what is predicted goes on from there.
-        x = self.run(lambda y: last_part(self.decoder_blocks[-1], y, 1 + first), x)
+        images, count = x.shape[:2]
+        positions = self.decoder_pos_embed.expand(images, -1, -1)
+        x = x + torch.cat([positions[:, :1], take(positions[:, 1:], order[:, : count - 1])], dim=1)
+        index = None
+        if hidden := order.shape[1] + 1 - count:
+            # The tokens that differ: those seen of each image, and a mask token for each position.
+            seen = torch.arange(images * count, device=x.device).view(images, count)
+            index = torch.cat([seen, images * count + order[:, -hidden:]], dim=1)
+            x = torch.cat([x.flatten(0, 1), self.mask_token[0] + self.decoder_pos_embed[0, 1:]])
+        for number, block in enumerate(self.decoder_blocks, 1):
+            # The last block attends to all tokens, but only what is predicted goes on from there.
+            start = 1 + first if number == len(self.decoder_blocks) else 0
+            x, index = self.run(transformed, block, x, index, start), None
         return self.decoder_pred(self.decoder_norm(x))
 
-    def run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def run(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
 
-def last_part(block: Any, x: Tensor, first: int) -> Tensor:
-    """The block's output for the tokens from `first` on."""
-    x = (x + block.attn(block.norm1(x)))[:, first:]
+def transformed(block: Any, x: Tensor, index: Tensor | None = None, first: int = 0) -> Tensor:
+    """timm's pre-norm block without what MAE leaves out, on tokens x [B, T, D]: the output of those from `first` on.
+
+    With index [B, T], x [R, D] are the tokens that differ, and index says which of them stands where: norm and
+    projection to queries, keys and values are computed once for each."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(x))
+    if index is not None:
+        x, qkv = look_up(x, index), look_up(qkv, index)
+    # Unlike timm's permutation first, this order lets the gradients of the three be joined by one copy.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, attn.num_heads, -1)).unbind(2))
+    q = q[:, :, first:]
+    if attn.fused_attn:
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+    else:
+        y = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    x = x[:, first:] + attn.proj(y.transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x))
+
+
+def look_up(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [R, D] at index [B, T] -> [B, T, D]. The gradients of a row that stands in several places are summed in
+    float32 at least."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return nn.functional.embedding(index, wide).to(rows.dtype)

@@ -33,7 +33,7 @@ def small_mae():
     def make(seed=0, image_size=None, **options):
         torch.manual_seed(seed)
         model = MaskedAutoencoder(
-            "vit_mini_patch8", image_size, decoder_dim=32, decoder_depth=1, decoder_heads=2, **options
+            "vit_mini_patch8", image_size, **{"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2} | options
         )
         with torch.no_grad():
             for parameter in model.parameters():

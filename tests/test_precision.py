@@ -18,7 +18,7 @@ PRODUCTS = {"mm", "bmm", "addmm", "convolution", "convolution_backward"}
 BETWEEN = {"gelu", "gelu_backward", "_softmax", "_softmax_backward_data", "mul", "softmax"}
 # Values are moved, not computed. "sum" is a gradient of a bias, "add" that of a tensor that is used twice.
 MOVING = {"view", "_to_copy", "to", "t", "transpose", "_unsafe_view", "clone", "expand", "permute", "detach", "unbind"}
-MOVING |= {"stack", "slice", "cat", "reshape", "flatten"}
+MOVING |= {"stack", "slice", "slice_backward", "alias", "cat", "reshape", "flatten"}
 COMPOSITE = {"linear", "matmul", "conv2d", "dropout"}  # of the above; dropout at a rate of 0
 GRADIENTS = {"sum", "add"}
 

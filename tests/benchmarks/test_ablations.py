@@ -194,7 +194,7 @@ def test_a_table_is_filled_and_resumed_cell_by_cell(tiny_data, tmp_path, monkeyp
     lines = list(csv.DictReader(first.splitlines()))
     ours = [line for line in lines if line["row"] == "ours"]
     assert [line["status"] for line in ours] == ["ok", "ok"]
-    assert float(ours[0]["relative_flops"]) == pytest.approx(2.65, abs=0.05)
+    assert float(ours[0]["relative_flops"]) == pytest.approx(2.76, abs=0.05)
     assert all(0 <= float(line[key]) <= 100 for line in ours for key in ("imagenet_finetune", "imagenet_linprobe"))
     # Again: nothing is trained, the table comes out the same.
     folders = sorted((tmp_path / "pretraining").iterdir())

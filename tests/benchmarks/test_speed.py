@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ QUICK = ["--arch", "vit_mini_patch8", "--batch", "4", "--warmup", "1", "--repeat
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
     """The device's rate is measured in test_timing.py; here it is twice as high in bf16."""
-    monkeypatch.setattr(speed, "matmul_rate", lambda device, precision: {"fp32": 1e11, "bf16": 2e11}[precision])
+    found = {"fp32": 1e11, "bf16": 2e11}
+    monkeypatch.setattr(speed, "matmul_rate", lambda device, precision, clock: found[precision])
 
 
 def run(tmp_path, *flags):
@@ -41,6 +43,7 @@ def test_rate_utilisation_and_flops_follow_from_the_step_time(tmp_path, what, ca
     rate = arm["images_per_second"]
     assert rate == pytest.approx(4 / np.median(arm["seconds"]))
     assert found["matmul_flops_per_second"] == 1e11
+    assert found["clock"] == "process CPU"
     assert arm["utilisation_percent"] == pytest.approx(100 * rate * arm["flops_per_image"] / 1e11)
     for text in ((tmp_path / f"{what}-vit_mini_patch8-fp32.md").read_text(), capsys.readouterr().out):
         assert f"| ours | {rate:.1f} |" in text
@@ -58,13 +61,19 @@ def test_flops_of_the_classifier_agree_with_a_count_by_hand():
 def test_every_timed_step_trains(monkeypatch):
     workloads, flops = make_workloads("pretrain", "vit_mini_patch8", 4, Machine(), None)
     assert list(workloads) == ["ours"]
-    assert flops == training_flops("vit_mini_patch8", recipe("vit_mini_patch8", "mini"))
+    assert flops == training_flops("vit_mini_patch8", recipe("vit_mini_patch8", "mini"), 4)
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append(self))
     workloads["ours"]()
     workloads["ours"]()
     assert len(steps) == 2
     assert all(p.grad is not None for group in steps[0].param_groups for p in group["params"])
+
+
+def test_one_thread_is_timed_by_its_cpu_time_and_others_by_the_clock():
+    assert speed.clock_for(Machine(threads=1)) == ("process CPU", time.process_time)
+    for machine in (Machine(threads=2), Machine(device="cuda")):
+        assert speed.clock_for(machine) == ("wall", time.perf_counter)
 
 
 def test_the_table_gives_ratios():

@@ -6,7 +6,7 @@ import torch
 from scipy.special import erf
 
 from mae_core import vit
-from mae_core.autoencoder import MaskedAutoencoder
+from mae_core.autoencoder import MaskedAutoencoder, look_up
 from mae_core.errors import UserError
 from mae_core.patches import patchify, unpatchify
 
@@ -120,8 +120,16 @@ def in_raster_order(model, images, noise):
     return ((prediction.float() - patches).square().mean(dim=-1) * hidden).sum() / hidden.sum()
 
 
-def test_gradients_equal_those_of_predicting_every_patch(small_mae):
-    model, images, noise = small_mae().double(), torch.randn(3, 3, 48, 48).double(), torch.rand(3, 36)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3])  # the first and the last block of the decoder have ways of their own
+def test_gradients_equal_those_of_predicting_every_patch(small_mae, depth, fused):
+    model, images, noise = (
+        small_mae(decoder_depth=depth).double(),
+        torch.randn(3, 3, 48, 48).double(),
+        torch.rand(3, 36),
+    )
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.attn.fused_attn = fused
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ours = torch.autograd.grad(model(images, noise).loss, list(parameters.values()))
     usual = torch.autograd.grad(in_raster_order(model, images, noise), list(parameters.values()))
@@ -275,3 +283,19 @@ def test_state_dict_has_the_official_names_and_the_paper_s_decoder():
 def test_impossible_decoders_are_refused(dim, heads):
     with pytest.raises(UserError, match=f"decoder width {dim} must be divisible by 4 and by its {heads} heads"):
         MaskedAutoencoder("vit_mini_patch8", decoder_dim=dim, decoder_depth=1, decoder_heads=heads)
+
+
+def test_mask_tokens_enter_the_decoder_once_for_the_whole_batch(small_mae):
+    model, rows = small_mae(decoder_depth=2), []
+    for block in model.decoder_blocks:
+        block.attn.qkv.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:-1].numel()))
+    model(torch.randn(5, 3, 48, 48), torch.rand(5, 36))
+    assert rows == [5 * 10 + 36, 5 * 37]  # of 36 patches 9 are seen, with the class token
+
+
+def test_in_bf16_the_gradient_of_a_shared_mask_token_is_summed_in_float32():
+    # Summed in bf16, from 256 on they would not grow any more.
+    index = torch.zeros(1024, 1, dtype=torch.int64)
+    rows = torch.ones(1, 4, dtype=torch.bfloat16, requires_grad=True)
+    look_up(rows, index).backward(torch.full((1024, 1, 4), 1.0078125, dtype=torch.bfloat16))
+    assert rows.grad.tolist() == [[1032.0] * 4]
