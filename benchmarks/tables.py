@@ -86,6 +86,7 @@ def with_fractions(table: Table, records: Iterable[Record]) -> Table:
     return replace(table, columns=tuple(columns))
 
 
+DEPTH = (("delta1", "delta 1", "higher", 2), ("rmse", "RMSE", "lower", 3), ("abs_rel", "AbsRel", "lower", 3))
 TABLES = (
     Table(
         name="imagenet",
@@ -96,14 +97,13 @@ TABLES = (
             Column("imagenet_finetune", "top1", "fine-tuning"),
             Column("imagenet_linprobe", "top1", "linear probing"),
             Column("imagenet_knn", "top1", "k-NN", optional=True),
-            # Expected is the number of the released fine-tuned files: the self-check of the evaluation itself.
             Column(
                 "imagenet_eval",
                 "top1",
                 "evaluation only",
                 decimals=3,
                 optional=True,
-                reference="MAE, official PyTorch code",
+                reference="MAE, official PyTorch code",  # its fine-tuned files: the evaluation checks itself
                 tolerance=0.1,  # users of its own code differ by 0.08: facebookresearch/mae issue 90
             ),
         ),
@@ -156,9 +156,9 @@ TABLES = (
         "error; means over images. DINOv3's rows are of whole images, without the first token.",
         published="depth",
         columns=tuple(
-            Column(task, metric, title + name, better="higher" if metric == "delta1" else "lower", optional=bool(title))
+            Column(task, metric, title + name, better=better, decimals=decimals, optional=bool(title))
             for task, title in (("nyu_linear", ""), ("nyu_dpt", "DPT, "))
-            for metric, name in (("delta1", "delta 1"), ("rmse", "RMSE"), ("abs_rel", "AbsRel"))
+            for metric, name, better, decimals in DEPTH
         ),
     ),
     Table(
