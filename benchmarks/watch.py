@@ -9,6 +9,7 @@ command goes on after any end, also its own kill.
 import argparse
 import csv
 import io
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from benchmarks.cost import read_records
 from mae_core.claim import Watch
 from mae_core.command_line import answered
 from mae_core.errors import UserError
+from mae_core.files import printable
 from mae_core.flags import named_path, program
 from mae_core.pretrain import WEIGHTS_FILE
 from mae_core.stopping import stop_on_signals
@@ -78,11 +80,23 @@ def points_of(records: Sequence[Record], weights: Sequence[Path]) -> list[Point]
     names = {str(path) for path in weights}
     found = {}
     for r in records:
-        epochs = r.checkpoint.get("meta", {}).get("epochs")
-        if r.status == "ok" and str(r.checkpoint.get("path")) in names and epochs is not None:
+        if r.status == "ok" and str(r.checkpoint.get("path")) in names and (epochs := epochs_of(r)) is not None:
             values = r.metrics[r.metric], r.stderr.get(r.metric)
-            found[r.task, r.seed, int(epochs)] = Point(r.task, r.metric, int(epochs), r.seed, *values)
+            found[r.task, r.seed, epochs] = Point(r.task, r.metric, epochs, r.seed, *values)
     return [found[key] for key in sorted(found)]
+
+
+def epochs_of(record: Record) -> int | None:
+    """The epochs that the weights' file gave itself; None if it gave none. UserError if they are no number."""
+    epochs = (record.checkpoint.get("meta") or {}).get("epochs")
+    if epochs is None:
+        return None
+    if re.fullmatch("[0-9]{1,9}", str(epochs)):
+        return int(epochs)
+    raise UserError(
+        f"{printable(str(record.checkpoint.get('path')))}, as the record of {record.task} has it, was trained for "
+        f'"{printable(str(epochs)[:40])}" epochs, which is no number: no pre-training here wrote that; move both away'
+    )
 
 
 def draw(out: Path, points: Sequence[Point]) -> None:

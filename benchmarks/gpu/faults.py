@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,19 @@ from mae_core.training import CHECKPOINT_FILE
 MICRO_BATCH = 2048
 # Deterministic kernels, in which a resumed run must equal an undisturbed one to the bit.
 DETERMINISTIC = "import torch; torch.use_deterministic_algorithms(True); import {0} as m; raise SystemExit(m.main())"
+# Before it: dies within its second save. Python announces the replacing of a file to hooks.
+DIES = """
+import os, signal, sys
+saves = []
+
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(NAME):
+        saves.append(event)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+"""
 # Two ranks on one GPU: NCCL refuses them, gloo copies through the host.
 SHARED_GPU = """
 import os, runpy, sys
@@ -65,9 +77,9 @@ def kill_and_resume(room: Room) -> Iterator[Line]:
     """SIGKILL in the middle of a pre-training and of a fine-tuning, then the same command: weights equal to the bit."""
     epochs = room.many(8, 4)
     mae = ["mae_core.pretrain", "--data", str(room.unlabelled), "--arch", "vit_mini_patch8", "--recipe", "mini"]
-    mae += ["--set", f"epochs={epochs}", "warmup_epochs=1", f"batch={room.many(128, 16)}", "--save-minutes", "0.01"]
+    mae += ["--set", f"epochs={epochs}", "warmup_epochs=1", f"batch={room.many(128, 16)}", "--save-minutes", "0"]
     tune = ["transfer.classification", "--task", "imagenet_finetune", "--ckpt", "random:vit_mini_patch8", "--recipe"]
-    tune += ["mini", "--data", str(room.data), "--save-minutes", "0.01", "--set", f"epochs={epochs}"]
+    tune += ["mini", "--data", str(room.data), "--save-minutes", "0", "--set", f"epochs={epochs}"]
     tune += ["warmup_epochs=1", f"batch={room.many(64, 8)}"]
     for what, command, weights in (
         ("pre-training", mae, "mae.safetensors"),
@@ -81,27 +93,20 @@ def kill_and_resume(room: Room) -> Iterator[Line]:
 
 
 def resumed(room: Room, what: str, call: list[str]) -> Iterator[str]:
-    """Run undisturbed, and killed after its first checkpoint; the names of both runs' folders."""
-    module = f"{call[0]}.__main__" if call[0].startswith("transfer") else call[0]
-    start = [sys.executable, "-c", DETERMINISTIC.format(module), *call[1:]]
+    """Run undisturbed, and killed within its second save; the names of both runs' folders."""
+    program = DETERMINISTIC.format(f"{call[0]}.__main__" if call[0].startswith("transfer") else call[0])
     env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     for name in (f"undisturbed-{what}", f"killed-{what}"):
-        command = [*start, "--out", str(room.work / name)]
+        command = [sys.executable, "-c", program, *call[1:], "--out", str(room.work / name)]
         if name.startswith("killed"):
-            kill_at_checkpoint(command, room.work / name, env)
+            dying = [*command[:2], DIES.replace("NAME", repr(CHECKPOINT_FILE)) + program, *command[3:]]
+            code = subprocess.run(dying, env={**os.environ, **env}, capture_output=True, check=False).returncode
+            if code != -signal.SIGKILL:
+                raise UserError(f"{name} ended with {code} before its second save")
         said = room.run(name, command, env)
         if name.startswith("killed") and "resuming" not in said:
             raise UserError(f"{name} did not resume; see {room.work / 'logs'}")
         yield name
-
-
-def kill_at_checkpoint(command: list[str], folder: Path, env: dict[str, str]) -> None:
-    with open(os.devnull, "w") as nowhere:
-        child = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, env={**os.environ, **env})
-        while child.poll() is None and not list(folder.rglob(CHECKPOINT_FILE)):
-            time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
 
 
 def the(folder: Path, name: str) -> bytes:

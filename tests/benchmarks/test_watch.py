@@ -122,6 +122,16 @@ def test_the_curve_is_of_these_weights_alone_by_epochs(tmp_path):
         assert min(picture.size) > 300
 
 
+@pytest.mark.parametrize("epochs", ["ten", "", "9" * 5000, 2.5, [3], -1, True, "\x1b[2J", "\u0663"])
+def test_epochs_that_are_no_number_are_a_sentence(tmp_path, epochs):
+    with pytest.raises(
+        UserError, match=r"/mae\.safetensors, as the record of imagenet_knn has it, .* no number"
+    ) as said:
+        points_of([record(tmp_path / "mae.safetensors", epochs)], [tmp_path / "mae.safetensors"])
+    assert len(str(said.value)) < 400
+    assert "\x1b" not in str(said.value)
+
+
 @pytest.mark.slow
 def test_a_killed_watcher_goes_on_where_it_was(tmp_path):
     """The record that it had is not made again."""

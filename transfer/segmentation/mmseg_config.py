@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
@@ -121,7 +122,7 @@ def weights_of(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """How many numbers `model_of`'s model holds, counted without mmsegmentation, which takes seconds to import."""
     dim, wide, narrow = get_arch(arch).dim, r.head_channels, r.auxiliary_channels
     with torch.device("meta"):
-        pyramid = pyramid_class(arch)(arch, r.image_size, variant=variant, upernet=True)
+        pyramid = pyramid_class(arch)(arch, r.image_size, norm=nn.BatchNorm2d, variant=variant, upernet=True)
     pooled = 4 * dim * wide + 9 * (dim + 4 * wide) * wide
     merged = 3 * dim * wide + 3 * 9 * wide * wide + 9 * 4 * wide * wide
     classifiers = (wide + 1 + narrow + 1) * CLASSES

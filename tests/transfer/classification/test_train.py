@@ -1,7 +1,6 @@
 """The training of a classifier: several processes, accumulation, moving average; killed and resumed."""
 
 import json
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +21,7 @@ from mae_core.vit import build_vit
 from tests.fixtures import ROOT
 from tests.fixtures.classification import Command, assert_same_training
 from tests.fixtures.curves import curves
+from tests.fixtures.ports import free_ports
 from tests.fixtures.transfer import ARCH, PROCESS, make_job, write_imagenet
 from transfer.classification.job import start_model
 from transfer.classification.tasks import FINETUNE, LINPROBE
@@ -136,9 +136,8 @@ def only_second_fails(root: Path, out: Path) -> None:
 def two(sixteen, tmp_path_factory):
     """The data, what each of two gloo processes found, and the folder in which they worked."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {**PROCESS["env"], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+    (port,) = free_ports(1)
+    env = {**PROCESS["env"], "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     line = [sys.executable, "-m", __name__, str(sixteen), str(out)]
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     processes = [subprocess.Popen(line, cwd=ROOT, env=env | rank) for rank in ranks]
@@ -274,7 +273,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_with_the_same_weights(tmp_path):
     knobs = ["batch=16", "epochs=5", "ema=0.9", "drop_path=0.1", "mixup=0.8", "cutmix=1.0"]
     command = Command("imagenet_finetune", data, knobs)
     command.run(whole)
-    checkpoint = command.kill(killed, lambda: any(killed.rglob(LOG_FILE)))
+    checkpoint = command.kill(killed, 12)
     assert not any(killed.rglob("record.json"))
     assert "resuming imagenet_finetune" in command.run(killed, "--save-minutes", "0")
     (one,), (other,) = whole.rglob("record.json"), killed.rglob("record.json")

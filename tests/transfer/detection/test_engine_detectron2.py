@@ -15,7 +15,7 @@ from torch import nn
 from tests.fixtures.curves import curves
 from tests.fixtures.miniature import write_few
 from tests.fixtures.timm import register_timm, timm_checkpoint
-from tests.fixtures.transfer import TORCHRUN, assert_same_weights, finished, kill_when, record_samples
+from tests.fixtures.transfer import TORCHRUN, assert_same_weights, finished, kill_at, record_samples
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
@@ -355,10 +355,10 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
     """SIGKILL after a saved iteration of 18; the rest starts there, and no bit differs from a run in one piece."""
     finished(command(root, tmp_path / "whole", epochs=3))
     killed = command(root, tmp_path / "killed", epochs=3)
-    kill_when(lambda: any((tmp_path / "killed").rglob(CHECKPOINT_FILE)), killed)
+    kill_at(f"*/{CHECKPOINT_FILE}", 4, killed)
     (saved,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
     done = torch.load(saved, weights_only=True)["iteration"]
-    assert 0 < done < 18
+    assert done == 3
     assert f"at iteration {done}/18" in finished(killed)
     assert_same_weights(*(next((tmp_path / name).rglob(DETECTOR_FILE)) for name in ("whole", "killed")))
 

@@ -27,7 +27,7 @@ from tests.fixtures.transfer import (
     TORCHRUN,
     assert_same_weights,
     finished,
-    kill_when,
+    kill_at,
     other_checkpoint,
     raising,
     record_samples,
@@ -115,7 +115,7 @@ def test_a_job_records_its_numbers_and_how_they_came_about(ran):
     assert record.resolved.items() >= known.items()
     assert record.resolved["seconds_per_iteration"] > 0
     assert "tensors loaded" in record.resolved["loaded"]
-    assert record.images_per_second == pytest.approx(16 / record.seconds, rel=0.1)
+    assert record.seconds == pytest.approx(16 / record.images_per_second, abs=0.06, rel=0.1)  # it is rounded to 0.1
     assert record.peak_memory_gib > 0
     assert "pycocotools" in record.versions
     assert record.data["label"] == "subset"
@@ -347,10 +347,10 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_weights(root, tmp_path)
     more = ["--save-minutes", "0", "--set", *KNOBS, "epochs=12"]
     whole, killed = (["-m", "transfer.detection", *call(root, tmp_path / n, *more)] for n in ("whole", "killed"))
     finished(whole)
-    kill_when(lambda: any((tmp_path / "killed").rglob(LOG_FILE)), killed)
+    kill_at(f"*/{CHECKPOINT_FILE}", 10, killed)
     assert not any((tmp_path / "killed").rglob("record.json"))
     (checkpoint,) = (tmp_path / "killed").rglob(CHECKPOINT_FILE)
-    assert 0 < torch.load(checkpoint, weights_only=True)["state"]["step"] < 24
+    assert torch.load(checkpoint, weights_only=True)["state"]["step"] == 9
     assert "resuming coco random:vit_mini_patch8 at step" in finished(killed)
     found = [next((tmp_path / name).rglob(DETECTOR_FILE)) for name in ("whole", "killed")]
     assert_same_weights(*found)

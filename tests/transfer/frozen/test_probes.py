@@ -20,7 +20,7 @@ from tests.fixtures.transfer import (
     assert_objection_is_right,
     assert_space_is_right,
     finished,
-    kill_when,
+    kill_at,
     make_job,
 )
 from transfer.data.predictions import read_predictions
@@ -169,7 +169,7 @@ def test_a_killed_run_ends_with_the_heads_of_an_undisturbed_one(root, tmp_path):
     line = ["-m", "transfer.frozen", *own, "--set", *knobs, "--device", "cpu", "--workers", "0"]
     finished([*line, "--out", str(tmp_path / "a")])
     often = [*line, "--out", str(tmp_path / "b"), "--save-minutes", "0"]
-    kill_when(lambda: any((tmp_path / "b").rglob(CHECKPOINT_FILE)), often)
+    kill_at(f"*/{CHECKPOINT_FILE}", 3, often)
     assert not list((tmp_path / "b").rglob(RECORD_FILE))
     assert "resuming imagenet_probes" in finished(often)
     (one,), (other,) = ((tmp_path / name).rglob(PROBES_FILE) for name in "ab")
