@@ -34,7 +34,7 @@ def stand_in(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stand_in")
     shutil.copytree(SOURCE, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
     environment = {**os.environ, "SITE": str(SITE)}
-    subprocess.run(["bash", folder / "build.sh"], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    subprocess.run(["bash", folder / "build.sh"], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=600)
     return folder
 
 

@@ -49,7 +49,7 @@ def command(*arguments: str) -> dict:
 
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(**command(*arguments), cwd=folder, capture_output=True, timeout=300)
+    return subprocess.run(**command(*arguments), cwd=folder, capture_output=True, timeout=900)
 
 
 def records(out: Path) -> dict[str, Record]:
@@ -104,13 +104,13 @@ def test_one_failing_task_leaves_the_others(tmp_path: Path, data: Path, monkeypa
 def test_interrupt_stops_cleanly_and_the_next_call_goes_on(tmp_path: Path, mini: list[str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     running = subprocess.Popen(**command(*mini, *LONG, "--save-minutes", "0"), cwd=tmp_path, **pipes)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("out/runs/*/*/*/checkpoint.pth")):
         assert time.monotonic() < deadline
         assert running.poll() is None
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 130
     assert "Traceback" not in errors
     assert not records(tmp_path / "out")
@@ -157,7 +157,7 @@ def test_an_interrupt_while_the_last_tables_are_written_leaves_all_of_them_or_no
     before = tables_in(tmp_path / "out")
     child = [sys.executable, "-c", INTERRUPTED, moment, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(child, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(child, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert (tmp_path / "struck").exists()
     assert (done.returncode, done.stderr) == (130, "stopped; the same command goes on from here\n")
     after = tables_in(tmp_path / "out")

@@ -15,6 +15,7 @@ from benchmarks.children import Child, stop_all
 from benchmarks.suite import TASKS
 from tests.fixtures import ROOT
 
+PATIENCE = 300  # seconds, for what takes a few where nothing is wrong
 # What a server imports: it leaves a line for each time, and takes as long as a file is there.
 IMPORTED = """
 import os, pathlib, time
@@ -51,7 +52,7 @@ def child(place: Path, program: str, name: str = "log", **environment: str) -> C
 
 def ended(place: Path, program: str, **environment: str) -> tuple[int | None, str]:
     one = child(place, program, **environment)
-    return one.wait(60), one.last_word
+    return one.wait(PATIENCE), one.last_word
 
 
 def imports(place: Path) -> list[str]:
@@ -59,7 +60,7 @@ def imports(place: Path) -> list[str]:
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -102,7 +103,7 @@ def test_what_kills_one_leaves_the_others(place: Path) -> None:
         assert ended(place, "os.kill(os.getpid(), 9)")[0] == -signal.SIGKILL
         assert ended(place, "print('later')") == (0, "later")
         (place / "go").touch()
-    assert (other.wait(60), other.last) == (0, "went")
+    assert (other.wait(PATIENCE), other.last) == (0, "went")
     assert len(imports(place)) == 1
 
 
@@ -130,36 +131,36 @@ def test_they_work_where_the_client_works_and_draw_other_numbers(place: Path, mo
 
 def test_ctrl_c_reaches_a_child_that_does_not_run_yet(place: Path, capsys) -> None:
     (place / "hold").touch()
-    one = child(place, "import time; time.sleep(60)")
+    one = child(place, "import time; time.sleep(900)")
     wait_for(place / "imports")
     assert one.wait(0) is None
     one.stop()
     (place / "hold").unlink()
-    assert (one.wait(60), one.last) == (130, "stopped")
+    assert (one.wait(PATIENCE), one.last) == (130, "stopped")
     stop_all([one])  # it has ended already
 
 
 def test_a_schedulers_signal_to_all_processes_ends_no_server(place: Path) -> None:
     said = "import signal, time; signal.signal(15, lambda *_: sys.exit(7)); print(os.getppid(), flush=True)"
-    one = child(place, f"{said}; time.sleep(60)")
+    one = child(place, f"{said}; time.sleep(900)")
     while not one.last:
         time.sleep(0.01)
     for number in warm.STOPS:
         os.kill(int(one.last), number)
     one.process.send_signal(signal.SIGTERM)
-    assert one.wait(60) == 7
+    assert one.wait(PATIENCE) == 7
     assert ended(place, "print('on')") == (0, "on")
     assert len(imports(place)) == 1
 
 
 def test_a_killed_server_takes_its_children_along_and_the_next_one_starts(place: Path) -> None:
-    one = child(place, "import time; print(os.getpid(), os.getppid(), flush=True); time.sleep(60)")
+    one = child(place, "import time; print(os.getpid(), os.getppid(), flush=True); time.sleep(900)")
     while not one.last:
         time.sleep(0.01)
     own, server = map(int, one.last.split())
     os.kill(server, signal.SIGKILL)
-    assert one.wait(60) == -signal.SIGKILL
-    deadline = time.monotonic() + 60
+    assert one.wait(PATIENCE) == -signal.SIGKILL
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{own}").exists() and "Z" not in Path(f"/proc/{own}/stat").read_text().split()[2]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -188,7 +189,7 @@ def test_a_child_outlives_its_client_and_the_server_ends_with_it(place: Path) ->
     client.communicate()
     (place / "go").touch()
     wait_for(place / "done")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{server}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -208,7 +209,7 @@ warm.fork_server(warm.surroundings())
 print("printed", os.getpid(), flush=True)
 for number, (environment, program) in enumerate(eval(sys.argv[1])):
     one = Child([sys.executable, "-m", "a_family", program], pathlib.Path(f"{number}"), environment)
-    print(one.wait(60), one.last, flush=True)
+    print(one.wait(300), one.last, flush=True)
 """
 
 
@@ -246,7 +247,7 @@ def test_a_process_that_has_imported_everything_already_is_forked_itself(place: 
 def test_what_is_no_task_starts_as_ever(place: Path) -> None:
     one = Child([sys.executable, "-c", "print('new')"], place / "log")
     assert isinstance(one.process, subprocess.Popen)
-    assert (one.wait(60), one.last) == (0, "new")
+    assert (one.wait(PATIENCE), one.last) == (0, "new")
     assert not (place / "imports").exists()
 
 

@@ -155,7 +155,7 @@ def test_a_killed_watcher_goes_on_where_it_was(tmp_path):
     before = first.read_bytes()
     (run / ".claim.0").unlink()
     (tmp_path / "later").rename(run / "mae.safetensors")
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(run.rglob("record.json"))) == 2
     assert first.read_bytes() == before

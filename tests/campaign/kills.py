@@ -49,11 +49,13 @@ def undisturbed(pipeline_name: str, world: World) -> Reference:
 
 
 def all_pipelines(world: World) -> list[Pipeline]:
-    alone = ("parent",)
-    kills = {"coco": 7, "ade20k": 7, "partial": 6, "pre-training": 7, "pre-training with k-NN": 5, "ablations": 7}
+    kills = {"coco": 7, "ade20k": 7, "partial": 6, "ablations": 7}
+    kills |= {"pre-training": 7, "pre-training with workers": 7, "pre-training with k-NN": 5}
+    whom = {"pre-training": ("parent",), "pre-training with workers": ("parent", "group")}
+    whom["pre-training with k-NN"] = whom["pre-training"]
     found = []
     for name, command in pipelines(world).items():
-        found.append(Pipeline(name, command, alone if "pre-training" in name else WHOM, kills.get(name, 9)))
+        found.append(Pipeline(name, command, whom.get(name, WHOM), kills.get(name, 9)))
     for name, command in two_ranks(world).items():
         found.append(Pipeline(name, command, ("rank", "rank", "parent", "group"), 3))
     return found

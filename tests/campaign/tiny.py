@@ -134,6 +134,7 @@ def pipelines(world: World) -> dict[str, list[str]]:
         "coco": suite(world, ["coco"], DETECTOR, "--engine", "torchvision"),
         "ade20k": suite(world, ["ade20k"], SEGMENTER),
         "pre-training": pretraining(world),
+        "pre-training with workers": pretraining(world, "--workers", "2"),
         "pre-training with k-NN": pretraining(world, "--eval-every", "2", "--eval-data", f"{world.data}/imagenet"),
         "ablations": [str(part) for part in ablations],
     }

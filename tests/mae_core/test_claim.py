@@ -159,7 +159,7 @@ def test_a_run_whose_claim_was_taken_over_ends_before_it_does_harm(tmp_path):
     sleeper = start(program, tmp_path)
     assert sleeper.stdout.readline() == "taken\n"
     elsewhere(tmp_path, 1)
-    _, said = sleeper.communicate(timeout=60)
+    _, said = sleeper.communicate(timeout=300)
     assert sleeper.returncode == 1
     assert said == f"error: {tmp_path}: another run took over while this one stood still\n"
 
@@ -181,7 +181,7 @@ def test_who_saw_an_old_state_cannot_create_an_old_claim_again(tmp_path):
 def test_a_hundred_processes_do_every_job_once_and_none_together(tmp_path):
     jobs = 8
     workers = [start(WORK, tmp_path, jobs) for _ in range(100)]
-    assert [(w.communicate(timeout=300)[1], w.returncode) for w in workers] == [("", 0)] * 100
+    assert [(w.communicate(timeout=900)[1], w.returncode) for w in workers] == [("", 0)] * 100
     events = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert Counter(map(tuple, events)) == Counter({(what, str(n)): 1 for what in ("begin", "end") for n in range(jobs)})
 

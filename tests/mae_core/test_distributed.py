@@ -118,6 +118,6 @@ def test_batches_are_dealt_out_whole_and_gathered_in_order(monkeypatch, count, s
 def test_a_process_that_fails_alone_says_why_and_ends_the_others(tmp_path, error, said):
     script = tmp_path / "fails.py"
     script.write_text(FAILS_ALONE.replace("ERROR", error))
-    done = subprocess.run([sys.executable, *TORCHRUN, script], **PROCESS, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *TORCHRUN, script], **PROCESS, capture_output=True, text=True, timeout=500)
     assert said in "\n" + done.stderr
     assert done.returncode == 1

@@ -51,7 +51,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_the_same_command_goes_on(noise_i
         *flags,
     ]
     process = PROCESS | {"env": {**PROCESS["env"], "OUT": str(out)}}
-    done = subprocess.run(call, **process, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, **process, capture_output=True, text=True, timeout=900)
     if done.returncode == 77:
         pytest.skip("this user may not mount")
     said = f"error: {out}/checkpoint.pth cannot be written: the disk is full: free some space\n"

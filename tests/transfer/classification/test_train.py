@@ -141,7 +141,7 @@ def two(sixteen, tmp_path_factory):
     line = [sys.executable, "-m", __name__, str(sixteen), str(out)]
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     processes = [subprocess.Popen(line, cwd=ROOT, env=env | rank) for rank in ranks]
-    assert [process.wait(timeout=300) for process in processes] == [1, 1]
+    assert [process.wait(timeout=900) for process in processes] == [1, 1]
     return sixteen, [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)], out
 
 
