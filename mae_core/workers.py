@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -81,6 +82,7 @@ def begin_worker(worker: int) -> None:
     if parent and hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         threading.Thread(target=end_with, args=(parent.pid,), daemon=True).start()
+        sys.excepthook = say_late
     else:  # macOS
         admit_stop()
 
@@ -93,6 +95,14 @@ def end_with(parent: int | None) -> None:
         if came and came.si_pid == parent:
             break
     os._exit(1)
+
+
+def say_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker's connections break when its parent is killed, of which there is nothing to say: before it would, it has
+    ended."""
+    if issubclass(kind, EOFError | ConnectionError):
+        time.sleep(2 * END_SECONDS)
+    sys.__excepthook__(kind, error, trace)
 
 
 def end_at_errors() -> None:

@@ -167,3 +167,27 @@ def test_workers_leave_a_signal_to_all_processes_to_their_parent():
     """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("all batches came\nDataLoader worker\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("error", ["ConnectionResetError", "ValueError"])
+def test_a_worker_whose_parent_is_killed_says_nothing_of_its_connections(error):
+    """Of other errors it does. multiprocessing's own thread, which hands over memory, calls the hook so."""
+    script = f"""if True:
+        import os, signal, sys
+        from torch.utils.data import DataLoader
+        from mae_core.workers import begin_worker, started
+
+        class Last:
+            def __len__(self): return 1
+            def __getitem__(self, index):
+                os.kill(os.getppid(), signal.SIGKILL)
+                try:
+                    raise {error}("gone")
+                except Exception:
+                    sys.excepthook(*sys.exc_info())
+
+        list(started(DataLoader(Last(), num_workers=1, worker_init_fn=begin_worker)))
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr.endswith(f"{error}: gone\n") if error == "ValueError" else done.stderr == ""

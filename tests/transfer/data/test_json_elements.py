@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from transfer.data import json_elements
@@ -40,7 +40,8 @@ def elements(content: bytes, **sizes: int) -> list[tuple]:
         return list(Elements(lambda start, length: content[start : start + length], len(content), {"a", "b"}))
 
 
-@settings(max_examples=150, deadline=None)
+# However slow this machine is, and with the same examples everywhere.
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(MANY, MANY, LAYOUTS, st.sampled_from([8, 40, 1 << 20]))
 @example([{"x": [{}, {}]}, 5, {}], [], {}, 1 << 20)  # as many places between two objects as between two elements
 @example([{"x": "}, {"}, {"x": 1}], [{"y": float("nan")}, {}, {}], {}, 1 << 20)
