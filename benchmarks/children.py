@@ -128,11 +128,11 @@ def stop_all(children: Sequence[Child]) -> None:
     """Ask all of them to save and end, and wait for it. Another Ctrl-C kills them."""
     if not children:
         return
-    for child in children:
-        child.stop()
-    with contextlib.suppress(BrokenPipeError):
-        print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
     try:
+        for child in children:
+            child.stop()
+        with contextlib.suppress(BrokenPipeError):
+            print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
         while any(child.wait(0.1) is None for child in children):
             pass
     finally:

@@ -82,13 +82,13 @@ def admit_stop() -> None:
 
 @contextmanager
 def stop_requested() -> Iterator[list[int]]:
-    """A list that each of them enters, so that the current step ends before anything is saved; the same signal once
-    more raises KeyboardInterrupt at once. (A scheduler's SIGTERM to all processes comes with the parent's SIGINT.) What
-    came after the last step does so at the end."""
+    """A list that each of them enters, so that the current step ends before anything is saved. A second Ctrl-C raises
+    KeyboardInterrupt at once; no other signal does, since a scheduler's to all processes comes once more from the
+    parent or torchrun. What came after the last step does so at the end."""
     stop: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if number in stop:
+        if number == signal.SIGINT and number in stop:
             raise KeyboardInterrupt
         stop.append(number)
 
