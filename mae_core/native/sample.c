@@ -114,23 +114,37 @@ static int sample(const uint8_t *data, size_t length, Box box, Twister *draws, c
     /* libjpeg writes an aligned line past the cache, from where it would have to come back: so lines begin at PIXEL. */
     const size_t line = round_up(PIXEL * ((size_t)wide + 9)), plane = round_up((size_t)box.width + across->taps + 16);
     const size_t third = round_up(side), stride = CHANNELS * third;
-    /* As many rows more as the taps of the last ones may reach beyond the crop, with weight 0. */
-    uint8_t *lines = room_for(LINES * line + CHANNELS * plane + stride * ((size_t)box.height + QUAD));
+    const int paired = down->taps == QUAD;
+    /* Of rows that are paired the last two are kept; of others all, and as many more as the taps of the last ones may
+       reach beyond the crop, with weight 0. BLOCK: what is read past a row that begins within a block. */
+    const size_t kept = stride * (paired ? 2 : (size_t)box.height + QUAD) + BLOCK;
+    const size_t beside = paired ? CHANNELS * RING * BESIDE * (third / BLOCK) : 0;
+    uint8_t *lines = room_for(LINES * line + CHANNELS * plane + kept + beside);
     if (lines == NULL) goto end;
-    uint8_t *planes = lines + LINES * line, *rows = planes + CHANNELS * plane, *into[LINES];
+    uint8_t *planes = lines + LINES * line, *rows = planes + CHANNELS * plane, *pairs = rows + kept, *into[LINES];
     const uint8_t *ready = rows + (box.flip ? third - side : 0);
     for (int i = 0; i < LINES; i++) into[i] = lines + i * line + PIXEL;
     if (box.top > 0) jpeg_skip_scanlines(&image, box.top);
     for (int y = 0, at = 0; y < box.height;) {
         const int left = box.height - y, got = jpeg_read_scanlines(&image, into, left < LINES ? left : LINES);
-        for (int i = 0; i < got; i++, y++) {
+        for (int i = 0; i < got; i++) {
+            const size_t row = stride * (paired ? y % 2 : y), other = stride - row;
             into_planes(into[i] + PIXEL * (box.left - x), box.width, planes, plane);
-            for (int c = 0; c < CHANNELS; c++)
-                resample_row(planes + c * plane, rows + y * stride + c * third, across, box.flip);
+            resample_row(planes, plane, rows + row, third, across, box.flip);
+            y++;
+            if (paired && y > 1) lay_beside(ready + other, ready + row, third, side, pairs_of(pairs, third, y - 2));
+            if (paired && y == box.height)
+                lay_beside(ready + row, ready + row, third, side, pairs_of(pairs, third, y - 1));
+            for (; at < side && (y == box.height || down->start[at] + (paired ? QUAD : down->count[at]) <= y); at++) {
+                uint8_t *to = out + (size_t)at * side;
+                const int first = down->start[at];
+                if (paired)
+                    resample_pairs(pairs_of(pairs, third, first), pairs_of(pairs, third, first + 2), to, down, at);
+                else
+                    for (int c = 0; c < CHANNELS; c++)
+                        resample_column(ready + c * third, stride, to + (size_t)c * side * side, down, at);
+            }
         }
-        for (; at < side && down->start[at] + down->count[at] <= y; at++)
-            for (int c = 0; c < CHANNELS; c++)
-                resample_column(ready + c * third, stride, out + ((size_t)c * side + at) * side, down, at);
     }
     done = errors.manager.num_warnings == 0;
 end:

@@ -1,5 +1,7 @@
 """The compiled reader gives what torchvision gives, or leaves the file to it."""
 
+import io
+import itertools
 import os
 
 import numpy as np
@@ -64,6 +66,20 @@ def test_samples_are_those_of_torchvision(tmp_path, used, options):
     # In 200 x 61 px ten draws may find no crop: the centre crop is left to torchvision.
     assert {path.split("/")[-1][0] for path in used} == {"5"}
     assert len(used) < 24
+
+
+def test_crops_of_few_rows_and_columns_are_those_of_torchvision(built):
+    """Of which most weights reach beyond the crop; larger and smaller ones, of any side."""
+    file = encoded(photograph(40, 40), "JPEG", quality=90)
+    whole = v2.functional.pil_to_tensor(Image.open(io.BytesIO(file)))
+    shapes = itertools.product((1, 2, 3, 4, 5, 6, 9, 40), (1, 2, 5, 33), (1, 4, 8, 31, 33, 70))
+    for number, (height, width, side) in enumerate(shapes):
+        left, top, flip = number % (41 - width), number % (41 - height), number // 2 % 2
+        ours = torch.zeros(3, side, side, dtype=torch.uint8)
+        assert built.mae_crop(file, len(file), left, top, width, height, side, flip, ours.data_ptr())
+        part = whole[:, top : top + height, left : left + width]
+        expected = v2.functional.resize(part, [side, side], InterpolationMode.BICUBIC)
+        assert torch.equal(ours, expected.flip(2) if flip else expected), (height, width, side, flip)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real images here")
