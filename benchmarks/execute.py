@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import mae_core
+import transfer
 from benchmarks.budget import cost_line, with_estimates, within
 from benchmarks.cost import read_rates
 from benchmarks.launch.local import expected_time, run_units
@@ -19,8 +21,12 @@ from benchmarks.suite import TASKS
 from mae_core.command_line import describe_os_error
 from mae_core.distributed import check_alone
 from mae_core.errors import UserError
+from mae_core.remembered import remembering
 from transfer.jobs import check_space
 from transfer.task import RECORD_FILE, Record
+
+MEMORY_FILE = "remembered.json"  # below --out
+PACKAGES = [Path(str(package.__file__)).parent for package in (mae_core, transfer)]  # on which it depends
 
 
 def check_launcher(args: argparse.Namespace) -> None:
@@ -36,23 +42,14 @@ def check_launcher(args: argparse.Namespace) -> None:
 def plan_and_run(args: argparse.Namespace) -> int:
     check_alone(", with --gpus N")
     check_launcher(args)
-    items = make_plan(args)
-    if args.measure:
-        measure([item.job for item in items if item.state == "to do" and not item.finetune], args)
-    if args.launcher == "local":  # elsewhere it is not known what the jobs will run on
-        items = with_estimates(items, read_rates(args.out, [item.job for item in items]))
-    if args.budget:
-        items = within(items, args.budget)
-    units = make_units([item for item in items if item.state != "left out"], args.nodes)
-    if args.json:
-        export(units, args)
-        return 2 if nothing_can_run(items) else 0
-    to_do = make_units([item for item in items if item.state == "to do"], args.nodes)
-    local = args.launcher == "local"
-    cost = cost_line(items, *expected_time(to_do, args)) if local else "not known before it runs on SLURM's machines"
-    print_plan(with_progress(items, args) if args.plan else items, args, cost)
-    check_space(jobs_to_do(items), args.out)
-    if args.plan:
+    with remembering(args.out / MEMORY_FILE, PACKAGES):
+        items = planned(args)
+        units = make_units([item for item in items if item.state != "left out"], args.nodes)
+        if args.json:
+            export(units, args)
+        else:
+            show(items, args)
+    if args.plan or args.json:
         return 2 if nothing_can_run(items) else 0
     if args.launcher == "slurm":
         return submit(units, args)
@@ -69,6 +66,25 @@ def plan_and_run(args: argparse.Namespace) -> int:
         return 1
     written = write_report(args.out)
     return exit_code(records, items, args.tasks is not None) or (0 if written else 1)
+
+
+def planned(args: argparse.Namespace) -> list[Item]:
+    """The jobs of this call, with what they are expected to take."""
+    items = make_plan(args)
+    if args.measure:
+        measure([item.job for item in items if item.state == "to do" and not item.finetune], args)
+    if args.launcher == "local":  # elsewhere it is not known what the jobs will run on
+        items = with_estimates(items, read_rates(args.out, [item.job for item in items]))
+    return within(items, args.budget) if args.budget else items
+
+
+def show(items: Sequence[Item], args: argparse.Namespace) -> None:
+    """Print the plan; UserError if the jobs' files would not fit."""
+    to_do = make_units([item for item in items if item.state == "to do"], args.nodes)
+    local = args.launcher == "local"
+    cost = cost_line(items, *expected_time(to_do, args)) if local else "not known before it runs on SLURM's machines"
+    print_plan(with_progress(items, args) if args.plan else items, args, cost)
+    check_space(jobs_to_do(items), args.out)
 
 
 def write_report(out: Path) -> bool:

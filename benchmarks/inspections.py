@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mae_core.machine import cores
@@ -20,34 +21,50 @@ def inspect_all(titles: Mapping[Inspect, str], root: Path, limit: int) -> dict[I
     """What each function finds below root, `limited`; on Linux in as many processes at a time as there are cores.
     titles: of what they look at."""
     places = min(cores(), len(titles)) if sys.platform == "linux" else 1
-    waiting = list(titles)
-    found: dict[Inspect, Data] = {}
-    if places < 2:
-        return {function: look(function, root, limit) for function in waiting}
+    functions = list(titles)
+    found = in_processes(functions, list(titles.values()), root, limit, places) if places > 1 else {}
+    # What a process did not find, since it was killed or met an error, is looked at again, where that is seen.
+    return {each: found[i] if i in found else look(each, root, limit) for i, each in enumerate(functions)}
+
+
+def in_processes(
+    functions: Sequence[Inspect], titles: Sequence[str], root: Path, limit: int, places: int
+) -> dict[int, Data]:
+    """What they find, by their numbers. Each process takes the next number from one pipe until that is empty."""
     context = multiprocessing.get_context("fork")  # a new process would import torch first
-    running: dict[Connection, tuple[multiprocessing.process.BaseProcess, Inspect]] = {}
+    numbers, into = os.pipe()
+    os.write(into, bytes(reversed(range(len(functions)))))  # COCO's annotations take longest: not at last
+    os.close(into)
+    running: dict[Connection, tuple[BaseProcess, int]] = {}
+    found: dict[int, Data] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < places:
-                function = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                started = context.Process(target=answer, args=(sender, function, root, limit), daemon=True)
-                with stop_held():
-                    started.start()
-                sender.close()
-                running[receiver] = started, function
+        for number in range(places):
+            receiver, sender = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(
+                target=answer, args=(sender, numbers, functions, root, limit), daemon=True
+            )
+            with stop_held():
+                process.start()
+            sender.close()
+            running[receiver] = process, number
+        while running:
             ready = wait(list(running), SAYING)
             if not ready:
-                at = ", ".join(titles[function] for _, function in running.values())
+                at = ", ".join(titles[number] for _, number in running.values())
                 print(f"looking at the data below {root}: {at}", file=sys.stderr, flush=True)
             for receiver in [each for each in running if each in ready]:
-                process, function = running.pop(receiver)
+                process, _ = running[receiver]
                 try:
-                    found[function] = receiver.recv()
-                except EOFError:  # killed, or an error: again, where it is seen
-                    found[function] = look(function, root, limit)
-                process.join()
+                    number, data = receiver.recv()
+                except EOFError:
+                    process.join()
+                    del running[receiver]
+                    continue
+                running[receiver] = process, number
+                if data is not None:
+                    found[number] = data
     finally:
+        os.close(numbers)
         for process, _ in running.values():
             process.kill()
     return found
@@ -57,12 +74,16 @@ def look(function: Inspect, root: Path, limit: int) -> Data:
     return limited(guarded(function, root), limit)
 
 
-def answer(sender: Connection, function: Inspect, root: Path, limit: int) -> None:
-    """In a process of its own, which says nothing of its errors."""
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_DFL)
+def answer(sender: Connection, numbers: int, functions: Sequence[Inspect], root: Path, limit: int) -> None:
+    """In a process of its own, which says nothing of its errors: (number, None) before it looks, (number, what it
+    found) then."""
+    for stop in stop_signals():
+        signal.signal(stop, signal.SIG_DFL)
     admit_stop()
+    parent = os.getppid()
     try:
-        sender.send(look(function, root, limit))
+        while (taken := os.read(numbers, 1)) and os.getppid() == parent:
+            sender.send((taken[0], None))
+            sender.send((taken[0], look(functions[taken[0]], root, limit)))
     except BaseException:
         os._exit(1)

@@ -14,7 +14,8 @@ from typing import Any
 
 LACKS = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
 try:
-    from benchmarks.warm import fork_server, importing, surroundings, waiting
+    from benchmarks.imports import import_late_ones, importing
+    from benchmarks.warm import fork_server, surroundings, waiting
     from mae_core.command_line import answered
     from mae_core.errors import UserError
     from mae_core.flags import add_common_flags, add_limit_flag, named_path, seed
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with importing():
             from benchmarks.execute import list_tasks, plan_and_run
+
+            if forks:
+                import_late_ones()
     except ModuleNotFoundError as e:
         raise UserError(f"{sys.executable} lacks {e.name}: {LACKS}") from None
     if forks:

@@ -21,10 +21,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import IO, Any, NoReturn
 
+from benchmarks.imports import import_late_ones, importing
 from mae_core.stopping import stop_held
 
 FAMILIES = "transfer."  # python -m transfer.NAME runs tasks that are in transfer.NAME.tasks
@@ -43,19 +44,6 @@ def waiting(environment: Mapping[str, str]) -> dict[str, str]:
 def surroundings() -> dict[str, str]:
     """The environment of the children of this process."""
     return {**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1"}
-
-
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Imports within do not look for garbage, which takes a fifth of torch's: what they make stays."""
-    first = "torch" not in sys.modules
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        if first:
-            gc.freeze()  # nobody looks through it later either
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen | Fork":
@@ -245,6 +233,7 @@ class Forks:
             request = json.loads(line)
             with contextlib.suppress(Exception), importing():  # the fork will meet an error too, and say it
                 importlib.import_module(f"{request['command'][2]}.tasks")
+                import_late_ones()
             number = self.fork()
             if number == 0:
                 self.become(request, channel, out)

@@ -5,18 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import InterpolationMode, v2
 
 from mae_core import distributed, native
 from mae_core.batch import Batch, InTurn, Numbered, Placed
-from mae_core.crops import Crop
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import EXTENSIONS, is_image, printable, walk
@@ -24,6 +22,9 @@ from mae_core.seeds import seed_all as seed_all
 from mae_core.seeds import seed_for as seed_for
 from mae_core.shards import list_members, list_shards
 from mae_core.workers import PREFETCH, begin_worker, fitting_workers, lost_batches_explained, started
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 # ImageNet's channel statistics, in 0..1, as every MAE model expects its input.
 MEAN = (0.485, 0.456, 0.406)
@@ -227,7 +228,9 @@ def normalize(images: Tensor, normalization: Normalization = IMAGENET_NORMALIZAT
     """uint8 [B, 3, H, W] -> float32 (x / 255 - mean) / std, on the images' device."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images of {images.dtype}: they are normalised once, from uint8")
-    scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
+    from torchvision.transforms.v2.functional import to_dtype
+
+    scaled = to_dtype(images, torch.float32, scale=True)
     mean, std = statistics_on(normalization, scaled.device)
     return scaled.sub_(mean).div_(std)
 
@@ -256,7 +259,7 @@ class Targets(list):
 
 def pretraining_transform(
     image_size: int, min_scale: float = 0.2, augmentation: str = "crop, random size"
-) -> v2.Compose:
+) -> "v2.Compose":
     """The augmentations of the paper's Table 1e, on uint8 tensors [3, H, W]. "crop, random size": random resized crop
     and flip, all that MAE's pre-training uses. "crop, fixed size": random crop of the resized image, and flip. "none":
     centre crop of the resized image. Resampling is bicubic, by torchvision on uint8; 0.3 % of the values differ from
@@ -265,6 +268,10 @@ def pretraining_transform(
     The paper does not say what size the fixed crop is taken from, nor how strong the jitter is. Stand-ins: the short
     side is 256 px for a crop of 224, as in ImageNet's evaluation; brightness, contrast and saturation by up to 0.4.
     """
+    from torchvision.transforms import InterpolationMode, v2
+
+    from mae_core.crops import Crop
+
     short = (image_size * 256 + 112) // 224
     resize = v2.Resize(short, interpolation=InterpolationMode.BICUBIC)
     random_size = v2.RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC)

@@ -9,16 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core.errors import UserError
 from mae_core.files import open_regular
 from mae_core.shards import open_member
-
-try:
-    from torchvision.io import decode_jpeg
-except ImportError:  # torchvision has announced that it will go; Pillow decodes the same pixels
-    decode_jpeg = None
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors of the machine, not of a file
@@ -54,6 +48,11 @@ def read_pixels(path: str | Path) -> Tensor:
 
     Both decoders are libjpeg-turbo: no pixel differed in 586 photographs of ImageNet, Places365, COCO and ADE20K.
     """
+    from torchvision import io
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    # torchvision has announced that it will go; Pillow decodes the same pixels
+    decode_jpeg = getattr(io, "decode_jpeg", None)
     with opened(path) as image:  # reads the header, and refuses absurd sizes
         if decode_jpeg and image.format == "JPEG" and image.mode in ("RGB", "L") and image.fp is not None:
             image.fp.seek(0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core.stopping import stop_postponed
 
@@ -17,6 +16,8 @@ from mae_core.stopping import stop_postponed
 def count_flops(work: Callable[[], object], model: nn.Module) -> int:
     """FLOPs of the matrix products and convolutions that `work` computes with the model, two for each multiply-add.
     Nothing is computed if model and inputs are on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode  # late: it imports triton
+
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             # The counter sees the products of the explicit form on every device.

@@ -1,13 +1,16 @@
 """Parameter groups, optimizers and the learning-rate schedule of MAE, made of timm's and torch's."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from mae_core.timm_encoder import TimmEncoder
 from mae_core.vit import ViT
+
+if TYPE_CHECKING:
+    from timm.optim import Lars
 
 
 def learning_rate(base_lr: float, batch: int) -> float:
@@ -37,6 +40,8 @@ def pretraining_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     The mask and class tokens are 3-D and decay, as they do there.
     """
+    from timm.optim import param_groups_weight_decay
+
     return param_groups_weight_decay(model, weight_decay)
 
 
@@ -46,6 +51,8 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 
     No weight decay on 1-D parameters, positions, class token and registers.
     """
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
     if isinstance(model, TimmEncoder):  # timm's own order of its layers
         groups = param_groups_layer_decay(
             model.net, weight_decay, no_weight_decay_list=model.net.no_weight_decay(), layer_decay=layer_decay
@@ -74,11 +81,13 @@ def adamw(groups: list[dict], betas: tuple[float, float], fused: bool = False) -
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True if fused else None)
 
 
-def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> Lars:
+def lars(module: nn.Module, momentum: float, trust_coefficient: float, weight_decay: float) -> "Lars":
     """LARS as MAE's probe uses it: trust ratio and weight decay on tensors of two or more dimensions, plain momentum
     SGD on the rest. Without weight decay timm applies the ratio only where always_adapt says so; on 1-D tensors the
     official code applies none. With weight decay (MAE's probe has none) the ratio is the LARS paper's,
     |w| / (|g| + decay |w|), where the official code divides by |g + decay w|."""
+    from timm.optim import Lars
+
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True}
     vectors = {"params": [p for p in parameters if p.ndim <= 1], "always_adapt": False, "weight_decay": 0.0}

@@ -5,11 +5,7 @@ import sys
 from functools import cache
 from typing import Any
 
-import timm
 import torch
-from timm.layers import Attention, AttentionRope, resample_abs_pos_embed
-from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
@@ -33,6 +29,8 @@ class TimmEncoder(nn.Module):
     def __init__(
         self, name: str, image_size: int | tuple[int, int] | None, num_classes: int, pool: str, drop_path: float
     ) -> None:
+        import timm
+
         super().__init__()
         size: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
         net: Any = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **size)
@@ -127,6 +125,11 @@ def model_config(name: str) -> dict[str, Any]:
 def described(name: str) -> dict[str, Any]:
     """dim, depth, heads, patch and image_size of timm's model of that name, its config, and one_grid (`has_one_grid`).
     patch: px between the last block's tokens. KeyError if timm has none, or none that gives tokens."""
+    import timm
+    from timm.layers import Attention, AttentionRope
+    from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+    from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+
     if not timm.is_model(name):
         raise KeyError(name)
     try:
@@ -152,6 +155,8 @@ def described(name: str) -> dict[str, Any]:
 def timm_names(name: str, state: dict[str, Tensor], model: TimmEncoder) -> dict[str, Tensor]:
     """A state dict in any form that timm reads for this architecture -> the names and shapes of `model`, position
     embeddings and patch projection resized to it, without what it leaves out. ValueError if timm cannot read it."""
+    from timm.layers import resample_abs_pos_embed
+
     convert = getattr(sys.modules[type(model.net).__module__], "checkpoint_filter_fn", None)
     try:
         state = convert(dict(state), model.net) if convert else state

@@ -8,20 +8,21 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from timm.layers import SwiGLUPacked
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.errors import UserError
 from mae_core.settings import choose
 from mae_core.timm_encoder import PREFIX, TimmEncoder, described, is_timm
 
-ViT = VisionTransformer | Beit | TimmEncoder
+if TYPE_CHECKING:
+    from timm.models.beit import Beit
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+
+ViT: TypeAlias = "VisionTransformer | Beit | TimmEncoder"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,10 @@ def build_vit(
     drop_path: rate of the last block; it rises linearly from 0 at block 0. eps: of every LayerNorm; timm's encoders
     keep their own.
     """
+    from timm.layers import SwiGLUPacked
+    from timm.models.beit import Beit
+    from timm.models.vision_transformer import VisionTransformer
+
     arguments = vit_arguments(arch, image_size) | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
     if is_timm(arch):
         return TimmEncoder(arch.removeprefix(PREFIX), arguments["img_size"], num_classes, pool, drop_path)
@@ -196,8 +201,10 @@ def build_vit(
 
 def build_distilled(
     arch: str, image_size: int | tuple[int, int] | None, num_classes: int
-) -> VisionTransformerDistilled:
+) -> "VisionTransformerDistilled":
     """timm's ViT with DeiT's distillation token and second head; its logits are the mean of the two heads' logits."""
+    from timm.models.deit import VisionTransformerDistilled
+
     return VisionTransformerDistilled(**vit_arguments(arch, image_size), num_classes=num_classes)
 
 
@@ -224,7 +231,7 @@ def vit_arguments(arch: str, image_size: int | tuple[int, int] | None = None) ->
     }
 
 
-def init_as_mae(module: VisionTransformer) -> None:
+def init_as_mae(module: "VisionTransformer") -> None:
     """Initialise in place as MAE does (paper A.1, "ViT architecture", and official code): xavier-uniform for every
     linear layer and for the patch projection as a linear layer, zero biases, unit LayerNorms, tokens normal with std
     0.02, sin-cos positions."""
@@ -250,7 +257,7 @@ def init_as_mae(module: VisionTransformer) -> None:
                 parameter.copy_(sincos_position_embedding(parameter.shape[-1], module.patch_embed.grid_size))
 
 
-def init_as_timm(module: VisionTransformer) -> None:
+def init_as_timm(module: "VisionTransformer") -> None:
     """Initialise in place as timm 0.3.2 does, and so MAE's fine-tuning code without a checkpoint: linear layers, class
     token and positions normal with std 0.02, zero biases, unit LayerNorms, the patch projection by torch's default."""
     for part in module.modules():

@@ -23,6 +23,9 @@ LINES = 320
 LATE = {
     ("benchmarks.run_all", "benchmarks.execute"),
     ("transfer.miniature.imagenet", "transfer.miniature.corruptions"),
+    ("mae_core.flops", "torch.utils.flop_counter"),
+    *((user, "mae_core.crops") for user in ("mae_core.data", "mae_core.native", "transfer.data.transforms")),
+    ("transfer.data.transforms", "transfer.data.loop_free_crop"),
 }
 # The modules that are an engine's: nobody imports them but where that engine was chosen.
 ENGINES = {"transfer.detection.engine_detectron2": "detectron2", "transfer.detection.train_detectron2": "detectron2"}
@@ -142,7 +145,7 @@ def test_imports_inside_functions_are_engines_and_heavy_or_optional_packages():
         late |= {(module_of(path), name) for name in modules_named_in(inside)}
     allowed = {"matplotlib", "tensorboard", "huggingface_hub", "sklearn", "mmcv", "mmengine", "mmseg"}
     allowed |= {"detectron2", "fvcore", "submitit", "wandb", "trackio", "jinja2", "markupsafe", "plotly", "pyarrow"}
-    allowed |= {"pandas", "scipy"}
+    allowed |= {"pandas", "scipy", "timm", "torchvision"}
     strange = {(module, name) for module, name in late if not {*name.split(".")} & allowed}
     engines = ("transfer.detection.engine_torchvision", "transfer.detection.engine_detectron2")
     strange -= {("transfer.detection.tasks", "transfer.detection")}  # "import engine_..." from it

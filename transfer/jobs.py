@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_core import distributed
-from mae_core.checkpoint import Checkpoint, read_checkpoint, sha256_of
+from mae_core.checkpoint import Checkpoint, Drawn, numbers_of, read_checkpoint, sha256_of
 from mae_core.errors import UserError
 from mae_core.flags import RECIPES
 from mae_core.machine import Machine
@@ -219,6 +219,8 @@ def needed(jobs: Sequence[Job]) -> Space:
 
 
 def encoder_numbers(checkpoint: Checkpoint) -> int:
+    if isinstance(checkpoint.encoder, Drawn):
+        return numbers_of(checkpoint.arch)
     return sum(tensor.numel() for tensor in checkpoint.encoder.values())
 
 

@@ -11,7 +11,7 @@ from mae_core.checkpoint.errors import CheckpointError, printable
 from mae_core.checkpoint.export import metadata_of
 from mae_core.checkpoint.identify import check_shapes
 from mae_core.checkpoint.load import LoadReport, classifier_of, load_classifier, load_encoder, model_of
-from mae_core.checkpoint.read import Checkpoint, read_checkpoint
+from mae_core.checkpoint.read import Checkpoint, Drawn, numbers_of, read_checkpoint
 from mae_core.checkpoint.weights_file import (
     parameters_sha256,
     read_file,
@@ -25,6 +25,7 @@ from mae_core.checkpoint.weights_file import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Drawn",
     "LoadReport",
     "check_shapes",
     "classifier_of",
@@ -32,6 +33,7 @@ __all__ = [
     "load_encoder",
     "metadata_of",
     "model_of",
+    "numbers_of",
     "parameters_sha256",
     "printable",
     "read_checkpoint",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_core.checkpoint.errors import CheckpointError
+from mae_core.remembered import remembered
 from mae_core.vit import ARCHS, Variant, build_vit
 
 # Tensors of models that no variant in mae_core/vit.py computes: CLIP's, a ConvStem, EVA's.
@@ -45,13 +46,19 @@ def identify(
     variant = variant_of(encoder)
     arch = arch_of(path, (*projection.shape[:1], max(blocks) + 1, *projection.shape[-1:]), heads)
     side = grid_of(encoder, variant) * ARCHS[arch].patch
-    with torch.device("meta"):
-        model = build_vit(arch, side or None, variant=variant)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = dict(shapes_of(arch, side, variant))
     if "fc_norm.weight" in tensors and not {"norm.weight", "norm.bias"} & encoder.keys():
         del wanted["norm.weight"], wanted["norm.bias"]
     check_shapes(str(path), registered(encoder, wanted), wanted, arch)
     return arch, variant
+
+
+@remembered
+def shapes_of(arch: str, side: int, variant: Variant) -> dict[str, list[int]]:
+    """The shape of every tensor of `build_vit` for images of that side (0: its own)."""
+    with torch.device("meta"):
+        model = build_vit(arch, side or None, variant=variant)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def arch_of(path: Path, size: tuple[int, ...], heads: int | None) -> str:

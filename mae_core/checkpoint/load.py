@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass
 
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from mae_core.checkpoint.errors import CheckpointError
@@ -111,6 +110,8 @@ def _load(vit: ViT, checkpoint: Checkpoint, source: dict[str, Tensor], new: tupl
         if name == "pos_embed":
             tensor = resize_position_embedding(tensor, vit.patch_embed.grid_size, checkpoint.variant.positions)
         elif name.endswith("relative_position_bias_table") and name in wanted and tensor.ndim == 2:
+            from timm.layers import resize_rel_pos_bias_table
+
             # Geometrically spaced bicubic interpolation, as BEiT fine-tunes at another size.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about timm's own way of indexing

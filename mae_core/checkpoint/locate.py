@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from mae_core.checkpoint.errors import CheckpointError
 from mae_core.data import MEAN, STD
 
@@ -116,6 +114,8 @@ def _read_configs(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _timm_repository(spec: str) -> str:
     """The hub repository of timm's pretrained weights of that name."""
+    import timm
+
     name = spec.removeprefix("timm:")
     try:
         config = timm.get_pretrained_cfg(name)

@@ -2,10 +2,11 @@
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-import timm
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from mae_core.checkpoint.of_timm import check_timm, read_timm
 from mae_core.checkpoint.weights_file import as_float32, sha256_of
 from mae_core.data import MEAN, STD, Normalization
 from mae_core.errors import UserError
+from mae_core.remembered import remembered
 from mae_core.timm_encoder import PREFIX, is_timm, model_config
 from mae_core.vit import EPS, PLAIN, Variant, build_vit, get_arch
 
@@ -41,7 +43,7 @@ class Checkpoint:
     format: str
     arch: str
     sha256: str
-    encoder: dict[str, Tensor] = field(repr=False)
+    encoder: Mapping[str, Tensor] = field(repr=False)
     decoder: dict[str, Tensor] = field(repr=False)
     classifier: dict[str, Tensor] = field(repr=False)
     dropped: tuple[str, ...] = field(repr=False)
@@ -106,6 +108,8 @@ def read_checkpoint(spec: str | Path, seed: int = 0, key: str | None = None) -> 
     try:
         return _read(source, key)
     except CheckpointError:  # none of this project's own encoders; timm may build it
+        import timm
+
         if not timm.is_model(architecture):
             raise
     return _of_timm(source, architecture)
@@ -172,14 +176,41 @@ def _of_timm(source: Source, architecture: str) -> Checkpoint:
     )
 
 
+@remembered
+def numbers_of(arch: str) -> int:
+    """How many numbers the encoder of `build_vit` holds."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in build_vit(arch).state_dict().values())
+
+
+class Drawn(Mapping[str, Tensor]):
+    """An encoder's random weights, which are drawn when the first is asked for: a plan asks for none."""
+
+    def __init__(self, arch: str, seed: int) -> None:
+        self.arch, self.seed = arch, seed
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return build_vit(self.arch).state_dict()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
 def _random(spec: str, seed: int) -> Checkpoint:
     try:
         arch = get_arch(spec.removeprefix("random:")).name
     except UserError as error:
         raise CheckpointError(f"{spec}: {error}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = build_vit(arch).state_dict()
     digest = hashlib.sha256(spec.encode()).hexdigest()
-    size = get_arch(arch).image_size if is_timm(arch) else image_size_of(encoder, arch, PLAIN)
-    return Checkpoint(spec, spec, "random", arch, digest, encoder, {}, {}, (), {"image_size": size})
+    return Checkpoint(
+        spec, spec, "random", arch, digest, Drawn(arch, seed), {}, {}, (), {"image_size": get_arch(arch).image_size}
+    )

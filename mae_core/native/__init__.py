@@ -9,17 +9,19 @@ import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from mae_core.batch import Batch
-from mae_core.crops import Crop
 from mae_core.seeds import seed_all, seed_for
 from mae_core.shards import bytes_of
+
+if TYPE_CHECKING:
+    from mae_core.crops import Crop
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
 WORDS = 4  # of 32 bits: as many as numpy's SeedSequence mixes alike
@@ -58,6 +60,8 @@ def same_pixels(found: ctypes.CDLL) -> bool:
     as bytes only where torch uses AVX2."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return False
+    from torchvision.transforms import InterpolationMode, v2
+
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
     file = io.BytesIO()
     noise.resize((61, 47), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -74,6 +78,10 @@ def same_pixels(found: ctypes.CDLL) -> bool:
 
 def same_draws(found: ctypes.CDLL) -> bool:
     """Whether crops are drawn as by torchvision. Leaves torch's generator as it was."""
+    from torchvision.transforms import v2
+
+    from mae_core.crops import Crop
+
     crop, before, box = Crop(v2.RandomResizedCrop(24, scale=(0.2, 1.0))), torch.get_rng_state(), (ctypes.c_int * 5)()
     assert crop.range is not None
     try:
@@ -102,6 +110,8 @@ def write_crops(
     no JPEG or of which anything is not as it should be; all without the library, and with transforms other than a Crop.
     """
     done = np.zeros(len(indices), np.uint8)
+    from mae_core.crops import Crop
+
     found = library() if isinstance(transform, Crop) else None
     if found is None:
         return done
@@ -123,7 +133,9 @@ def write_crops(
     return done
 
 
-def read_crop(found: ctypes.CDLL, crop: Crop, seed: int, place: Tensor, most: int, path: bytes, position: int) -> bool:
+def read_crop(
+    found: ctypes.CDLL, crop: "Crop", seed: int, place: Tensor, most: int, path: bytes, position: int
+) -> bool:
     """Whether one has been written where only the decoding is compiled: for a Crop that draws otherwise, or that
     something follows."""
     size = (ctypes.c_int * 3)()

@@ -18,7 +18,8 @@ from mae_core.native.__main__ import build
 from tests.fixtures import SHARED
 from tests.fixtures.image import broken_files, encoded, odd_files, photograph
 from tests.mae_core.test_shards import pack
-from transfer.data.transforms import LoopFreeCrop, probe_transform, train_transform
+from transfer.data.loop_free_crop import LoopFreeCrop
+from transfer.data.transforms import probe_transform, train_transform
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """What a classifier's job computes: how many images it takes through the ViT, and the FLOPs of one."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from mae_core.flops import count_flops
+from mae_core.remembered import remembered
 from mae_core.settings import as_typed
 from mae_core.vit import build_vit, get_arch
 from transfer.classification.recipes import finetune_recipe, linprobe_recipe
@@ -67,7 +67,7 @@ def flops(job: Job) -> int:
     return classifier_flops(job.checkpoint.arch, size, train=False)
 
 
-@cache
+@remembered
 def classifier_flops(arch: str, image_size: int, train: bool) -> int:
     """FLOPs of one image through the classifier: the forward pass and, in training, the backward pass."""
     with torch.device("meta"):

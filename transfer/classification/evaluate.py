@@ -5,21 +5,21 @@ from dataclasses import dataclass
 from mae_core.checkpoint import Checkpoint, classifier_of
 from mae_core.errors import UserError
 from mae_core.vit import ViT
-from transfer.data.transforms import eval_transform
+from transfer.data.transforms import sides_of
 
 
 @dataclass(frozen=True)
 class EvalRecipe:
     """How images are prepared for a trained classifier. image_size 0: the size it was trained at.
 
-    transform: "resize_crop", "center_crop" or "resize" (`eval_transform`, which refuses any other).
+    transform: "resize_crop", "center_crop" or "resize" (`sides_of`, which refuses any other).
     """
 
     image_size: int = 0
     transform: str = "resize_crop"
 
     def __post_init__(self) -> None:
-        eval_transform(self.image_size or 224, self.transform)
+        sides_of(self.image_size or 224, self.transform)
 
 
 def trained_classifier(checkpoint: Checkpoint, image_size: int, device: str) -> tuple[ViT, int]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mae_core.checkpoint import load_encoder, metadata_of, model_of, parameters_sha256
@@ -57,6 +56,8 @@ def start_model(job: Job, classes: int | None = None) -> ViT:
     torch.manual_seed(seed_for(job.seed) % 2**63)
     model = model_of(job.checkpoint, r.image_size, classes or len(wnids()), r.pool, r.drop_path)
     if job.task.from_scratch:
+        from timm.models.vision_transformer import VisionTransformer
+
         assert isinstance(model, VisionTransformer)  # a plain one: `scratch_of`
         init_as_timm(model)
     else:

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +13,7 @@ from mae_core.data import Images, normalize, seed_all
 from mae_core.errors import UserError
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.optim import adamw, half_cosine, lars, layer_decay_groups, learning_rate
+from mae_core.remembered import remembered
 from mae_core.settings import bounded, check_ranges, choose, unknown
 from mae_core.training import State, Training
 from mae_core.vit import ViT
@@ -79,10 +76,18 @@ class ClassifierRecipe:
         for knob, value in choose("optimizer", self.optimizer, UNUSED).items():
             if getattr(self, knob) != value:
                 raise UserError(f"{knob} does nothing with optimizer {self.optimizer}: leave it at {value!r}")
-        try:
-            train_transform(224, self.min_scale, self.rand_augment)
-        except Exception as e:  # timm parses the string, and may raise anything
-            raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({e})") from None
+        if self.rand_augment and (why := misunderstood(self.rand_augment)):
+            raise UserError(f"rand_augment={self.rand_augment}: timm does not understand it ({why})")
+
+
+@remembered
+def misunderstood(rand_augment: str) -> str:
+    """What timm says of a string that it does not understand; "" if it does."""
+    try:
+        train_transform(224, 1.0, rand_augment)
+    except Exception as e:  # timm parses the string, and may raise anything
+        return str(e) or type(e).__name__
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +116,10 @@ class WholeImageRecipe(ClassifierRecipe):
 def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -> tuple[State, nn.Module]:
     """Train by job.recipe on the split, resuming from the checkpoint in job.work if there is one. Returns the final
     state and the model to evaluate: the moving average of the weights if the recipe has one."""
+    from timm.data import Mixup
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+    from timm.utils import ModelEmaV3
+
     r, machine, normalization = job.recipe, job.machine, job.checkpoint.normalization
     check_batch(len(split.files), r.batch, f"the training split of {job.data.root}")
     local_batch = r.batch // machine.processes
@@ -174,6 +183,8 @@ def train_classifier(job: Job, model: ViT, split: Split, transform: nn.Module) -
 def erased(images: Tensor, probability: float) -> Tensor:
     """Random erasing by timm, in place: with that probability an image gets a rectangle of normal noise, so it follows
     normalisation."""
+    from timm.data.random_erasing import RandomErasing
+
     return RandomErasing(probability, mode="pixel", device=images.device)(images) if probability else images
 
 

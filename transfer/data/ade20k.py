@@ -70,8 +70,9 @@ def inspect_ade20k(root: Path) -> Data:
         return incomplete(root, *problems)
     counts = {split: len(files) for split, files in listed.items()}
     digest = hashlib.sha256()
-    for file in (file for files in listed.values() for pair in files for file in pair):
-        digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode(errors="surrogateescape"))
+    above = os.path.join(root, "")
+    for file in (str(file) for files in listed.values() for pair in files for file in pair):
+        digest.update(f"{file.removeprefix(above)} {os.stat(file).st_size}\n".encode(errors="surrogateescape"))
     detail = f"{counts['train']} train, {counts['val']} val"
     return found(root, folder, detail, digest.hexdigest(), counts, OFFICIAL_COUNTS)
 

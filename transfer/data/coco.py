@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
@@ -23,9 +22,17 @@ from transfer.data.json_elements import without_collecting
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
 # lists only some of them.
-CATEGORIES = {
-    i: name for i, name in enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]) if i and name != "N/A"
-}
+UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign",
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella",
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard",
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange",
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv",
+    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase",
+    "scissors, teddy bear, hair drier, toothbrush",
+)
+CATEGORIES = dict(zip((i for i in range(1, 91) if i not in UNUSED), ", ".join(NAMES).split(", "), strict=True))
 IDS = tuple(CATEGORIES)
 LABELS = {category: label for label, category in enumerate(IDS)}
 SIZES_CHECKED = 100  # images whose header is compared with the json: all would take minutes on a slow disk

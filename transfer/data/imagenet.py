@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from mae_core.files import images_among, is_image, passed_over
@@ -20,8 +20,12 @@ TRAIN_NAME = re.compile(r"(n\d{8})_\d+\.")  # the official training images' name
 
 @cache
 def wnids(which: str = "imagenet") -> tuple[str, ...]:
-    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each), from timm."""
-    return tuple((resources.files("timm.data") / "_info" / f"{which}_synsets.txt").read_text().split())
+    """The WordNet ids of "imagenet" (1000, in label order), "imagenet_a" or "imagenet_r" (200 each), from a file of
+    timm's, which need not be imported for it."""
+    timm = find_spec("timm")
+    assert timm is not None
+    assert timm.origin is not None
+    return tuple((Path(timm.origin).parent / "data" / "_info" / f"{which}_synsets.txt").read_text().split())
 
 
 @cache
@@ -70,7 +74,7 @@ def read_split(
             if len(names) < len(listed):
                 rest = (name for name in listed if not is_image(name) and not passed_over(name))
                 nested += [f"{entry.name}/{n}" for n in rest if os.path.isdir(f"{entry.path}/{n}")]
-            folders.append((str(folder / entry.name), names))
+            folders.append((entry.path, names))
             labels += [label[entry.name]] * len(names)
             if not names:
                 empty.append(entry.name)

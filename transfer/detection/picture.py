@@ -11,8 +11,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid, save_image
 
 from mae_core.decode import read_image
 from mae_core.writing import replacing
@@ -34,6 +32,8 @@ def font() -> str:
 
 def draw_predictions(examples: Sequence[Example], results: Path, picture: Path) -> None:
     """Write a PNG of the first images, each with its detections of at least SHOWN_SCORE (at most SHOWN, best first)."""
+    from torchvision.utils import make_grid, save_image
+
     found = defaultdict(list)
     for entry in json.loads(results.read_text(encoding="utf-8")):
         if entry["score"] >= SHOWN_SCORE:
@@ -45,6 +45,9 @@ def draw_predictions(examples: Sequence[Example], results: Path, picture: Path) 
 
 def draw(example: Example, entries: list[dict]) -> Tensor:
     """float [3, SIDE, SIDE] in 0..1: the image fitted into the square, on white."""
+    from torchvision.transforms import v2
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
     image = read_image(example.file)
     ratio = SIDE / max(image.size)
     width, height = (max(1, round(side * ratio)) for side in image.size)

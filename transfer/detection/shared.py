@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as mask_util
-from timm.layers import RmsNorm, SimpleNorm
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core import distributed
 from mae_core.data import seed_for
@@ -37,9 +34,8 @@ DETECTOR_FILE = "detector.safetensors"
 # the overlap above which the lower-scored of two is dropped; detections per image.
 ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
-# What has no weight decay: the layers of these types, and the parameters of these names.
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, RmsNorm, SimpleNorm)
-# freqs: learned rotary positions. gamma_1, gamma_2: EVA's layer scales.
+# Beside norm layers, what has no weight decay, by its name. freqs: learned rotary positions. gamma_1, gamma_2: EVA's
+# layer scales.
 NO_DECAY = ("pos_embed", "freqs", "bias_global", "bias_windowed", "gamma", "gamma_1", "gamma_2")
 
 
@@ -130,13 +126,17 @@ def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: parameters with weight decay, and those without: of norm layers, positions, layer scales and bias
     tables. Biases of linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's."""
+    from timm.layers import RmsNorm, SimpleNorm
+    from timm.models.vision_transformer import Block
+
+    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, RmsNorm, SimpleNorm)
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
                 table = name == "bias" and isinstance(module, Block)  # BEiT's, one for each block
-                (others if table or isinstance(module, NORMS) or name in NO_DECAY else decayed).append(p)
+                (others if table or isinstance(module, norms) or name in NO_DECAY else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
@@ -176,6 +176,8 @@ def fit_long_side(image: Image.Image, size: int) -> Image.Image:
 
 def pad_to_square(image: Image.Image, size: int) -> Tensor:
     """uint8 [3, size, size]: the image in the upper left corner, zeros elsewhere."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     return F.pad(pil_to_tensor(image), (0, size - image.width, 0, size - image.height))
 
 

@@ -5,7 +5,7 @@ python -m transfer.detection --task coco --ckpt FILE --data DIR --out DIR [--eng
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mae_core import distributed
 from mae_core.checkpoint import sha256_of
 from mae_core.flops import forward_flops
 from mae_core.loop import batch_objections, batch_within
+from mae_core.remembered import remembered
 from mae_core.space import Space, training_space
 from mae_core.timm_encoder import is_timm
 from mae_core.vit import Variant
@@ -106,7 +107,7 @@ def detector(arch: str, variant: Variant, r: DetectionRecipe) -> Any:
     return MaskRCNN(new_pyramid(arch, variant, r), r, RoIBatchNorm)
 
 
-@cache
+@remembered
 def numbers_of(arch: str, variant: Variant, r: DetectionRecipe) -> int:
     """How many numbers the detector holds."""
     with torch.device("meta"):
@@ -126,7 +127,7 @@ def parts(job: Job) -> tuple[Part, ...]:
     return training, Part(f"detection, {how}", counts["val"])
 
 
-@cache
+@remembered
 def image_flops(arch: str, variant: Variant, r: DetectionRecipe) -> int:
     """FLOPs of one image in a forward pass of the training: pyramid, RPN, and the heads on the sampled proposals, of
     which a quarter holds objects and gets masks."""

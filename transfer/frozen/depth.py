@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resize, rotate
 
 from mae_core import distributed
 from mae_core.data import Sample, seed_all
@@ -110,6 +108,9 @@ class DepthViews:
         return len(self.pairs)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
+        from torchvision.transforms import v2
+        from torchvision.transforms.v2.functional import hflip, pil_to_tensor, rotate
+
         seed_all(self.seed, sample.position)
         (image_file, depth_file), r = self.pairs[sample.index], self.r
         try:
@@ -134,6 +135,9 @@ class DepthViews:
 
 def at_least(image: Tensor, depth: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Both scaled up where the short side is below `side`; depths are those of the nearest pixel."""
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2.functional import resize
+
     height, width = depth.shape[1:]
     if min(height, width) >= side:
         return image, depth
@@ -253,6 +257,8 @@ def errors_of(model: nn.Module, test: Sequence[Pair], job: Job) -> np.ndarray:
     """[images, 4], the sums of COLUMNS over an image's scored pixels: their number, how many are right within a factor
     of 1.25, squared errors (square metres), and errors relative to the truth. Depths are the mean of the image's and
     its mirror image's. UserError for an image in which nothing was measured."""
+    from torchvision.transforms.v2.functional import hflip, pil_to_tensor
+
     r, machine, found = job.recipe, job.machine, []
     progress = Progress(f"test {job.task.name}", len(test), enabled=distributed.is_main())
     mine = [index for batch in distributed.local_batches(len(test), 1) for index in batch]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from mae_core.errors import UserError
 from mae_core.files import open_regular
 from mae_core.flops import count_flops
 from mae_core.outputs import outputs_of
+from mae_core.remembered import remembered
 from mae_core.vit import ViT, build_vit
 from transfer.data.findings import spread
 from transfer.data.split import Split
@@ -151,7 +151,7 @@ def flops(job: Job) -> int:
     return encoder_flops(job.checkpoint.arch, job.recipe.image_size)
 
 
-@cache
+@remembered
 def encoder_flops(arch: str, image_size: int) -> int:
     with torch.device("meta"):
         model = build_vit(arch, image_size)

@@ -8,8 +8,6 @@ settings with which billpsomas/efficient-probing compares them.
 import math
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,6 +33,8 @@ class AttentivePooler(nn.Module):
     """Tokens [B, N, D] -> [B, D]: a transformer block in which one learnt query attends to the tokens."""
 
     def __init__(self, dim: int) -> None:
+        from timm.layers import Mlp
+
         super().__init__()
         self.query = nn.Parameter(torch.empty(1, 1, dim))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -61,6 +61,8 @@ class AbMILP(nn.Module):
     what two layers say of each token."""
 
     def __init__(self, dim: int) -> None:
+        from timm.models.vision_transformer import Attention
+
         super().__init__()
         self.attention = Attention(dim, num_heads=1)
         self.predictor = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))

@@ -22,7 +22,7 @@ from transfer.data.imagenet import read_split, wnids
 from transfer.data.inputs import evaluation, input_objections, of_all, training_images
 from transfer.data.predictions import MAIN, names_of, write_predictions
 from transfer.data.split import few_of_both
-from transfer.data.transforms import eval_transform
+from transfer.data.transforms import sides_of
 from transfer.frozen.features import Representation, feature_folder, read_or_computed
 from transfer.miniature.imagenet import miniature_size
 from transfer.task import Job, Objection, Part, Result
@@ -46,7 +46,7 @@ class KnnRecipe:
         check_ranges(self)
         if self.temperature <= 0:
             raise UserError(f"temperature={self.temperature:g}: it must be above 0")
-        eval_transform(self.image_size, self.transform)
+        sides_of(self.image_size, self.transform)
 
 
 def recipe(arch: str, name: str) -> KnnRecipe:

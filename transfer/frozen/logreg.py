@@ -25,7 +25,7 @@ from transfer.data.lowshot import Subset, read_subset, seed_objection
 from transfer.data.predictions import MAIN, write_predictions
 from transfer.data.scores import collected, score
 from transfer.data.split import Split, few_of_both, fingerprint
-from transfer.data.transforms import eval_transform
+from transfer.data.transforms import sides_of
 from transfer.frozen.features import Representation, feature_folder, flops, read_or_computed
 from transfer.miniature.imagenet import miniature_size
 from transfer.run import origin, save_trained
@@ -46,7 +46,7 @@ class LogregRecipe:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        eval_transform(self.image_size, self.transform)
+        sides_of(self.image_size, self.transform)
 
 
 def recipe(arch: str, name: str) -> LogregRecipe:

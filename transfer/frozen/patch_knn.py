@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from mae_core import distributed
 from mae_core.data import seed_for
@@ -109,6 +108,8 @@ def patches_of(job: Job, tokens: Tokens, pairs: Sequence[Pair], what: str) -> Pa
 
 def pixels_of(pair: Pair, side: int) -> tuple[Tensor, Tensor]:
     """The image uint8 [3, side, side], bicubic, and its label [side, side], nearest."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     image = readable(pair[0], read_image).resize((side, side), Image.Resampling.BICUBIC)
     label = Image.fromarray(readable(pair[1], ADE20K.label)).resize((side, side), Image.Resampling.NEAREST)
     return pil_to_tensor(image), torch.from_numpy(np.array(label))

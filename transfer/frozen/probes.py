@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
 from mae_core import distributed
@@ -162,6 +161,8 @@ def chosen(names: Sequence[str], held: np.ndarray, test: np.ndarray) -> tuple[di
 
 def probes(job: Job) -> Result:
     """Train all heads at once; the number is that of the last epoch, of the head that was chosen on training images."""
+    from timm.optim import Lars
+
     r, (train, val) = job.recipe, imagenet_of(job)
     kept, held = without_held_out(train, r.held_out, job.seed)
     encoder, load = frozen_encoder(job)

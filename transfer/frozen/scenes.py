@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import hflip, pad, pil_to_tensor, resize
 
 from mae_core.data import MEAN, Sample, seed_all
 from mae_core.decode import UNREADABLE, opened, read_image
@@ -52,6 +50,8 @@ class Views:
     image does not fill has the mean colour and no class. All of it depends on seed and position alone."""
 
     def __init__(self, pairs: Sequence[Pair], scenes: SceneSet, recipe: Any, seed: int) -> None:
+        from torchvision.transforms import v2
+
         self.pairs, self.scenes, self.recipe, self.seed = pairs, scenes, recipe, seed
         self.distort = v2.RandomPhotometricDistort((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))
 
@@ -59,6 +59,9 @@ class Views:
         return len(self.pairs)
 
     def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
+        from torchvision.transforms import v2
+        from torchvision.transforms.v2.functional import hflip, pad, pil_to_tensor, resize
+
         seed_all(self.seed, sample.position)
         (image_file, label_file), r = self.pairs[sample.index], self.recipe
         try:
@@ -100,6 +103,8 @@ def crop(image: Tensor, label: Tensor, side: int, share: float) -> tuple[Tensor,
 
 def whole_image(file: Path, short: int) -> Tensor:
     """An image for the test: uint8 [3, H, W], its short side scaled, by Pillow (bilinear)."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     image = readable(file, read_image)
     height, width = scaled((image.height, image.width), short)
     return pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))

@@ -4,7 +4,6 @@ import math
 import re
 
 import torch
-from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from mae_core.checkpoint import Checkpoint, LoadReport, load_encoder, model_of
@@ -39,6 +38,8 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     for name in {"pos_embed", f"{INNER}pos_embed"} & own.keys():  # the last are the patches'
         state[name] = state[name][:, -own[name].shape[1] :]
     if not is_timm(pyramid.arch) and pyramid.side != patch:
+        from timm.layers import resample_patch_embed
+
         side = [pyramid.side, pyramid.side]
         state["patch_embed.proj.weight"] = resample_patch_embed(state["patch_embed.proj.weight"], side)
         resized.append("patch_embed.proj.weight")

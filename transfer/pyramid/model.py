@@ -13,11 +13,9 @@ BEiT its own tables of relative positions in place of absolute ones. Those that 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import LayerScale, PatchEmbed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +24,9 @@ from mae_core.errors import UserError
 from mae_core.timm_encoder import PREFIX, TimmEncoder, is_timm
 from mae_core.vit import PLAIN, Variant, build_vit, get_arch, variant_in_words
 from transfer.pyramid.bias import relative_position_bias, resize, resize_geometrically, with_prefix
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block
 
 group_norm = partial(nn.GroupNorm, 32)
 
@@ -117,6 +118,8 @@ class ViTPyramid(nn.Module):
         self.add_neck(norm)
 
     def add_encoder(self, drop_path: float) -> None:
+        from timm.layers import PatchEmbed
+
         # timm gets its own patch size: only the projection depends on it, and that is replaced below. BEiT's blocks are
         # a plain ViT's with layer scales, once their tables are handed to them.
         a, variant, upernet = get_arch(self.arch), self.variant, self.upernet
@@ -265,6 +268,8 @@ def resample(maps: Tensor, scale: float) -> Tensor:
 
 def add_layer_scales(block: Any, dim: int) -> None:
     """Ones, where a block of timm's has a place for layer scales and none."""
+    from timm.layers import LayerScale
+
     for number in (1, 2):
         if isinstance(getattr(block, f"ls{number}", None), nn.Identity):
             setattr(block, f"ls{number}", LayerScale(dim, 1.0))
@@ -276,13 +281,13 @@ def deconvolution(dim: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)
 
 
-def run_block(block: Block, x: Tensor, window: int, bias: Tensor) -> Tensor:
+def run_block(block: "Block", x: Tensor, window: int, bias: Tensor) -> Tensor:
     """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map)
     and what is added to its logits."""
     return in_windows(block, x, window, lambda y, side: block.attn(y, attn_mask=bias))
 
 
-def in_windows(block: Block, x: Tensor, window: int, attend: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
+def in_windows(block: "Block", x: Tensor, window: int, attend: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:
     """The block with `attend` in place of its attention (`attended`)."""
     x = x + block.drop_path1(block.ls1(attended(block.norm1(x), window, attend)))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -3,10 +3,7 @@
 
 from typing import Any
 
-import timm
 import torch
-from timm.models.eva import EvaBlockPostNorm
-from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from mae_core.errors import UserError
@@ -40,6 +37,8 @@ class TimmPyramid(ViTPyramid):
     net: Any
 
     def add_encoder(self, drop_path: float) -> None:
+        import timm
+
         if why := refusal(self.arch):
             raise UserError(f"the pyramid {why}")
         self.net = timm.create_model(
@@ -113,6 +112,9 @@ def run_timm_block(
 ) -> Tensor:
     """One of timm's blocks on tokens [B, P + H*W, D], with attention within windows of that side (0: over all tokens),
     rotary angles and what is added to its logits. P must be 0 with a window."""
+    from timm.models.eva import EvaBlockPostNorm
+    from timm.models.vision_transformer import ResPostBlock
+
     options = {"attn_mask": bias} if angles is None else {"attn_mask": bias, "rope": angles}
     if not window:
         return block(x, **options)

@@ -1,16 +1,17 @@
 """ViTDet's pyramid (Li et al. 2022, arXiv 2203.16527): all four maps from the last block's, and relative positions that
 depend on the query."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import LayerNorm2d
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_core.vit import PLAIN, Variant, get_arch
 from transfer.pyramid.model import ViTPyramid, in_windows
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block
 
 
 class ViTDetPyramid(ViTPyramid):
@@ -72,6 +73,8 @@ class ViTDetPyramid(ViTPyramid):
 def scalings(dim: int) -> tuple[list[nn.Module], ...]:
     """From the map of the patches, [B, dim, H, W], to four, two, one and half times its sides."""
 
+    from timm.layers import LayerNorm2d
+
     def doubled(width: int) -> nn.ConvTranspose2d:
         return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
 
@@ -80,6 +83,8 @@ def scalings(dim: int) -> tuple[list[nn.Module], ...]:
 
 
 def outputs(width: int, dim: int) -> list[nn.Module]:
+    from timm.layers import LayerNorm2d
+
     return [
         nn.Conv2d(width, dim, 1, bias=False),
         LayerNorm2d(dim),
@@ -88,7 +93,7 @@ def outputs(width: int, dim: int) -> list[nn.Module]:
     ]
 
 
-def run_vitdet_block(block: Block, x: Tensor, window: int) -> Tensor:
+def run_vitdet_block(block: "Block", x: Tensor, window: int) -> Tensor:
     """One of timm's blocks on a map [B, H, W, D], with attention within windows of that side (0: over the whole map)
     by its own decomposed relative positions."""
     return in_windows(block, x, window, lambda y, side: attend(block, y, side))

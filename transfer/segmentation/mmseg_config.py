@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mae_core.checkpoint import Checkpoint
 from mae_core.errors import UserError
 from mae_core.flops import forward_flops
 from mae_core.machine import Machine
+from mae_core.remembered import remembered
 from mae_core.settings import as_typed
 from mae_core.vit import Variant, get_arch
 from transfer.data.ade20k import CLASSES, SPLITS
@@ -117,7 +117,7 @@ def model_of(checkpoint: Checkpoint, r: SegmentationRecipe, machine: Machine) ->
     }
 
 
-@cache
+@remembered
 def weights_of(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """How many numbers `model_of`'s model holds, counted without mmsegmentation, which takes seconds to import."""
     dim, wide, narrow = get_arch(arch).dim, r.head_channels, r.auxiliary_channels
@@ -131,7 +131,7 @@ def weights_of(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     return heads + sum(tensor.numel() for tensor in pyramid.state_dict().values())
 
 
-@cache
+@remembered
 def crop_flops(arch: str, variant: Variant, r: SegmentationRecipe) -> int:
     """FLOPs of one crop's forward pass, counted without mmsegmentation: the pyramid's by torch's counter, and two for
     each weight of a head's convolutions at each position."""

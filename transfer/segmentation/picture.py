@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 from mae_core.writing import replacing
 from transfer.data.ade20k import SPLITS
@@ -24,6 +22,8 @@ def draw_predictions(
 
     rows: image file and predicted classes 0..149 [H, W]. Unlabelled pixels are black in the ground truth.
     """
+    from torchvision.utils import make_grid, save_image
+
     colours = np.vstack([np.zeros((1, 3)), np.asarray(palette)]).astype(np.uint8)
     panels = []
     for image, prediction in rows:
@@ -41,6 +41,8 @@ def draw_predictions(
 
 def titled(panel: Image.Image, title: str, width: int) -> Tensor:
     """float [3, TITLE + HEIGHT, width] in 0..1: the panel below its title, on white."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     tile = Image.new("RGB", (width, TITLE + HEIGHT), "white")
     ImageDraw.Draw(tile).text((2, 3), title, fill="black")
     tile.paste(panel, (0, TITLE))

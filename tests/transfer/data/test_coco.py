@@ -47,6 +47,10 @@ def problem_of(root: Path) -> str:
 # The categories
 
 
+def test_the_categories_are_torchvisions():
+    assert coco.CATEGORIES == NAMES
+
+
 def test_labels_are_0_to_79_for_ids_with_ten_gaps():
     assert len(coco.CATEGORIES) == 80
     assert set(range(1, 91)) - set(coco.CATEGORIES) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}

@@ -12,7 +12,8 @@ from mae_core.data import MEAN, STD, normalize, seed_all
 from mae_core.errors import UserError
 from tests.fixtures.image import photograph
 from transfer.data import transforms
-from transfer.data.transforms import LoopFreeCrop, eval_transform, posterize, probe_transform, train_transform
+from transfer.data.loop_free_crop import LoopFreeCrop
+from transfer.data.transforms import eval_transform, posterize, probe_transform, train_transform
 
 
 def pixels_of(tensor: torch.Tensor) -> np.ndarray:
