@@ -35,38 +35,36 @@ def in_processes(
     numbers, into = os.pipe()
     os.write(into, bytes(reversed(range(len(functions)))))  # COCO's annotations take longest: not at last
     os.close(into)
-    running: dict[Connection, tuple[BaseProcess, int]] = {}
+    running: dict[Connection, BaseProcess] = {}
+    at: dict[Connection, int] = {}  # what a process is looking at
     found: dict[int, Data] = {}
     try:
-        for number in range(places):
+        for _ in range(places):
             receiver, sender = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(
-                target=answer, args=(sender, numbers, functions, root, limit), daemon=True
-            )
+            given = (sender, numbers, functions, root, limit)
+            running[receiver] = context.Process(target=answer, args=given, daemon=True)
             with stop_held():
-                process.start()
+                running[receiver].start()
             sender.close()
-            running[receiver] = process, number
         while running:
             ready = wait(list(running), SAYING)
             if not ready:
-                at = ", ".join(titles[number] for _, number in running.values())
-                print(f"looking at the data below {root}: {at}", file=sys.stderr, flush=True)
+                now = ", ".join(titles[number] for number in sorted(at.values()))
+                print(f"looking at the data below {root}: {now}", file=sys.stderr, flush=True)
             for receiver in [each for each in running if each in ready]:
-                process, _ = running[receiver]
                 try:
-                    number, data = receiver.recv()
+                    at[receiver], data = receiver.recv()
                 except EOFError:
-                    process.join()
-                    del running[receiver]
+                    running.pop(receiver).join()
+                    at.pop(receiver, None)
                     continue
-                running[receiver] = process, number
                 if data is not None:
-                    found[number] = data
+                    found[at.pop(receiver)] = data
     finally:
         os.close(numbers)
-        for process, _ in running.values():
-            process.kill()
+        for process in running.values():
+            if process.pid is not None:  # else it could not be started
+                process.kill()
     return found
 
 

@@ -75,10 +75,11 @@ def test_a_stop_ends_them_and_long_ones_are_named(tmp_path, monkeypatch, capsys)
         raise AssertionError
 
     def stop(running: list, seconds: float) -> list:  # once both are at work and have been named
-        if waited and len(list(tmp_path.iterdir())) == 2:
+        if len(list(tmp_path.iterdir())) == 2 and waited[-2:] == [0, 0]:
             os.kill(os.getpid(), signal.SIGINT)
-        waited.append(seconds)
-        return wait(running, seconds)
+        ready = wait(running, seconds)
+        waited.append(len(ready))
+        return ready
 
     waited, wait = [], inspections.wait
     monkeypatch.setattr(inspections, "wait", stop)
