@@ -276,10 +276,10 @@ class Forks:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.path[0] = request["folder"]
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         if numpy is not None:
-            numpy.random.seed()  # else all forks would draw the same
+            numpy.random.seed()  # else all forks would draw the same. Its import, in C, would lose KeyboardInterrupt
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         if torch is not None and torch.cuda._is_in_bad_fork() and any(map(os.path.exists, GPUS)):
             # A library has looked for GPUs when it was imported, which the driver does not bear: start anew.
             os.execv(request["command"][0], request["command"])

@@ -99,14 +99,14 @@ def restart(work: Path) -> str:
 
 def end_epoch(t: Training, state: State, lr: float, images_per_second: float, found: dict[str, Any]) -> None:
     """One JSON line: mean loss over the epoch and all processes, rate, time, and what after_epoch found."""
-    losses = distributed.gather_to_all(state.loss_sum / t.steps_per_epoch)
+    sums = distributed.gather_to_all(state.loss_sum)
     state.loss_sum = 0.0
     if not distributed.is_main():
         return
     line = {
         "epoch": state.step // t.steps_per_epoch - 1,
         "step": state.step,
-        "loss": sum(losses) / len(losses),
+        "loss": sum(sums) / (len(sums) * t.steps_per_epoch),  # rounded once: a save has made means of the sums
         "lr": lr,
         "images_per_second": round(images_per_second, 1),
         "seconds": round(state.seconds, 1),

@@ -140,6 +140,20 @@ def test_ctrl_c_reaches_a_child_that_does_not_run_yet(place: Path, capsys) -> No
     stop_all([one])  # it has ended already
 
 
+def test_ctrl_c_waits_for_what_would_lose_it(place: Path) -> None:
+    """numpy, which a fork seeds, imports modules in C for it."""
+    losing = """
+import contextlib, signal, sys, types
+def seed():
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+sys.modules["numpy"] = types.SimpleNamespace(random=types.SimpleNamespace(seed=seed))
+"""
+    (place / "a_family" / "tasks.py").write_text(IMPORTED.replace("import numpy", "") + losing)
+    assert ended(place, "print('went on')") == (130, "stopped")
+
+
 def test_a_schedulers_signal_to_all_processes_ends_no_server(place: Path) -> None:
     said = "import signal, time; signal.signal(15, lambda *_: sys.exit(7)); print(os.getppid(), flush=True)"
     one = child(place, f"{said}; time.sleep(900)")

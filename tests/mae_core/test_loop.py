@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mae_core import loop, pretrain
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.errors import UserError
 from mae_core.machine import Machine
-from mae_core.training import CHECKPOINT_FILE, LOG_FILE, truncate_log
+from mae_core.training import CHECKPOINT_FILE, LOG_FILE, State, end_epoch, truncate_log
 from tests.fixtures import pretrain as runs
 
 
@@ -478,6 +479,18 @@ def test_two_processes_share_a_fitted_target_and_the_following(noise_images, tmp
     one, two = (runs.log(tmp_path / name)[1]["knn_top1"] for name in ("one", "two"))
     assert abs(one - two) < 100 * 2 / 24  # a vote may turn by rounding
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_the_logged_loss_is_the_same_whenever_a_state_was_saved(tmp_path, monkeypatch):
+    """A save gives both processes the mean of their sums."""
+    training, logged = SimpleNamespace(work=tmp_path, steps_per_epoch=6), []
+    for one, other in torch.rand(50, 2, 6, generator=torch.Generator().manual_seed(0)).double().sum(dim=2).tolist():
+        for sums in ([one, other], [(one + other) / 2] * 2):
+            monkeypatch.setattr("mae_core.distributed.gather_to_all", lambda value, sums=sums: [value, sums[1]])
+            end_epoch(training, State(step=6, loss_sum=sums[0]), 0.1, 9.0, {})
+            logged.append(json.loads((tmp_path / LOG_FILE).read_text().splitlines()[-1])["loss"])
+        assert logged[-1] == pytest.approx((one + other) / 12)
+    assert logged[::2] == logged[1::2]
 
 
 def test_a_log_that_is_no_text_or_a_link_is_a_sentence(tmp_path):
