@@ -125,6 +125,8 @@ def test_a_signal_during_a_fork_stops_its_parent_alone(thread):
                     admit_stop()
                     print("child: went on", flush=True)
                     os._exit(0)
+            time.sleep(60)  # the other thread may not have run yet
+            print("parent: went on", flush=True)
         except KeyboardInterrupt:
             print("parent: stopped", flush=True)
         os.wait()
