@@ -53,8 +53,8 @@ def random_inputs(arch: str, r: PretrainRecipe, images: int, device: str, seed: 
 @cache
 def training_flops(arch: str, r: PretrainRecipe, batch: int = 64) -> int:
     """FLOPs of one image's forward and backward pass, two per multiply-add: the matrix products that are computed, as
-    torch's FlopCounterMode counts them, of a batch of so many images, which share what is alike in them. Nothing is
-    computed: the model is on the meta device."""
+    torch's FlopCounterMode counts them, of a batch of so many images, which share what is alike in them on a CPU; on
+    a GPU it is a little more. Nothing is computed: the model is on the meta device."""
     model = build_autoencoder(arch, r, "meta").train()
     images, noise = random_inputs(arch, r, batch, "meta")
     return count_flops(lambda: model(images, noise, r.mask_ratio).loss.backward(), model) // batch

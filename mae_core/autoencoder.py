@@ -143,6 +143,8 @@ class MaskedAutoencoder(VisionTransformer):
             seen = torch.arange(images * count, device=x.device).view(images, count)
             index = torch.cat([seen, images * count + order[:, -hidden:]], dim=1)
             x = torch.cat([x.flatten(0, 1), self.mask_token[0] + self.decoder_pos_embed[0, 1:]])
+            if not looks_up_late(x):
+                x, index = look_up(x, index), None
         for number, block in enumerate(self.decoder_blocks, 1):
             # The last block attends to all tokens, but only what is predicted goes on from there.
             start = 1 + first if number == len(self.decoder_blocks) else 0
@@ -153,6 +155,12 @@ class MaskedAutoencoder(VisionTransformer):
         if self.activation_checkpointing and self.training:
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
+
+
+def looks_up_late(x: Tensor) -> bool:
+    """On a CPU to compute the projections of a token once saves more than it costs to copy them to where it stands. On
+    a GPU, whose products are fast beside its memory, it would cost more, by estimate."""
+    return not x.is_cuda
 
 
 def transformed(block: Any, x: Tensor, index: Tensor | None = None, first: int = 0) -> Tensor:

@@ -293,6 +293,19 @@ def test_mask_tokens_enter_the_decoder_once_for_the_whole_batch(small_mae):
     assert rows == [5 * 10 + 36, 5 * 37]  # of 36 patches 9 are seen, with the class token
 
 
+def test_a_gpu_looks_tokens_up_before_the_first_block_to_the_same_effect(small_mae, monkeypatch):
+    model, images, noise, found = small_mae(decoder_depth=2), torch.randn(5, 3, 48, 48), torch.rand(5, 36), []
+    rows = []
+    model.decoder_blocks[0].attn.qkv.register_forward_hook(lambda _, x, __: rows.append(x[0].shape[:-1].numel()))
+    for late in (True, False):
+        monkeypatch.setattr("mae_core.autoencoder.looks_up_late", lambda x, late=late: late)
+        model.zero_grad()
+        model(images, noise).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert rows == [5 * 10 + 36, 5 * 37]
+    torch.testing.assert_close(*found)
+
+
 def test_in_bf16_the_gradient_of_a_shared_mask_token_is_summed_in_float32():
     # Summed in bf16, from 256 on they would not grow any more.
     index = torch.zeros(1024, 1, dtype=torch.int64)
