@@ -21,12 +21,11 @@ from benchmarks.suite import TASKS
 from mae_core.command_line import describe_os_error
 from mae_core.distributed import check_alone
 from mae_core.errors import UserError
-from mae_core.remembered import remembering
+from mae_core.remembered import memory_file, remembering
 from transfer.jobs import check_space
 from transfer.task import RECORD_FILE, Record
 
-MEMORY_FILE = "remembered.json"  # below --out
-PACKAGES = [Path(str(package.__file__)).parent for package in (mae_core, transfer)]  # on which it depends
+PACKAGES = [Path(str(package.__file__)).parent for package in (mae_core, transfer)]  # on whose sources FLOPs depend
 
 
 def check_launcher(args: argparse.Namespace) -> None:
@@ -42,7 +41,7 @@ def check_launcher(args: argparse.Namespace) -> None:
 def plan_and_run(args: argparse.Namespace) -> int:
     check_alone(", with --gpus N")
     check_launcher(args)
-    with remembering(args.out / MEMORY_FILE, PACKAGES):
+    with remembering(memory_file(), PACKAGES):
         items = planned(args)
         units = make_units([item for item in items if item.state != "left out"], args.nodes)
         if args.json:

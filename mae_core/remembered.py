@@ -3,6 +3,7 @@ next: to import them takes longer than all else that a plan does."""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
@@ -36,11 +37,21 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     return found
 
 
+def memory_file() -> Path | None:
+    """In $MAE_TRANSFER_CACHE, else in the user's cache; None if that variable is empty."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("MAE_TRANSFER_CACHE", os.path.join(folder, "mae-transfer"))
+    return Path(folder, "remembered.json") if os.path.isabs(folder) else None
+
+
 @contextmanager
-def remembering(path: Path, packages: Iterable[Path]) -> Iterator[None]:
+def remembering(path: Path | None, packages: Iterable[Path]) -> Iterator[None]:
     """Within, what a file remembers is taken from there, as long as the sources below `packages` and the libraries are
-    what they were; what is new is added to it at the end. Without the file's folder, or where it cannot be read or
-    written, nothing is remembered: that takes longer, no more."""
+    what they were; what is new is added to it at the end. Without a file, or where it cannot be read or written,
+    nothing is remembered: that takes longer, no more."""
+    if path is None:
+        yield
+        return
     of, known = origin(packages), {}
     with suppress(OSError, ValueError):
         content = read_object(path)
@@ -49,8 +60,9 @@ def remembering(path: Path, packages: Iterable[Path]) -> Iterator[None]:
     memory[:] = [dict(known)]
     try:
         yield
-        if memory[0].keys() > known.keys() and path.parent.is_dir():
-            with suppress(UserError):
+        if memory[0].keys() > known.keys():
+            with suppress(UserError, OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps({"of": of, "found": memory[0]}))
     finally:
         memory.clear()

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import signal
 
 import numpy as np
@@ -12,6 +13,7 @@ from mae_core.autoencoder import MaskedAutoencoder
 
 warm.READ_LATE.add("PYTEST_CURRENT_TEST")  # the children of all tests may be forks of one server
 torch.set_num_threads(1)  # several threads sum in another order; and the models here are too small to gain by them
+os.environ["MAE_TRANSFER_CACHE"] = ""  # else what one test finds about models that it has altered others would believe
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, for every child too, and some tests send it
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_core.remembered import remembered, remembering
+from mae_core.remembered import memory_file, remembered, remembering
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def package(tmp_path) -> Path:
     return tmp_path / "package"
 
 
-def found(path: Path, package: Path, *numbers: int) -> tuple[list[list[int]], list[int]]:
+def found(path: Path | None, package: Path, *numbers: int) -> tuple[list[list[int]], list[int]]:
     """What a function gives for these numbers within `remembering`, and with which it was called: as a new process
     would, without what it has called before."""
     calls = []
@@ -59,11 +59,11 @@ def test_a_damaged_file_is_written_anew(tmp_path, package, content):
     assert found(path, package, 3)[1] == []
 
 
-def test_nothing_is_left_where_there_is_no_folder_or_after_an_error(tmp_path, package):
-    path = tmp_path / "out" / "remembered.json"
-    found(path, package, 3)
-    assert not path.parent.exists()
-    path.parent.mkdir()
+def test_nothing_is_kept_where_there_is_no_place_or_after_an_error(tmp_path, package):
+    (tmp_path / "file").touch()
+    assert found(tmp_path / "file" / "remembered.json", package, 3) == ([[9], [9, -3]], [3, 3])
+    assert found(None, package, 3) == ([[9], [9, -3]], [3, 3])
+    path = tmp_path / "cache" / "remembered.json"
 
     def fails() -> None:
         with remembering(path, [package]):
@@ -71,7 +71,25 @@ def test_nothing_is_left_where_there_is_no_folder_or_after_an_error(tmp_path, pa
 
     with pytest.raises(KeyboardInterrupt):
         fails()
-    assert list(path.parent.iterdir()) == []
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "path"),
+    [
+        ({"HOME": "/home/me"}, "/home/me/.cache/mae-transfer/remembered.json"),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/c"}, "/c/mae-transfer/remembered.json"),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/c", "MAE_TRANSFER_CACHE": "/own"}, "/own/remembered.json"),
+        ({"HOME": "/home/me", "MAE_TRANSFER_CACHE": ""}, None),
+        ({"HOME": "home", "XDG_CACHE_HOME": "c"}, None),
+    ],
+)
+def test_it_is_kept_in_the_users_cache(monkeypatch, environment, path):
+    for name in ("HOME", "XDG_CACHE_HOME", "MAE_TRANSFER_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert memory_file() == (path and Path(path))
 
 
 def test_outside_it_is_a_cache_of_this_process(tmp_path, package):
