@@ -183,7 +183,7 @@ def test_a_worker_whose_parent_is_killed_says_nothing_of_its_connections(error):
                 os.kill(os.getppid(), signal.SIGKILL)
                 try:
                     raise {error}("gone")
-                except Exception:
+                except Exception:  # the one just raised, with its trace, as the hook would get it
                     sys.excepthook(*sys.exc_info())
 
         list(started(DataLoader(Last(), num_workers=1, worker_init_fn=begin_worker)))
