@@ -1,5 +1,6 @@
 """What the tasks find of their data: several sets at a time, since the official ones have millions of files."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,7 @@ def answer(sender: Connection, numbers: int, functions: Sequence[Inspect], root:
     for stop in stop_signals():
         signal.signal(stop, signal.SIG_DFL)
     admit_stop()
+    gc.disable()  # it would look through millions of names again and again, and there are no cycles
     parent = os.getppid()
     try:
         while (taken := os.read(numbers, 1)) and os.getppid() == parent:

@@ -5,7 +5,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from operator import methodcaller
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,13 +22,12 @@ def is_image(name: str) -> bool:
     return name[name.rfind(".") :].lower() in EXTENSIONS and not passed_over(name)
 
 
-USUAL_END = methodcaller("endswith", tuple(end for known in sorted(EXTENSIONS) for end in (known, known.upper())))
-PASSED_OVER = methodcaller("startswith", (".", "@"))
-
-
 def images_among(names: list[str]) -> list[str]:
-    """The names that `is_image` says yes to: of a million usual ones in a third of the time."""
-    if all(map(USUAL_END, names)) and not any(map(PASSED_OVER, names)):
+    """The names that `is_image` says yes to: of a million that all end alike in a fraction of the time."""
+    text = "\n".join(["", *names, ""])
+    end = names[0][names[0].rfind(".") :] if names else ""
+    alike = text.count(f"{end}\n") == len(names) == text.count("\n") - 1  # no name has a line break
+    if alike and end.lower() in EXTENSIONS and "\n." not in text and "\n@" not in text:
         return names
     return list(filter(is_image, names))
 
@@ -52,6 +50,12 @@ def walk(root: Path) -> Iterator[Path]:
 def leaves(name: str) -> bool:
     """Whether the file of that relative name may lie outside of the folder that it is relative to."""
     return name.startswith("/") or ".." in name.split("/")
+
+
+def leaving(names: list[str]) -> list[str]:
+    """Those that `leaves` says yes to; of a million usual ones in a fraction of the time."""
+    text = "\n".join(["", *names])
+    return [name for name in names if leaves(name)] if ".." in text or "\n/" in text else []
 
 
 def open_regular(path: str | Path) -> BinaryIO:

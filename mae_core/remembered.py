@@ -37,11 +37,16 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     return found
 
 
-def memory_file() -> Path | None:
-    """In $MAE_TRANSFER_CACHE, else in the user's cache; None if that variable is empty."""
+def cache_folder() -> Path | None:
+    """$MAE_TRANSFER_CACHE, else a folder in the user's cache; None if that variable is empty."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.environ.get("MAE_TRANSFER_CACHE", os.path.join(folder, "mae-transfer"))
-    return Path(folder, "remembered.json") if os.path.isabs(folder) else None
+    return Path(folder) if os.path.isabs(folder) else None
+
+
+def memory_file() -> Path | None:
+    folder = cache_folder()
+    return folder and folder / "remembered.json"
 
 
 @contextmanager

@@ -2,11 +2,13 @@ import json
 import os
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from mae_core.data import images_or_shards, list_images
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
-from mae_core.files import escape_output, images_among, is_image, open_regular, printable, walk
+from mae_core.files import escape_output, images_among, is_image, leaves, leaving, open_regular, printable, walk
 from mae_core.writing import write_json
 
 
@@ -65,7 +67,21 @@ def test_such_names_are_printed_and_raised(tmp_path, monkeypatch):
     assert str(UserError(os.fsdecode(b"caf\xe9"))) == r"caf\xe9"
 
 
-@pytest.mark.parametrize("more", [[], [".hidden.jpg"], ["@ea.png"], ["Thumbs.db"], ["notes.txt"], ["x.Jpg", "jpg"]])
-def test_the_images_among_names_are_those_one_by_one(more):
-    names = ["a.JPEG", "b.jpg", "c.tar.png", *more]
+ENDS = ["", ".jpg", ".JPEG", ".tar.png", ".Jpg", ".txt"]
+NAMES = st.builds(
+    str.__add__,
+    st.sampled_from(["a", "b c", ".hidden", "@ea", "Thumbs.db", "jpg", ".", "a\n", "\n.b"]),
+    st.sampled_from(ENDS),
+)
+
+
+@given(st.lists(NAMES) | st.sampled_from(ENDS).flatmap(lambda end: st.lists(NAMES.map(lambda name: name + end))))
+@example(["a.jpg\nb.jpg", "c.txt"])
+@example(["a.jpg", ".b.jpg"])
+def test_the_images_among_names_are_those_one_by_one(names):
     assert images_among(names) == [name for name in names if is_image(name)]
+
+
+@given(st.lists(st.sampled_from(["a", "a/b", "..", "../a", "a/..", "a..b", "/a", "", "a\n/b", "..\n"])))
+def test_the_names_that_leave_are_those_one_by_one(names):
+    assert leaving(names) == [name for name in names if leaves(name)]

@@ -15,9 +15,8 @@ import numpy as np
 from mae_core.decode import UNREADABLE, opened
 from mae_core.errors import UserError
 from mae_core.files import is_image, open_regular
-from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, Example, are_runs, valid_outline
+from transfer.data.coco_json import NOTHING, PARTS, RUNS, Content, Example, are_runs, content_of, valid_outline
 from transfer.data.findings import Data, found, incomplete, missing, preview
-from transfer.data.json_elements import without_collecting
 
 COUNTS = {"train": 118287, "val": 5000}  # images of COCO 2017
 # Official id -> name; ten ids of 1..90 are unused. A category's label is its rank among all 80, 0..79, even if a file
@@ -140,8 +139,7 @@ def read_once(path: Path, folder: Path, changed: int) -> Split:
 def split_of(path: Path, folder: Path, file: BinaryIO) -> Split:
     digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it has readinto
     try:
-        with without_collecting():
-            content = Content(file)
+        content = content_of(file, digest)
     except (ValueError, KeyError, RecursionError) as e:
         what = f"{type(e).__name__}: {e}" if isinstance(e, KeyError) else e
         problem = f"{path} is no file of COCO instances ({what}): unpack annotations_trainval2017.zip"
@@ -155,7 +153,7 @@ def split_of(path: Path, folder: Path, file: BinaryIO) -> Split:
         problems.append(f"{path} has {strange} as iscrowd, which must be 0 or 1")
     elif crowds.all():
         problems.append(f"{path} has only crowds, no object")
-    if len(np.unique(ids)) < objects or 0 in ids:  # pycocotools takes 0 for "not found"
+    if not np.diff(np.sort(ids)).all() or 0 in ids:  # pycocotools takes 0 for "not found"
         problems.append(f"{path}: its annotation ids are not distinct numbers from 1 on")
     image_of, known = places_in([image[0] for image in content.images], image_ids)
     if strangers := image_ids[~known].tolist():

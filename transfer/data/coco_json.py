@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from array import array
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -12,30 +13,46 @@ import numpy as np
 from pycocotools import mask as mask_util
 
 from mae_core.files import leaves
-from transfer.data.json_elements import Elements
+from transfer.data import json_elements
+from transfer.data.json_elements import Elements, without_collecting
+from transfer.data.parsed import LARGE, keep, recall
 
 FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
 MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
 # What an outline may be: polygons, all of them valid; polygons, some valid; nothing valid; runs, which are to be
 # compared with the image's size.
 POLYGONS, PARTS, NOTHING, RUNS = range(4)
+WHOLE = ("ids", "image_ids", "category_ids", "crowds", "starts", "ends")
+COLUMNS = dict.fromkeys(WHOLE, "q") | {"areas": "d", "boxes": "d", "outlines": "b"}  # of annotations, as array.array
 
 
 class Content:
     """The three lists of a file. images: (id, file name, height, width); categories: (id, name); of the annotations, in
     the file's order, one column for each value, four numbers a box, the outline's kind, and where in the file the
-    annotation stands. Raises ValueError or KeyError, with the place, unless everything is there and of its type.
+    annotation stands. `parse` raises ValueError or KeyError, with the place, unless all is there and of its type.
 
     The file stays open, since `segmentation` reads it, until `hold` has read it as a whole."""
+
+    ids: array
+    image_ids: array
+    category_ids: array
+    crowds: array
+    areas: array
+    boxes: array
+    outlines: array
+    starts: array
+    ends: array
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.held = file, b""
         self.images: list[tuple[int, str, int, int]] = []
         self.categories: list[tuple[int, str]] = []
         self.clear_annotations()
+
+    def parse(self) -> "Content":
         lists = {"images": self.add_image, "categories": self.add_category, "annotations": self.add_annotation}
         seen = set()
-        for key, number, entry, start, end in Elements(self.read, os.fstat(file.fileno()).st_size, lists):
+        for key, number, entry, start, end in Elements(self.read, os.fstat(self.file.fileno()).st_size, lists):
             if number < 0:  # the list begins; one that comes twice counts once, as for every reader of JSON
                 seen.add(key)
                 self.clear_annotations() if key == "annotations" else getattr(self, key).clear()
@@ -46,6 +63,7 @@ class Content:
                 raise ValueError(f"{key}[{number}]: {wrong_value(entry) or f'{type(e).__name__}: {e}'}") from None
         if absent := [key for key in lists if key not in seen]:
             raise KeyError(absent[0])
+        return self
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes of the file. Processes that share it do not move each other's place in it."""
@@ -71,9 +89,8 @@ class Content:
         return json.loads(self.read(start, self.ends[number] - start))["segmentation"]
 
     def clear_annotations(self) -> None:
-        self.ids, self.image_ids, self.category_ids, self.crowds = (array("q") for _ in range(4))
-        self.areas, self.boxes = array("d"), array("d")
-        self.outlines, self.starts, self.ends = array("b"), array("q"), array("q")
+        for name, kind in COLUMNS.items():
+            setattr(self, name, array(kind))
 
     def add_image(self, entry: dict, start: int, end: int) -> None:
         values = entry["id"], entry["file_name"], entry["height"], entry["width"]
@@ -101,6 +118,27 @@ class Content:
         self.outlines.append(kind_of(entry["segmentation"]))
         self.starts.append(start)
         self.ends.append(end)
+
+
+def content_of(file: BinaryIO, digest: str) -> Content:
+    """The content of a file whose SHA-256 is `digest`, parsed or, of a large one, as it was parsed before. Raises as
+    `Content.parse` does."""
+    large, parsers = os.fstat(file.fileno()).st_size >= LARGE, (sys.modules[__name__], json_elements)
+    content = Content(file)
+    if large and (kept := recall(digest, parsers)):
+        content.images, content.categories = (
+            list(map(tuple, entries)) for entries in json.loads(kept["lists"].tobytes())
+        )
+        for name, kind in COLUMNS.items():
+            setattr(content, name, array(kind, kept[name].tobytes()))
+        return content
+    with without_collecting():
+        content.parse()
+    if large:
+        lists = json.dumps([content.images, content.categories]).encode()
+        columns = {name: np.asarray(getattr(content, name)) for name in COLUMNS}
+        keep(digest, parsers, {"lists": np.frombuffer(lists, np.uint8), **columns})
+    return content
 
 
 def wrong_value(entry: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mae_core.files import images_among, is_image, passed_over
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
-from transfer.data.split import Files, Split, fingerprint
+from transfer.data.split import Files, Split, fingerprint, folders_of
 
 VAL_NAME = "ILSVRC2012_val_"  # prefix of the official validation images' names
 # ILSVRC 2012: classes, training and validation images (the counts that make data "official").
@@ -42,15 +42,22 @@ BY_WNID = (
 
 
 def read_split(
-    folder: Path, labels_of: Mapping[str, int] | None = None, others: Collection[str] = (), remedy: str = BY_WNID
+    folder: Path,
+    labels_of: Mapping[str, int] | None = None,
+    others: Collection[str] = (),
+    remedy: str = BY_WNID,
+    like: Split | None = None,
 ) -> tuple[Split, list[str]]:
     """The images of folder/WNID/*, and the problems of the folder. Each folder is listed once.
 
     The label comes from the folder's name, never from its rank: a set of ten classes still means 1000 logits. All usual
     extensions in any case and names with spaces are found.
     labels_of: the labels of folders that are named otherwise. others: folders of the set that are passed over. remedy:
-    what to do about a folder of another name.
+    what to do about a folder of another name. like: a split that may hold the same images in other folders, as the
+    versions of ImageNet-C do; what is the same is shared with it: 75 times 50,000 names would fill half a GiB.
     """
+    like = like or Split()
+    known = {os.path.basename(path): names for path, names in folders_of(like.files)}
     label = labels_of or {wnid: i for i, wnid in enumerate(wnids())}
     folders: list[tuple[str, list[str]]] = []
     labels: list[int] = []
@@ -70,7 +77,10 @@ def read_split(
             strange.append(entry.name)
         else:
             listed = os.listdir(entry.path)
-            names = sorted(images_among(listed))
+            listed.sort()
+            names = known.get(entry.name)
+            if names != listed:
+                names = images_among(listed)
             if len(names) < len(listed):
                 rest = (name for name in listed if not is_image(name) and not passed_over(name))
                 nested += [f"{entry.name}/{n}" for n in rest if os.path.isdir(f"{entry.path}/{n}")]
@@ -92,7 +102,9 @@ def read_split(
         )
     if not labels and not problems:
         problems.append(f"{folder} has no class folder with images in it: unpack the archive there")
-    return Split(Files(folders), tuple(labels)), problems
+    images = [names for _, names in folders], tuple(labels)
+    same = images == ([names for _, names in folders_of(like.files)], like.labels)
+    return Split(Files(folders), like.labels if same else images[1]), problems
 
 
 def misplaced(folder: Path, names: list[str], named: str) -> list[str]:
@@ -171,17 +183,18 @@ def named_otherwise(train: Split, val: Split) -> list[str]:
     """Findings from the official file names, which give an image's split and, for training, its class."""
     strange: list[str] = []
     seen: list[str] = []
+    usual: dict[str, list[str]] = {"train": [], "val": []}
+    odd: dict[str, list[tuple[str, int]]] = {"train": [], "val": []}
     for split, name, foreign in ((train, "train", "validation"), (val, "val", "training")):
         other, wrong = [], []
-        odd: list[tuple[str, int]] = []
         for _, names, labels in split.by_folder():
             # All names of a class at once: one by one, a million take seconds.
-            usual = VAL_NAME if name == "val" else rf"{wnids()[labels[0]]}_\d+\."
-            if len(set(labels)) == 1 and re.fullmatch(rf"(?:{usual}[^\n]*\n)*", "\n".join([*names, ""])):
-                seen += names
+            begin = VAL_NAME if name == "val" else rf"{wnids()[labels[0]]}_\d+\."
+            if len(set(labels)) == 1 and re.fullmatch(rf"(?:{begin}[^\n]*\n)*", "\n".join([*names, ""])):
+                usual[name] += names
             else:
-                odd += zip(names, labels)
-        for file, label in odd:
+                odd[name] += zip(names, labels)
+        for file, label in odd[name]:
             of_class = TRAIN_NAME.match(file)
             if of_class if name == "val" else file.startswith(VAL_NAME):
                 other.append(file)
@@ -195,6 +208,8 @@ def named_otherwise(train: Split, val: Split) -> list[str]:
             )
         if wrong:
             strange.append(f"imagenet/{name}: {len(wrong)} images are named for another class: {preview(wrong)}")
+    # Usual names of training images begin with their class: two classes have none in common.
+    seen += usual["val"] + (usual["train"] if any(odd.values()) else [])
     if len(set(seen)) < len(seen):
         twice = sorted(file for file, times in Counter(seen).items() if times > 1)
         strange.append(f"imagenet: {len(twice)} images are there twice, by their names: {preview(twice)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
 from transfer.data.imagenet import columns, read_split, without, wnids
-from transfer.data.split import Files, Split, fingerprint, folders_of, joined
+from transfer.data.split import Split, fingerprint, joined
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -103,21 +103,12 @@ def read_c(root: Path) -> tuple[dict[str, Split], list[str]]:
             if not folder.is_dir():
                 problems.append(f"{folder} is missing: unpack its archive again")
                 continue
-            split, wrong = read_split(folder)
+            split, wrong = read_split(folder, like=first)
             first = first if first.files else split
-            splits[f"{corruption}/{severity}"] = sharing(split, first)
+            splits[f"{corruption}/{severity}"] = split
             problems += wrong
     return splits, problems
 
 
 def fingerprint_c(root: Path, splits: Mapping[str, Split]) -> str:
     return fingerprint(root, *(splits[name] for name in sorted(splits)))
-
-
-def sharing(split: Split, first: Split) -> Split:
-    """The split, which shares its names and labels with the first one if it holds the same images: 75 times 50,000
-    names would fill half a GiB."""
-    own, others = folders_of(split.files), folders_of(first.files)
-    if split.labels != first.labels or [names for _, names in own] != [names for _, names in others]:
-        return split
-    return Split(Files((folder, names) for (folder, _), (_, names) in zip(own, others)), first.labels)

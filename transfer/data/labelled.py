@@ -3,20 +3,19 @@
 Each is read as its official archives unpack. Labels are the official ones, however many classes are present.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import orjson
-
-from mae_core.files import is_image, leaves, passed_over, walk
+from mae_core.files import is_image, leaving, passed_over, walk
 from transfer.data.findings import Data, found, incomplete, missing, preview, unusable
+from transfer.data.inat_json import annotation_file, read_annotations
 from transfer.data.split import Files, Split, fingerprint, folders_of
+
+NO_SPACE = bytes(set(range(256)) - set(b" \t\n\r\v\f"))
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,15 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
     """The reading, with the problems that any set may have: no images, missing files, labels out of range, images in
     both splits or twice in one, classes without training images."""
     all_problems = list(problems)
-    for name, split in (("training", train), ("validation", val)):
+    for name, split, absent in zip(("training", "validation"), (train, val), missing_files(train, val)):
         if not split.files and not all_problems:
             all_problems.append(f"{folder} has no {name} images: unpack them there")
-        if absent := missing_files(split.files):
+        if absent:
             of_all = f"{len(absent)} of the {len(split.files)} {name} images"
             all_problems.append(f"{of_all} are not there: {preview(absent)}; unpack their archive as it is")
         else:
             all_problems += unusable(split.files, f"{name} images")
-        if strange := sorted({label for label in split.labels if not 0 <= label < classes}):
+        if strange := sorted(label for label in split.classes if not 0 <= label < classes):
             all_problems.append(f"{folder}: {name} labels outside 0..{classes - 1}: {preview(strange)}")
     once = {name: twice_in(split.files) for name, split in (("training", train), ("validation", val))}
     for name, (_, twice) in once.items():
@@ -97,12 +96,10 @@ def checked(folder: Path, train: Split, val: Split, classes: int, problems: Iter
 def listed_in(folder: Path, names: Sequence[str]) -> Files:
     """The files of these relative names, which are tidied up where they need it: to make Paths of millions takes a
     minute."""
-    text = "\n".join(["", *names])
-    if "//" in text or "/." in text or "\n." in text or "/\n" in f"{text}\n":
-        names = [str(PurePosixPath(name)) for name in names]
-    return Files(
-        (f"{folder}/{inner}" if inner != "." else str(folder), each) for inner, each in Files.of(names).folders
-    )
+    folders = Files.of(names).folders
+    if any(inner != str(PurePosixPath(inner)) or "" in each or "." in each for inner, each in folders):
+        folders = Files.of(str(PurePosixPath(name)) for name in names).folders
+    return Files((f"{folder}/{inner}" if inner != "." else str(folder), each) for inner, each in folders)
 
 
 def twice_in(files: Sequence[Path]) -> tuple[dict[str, set[str]], list[str]]:
@@ -118,15 +115,19 @@ def twice_in(files: Sequence[Path]) -> tuple[dict[str, set[str]], list[str]]:
     return listed, list(twice)
 
 
-def missing_files(files: Sequence[Path]) -> list[str]:
-    """The files that are not on disk. Each folder is listed once: to ask for millions of files takes minutes."""
-    listings: dict[str, set[str]] = {}
-    absent = []
-    for folder, names in folders_of(files):
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if not listings[folder].issuperset(names):
-            absent += [f"{folder}/{name}" for name in names if name not in listings[folder]]
+def missing_files(*splits: Split) -> list[list[str]]:
+    """The files of each split that are not on disk. Each folder is listed once, though splits may share it: to ask for
+    millions of files takes minutes."""
+    wanted: dict[str, list[tuple[int, Sequence[str]]]] = {}
+    for number, split in enumerate(splits):
+        for folder, names in folders_of(split.files):
+            wanted.setdefault(folder, []).append((number, names))
+    absent: list[list[str]] = [[] for _ in splits]
+    for folder, parts in wanted.items():
+        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        for number, names in parts:
+            if not there.issuperset(names):
+                absent[number] += [f"{folder}/{name}" for name in names if name not in there]
     return absent
 
 
@@ -136,71 +137,53 @@ def read_inaturalist(folder: Path, year: int, classes: int) -> Reading:
     category_id of its annotation."""
     splits, problems = [], []
     for name in ("train", "val"):
-        path = folder / annotation_file(name, year)
-        files, labels = Files(), []
-        try:
-            values = read_json(path)
-            names = {image["id"]: image["file_name"] for image in values["images"]}
-            label = {a["image_id"]: a["category_id"] for a in values["annotations"]}
-            if odd := [c for c in label.values() if type(c) is not int]:
-                raise ValueError(f"category_id is {str(odd[0])[:40]!r}, not a whole number")
-            if outside := [name for name in names.values() if leaves(name)]:
-                raise ValueError(f"{outside[0]!r} leaves its folder")
-            if len(label) < len(values["annotations"]):
-                problems.append(f"{path} labels {len(values['annotations']) - len(label)} images twice")
-            if strangers := sorted(map(str, label.keys() - names.keys())):
-                problems.append(f"{path} labels images that it does not list: {preview(strangers)}")
-            if bare := sorted(names[i] for i in names.keys() - label.keys()):
-                problems.append(f"{path} lists {len(bare)} images without a label: {preview(bare)}")
-            pairs = sorted((names[i], label[i]) for i in names.keys() & label.keys())
-            files, labels = listed_in(folder, [file for file, _ in pairs]), [c for _, c in pairs]
-        except FileNotFoundError:
-            problems.append(f"{path} is missing: unpack the archive that holds it")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            problems.append(f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again")
-        splits.append(Split(files, tuple(labels)))
+        files, labels, wrong = read_annotations(folder / annotation_file(name, year))
+        problems += wrong
+        splits.append(Split(listed_in(folder, files), tuple(labels)))
     train, val = splits
     return checked(folder, train, val, classes, problems)
-
-
-def read_json(path: Path) -> Any:
-    """By orjson, which is several times as fast; by Python what orjson refuses. ValueError for what is no JSON."""
-    content = path.read_bytes()
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return json.loads(content)
-
-
-def annotation_file(name: str, year: int) -> str:
-    return f"{name}{year}.json" if year < 2021 else f"{name}.json"
 
 
 def read_list(path: Path, images: Path, problems: list[str]) -> Split:
     """A list of lines `relative/path label`; the path may begin with a slash, and the folders may be nested."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         problems.append(f"{path} is missing: unpack the archive that holds it")
         return Split()
     except UnicodeDecodeError:
         problems.append(f"{path} is no text: unpack the list from its archive")
         return Split()
-    words, lines = text.split(), text.splitlines()
+    words = text.split()
     names, labels = words[::2], words[1::2]
-    if lines != list(map(" ".join, zip(names, labels))):  # not two words in each line: one by one, which takes longer
+    lines = [] if two_words_a_line(content, len(words)) else text.splitlines()
+    if lines:
         parted = [line.rpartition(" ") for line in lines]
         names, labels = [file.strip() for file, _, _ in parted], [label for _, _, label in parted]
-    names = [name.lstrip("/") for name in names]
-    usual = all(names) and all(map(str.isdecimal, labels)) and max(map(len, labels), default=0) < 10
-    for number, (name, label) in enumerate(zip(names, labels) if not usual or ".." in text else (), 1):
-        if not name or not label.isdecimal() or len(label) > 9:
-            problems.append(f"{path}, line {number}, is not `path label`: {lines[number - 1][:60]!r}")
-            return Split()
-        if ".." in name and leaves(name):
-            problems.append(f"{path}, line {number}, leaves the folder of the images: {lines[number - 1][:60]!r}")
-            return Split()
-    return Split(listed_in(images, names), tuple(map(int, labels)))
+    if text.startswith("/") or "\n/" in text or lines:
+        names = [name.lstrip("/") for name in names]
+    distinct = set(labels)
+    odd = {label for label in distinct if not label.isdecimal() or len(label) > 9}
+    if odd or not all(names):
+        number = next(i for i, (name, label) in enumerate(zip(names, labels)) if not name or label in odd)
+        line = text.splitlines()[number]
+        problems.append(f"{path}, line {number + 1}, is not `path label`: {line[:60]!r}")
+        return Split()
+    if ".." in text and (outside := leaving(names)):
+        number = names.index(outside[0])
+        line = text.splitlines()[number]
+        problems.append(f"{path}, line {number + 1}, leaves the folder of the images: {line[:60]!r}")
+        return Split()
+    numbers = {label: int(label) for label in distinct}
+    return Split(listed_in(images, names), tuple(map(numbers.__getitem__, labels)))
+
+
+def two_words_a_line(content: bytes, words: int) -> bool:
+    """Whether each line of a text of so many words is two words with one space between them."""
+    between = content.translate(None, NO_SPACE)
+    whole = len(between) + len(between) % 2 == words and between == (b" \n" * words)[: len(between)]
+    return whole and not content.startswith(b" ") and b"\n " not in content and b" \n" not in content
 
 
 def first_of(folder: Path, names: tuple[str, ...]) -> Path:

@@ -79,7 +79,7 @@ def read_subset(root: Path, subset: Subset, seed: int) -> tuple[Split, list[str]
     if odd:
         some = preview([f"{n} of {w}" for w, n in odd.items()])
         problems.append(f"{path} does not list {subset.title}: {some}; get the list again")
-    if absent := missing_files(files):
+    if absent := missing_files(Split(files))[0]:
         what = f"{path} lists {len(absent)} images that are not there: {preview(absent)}"
         problems.append(f"{what}; unpack ImageNet's training images again")
     return Split(files, tuple(label[w] for w in wnid)), problems

@@ -5,7 +5,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import overload
 
@@ -26,15 +26,13 @@ class Files(Sequence[Path]):
     def of(cls, texts: Iterable[str]) -> "Files":
         """The files of these names, in their order."""
         folders: list[tuple[str, list[str]]] = []
-        last = None
-        for text in texts:
-            folder, slash, name = text.rpartition("/")
-            if not slash:
-                folder = "."
-            if folder != last:
-                folders.append((folder, []))
-                last = folder
-            folders[-1][1].append(name)
+        names: list[str] = []
+        last, cut = None, ""
+        for folder, slash, name in map(str.rpartition, texts, repeat("/")):
+            if folder != last or slash != cut:  # "/x" is no file of "."
+                last, cut, names = folder, slash, []
+                folders.append((folder if slash else ".", names))
+            names.append(name)
         return cls(folders)
 
     @property

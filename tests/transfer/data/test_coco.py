@@ -381,7 +381,7 @@ def test_a_file_is_read_whatever_its_spaces_order_and_length(tmp_path, monkeypat
 
     def content(text: str) -> Content:
         path.write_text(text, encoding="utf-8")
-        found = Content(path.open("rb"))
+        found = Content(path.open("rb")).parse()
         found.hold(hashlib.sha256(text.encode()).hexdigest())
         return found
 

@@ -248,6 +248,15 @@ def test_images_of_the_other_split_and_of_another_class_are_known_by_their_names
     )
 
 
+def test_a_training_image_in_the_folder_of_another_class_is_there_twice(root):
+    train = root / "imagenet" / "train"
+    shutil.copy(train / TENCH / f"{TENCH}_1.JPEG", train / GOLDFISH)
+    assert inspect_imagenet(root).findings[2:] == (
+        f"imagenet/train: 1 images are named for another class: {GOLDFISH}/{TENCH}_1.JPEG",
+        f"imagenet: 1 images are there twice, by their names: {TENCH}_1.JPEG",
+    )
+
+
 def test_inspecting_lists_folders_and_never_asks_for_every_file(tmp_path, monkeypatch):
     """One question for each of millions of files takes minutes: a hundred of each split are looked at."""
     for split, per_class in (("train", 300), ("val", 200)):

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
@@ -15,7 +17,7 @@ from mae_core.checkpoint import read_checkpoint
 from tests.fixtures import SHARED
 from tests.fixtures.transfer import make_job, write_noise_image
 from transfer.classification.tasks import TASKS, folder_task
-from transfer.data.labelled import INAT2021, SETS, inspect_set, read_folder
+from transfer.data.labelled import INAT2021, SETS, inspect_set, read_folder, read_list
 from transfer.data.split import Split
 from transfer.jobs import find_tasks, task_argument
 from transfer.miniature import labelled as miniature_sets
@@ -200,6 +202,34 @@ def test_places365_with_a_wrong_list(tmp_path, content, said):
     file = write_places365(tmp_path) / "places365_val.txt"
     file.write_bytes(content) if content else file.unlink()
     assert said in inspect_set(KNOWN["places365"], tmp_path).detail
+
+
+WORDS = st.text(st.sampled_from("a./1 \t\r\n\v\f\x1c\x85\u00a0\u2028\u0663"), max_size=3)
+
+
+@given(
+    st.lists(st.tuples(WORDS, st.sampled_from([" ", "  ", "\t", "", "\u00a0"]), WORDS | st.just("7"))), st.booleans()
+)
+@example([("a", " ", "1"), ("b", " ", "2")], True)
+@example([("1", " ", "2 3"), ("", "", "4")], True)  # four words in two lines, not two in each
+@example([("1\u00a02", " ", "3"), (" ", " ", "4")], True)
+def test_a_list_is_read_as_line_by_line(tmp_path_factory, lines, ends):
+    """By the rule of its docstring: the label behind the last space, the path before it."""
+    path = tmp_path_factory.getbasetemp() / "list.txt"
+    text = "\n".join("".join(line) for line in lines) + "\n" * ends
+    path.write_bytes(text.encode())
+    expected: list[tuple[str, int]] | None = []
+    for line in text.splitlines():
+        name, _, label = line.rpartition(" ")
+        name = name.strip().lstrip("/")
+        if not name or not label.isdecimal() or ".." in name.split("/"):
+            expected = None
+            break
+        expected.append((str(Path("/images", name)), int(label)))
+    problems: list[str] = []
+    split = read_list(path, Path("/images"), problems)
+    assert bool(problems) == (expected is None)
+    assert list(zip(map(str, split.files), split.labels)) == (expected or [])
 
 
 def test_places365_with_a_byte_order_mark(tmp_path):
