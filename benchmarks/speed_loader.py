@@ -24,6 +24,7 @@ from mae_core import native
 from mae_core.data import (
     IMAGENET_NORMALIZATION,
     MEAN,
+    PREFETCH,
     STD,
     Images,
     TrainingStream,
@@ -103,17 +104,25 @@ def on_one_core(files: list[str], folder: datasets.ImageFolder | None, size: int
     for index in torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:IN_MEMORY].tolist():
         content = bytes_of(dataset.files[index])
         jpegs += [content] if content.startswith(b"\xff\xd8\xff") else []
-    workloads: dict[str, Workload] = {OURS: partial(next, ours(dataset, batch, 0, "cpu"))}
+    workloads: dict[str, Workload] = {OURS: partial(next, as_worker(dataset, batch))}
     if native.library() is not None:
-        workloads[UNCOMPILED] = partial(uncompiled, ours(dataset, batch, 0, "cpu"))
+        workloads[UNCOMPILED] = partial(uncompiled, as_worker(dataset, batch))
     if jpegs:
         arms = decoders(jpegs) | {RESIZE: resizing(jpegs, size)}
         workloads |= {name: partial(each, itertools.cycle(works), batch) for name, works in arms.items()}
-    floats = (normalize(images) for images in ours(dataset, batch, 0, "cpu"))
+    floats = map(normalize, as_worker(dataset, batch))
     workloads[NORMALISED] = partial(next, floats)
     if folder is not None:
         workloads[IMAGE_FOLDER] = partial(next, theirs(folder, batch))
     return workloads
+
+
+def as_worker(dataset: Images, batch: int) -> Iterator[Tensor]:
+    """Batches as one of the loader's workers makes them: in turn in its pieces of memory."""
+    like = dataset[0][0]
+    pieces = [like.new_empty(batch, *like.shape) for _ in range(PREFETCH + 1)]
+    for number, samples in enumerate(TrainingStream(len(dataset), batch, batch, 0, 0, 10**6)):
+        yield dataset.batch(samples, pieces[number % len(pieces)]).images
 
 
 def ours(dataset: Images, batch: int, workers: int, device: str) -> Iterator[Tensor]:
