@@ -8,6 +8,7 @@ goes on where it stopped.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -52,9 +53,8 @@ def measurements(gpu: bool, compare: Path | None, data: Path | None) -> list[lis
     beside = [] if compare is None else ["--compare", str(compare)]
     found: list[list[str]] = []
     if gpu:
-        for arch in (BASE, LARGE):
-            found += [["pretrain", "--arch", arch, *how, *beside] for how in (["--compile"], [])]
-            found += [[what, "--arch", arch, *beside] for what in ("finetune", "eval")]
+        for arch, what in itertools.product((BASE, LARGE), ("pretrain", "finetune", "eval")):
+            found += [[what, "--arch", arch, *how, *beside] for how in (["--compile"], [])]
         dense = ["--arch", BASE, "--batch", "8"]
         more = [["coco", *dense], ["ade20k", *dense]]
     else:
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     place = hardware(Machine(device="cuda" if gpu else "cpu"))
     about: dict[str, Any] = {"hardware": place, "versions": versions(), "commit": commit()}
+    known = about["commit"] and not about["commit"].endswith("-dirty")  # else other code may have had the same name
     if not gpu and "bf16" not in cpu_precisions():
         print("bf16 is left out: this CPU does not compute in it", flush=True)
     todo, failed, started = measurements(gpu, args.compare, args.data), [], time.monotonic()
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         # A folder for each: the name of a file does not tell whether another arm was timed too.
         folder = args.out / "-".join(Path(word).name.strip("-") for word in what)
         label = f"[{number}/{len(todo)}] {' '.join(what)}"
-        if made(folder, about):
+        if known and made(folder, about):
             print(f"{label}: measured before", flush=True)
             continue
         print(f"{label} ({(time.monotonic() - started) / 60:.0f} min so far)", flush=True)

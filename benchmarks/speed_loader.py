@@ -120,7 +120,7 @@ def on_one_core(files: list[str], folder: datasets.ImageFolder | None, size: int
 def as_worker(dataset: Images, batch: int) -> Iterator[Tensor]:
     """Batches as one of the loader's workers makes them: in turn in its pieces of memory."""
     like = dataset[0][0]
-    pieces = [like.new_empty(batch, *like.shape) for _ in range(PREFETCH + 1)]
+    pieces = [like.new_zeros(batch, *like.shape) for _ in range(PREFETCH + 1)]
     for number, samples in enumerate(TrainingStream(len(dataset), batch, batch, 0, 0, 10**6)):
         yield dataset.batch(samples, pieces[number % len(pieces)]).images
 
@@ -232,7 +232,8 @@ def loader_table(arms: Sequence[Arm]) -> str:
         share = f"{arm.rate / limit:.2f}" if limit and not arm.workers else ""
         rows.append([arm.name, str(arm.workers or ""), f"{arm.rate:.0f}", spread, share])
     per_core = next(arm.rate for arm in arms if arm.name == OURS)
-    note = f"Of one core's CPU time; with workers of the clock. {GOAL} images/s take {GOAL / per_core:.1f} such cores."
+    cores = f"{GOAL} images/s take {GOAL / per_core:.1f} such cores for workers"
+    note = f"Of one core's CPU time; with workers of the clock. {cores}."
     return f"{markdown_table(rows)}\n\n{note}"
 
 

@@ -38,9 +38,10 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def cache_folder() -> Path | None:
-    """$MAE_TRANSFER_CACHE, else a folder in the user's cache; None if that variable is empty."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    """$MAE_TRANSFER_CACHE, else a folder in the user's cache; None if that variable is empty or a relative path."""
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = os.environ.get("MAE_TRANSFER_CACHE", os.path.join(folder, "mae-transfer"))
+    folder = os.path.expanduser(folder)
     return Path(folder) if os.path.isabs(folder) else None
 
 

@@ -17,7 +17,7 @@ def calls(monkeypatch):
         what, out = command[2:-2], command[-1]
         seen.append(what)
         if what[0] not in failing:
-            values = {"hardware": "1x card", "versions": {"torch": "2"}, "commit": "abc"}
+            values = {"hardware": "1x card", "versions": {"torch": "2"}, "commit": speed_all.commit()}
             speed_all.write_text(speed_all.Path(out) / "x.json", json.dumps(values))
             speed_all.write_text(speed_all.Path(out) / "x.md", f"table of {what[0]}\n")
         return subprocess.CompletedProcess(command, int(what[0] in failing))
@@ -36,6 +36,13 @@ def test_every_call_is_one_that_speed_takes(gpu, tmp_path):
     for what in todo:
         speed.parse(what)
     assert not any("--compare" in what or "--data" in what for what in speed_all.measurements(gpu, None, None))
+
+
+def test_on_a_gpu_every_pass_is_timed_with_and_without_the_compiler():
+    calls = [speed.parse(what) for what in speed_all.measurements(True, None, None)]
+    passes = {(call.what, call.arch, call.compile) for call in calls if call.what in ("pretrain", "finetune", "eval")}
+    assert len(passes) == 12
+    assert {arch for _, arch, _ in passes} == {"vit_base_patch16", "vit_large_patch16"}
 
 
 @pytest.mark.parametrize("able", [False, True])
@@ -68,6 +75,16 @@ def test_another_commit_is_measured_anew(calls, tmp_path, monkeypatch):
     monkeypatch.setattr(speed_all, "commit", lambda: "def")
     speed_all.main(["--out", str(tmp_path)])
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+@pytest.mark.parametrize("name", ["", "abc-dirty"])
+def test_code_without_a_name_of_its_own_is_measured_anew(name, calls, tmp_path, monkeypatch):
+    seen, _ = calls
+    monkeypatch.setattr(speed_all, "commit", lambda: name)
+    for _ in range(2):
+        assert speed_all.main(["--out", str(tmp_path)]) == 0
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert "table of eval" in (tmp_path / "speed.md").read_text()
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):

@@ -80,6 +80,8 @@ def test_nothing_is_kept_where_there_is_no_place_or_after_an_error(tmp_path, pac
         ({"HOME": "/home/me"}, "/home/me/.cache/mae-transfer/remembered.json"),
         ({"HOME": "/home/me", "XDG_CACHE_HOME": "/c"}, "/c/mae-transfer/remembered.json"),
         ({"HOME": "/home/me", "XDG_CACHE_HOME": "/c", "MAE_TRANSFER_CACHE": "/own"}, "/own/remembered.json"),
+        ({"HOME": "/home/me", "MAE_TRANSFER_CACHE": "~/own"}, "/home/me/own/remembered.json"),
+        ({"HOME": "/home/me", "MAE_TRANSFER_CACHE": "own"}, None),
         ({"HOME": "/home/me", "MAE_TRANSFER_CACHE": ""}, None),
         ({"HOME": "home", "XDG_CACHE_HOME": "c"}, None),
     ],

@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from pycocotools import mask as mask_util
 
+from mae_core import files
 from mae_core.files import leaves
 from transfer.data import json_elements
 from transfer.data.json_elements import Elements, without_collecting
-from transfer.data.parsed import LARGE, keep, recall
+from transfer.data.parsed import LARGE, code_of, keep, recall
 
 FAR = 100_000  # px: a corner farther off makes pycocotools take memory in proportion to its distance
 MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
@@ -23,6 +24,7 @@ MAX_AREA = 1 << 28  # px of an image; Pillow refuses larger ones
 # compared with the image's size.
 POLYGONS, PARTS, NOTHING, RUNS = range(4)
 WHOLE = ("ids", "image_ids", "category_ids", "crowds", "starts", "ends")
+CODE = code_of(sys.modules[__name__], json_elements, files)
 COLUMNS = dict.fromkeys(WHOLE, "q") | {"areas": "d", "boxes": "d", "outlines": "b"}  # of annotations, as array.array
 
 
@@ -123,9 +125,8 @@ class Content:
 def content_of(file: BinaryIO, digest: str) -> Content:
     """The content of a file whose SHA-256 is `digest`, parsed or, of a large one, as it was parsed before. Raises as
     `Content.parse` does."""
-    large, parsers = os.fstat(file.fileno()).st_size >= LARGE, (sys.modules[__name__], json_elements)
-    content = Content(file)
-    if large and (kept := recall(digest, parsers)):
+    large, content = os.fstat(file.fileno()).st_size >= LARGE, Content(file)
+    if large and (kept := recall(digest, CODE)):
         content.images, content.categories = (
             list(map(tuple, entries)) for entries in json.loads(kept["lists"].tobytes())
         )
@@ -134,10 +135,11 @@ def content_of(file: BinaryIO, digest: str) -> Content:
         return content
     with without_collecting():
         content.parse()
-    if large:
+    file.seek(0)
+    if large and hashlib.file_digest(file, "sha256").hexdigest() == digest:  # type: ignore[arg-type]  # nobody wrote to it
         lists = json.dumps([content.images, content.categories]).encode()
         columns = {name: np.asarray(getattr(content, name)) for name in COLUMNS}
-        keep(digest, parsers, {"lists": np.frombuffer(lists, np.uint8), **columns})
+        keep(digest, CODE, {"lists": np.frombuffer(lists, np.uint8), **columns})
     return content
 
 

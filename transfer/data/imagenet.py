@@ -78,9 +78,9 @@ def read_split(
         else:
             listed = os.listdir(entry.path)
             listed.sort()
-            names = known.get(entry.name)
-            if names != listed:
-                names = images_among(listed)
+            names = known.get(entry.name, ())
+            if names != listed and (found := images_among(listed)) != names:
+                names = found
             if len(names) < len(listed):
                 rest = (name for name in listed if not is_image(name) and not passed_over(name))
                 nested += [f"{entry.name}/{n}" for n in rest if os.path.isdir(f"{entry.path}/{n}")]

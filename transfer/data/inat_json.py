@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from mae_core import files
 from mae_core.files import leaving
 from transfer.data.findings import preview
-from transfer.data.parsed import LARGE, keep, recall
+from transfer.data.parsed import LARGE, code_of, keep, recall
+
+CODE = code_of(sys.modules[__name__], files)
 
 
 def annotation_file(name: str, year: int) -> str:
@@ -24,8 +27,8 @@ def read_annotations(path: Path) -> tuple[list[str], list[int], list[str]]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], [], [f"{path} is missing: unpack the archive that holds it"]
-    digest, parsers = hashlib.sha256(content).hexdigest(), (sys.modules[__name__],)
-    if len(content) >= LARGE and (kept := recall(digest, parsers)):
+    digest = hashlib.sha256(content).hexdigest()
+    if len(content) >= LARGE and (kept := recall(digest, CODE)):
         files, labels = json.loads(kept["lists"].tobytes())
         return files, labels, []
     try:
@@ -33,7 +36,7 @@ def read_annotations(path: Path) -> tuple[list[str], list[int], list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return [], [], [f"{path} is no annotation file of iNaturalist ({type(e).__name__}: {e}): unpack it again"]
     if len(content) >= LARGE and not problems:
-        keep(digest, parsers, {"lists": np.frombuffer(json.dumps([files, labels]).encode(), np.uint8)})
+        keep(digest, CODE, {"lists": np.frombuffer(json.dumps([files, labels]).encode(), np.uint8)})
     return files, labels, problems
 
 

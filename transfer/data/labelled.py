@@ -15,7 +15,7 @@ from transfer.data.findings import Data, found, incomplete, missing, preview, un
 from transfer.data.inat_json import annotation_file, read_annotations
 from transfer.data.split import Files, Split, fingerprint, folders_of
 
-NO_SPACE = bytes(set(range(256)) - set(b" \t\n\r\v\f"))
+NO_SPACE = bytes(set(range(256)) - set(b" \t\n\r\v\f\x1c\x1d\x1e\x1f"))  # of ASCII, as str.split takes it
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,8 @@ def read_list(path: Path, images: Path, problems: list[str]) -> Split:
 
 def two_words_a_line(content: bytes, words: int) -> bool:
     """Whether each line of a text of so many words is two words with one space between them."""
+    if not content.isascii():  # it may have other spaces
+        return False
     between = content.translate(None, NO_SPACE)
     whole = len(between) + len(between) % 2 == words and between == (b" \n" * words)[: len(between)]
     return whole and not content.startswith(b" ") and b"\n " not in content and b" \n" not in content

@@ -11,7 +11,8 @@ from tests.fixtures.transfer import CLASSES, make_job, write_c, write_imagenet, 
 from transfer.classification.robustness import ALEXNET_ERROR, TASKS
 from transfer.data import imagenet_shifts as shifted_sets
 from transfer.data.imagenet import columns, wnids
-from transfer.data.imagenet_shifts import CORRUPTIONS, folder_of, inspect_c, inspect_shift
+from transfer.data.imagenet_shifts import CORRUPTIONS, folder_of, inspect_c, inspect_shift, read_c
+from transfer.data.split import folders_of
 from transfer.jobs import obstacle
 
 C = TASKS[3]
@@ -54,6 +55,18 @@ def test_folders_that_do_not_hold_the_same_images_are_named(tmp_path):
     data = inspect_c(tmp_path)
     assert data.status == "incomplete"
     assert data.detail.endswith("the same images in every folder: gaussian_noise/1 differs from snow/2")
+
+
+def test_all_versions_have_the_names_in_one_place(tmp_path):
+    """75 times 50,000 names would fill half a GiB; what file browsers leave behind changes nothing."""
+    base = write_c(tmp_path) / "imagenet-c"
+    (base / "snow" / "2" / wnids()[CLASSES[0]] / ".DS_Store").touch()
+    splits, problems = read_c(tmp_path)
+    assert not problems
+    lists = [[names for _, names in folders_of(split.files)] for split in splits.values()]
+    assert len(lists) == 75
+    assert all(len({id(names) for names in of_class}) == 1 for of_class in zip(*lists, strict=True))
+    assert len({id(split.labels) for split in splits.values()}) == 1
 
 
 def test_findings_of_parts(tmp_path, monkeypatch):

@@ -212,7 +212,8 @@ WORDS = st.text(st.sampled_from("a./1 \t\r\n\v\f\x1c\x85\u00a0\u2028\u0663"), ma
 )
 @example([("a", " ", "1"), ("b", " ", "2")], True)
 @example([("1", " ", "2 3"), ("", "", "4")], True)  # four words in two lines, not two in each
-@example([("1\u00a02", " ", "3"), (" ", " ", "4")], True)
+@example([("a\u00a05", " ", "1"), ("\u00a0", " ", "2")], False)
+@example([("a\x1c5", " ", "1"), ("\x1c", " ", "2")], False)
 def test_a_list_is_read_as_line_by_line(tmp_path_factory, lines, ends):
     """By the rule of its docstring: the label behind the last space, the path before it."""
     path = tmp_path_factory.getbasetemp() / "list.txt"

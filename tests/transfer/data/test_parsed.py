@@ -1,6 +1,7 @@
 """What was parsed of large files: from the user's cache, and parsed anew whenever that could be something else."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -11,10 +12,17 @@ from tests.fixtures.coco import FIRST_ID, crowd, rectangle, write_split
 from transfer.data import coco_json, inat_json, json_elements, parsed
 from transfer.data.coco_json import COLUMNS, content_of
 from transfer.data.inat_json import read_annotations
-from transfer.data.parsed import keep, recall
+from transfer.data.parsed import code_of, keep, recall
 
 FIRST = FIRST_ID["train"]
+CODE = code_of(parsed)
 ARRAYS = {"boxes": np.arange(6.0).reshape(2, 3), "text": np.frombuffer(b"caf\xc3\xa9", np.uint8)}
+
+
+def of_npy(_: bytes) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -44,38 +52,43 @@ def columns(path: Path) -> list:
 
 
 def test_what_is_kept_comes_back(cache):
-    assert recall("a", (parsed,)) is None
-    keep("a", (parsed,), ARRAYS)
-    found = recall("a", (parsed,))
+    assert recall("a", CODE) is None
+    keep("a", CODE, ARRAYS)
+    found = recall("a", CODE)
     assert found is not None
     assert all(
         np.array_equal(found[name], array) and found[name].dtype == array.dtype for name, array in ARRAYS.items()
     )
-    assert recall("b", (parsed,)) is None
+    assert recall("b", CODE) is None
 
 
 def test_not_once_other_code_parses(tmp_path, cache, monkeypatch):
-    keep("a", (parsed,), ARRAYS)
-    assert recall("a", (parsed, json_elements)) is None
+    keep("a", CODE, ARRAYS)
+    assert recall("a", code_of(parsed, json_elements)) is None
     (tmp_path / "new.py").write_text("more = 1\n" + Path(parsed.__file__).read_text())
     monkeypatch.setattr(parsed, "__file__", str(tmp_path / "new.py"))
-    assert recall("a", (parsed,)) is None
+    assert recall("a", CODE) is not None  # which was found when this code was imported
+    assert recall("a", code_of(parsed)) is None
 
 
-@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b.replace(b"caf", b"cab")])
+def changed(content: bytes) -> bytes:
+    return content.replace(b"caf", b"cab")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[: len(content) // 2], changed, of_npy])
 def test_not_if_it_is_damaged(cache, damage):
-    keep("a", (parsed,), ARRAYS)
+    keep("a", CODE, ARRAYS)
     (file,) = cache.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    assert recall("a", (parsed,)) is None
+    assert recall("a", CODE) is None
 
 
 def test_nothing_is_kept_or_said_where_there_is_no_place(tmp_path, monkeypatch, capfd):
     (tmp_path / "file").touch()
     for folder in ("", str(tmp_path / "file" / "cache")):
         monkeypatch.setenv("MAE_TRANSFER_CACHE", folder)
-        keep("a", (parsed,), ARRAYS)
-        assert recall("a", (parsed,)) is None
+        keep("a", CODE, ARRAYS)
+        assert recall("a", CODE) is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -96,6 +109,15 @@ def test_another_file_at_the_same_place_is_parsed(coco):
     assert list(boxes[0]) == [5.25, 5, 9, 9, 0, 0, 64, 48]
     assert list(boxes[1]) == [6.25, 5, 9, 9, 0, 0, 64, 48]
     assert outline[1][0][0] == 6.25
+
+
+def test_a_file_that_is_written_to_meanwhile_is_not_kept(coco, cache, monkeypatch):
+    """Its hash may be that of the content before, what was parsed that of the content after."""
+    before, changed = hashlib.sha256(coco.read_bytes()).hexdigest(), coco.read_text().replace("5.25", "6.25")
+    with coco.open("rb") as file:
+        coco.write_text(changed)
+        assert content_of(file, before).boxes[0] == 6.25
+    assert not cache.exists()
 
 
 def test_a_small_file_is_parsed_each_time(coco, cache, monkeypatch):
