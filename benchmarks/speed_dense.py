@@ -101,7 +101,7 @@ def detection(arch: str, size: int, batch: int, machine: Machine) -> dict[str, W
         with EventStorage():  # which detectron2's heads write their figures to
             return sum(model(inputs).values())
 
-    again = build_model(pyramid(), r, "LN").to(machine.device)
+    again = build_model(pyramid(), r, LayerNorm2d).to(machine.device)
     arms["ours, detectron2"] = our_step(again, groups_of(again, r), machine, loss_of)
     if get_arch(arch).patch == 16:  # as its strides are written
         arms[VITDET_ARM] = their_step(vitdet(arch, r).to(machine.device), machine, loss_of)

@@ -1,9 +1,10 @@
 """Twin of Mask R-CNN: our detectron2 engine beside detectron2's own trainer, loader and evaluator, by the config of its
 ViTDet project with our backbone in it.
 
-What must be set in that config for both to be the same experiment, that of Li et al. 2021: the backbone and BatchNorm
-for LayerNorm; half a cosine for two steps, and its warm-up; no layer decay, no weight decay on the bias tables; no
-grouping of images by their aspect ratio; float32; and the sizes of a detector that a core trains in a minute.
+What must be set in that config for both to be the same experiment, that of Li et al. 2021 with a layer decay: the
+backbone and BatchNorm for LayerNorm; half a cosine for two steps, and its warm-up; the layer decay's rate, no weight
+decay on the bias tables; no grouping of images by their aspect ratio; float32; and the sizes of a detector that a core
+trains in a minute.
 """
 
 import importlib.util
@@ -11,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +29,7 @@ from mae_core.data import TrainingStream, seed_all
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.optim import set_learning_rate
+from mae_core.vit import get_arch
 from transfer.data.coco import CATEGORIES, annotation_file, inspect_coco, read_split, training_examples
 from transfer.data.shipped import shipped
 from transfer.detection import shared
@@ -35,11 +38,11 @@ from transfer.detection.tasks import TASKS
 from transfer.task import Job
 
 CONFIG = "projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py"
-CHECKPOINT = "miniature/mae_mini.safetensors"
+CHECKPOINT, ARCH = "miniature/mae_mini.safetensors", "vit_mini_patch8"
 IMAGES = {"train": 24, "val": 12}
 # Stochastic depth and the jitter as in the paper's recipe, the rest small: 18 steps.
 RECIPE = replace(
-    recipe("vit_mini_patch8", "mini"), image_size=128, epochs=3, warmup_epochs=1, batch=4, drop_path=0.1, min_scale=0.1,
+    recipe(ARCH, "mini"), image_size=128, epochs=3, warmup_epochs=1, batch=4, drop_path=0.1, min_scale=0.1,
     max_scale=2.0,
 )  # fmt: skip
 
@@ -150,7 +153,7 @@ def their_run(checkout: Path, job: Job, ours: Run, names: dict[str, str]) -> Run
     watches = (
         # Our draws in the heads and of stochastic depth are seeded by the iteration.
         model.register_forward_pre_hook(lambda module, inputs: seed_all(job.seed, trainer.iter, 0, 0, device="cpu")),
-        model.register_forward_hook(lambda module, inputs, losses: run.note(losses, optimizer.param_groups[0]["lr"])),
+        model.register_forward_hook(lambda module, inputs, losses: run.note(losses, top_rate(optimizer))),
     )
     trainer.train(0, cfg.train.max_iter)
     for watch in watches:
@@ -164,6 +167,11 @@ def their_run(checkout: Path, job: Job, ours: Run, names: dict[str, str]) -> Run
                 rows = torch.cat([found.scores[:, None], found.pred_boxes.tensor], dim=1).numpy()
                 run.detections[one["image_id"]] = best_first(rows)
     return run
+
+
+def top_rate(optimizer: torch.optim.Optimizer) -> float:
+    """That of what has no layer decay."""
+    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def loader(cfg: Any, job: Job) -> Any:
@@ -200,6 +208,7 @@ def config(checkout: Path, job: Job, names: dict[str, str]) -> Any:
     """The project's LazyConfig, with what the module's docstring lists set to our recipe."""
     from detectron2.config import LazyCall as L
     from detectron2.config import LazyConfig, instantiate
+    from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
     from detectron2.solver import WarmupParamScheduler
     from fvcore.common.param_scheduler import CosineParamScheduler
 
@@ -233,7 +242,8 @@ def config(checkout: Path, job: Job, names: dict[str, str]) -> Any:
     data.test.mapper.image_format = data.train.mapper.image_format  # which refers to the training mapper
 
     cfg.optimizer.lr, cfg.optimizer.betas, cfg.optimizer.weight_decay = r.lr, r.betas, r.weight_decay
-    cfg.optimizer.params.lr_factor_func = None
+    rule = {"lr_decay_rate": r.layer_decay, "num_layers": get_arch(ARCH).depth}
+    cfg.optimizer.params.lr_factor_func = partial(get_vit_lr_decay_rate, **rule)
     tables = ("pos_embed", "bias_global", "bias_windowed")
     cfg.optimizer.params.overrides = {name: {"weight_decay": 0.0} for name in tables}
     cosine = L(CosineParamScheduler)(start_value=1.0, end_value=0.0)

@@ -1,6 +1,8 @@
 """ViTDet's pyramid and recipe: its attention by hand, its maps as detectron2's own, and a detector that trains."""
 
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from mae_core.checkpoint import read_checkpoint
 from mae_core.errors import UserError
-from mae_core.vit import get_arch
+from mae_core.vit import PLAIN, get_arch
 from tests.fixtures.coco import write_coco
 from tests.fixtures.detection import TASK, TINY
 from tests.fixtures.transfer import ARCH, make_job
@@ -135,13 +137,43 @@ def test_each_layer_has_its_share_of_the_rate():
     assert scale[id(body.blocks[-1].mlp.fc1.weight)] == (0.5, r.weight_decay)
     assert scale[id(body.stages[2][0].weight)] == (1.0, r.weight_decay)
     assert scale[id(model.roi_heads.box_predictor.cls_score.weight)] == (1.0, r.weight_decay)
-    assert scale[id(body.stages[2][1].weight)] == (1.0, 0.0)  # a norm
+    assert scale[id(body.blocks[0].norm1.weight)] == (0.5**depth, 0.0)
+    assert scale[id(body.stages[2][1].weight)] == scale[id(model.roi_heads.box_head[0][1].weight)] == (1.0, 0.1)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     everything = groups_of(model, replace(r, decay_all=True))
     assert {group["weight_decay"] for group in everything} == {r.weight_decay}
     assert sorted((g["lr_scale"], len(g["params"])) for g in everything) == sorted(
         (g["lr_scale"], len(g["params"])) for g in groups
     )
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("everything", [False, True])
+def test_rates_and_decay_are_those_of_detectron2s_own(everything):
+    """Its rule and the arguments of its configs (`everything`: of ViT-H's), on its own model: for each shape as many
+    parameters of each kind. Our positions have no class token, those of its config do."""
+    backbone = pytest.importorskip("detectron2.modeling.backbone")
+    from detectron2.solver.build import get_default_optimizer_params
+
+    from benchmarks.speed_dense import vitdet
+    from transfer.detection.engine_detectron2 import build_model
+
+    arch, depth = "vit_tiny_patch16", 12
+    r = replace(ViTDetRecipe(), image_size=224, layer_decay=0.7, drop_path=0.0, decay_all=everything)
+    theirs = get_default_optimizer_params(
+        vitdet(arch, r),
+        base_lr=1.0,
+        weight_decay=r.weight_decay,
+        weight_decay_norm=None if everything else 0.0,
+        lr_factor_func=partial(backbone.vit.get_vit_lr_decay_rate, num_layers=depth, lr_decay_rate=0.7),
+        overrides={} if everything else {"pos_embed": {"weight_decay": 0.0}},
+    )
+    ours = groups_of(build_model(new_pyramid(arch, PLAIN, r), r, LayerNorm2d), r)
+    wanted = Counter((p.shape, round(g["lr"], 6), g["weight_decay"]) for g in theirs for p in g["params"])
+    found = Counter((p.shape, round(g["lr_scale"], 6), g["weight_decay"]) for g in ours for p in g["params"])
+    differing = {kind[1:] for kind in (wanted - found) + (found - wanted)}
+    assert differing == {(round(0.7 ** (depth + 1), 6), r.weight_decay if everything else 0.0)}  # the positions
+    assert (wanted - found).total() == (found - wanted).total() == 1
 
 
 def test_only_the_config_of_vit_h_decays_norms_and_positions():

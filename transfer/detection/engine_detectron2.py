@@ -25,6 +25,7 @@ from detectron2.modeling.roi_heads import (
     MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -151,7 +152,7 @@ def build_mae_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 def build_model(
     pyramid: ViTPyramid,
     r: DetectionRecipe,
-    norm: type[nn.Module] | str,
+    norm: type[nn.Module],
     normalization: Normalization = IMAGENET_NORMALIZATION,
 ) -> GeneralizedRCNN:
     """Mask R-CNN by the recipe, from detectron2's own parts: RPN with r.rpn_convs hidden convolutions, box head of four
@@ -239,7 +240,8 @@ def train_and_predict(job: Job) -> Predictions:
     examples = training_examples(Path(job.data.root)).few(job.data.limit)
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = shared.build_pyramid(job)
-    norm = "LN" if isinstance(r, ViTDetRecipe) else head_norm(machine)
+    # The layer norm is timm's. detectron2's "LN" writes it out in ten operations, each over a whole map.
+    norm = LayerNorm2d if isinstance(r, ViTDetRecipe) else head_norm(machine)
     model = build_model(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     suit_attention(model, machine)
     if machine.compile:

@@ -52,8 +52,8 @@ class DetectionRecipe:
 class ViTDetRecipe(DetectionRecipe):
     """ViTDet: its pyramid (transfer/pyramid/vitdet.py) in place of the FPN, layer norms in place of batch norms.
 
-    lr_steps: the shares of the training after which the rate is a tenth. decay_all: weight decay on norm layers and
-    positions too, as its config of ViT-H has it.
+    lr_steps: the shares of the training after which the rate is a tenth. decay_all: weight decay on the blocks'
+    norm layers and positions too, as its config of ViT-H has it; those of pyramid and heads have it in all sizes.
     """
 
     lr_steps: tuple[float, ...] = (8 / 9, 26 / 27)
@@ -136,7 +136,7 @@ def vitdet_sources(arch: str) -> dict[str, str]:
     found = {f.name: config for f in fields(ViTDetRecipe)}
     found |= dict.fromkeys(("rpn_batch", "roi_batch", "proposals"), "detectron2's defaults")
     found["epochs"] += "; counted over the images with objects, where its iterations count 118,000 images"
-    found["weight_decay"] += "; none on norm layers and positions, but for ViT-H (decay_all)"
+    found["weight_decay"] += "; none on the blocks' norm layers and positions, but for ViT-H (decay_all)"
     for knob in ("epochs", "layer_decay", "drop_path", "decay_all"):
         found[knob] += "" if arch in VITDET else f"; {stand_in(arch, VITDET)}"
     return found

@@ -107,7 +107,7 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
 def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
     """The optimizer's groups: `parameter_groups`, with a layer decay each split by layer, with lr_scale = layer_decay
     ** (depth + 1 - layer), where all that the encoder does not have is of layer depth + 1."""
-    groups = parameter_groups(model, r.weight_decay)
+    groups = parameter_groups(model, r.weight_decay, maps_decay=isinstance(r, ViTDetRecipe))
     if isinstance(r, ViTDetRecipe) and r.decay_all:
         groups = [{**group, "weight_decay": r.weight_decay} for group in groups]
     if r.layer_decay == 1:
@@ -123,10 +123,13 @@ def groups_of(model: nn.Module, r: DetectionRecipe) -> list[dict]:
     ]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, maps_decay: bool = False) -> list[dict]:
     """Two groups: parameters with weight decay, and those without: of norm layers, positions, layer scales and bias
-    tables. Biases of linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's."""
-    from timm.layers import RmsNorm, SimpleNorm
+    tables. Biases of linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's.
+
+    maps_decay: layer norms of maps decay, in pyramid and heads. In ViTDet's configs they do: detectron2's own class is
+    none of the norms that its rule spares."""
+    from timm.layers import LayerNorm2d, RmsNorm, SimpleNorm
     from timm.models.vision_transformer import Block
 
     norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, RmsNorm, SimpleNorm)
@@ -136,7 +139,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
                 table = name == "bias" and isinstance(module, Block)  # BEiT's, one for each block
-                (others if table or isinstance(module, norms) or name in NO_DECAY else decayed).append(p)
+                norm = isinstance(module, norms) and not (maps_decay and isinstance(module, LayerNorm2d))
+                (others if table or norm or name in NO_DECAY else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -134,11 +134,13 @@ class Checkpointer(DetectionCheckpointer):
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        self.model.load_state_dict(checkpoint.pop("model"), strict=True)
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         try:
-            self.model.load_state_dict(checkpoint.pop("model"), strict=True)
-        except (RuntimeError, KeyError) as e:
+            return super().load(path, checkpointables)
+        except (RuntimeError, KeyError, ValueError) as e:  # of the model, or of the optimizer
             problem = " ".join(str(e).split())[:200]
-            path = self.get_checkpoint_file()
             raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
 
 
