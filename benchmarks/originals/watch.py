@@ -128,15 +128,18 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b)
 
 
-def curves(name: str, ours: Watched, again: Watched, losses: list[float], rates: list[float]) -> list[Difference]:
+def curves(
+    name: str, ours: Watched, again: Watched | None, losses: list[float], rates: list[float]
+) -> list[Difference]:
     """The original's losses and rates beside ours. At the first step the losses may differ by 1e-5 relative; from then
     on by as much as `again`, which is ours with sums in another order, ever differs from ours. Rates: to rounding.
 
-    None of these is below 1e-6, some eight units in the last place of a float32."""
+    None of these is below 1e-6, some eight units in the last place of a float32. Without `again` it is 1e-6."""
     steps, last = len(ours.steps), len(ours.steps) - 1
     if not len(losses) == len(rates) == steps:
         raise UserError(f"{name}: the original made {len(losses)} steps and logged {len(rates)} rates, ours {steps}")
-    allowed = max(ROUNDING, *(relative(a, b) for a, b in zip(again.losses, ours.losses)))
+    others = again.losses if again else []
+    allowed = max([ROUNDING, *(relative(a, b) for a, b in zip(others, ours.losses))])
     gaps = [relative(a, b) for a, b in zip(ours.losses, losses)]
     worst = gaps.index(max(gaps))
     rated = [abs(a - b) / max(rates) for a, b in zip(ours.rates, rates)]
