@@ -24,7 +24,7 @@ try:
     from benchmarks.speed_loader import loader_table, loader_values, read_arms
     from benchmarks.speed_parts import parts_table, seconds_of_parts
     from benchmarks.speed_workloads import SHIPPED, make_workloads
-    from benchmarks.timing import Timing, alternate, matmul_rate
+    from benchmarks.timing import PEERS, Timing, alternate, matmul_rate
     from mae_core.command_line import answered
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
@@ -181,7 +181,7 @@ def write_results(args: argparse.Namespace, machine: Machine, results: Sequence[
     value |= {
         "machine": dataclasses.asdict(machine),
         "hardware": hardware(machine),
-        "versions": versions(),
+        "versions": versions(PEERS),
         "commit": commit(),
         "clock": clock_for(machine)[0],
     }
@@ -205,7 +205,7 @@ def run_loader(args: argparse.Namespace, machine: Machine) -> int:
     arms = read_arms(args.data, args.arch, batch, counts, args.warmup, args.repeats, machine)
     path = args.out / f"loader-{args.data.resolve().name}.json"
     value = {"what": "loader", "image_size": size, "batch": batch, "warmup": args.warmup, **loader_values(arms)}
-    value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions(), "commit": commit()}
+    value |= {"hardware": hardware(machine), "cores": cores(), "versions": versions(PEERS), "commit": commit()}
     write_json(path, value)
     text = loader_table(arms)
     write_text(path.with_suffix(".md"), f"loader, {size} px, batch {batch}, {hardware(machine)}\n\n{text}\n")

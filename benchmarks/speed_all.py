@@ -21,6 +21,7 @@ from typing import Any
 try:
     import torch
 
+    from benchmarks.timing import PEERS
     from mae_core.command_line import answered
     from mae_core.errors import UserError
     from mae_core.flags import named_path
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{folder} is no folder")
     gpu = torch.cuda.is_available()
     place = hardware(Machine(device="cuda" if gpu else "cpu"))
-    about: dict[str, Any] = {"hardware": place, "versions": versions(), "commit": commit()}
+    about: dict[str, Any] = {"hardware": place, "versions": versions(PEERS), "commit": commit()}
     known = about["commit"] and not about["commit"].endswith("-dirty")  # else other code may have had the same name
     if not gpu and "bf16" not in cpu_precisions():
         print("bf16 is left out: this CPU does not compute in it", flush=True)

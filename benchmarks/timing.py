@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+PEERS = ("detectron2", "mmsegmentation")  # whose versions a figure names where they are installed
+
 
 @dataclass(frozen=True)
 class Timing:

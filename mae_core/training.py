@@ -160,6 +160,19 @@ def rounding_settings(t: Training) -> dict[str, Any]:
     }
 
 
+# What a checkpoint that someone changed, or another version wrote, raises while it is loaded.
+UNLOADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def unloadable(path: Path, error: Exception) -> UserError:
+    """What to say of a checkpoint whose loading ended with one of UNLOADABLE. The device's failures are among them, for
+    which nobody should delete it."""
+    problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA" in problem:
+        return UserError(f"{path} could not be loaded onto the device ({problem}): free it, then start again")
+    return UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out")
+
+
 def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any) -> None:
     """Load the work folder's checkpoint, if there is one, into all of these. UserError if it is of another run."""
     path = t.work / CHECKPOINT_FILE
@@ -188,9 +201,8 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any
         if content["machine"]["micro_batch"] != t.micro_batch:
             state.micro_batch = t.micro_batch  # asked for anew; otherwise it stays as reduced for lack of memory
         moved = differences(content["machine"], rounding_settings(t))
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:  # changed by someone
-        problem = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
+    except UNLOADABLE as e:
+        raise unloadable(path, e) from None
     if moved:
         note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
         state.notes += (note,)

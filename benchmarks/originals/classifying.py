@@ -11,7 +11,7 @@ from torchvision.transforms import Compose, ToPILImage
 
 from benchmarks.originals import Call, Difference, mae
 from benchmarks.originals.pictures import some_images
-from benchmarks.originals.watch import Replay, Watched, curves, relative, watched
+from benchmarks.originals.watch import Replay, Watched, apart, curves, relative, watched
 from mae_core.checkpoint import read_checkpoint
 from mae_core.machine import Machine
 from transfer.classification import train
@@ -50,7 +50,7 @@ def compare(call: Call, data: Path, name: str, r: ClassifierRecipe, task: Callab
     work = call.work / name
     (ours, scores), (again, others) = (our_run(data, work / f"{other}", r, task, other) for other in (False, True))
     curve = their_run(call, data, ours, r).scalars
-    found = curves(name, ours, again, curve["loss"], curve["lr"])
+    found = curves(name, ours, apart(again, ours), curve["loss"], curve["lr"])
     # The last epoch's scores: of one image of the validation set more or less, and the loss as in training.
     for metric, logged in (("top1", "acc1"), ("top5", "acc5")):
         a, b = scores[metric], curve[f"perf/test_{logged}"][-1]

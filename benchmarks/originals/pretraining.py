@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.originals import Call, Difference, mae
 from benchmarks.originals.pictures import some_images
-from benchmarks.originals.watch import Replay, Watched, curves, watched
+from benchmarks.originals.watch import Replay, Watched, apart, curves, watched
 from mae_core import pretrain
 from mae_core.machine import Machine
 from mae_core.recipe import PretrainRecipe, recipe
@@ -29,7 +29,7 @@ def pretraining(call: Call) -> list[Difference]:
         r = replace(RECIPE, norm_pix=norm_pix)
         ours, again = (our_run(data, call.work / f"{name} {other}", r, other) for other in (False, True))
         losses, rates = their_run(call, ours, r)
-        found += curves(name, ours, again, losses, rates)
+        found += curves(name, ours, apart(again, ours), losses, rates)
     return found
 
 

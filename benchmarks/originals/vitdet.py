@@ -1,10 +1,10 @@
 """Twin of Mask R-CNN: our detectron2 engine beside detectron2's own trainer, loader and evaluator, by the config of its
 ViTDet project with our backbone in it.
 
-What must be set in that config for both to be the same experiment, that of Li et al. 2021 with a layer decay: the
-backbone and BatchNorm for LayerNorm; half a cosine for two steps, and its warm-up; the layer decay's rate, no weight
-decay on the bias tables; no grouping of images by their aspect ratio; float32; and the sizes of a detector that a core
-trains in a minute.
+That config is changed into the experiment of Li et al. 2021 with a layer decay: our backbone in place of its ViT,
+BatchNorm in place of LayerNorm, and half a cosine with their warm-up in place of two steps. The layer decay is our
+recipe's, and bias tables have no weight decay. Images are not grouped by their aspect ratio, all is float32, and the
+detector has sizes that a core trains in a minute.
 """
 
 import importlib.util
@@ -170,7 +170,7 @@ def their_run(checkout: Path, job: Job, ours: Run, names: dict[str, str]) -> Run
 
 
 def top_rate(optimizer: torch.optim.Optimizer) -> float:
-    """That of what has no layer decay."""
+    """The rate of the parameters without layer decay."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 

@@ -128,22 +128,22 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b)
 
 
-def curves(
-    name: str, ours: Watched, again: Watched | None, losses: list[float], rates: list[float]
-) -> list[Difference]:
-    """The original's losses and rates beside ours. At the first step the losses may differ by 1e-5 relative; from then
-    on by as much as `again`, which is ours with sums in another order, ever differs from ours. Rates: to rounding.
+def apart(again: Watched, ours: Watched) -> float:
+    """How far losses may differ, relative: as far as those of `again`, which is ours with sums in another order, ever
+    do from ours, and 1e-6, some eight units in the last place of a float32."""
+    return max([ROUNDING, *(relative(a, b) for a, b in zip(again.losses, ours.losses))])
 
-    None of these is below 1e-6, some eight units in the last place of a float32. Without `again` it is 1e-6."""
+
+def curves(name: str, ours: Watched, allowed: float, losses: list[float], rates: list[float]) -> list[Difference]:
+    """The original's losses and rates beside ours. At the first step the losses may differ by 1e-5 relative, from then
+    on by `allowed`. Rates: to rounding."""
     steps, last = len(ours.steps), len(ours.steps) - 1
     if not len(losses) == len(rates) == steps:
         raise UserError(f"{name}: the original made {len(losses)} steps and logged {len(rates)} rates, ours {steps}")
-    others = again.losses if again else []
-    allowed = max([ROUNDING, *(relative(a, b) for a, b in zip(others, ours.losses))])
     gaps = [relative(a, b) for a, b in zip(ours.losses, losses)]
     worst = gaps.index(max(gaps))
     rated = [abs(a - b) / max(rates) for a, b in zip(ours.rates, rates)]
-    apart = rated.index(max(rated))
+    farthest = rated.index(max(rated))
 
     def at(what: str, step: int, allowed: float) -> Difference:
         return Difference(what, ours.losses[step], losses[step], gaps[step], allowed)
@@ -153,7 +153,7 @@ def curves(
         at(f"{name}: loss of step {steps}, relative", last, allowed),
         at(f"{name}: largest gap of the losses (step {worst + 1}), relative", worst, allowed),
         Difference(
-            f"{name}: largest gap of the rates (step {apart + 1}), of the highest",
-            *(ours.rates[apart], rates[apart], rated[apart], 1e-9),
+            f"{name}: largest gap of the rates (step {farthest + 1}), of the highest",
+            *(ours.rates[farthest], rates[farthest], rated[farthest], 1e-9),
         ),
     ]

@@ -24,7 +24,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(speed_all.subprocess, "run", process)
     monkeypatch.setattr(speed_all, "hardware", lambda machine: "1x card")
-    monkeypatch.setattr(speed_all, "versions", lambda: {"torch": "2"})
+    monkeypatch.setattr(speed_all, "versions", lambda further: {"torch": "2"})
     monkeypatch.setattr(speed_all, "commit", lambda: "abc")
     return seen, failing
 

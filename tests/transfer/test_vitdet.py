@@ -1,6 +1,5 @@
 """ViTDet's pyramid and recipe: its attention by hand, its maps as detectron2's own, and a detector that trains."""
 
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -50,10 +49,30 @@ def test_without_tables_it_is_timms_own_attention():
     torch.testing.assert_close(attend(block, y, (3, 3)), block.attn(y))
 
 
+def own_names(theirs: nn.Module, prefix: str = "") -> dict[str, str]:
+    """Names in detectron2's simple feature pyramid -> ours."""
+    stages = [name for name, _ in theirs.named_children() if name.startswith("simfp")]
+    found = {}
+    for name in theirs.state_dict():
+        own = name.removeprefix("net.").replace("attn.rel_pos", "rel_pos")
+        if name.startswith("simfp"):
+            stage, rest = name.split(".", 1)
+            number = stages.index(stage)
+            first = (4, 1, 0, 1)[number]  # the layers before its two convolutions
+            index, tail = rest.split(".", 1)
+            if int(index) >= first:  # a convolution that holds its norm
+                place = first + 2 * (int(index) - first) + tail.startswith("norm.")
+                rest = f"{place}.{tail.removeprefix('norm.')}"
+            own = f"stages.{number}.{rest}"
+        found[name] = prefix + own
+    return found
+
+
 @pytest.mark.detectron2
 @pytest.mark.parametrize("side", [64, 96])
 def test_the_maps_are_those_of_detectron2s_own(side):
-    """Its ViT and simple feature pyramid with the same weights, at the size of the tables and at another."""
+    """Its ViT and simple feature pyramid with the same weights, at the size of the tables and at another, neither of
+    them that of the positions; and so are the gradients, also of positions and tables."""
     vit = pytest.importorskip("detectron2.modeling.backbone.vit")
     a, ours = get_arch(ARCH), filled(ViTDetPyramid(ARCH, 64, window=3, dim=16))
     load_pyramid(ours, read_checkpoint(f"random:{ARCH}"))
@@ -68,32 +87,24 @@ def test_the_maps_are_those_of_detectron2s_own(side):
         use_rel_pos=True,
         window_size=3,
         window_block_indexes=windowed,
-        pretrain_img_size=64,
+        pretrain_img_size=a.image_size,
         pretrain_use_cls_token=False,
         out_feature="last",
     )
     theirs = vit.SimpleFeaturePyramid(net, "last", 16, (4.0, 2.0, 1.0, 0.5), None, "LN")
-    state = ours.state_dict()
-    stages = [name for name, _ in theirs.named_children() if name.startswith("simfp")]
-    renamed = {}
-    for name in theirs.state_dict():
-        own = name.removeprefix("net.").replace("attn.rel_pos", "rel_pos")
-        if name.startswith("simfp"):
-            stage, rest = name.split(".", 1)
-            number = stages.index(stage)
-            first = (4, 1, 0, 1)[number]  # the layers before its two convolutions
-            index, tail = rest.split(".", 1)
-            if int(index) >= first:  # a convolution that holds its norm
-                place = first + 2 * (int(index) - first) + tail.startswith("norm.")
-                rest = f"{place}.{tail.removeprefix('norm.')}"
-            own = f"stages.{number}.{rest}"
-        renamed[name] = state[own]
-    theirs.load_state_dict(renamed, strict=True)
+    state, names = ours.state_dict(), own_names(theirs)
+    theirs.load_state_dict({name: state[own] for name, own in names.items()}, strict=True)
     images = torch.randn(2, 3, side, side)
-    with torch.no_grad():
-        expected, found = theirs.eval()(images), ours(images)
+    expected, found = theirs.eval()(images), ours(images)
     for mine, other in zip(found, expected.values(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    weights = [torch.randn_like(m) for m in found]  # each map ends with a norm: the sum of its squares has no gradient
+    for maps in (found, expected.values()):
+        sum((m * weight).mean() for m, weight in zip(maps, weights, strict=True)).backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(gradients[names[name]].grad, parameter.grad, rtol=1e-3, atol=1e-6)
+    assert gradients["pos_embed"].grad.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -109,11 +120,13 @@ def test_the_recipe_is_that_of_the_published_configs(arch, expected):
     assert (r.epochs, r.layer_decay, r.drop_path) == expected
     assert (r.lr, r.weight_decay, r.batch, r.window, r.image_size) == (1e-4, 0.1, 64, 14, 1024)
     assert sources(arch, "vitdet").keys() == vars(r).keys()
-    # Its 184,375 iterations: warm-up of 250, a tenth from 163,889 and a hundredth from 177,546 on.
-    total, rate = schedule(replace(r, epochs=100, batch=64), 1843 * 64 + 48)
-    assert total == 184_300
-    assert rate(125) == pytest.approx(0.5e-4, rel=0.01)
-    assert rate(251) == pytest.approx(1e-4)
+    # Of 184,375 iterations: warm-up of 250, a tenth from 163,889 and a hundredth from 177,546 on; ViT-H has three
+    # quarters of each.
+    total, rate = schedule(replace(r, batch=64), 1843 * 64 + 48)
+    assert total == 1843 * r.epochs
+    assert rate(round(125 / 184_375 * total)) == pytest.approx(0.5e-4, rel=0.01)
+    assert rate(round(248 / 184_375 * total)) < 1e-4
+    assert rate(round(252 / 184_375 * total)) == pytest.approx(1e-4)
     assert rate(round(163_800 / 184_375 * total)) == pytest.approx(1e-4)
     assert rate(round(163_960 / 184_375 * total)) == pytest.approx(1e-5)
     assert rate(round(177_620 / 184_375 * total)) == pytest.approx(1e-6)
@@ -138,7 +151,9 @@ def test_each_layer_has_its_share_of_the_rate():
     assert scale[id(body.stages[2][0].weight)] == (1.0, r.weight_decay)
     assert scale[id(model.roi_heads.box_predictor.cls_score.weight)] == (1.0, r.weight_decay)
     assert scale[id(body.blocks[0].norm1.weight)] == (0.5**depth, 0.0)
-    assert scale[id(body.stages[2][1].weight)] == scale[id(model.roi_heads.box_head[0][1].weight)] == (1.0, 0.1)
+    assert (
+        scale[id(body.stages[2][1].weight)] == scale[id(model.roi_heads.box_head[0][1].weight)] == (1.0, r.weight_decay)
+    )
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     everything = groups_of(model, replace(r, decay_all=True))
     assert {group["weight_decay"] for group in everything} == {r.weight_decay}
@@ -150,8 +165,8 @@ def test_each_layer_has_its_share_of_the_rate():
 @pytest.mark.detectron2
 @pytest.mark.parametrize("everything", [False, True])
 def test_rates_and_decay_are_those_of_detectron2s_own(everything):
-    """Its rule and the arguments of its configs (`everything`: of ViT-H's), on its own model: for each shape as many
-    parameters of each kind. Our positions have no class token, those of its config do."""
+    """Its rule and the arguments of its configs (`everything`: of ViT-H's), on its own model, parameter by
+    parameter."""
     backbone = pytest.importorskip("detectron2.modeling.backbone")
     from detectron2.solver.build import get_default_optimizer_params
 
@@ -159,21 +174,35 @@ def test_rates_and_decay_are_those_of_detectron2s_own(everything):
     from transfer.detection.engine_detectron2 import build_model
 
     arch, depth = "vit_tiny_patch16", 12
-    r = replace(ViTDetRecipe(), image_size=224, layer_decay=0.7, drop_path=0.0, decay_all=everything)
-    theirs = get_default_optimizer_params(
-        vitdet(arch, r),
+    r = replace(ViTDetRecipe(), image_size=256, layer_decay=0.7, drop_path=0.0, decay_all=everything)
+    model, theirs = build_model(new_pyramid(arch, PLAIN, r), r, LayerNorm2d), vitdet(arch, r)
+    groups = get_default_optimizer_params(
+        theirs,
         base_lr=1.0,
         weight_decay=r.weight_decay,
         weight_decay_norm=None if everything else 0.0,
         lr_factor_func=partial(backbone.vit.get_vit_lr_decay_rate, num_layers=depth, lr_decay_rate=0.7),
         overrides={} if everything else {"pos_embed": {"weight_decay": 0.0}},
     )
-    ours = groups_of(build_model(new_pyramid(arch, PLAIN, r), r, LayerNorm2d), r)
-    wanted = Counter((p.shape, round(g["lr"], 6), g["weight_decay"]) for g in theirs for p in g["params"])
-    found = Counter((p.shape, round(g["lr_scale"], 6), g["weight_decay"]) for g in ours for p in g["params"])
-    differing = {kind[1:] for kind in (wanted - found) + (found - wanted)}
-    assert differing == {(round(0.7 ** (depth + 1), 6), r.weight_decay if everything else 0.0)}  # the positions
-    assert (wanted - found).total() == (found - wanted).total() == 1
+    wanted = {id(p): (pytest.approx(g["lr"]), g["weight_decay"]) for g in groups for p in g["params"]}
+    ours = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups_of(model, r) for p in g["params"]}
+    names = {f"backbone.{name}": own for name, own in own_names(theirs.backbone, "backbone.pyramid.").items()}
+    mine = dict(model.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert ours[id(mine[names.get(name, name)])] == wanted[id(parameter)], name
+    assert len(mine) == len(wanted) == len(ours)
+
+
+def test_positions_are_those_of_pretraining_and_follow_the_image():
+    """At the size of pre-training they are added as they are, at twice of it as interpolated."""
+    a = get_arch(ARCH)
+    pyramid = ViTDetPyramid(ARCH, 2 * a.image_size, window=3)
+    side = a.image_size // a.patch
+    assert pyramid.pos_embed.shape == (1, side**2, a.dim)
+    nothing, own = torch.zeros(1, a.dim, side, side), pyramid.pos_embed.transpose(1, 2).unflatten(2, (side, side))
+    assert torch.equal(pyramid.at_positions(nothing), own)
+    larger = torch.nn.functional.interpolate(own, scale_factor=2, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(pyramid.at_positions(torch.zeros(1, a.dim, 2 * side, 2 * side)), larger)
 
 
 def test_only_the_config_of_vit_h_decays_norms_and_positions():

@@ -240,7 +240,7 @@ def train_and_predict(job: Job) -> Predictions:
     examples = training_examples(Path(job.data.root)).few(job.data.limit)
     check_batch(len(examples), r.batch, f"the training images of {job.data.root}/coco")
     pyramid, loaded = shared.build_pyramid(job)
-    # The layer norm is timm's. detectron2's "LN" writes it out in ten operations, each over a whole map.
+    # The layer norm is timm's, one operation. detectron2's "LN" writes it out in eight, each over a whole map.
     norm = LayerNorm2d if isinstance(r, ViTDetRecipe) else head_norm(machine)
     model = build_model(pyramid, r, norm, job.checkpoint.normalization).to(machine.device)
     suit_attention(model, machine)
@@ -255,14 +255,13 @@ def train_and_predict(job: Job) -> Predictions:
 
 @torch.inference_mode()
 def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
-    """COCO results of this process's validation images."""
+    """COCO results of this process's validation images, in float32 as detectron2's own."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in shared.validation_batches(job, machine.micro_batch or 8):
         images = [pil_to_tensor(shared.fit_long_side(image, size)) for _, image in batch]
         inputs = [{"image": image, "height": e.height, "width": e.width} for (e, _), image in zip(batch, images)]
-        with machine.autocast():
-            outputs = model(inputs)
+        outputs = model(inputs)
         for (example, _), output in zip(batch, outputs):
             instances = output["instances"].to("cpu")
             boxes, scores = instances.pred_boxes.tensor.float().numpy(), instances.scores.float().numpy()

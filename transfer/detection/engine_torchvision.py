@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mae_core import distributed
@@ -32,6 +31,7 @@ from mae_core.optim import adamw
 from mae_core.training import Training
 from transfer.data.coco import CATEGORIES, Example, training_examples
 from transfer.detection import shared
+from transfer.detection.jitter import draw_view
 from transfer.detection.recipe import DetectionRecipe, ViTDetRecipe
 from transfer.detection.shared import Predictions, RoIBatchNorm
 from transfer.pyramid import ViTDetPyramid, ViTPyramid
@@ -43,27 +43,8 @@ DEPARTURES = (
     "torchvision engine: masks pasted into boxes of whole pixels (detectron2: exact)",
     "torchvision engine: RoIAlign without the half-pixel shift, two samples a bin (detectron2: aligned, adaptive)",
     "torchvision engine: proposals may reach into the padding (detectron2 cuts them to the image)",
+    "torchvision engine: sides of anchors in whole pixels (detectron2: exact)",
 )
-
-
-def large_scale_jitter(
-    image: Image.Image, masks: np.ndarray, size: int, scales: tuple[float, float]
-) -> tuple[Image.Image, Tensor]:
-    """Flip with probability 1/2, scale the image to fit a square of `size` times a random factor from `scales`, and
-    crop it at random to at most size x size. Returns the image and the masks, uint8 [n, h, w]. Random numbers come from
-    torch's global generator."""
-    if torch.rand(()) < 0.5:
-        image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
-    factor = scales[0] + (scales[1] - scales[0]) * torch.rand(()).item()
-    ratio = min(size * factor / side for side in image.size)
-    width, height = (max(1, round(side * ratio)) for side in image.size)
-    left, top = (int(max(side - size, 0) * torch.rand(()).item()) for side in (width, height))
-    box = (left, top, left + min(width, size), top + min(height, size))
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop(box)
-    # Nearest neighbour by picking rows and columns: no more than the crop is computed.
-    rows = ((np.arange(box[1], box[3]) + 0.5) * masks.shape[1] / height).astype(int)
-    columns = ((np.arange(box[0], box[2]) + 0.5) * masks.shape[2] / width).astype(int)
-    return image, torch.from_numpy(masks[:, rows][:, :, columns])
 
 
 class Jittered(Dataset):
@@ -76,23 +57,21 @@ class Jittered(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Any], str]:
         example, size = self.examples[sample.index], self.r.image_size
         image = shared.open_image(example)
         seed_all(self.seed, sample.position)
-        image, masks = large_scale_jitter(image, example.masks(), size, (self.r.min_scale, self.r.max_scale))
-        # As in detectron2's ViTDet: objects cropped away are dropped, and boxes fit what the crop left of the masks.
-        kept = masks.flatten(1).any(dim=1).bool()
-        masks = masks[kept]
-        boxes = masks_to_boxes(masks)
-        boxes[:, 2:] += 1  # from the last pixel inside to the border after it
+        view = draw_view(image.size, size, (self.r.min_scale, self.r.max_scale))
+        # As in detectron2's ViTDet: objects cropped away are dropped, and boxes fit what the crop left of the outlines.
+        seen = [(label + 1, *found) for label, o in zip(example.labels, example.outlines) if (found := view.object(o))]
+        masks = np.stack([mask for *_, mask in seen]) if seen else np.zeros((0, view.height, view.width), np.uint8)
         target = {
-            "boxes": boxes,
-            "labels": torch.from_numpy(example.labels)[kept] + 1,
-            "masks": F.pad(masks, (0, size - masks.shape[2], 0, size - masks.shape[1])),
-            "size": image.size[::-1],
+            "boxes": torch.tensor(np.array([box for _, box, _ in seen], np.float32).reshape(-1, 4)),
+            "labels": torch.tensor([label for label, *_ in seen], dtype=torch.int64),
+            "masks": F.pad(torch.from_numpy(masks), (0, size - view.width, 0, size - view.height)),
+            "size": (view.height, view.width),
         }
-        return shared.pad_to_square(image, size), target, ""
+        return shared.pad_to_square(view.of(image), size), target, ""
 
 
 class OneMore(nn.Module):
@@ -235,15 +214,14 @@ def train_and_predict(job: Job) -> Predictions:
 
 @torch.inference_mode()
 def predict(model: MaskRCNN, job: Job) -> list[dict]:
-    """COCO results of this process's validation images."""
+    """COCO results of this process's validation images, in float32 as in detectron2."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
     for batch in shared.validation_batches(job, machine.micro_batch or 8):
         images = [shared.fit_long_side(image, size) for _, image in batch]
         sizes = [{"size": image.size[::-1]} for image in images]
         squares = torch.stack([shared.pad_to_square(image, size) for image in images])
-        with machine.autocast():
-            outputs = model(squares.to(machine.device), sizes)
+        outputs = model(squares.to(machine.device), sizes)
         for (example, _), image, output in zip(batch, images, outputs):
             scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
             limit = torch.tensor([example.width, example.height]).repeat(2)

@@ -82,12 +82,12 @@ VITDET_NAMES = {"vit_base_patch16": "b_100ep", "vit_large_patch16": "l_100ep", "
 
 
 def vitdet(arch: str) -> ViTDetRecipe:
-    """250 iterations of warm-up, counted in epochs of 118,000 images as in its configs."""
+    """Warm-up over as much of the training as in its configs: 250 of 184,375 iterations."""
     known = nearest(arch, VITDET)
     epochs, layer_decay, drop_path = VITDET[known]
     return ViTDetRecipe(
         epochs=epochs,
-        warmup_epochs=250 * 64 / 118_000,
+        warmup_epochs=epochs * 250 / 184_375,
         lr=1e-4,
         layer_decay=layer_decay,
         drop_path=drop_path,

@@ -34,8 +34,8 @@ DETECTOR_FILE = "detector.safetensors"
 # the overlap above which the lower-scored of two is dropped; detections per image.
 ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
-# Beside norm layers, what has no weight decay, by its name. freqs: learned rotary positions. gamma_1, gamma_2: EVA's
-# layer scales.
+# Beside norm layers (but those of ViTDet's maps), what has no weight decay, by its name. freqs: learned rotary
+# positions. gamma_1, gamma_2: EVA's layer scales.
 NO_DECAY = ("pos_embed", "freqs", "bias_global", "bias_windowed", "gamma", "gamma_1", "gamma_2")
 
 
@@ -127,8 +127,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, maps_decay: bool = F
     """Two groups: parameters with weight decay, and those without: of norm layers, positions, layer scales and bias
     tables. Biases of linear and convolutional layers decay too, as in hustvl/MIMDet, whose rule is detectron2's.
 
-    maps_decay: layer norms of maps decay, in pyramid and heads. In ViTDet's configs they do: detectron2's own class is
-    none of the norms that its rule spares."""
+    maps_decay: layer norms of maps decay, in pyramid and heads. They do in ViTDet's configs: detectron2 spares norm
+    layers by their class, and its own LayerNorm is not on the list."""
     from timm.layers import LayerNorm2d, RmsNorm, SimpleNorm
     from timm.models.vision_transformer import Block
 

@@ -29,7 +29,7 @@ from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
 from mae_core.tracker import Curves, Run
-from mae_core.training import CHECKPOINT_FILE, restart
+from mae_core.training import CHECKPOINT_FILE, UNLOADABLE, restart, unloadable
 from mae_core.workers import begin_worker, dead_workers_explained, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
@@ -139,9 +139,8 @@ class Checkpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         try:
             return super().load(path, checkpointables)
-        except (RuntimeError, KeyError, ValueError) as e:  # of the model, or of the optimizer
-            problem = " ".join(str(e).split())[:200]
-            raise UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out") from None
+        except UNLOADABLE as e:  # of the model, or of the optimizer
+            raise unloadable(Path(path), e) from None
 
 
 class Trainer(SimpleTrainer):

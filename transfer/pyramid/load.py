@@ -25,11 +25,14 @@ def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     """Load a checkpoint's encoder: all its tensors but the last norm, which no map passes through, and, where the
     pyramid has none, the class token and registers. Positions and BEiT's tables are resized to the pyramid's grid and
     windows, ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT). The LayerNorms get the checkpoint's
-    eps; timm's encoders keep theirs. CheckpointError if a tensor is missing or has another shape."""
+    eps; timm's encoders keep theirs. CheckpointError if a tensor is missing or has another shape.
+
+    The pseudo-inverse keeps the token of a flat patch. ViTDet's authors interpolate the projection
+    (facebookresearch/long_seq_mae issue 2), which makes that token 1.3 times as large."""
     if pyramid.variant != source.variant:
         raise ValueError("the pyramid was built for another kind of encoder")
     patch = get_arch(pyramid.arch).patch
-    size = (pyramid.grid[0] * patch, pyramid.grid[1] * patch)
+    size = (pyramid.stored[0] * patch, pyramid.stored[1] * patch)
     # BEiT's tables at the size that they were trained at: they are resized below.
     vit = model_of(source, source.meta["image_size"] if source.variant.beit else size)
     report = load_encoder(vit, source)

@@ -37,15 +37,15 @@ def quarters(depth: int) -> tuple[int, int, int, int]:
 
 
 def patch_side(arch: str) -> int:
-    """The side of what a cell of the third map covers (px): the patch's, but 14 px become 16, as in ViTDet. The strides
-    are a quarter, a half, one and two of it."""
+    """The side of what a cell of the third map covers (px): the patch's, but 14 px become 16, as for ViTDet. The
+    strides are a quarter, a half, one and two of it."""
     patch = get_arch(arch).patch
     return patch if patch % 4 == 0 else -(-patch // 8) * 8
 
 
 def token_side(arch: str, variant: Variant) -> int:
     """The side of what a token covers (px). The patch projection of MAE's own ViT-H is resampled from 14 to 16 px, as
-    in ViTDet. Other encoders keep their patches, and their maps are resampled."""
+    for ViTDet. Other encoders keep their patches, and their maps are resampled."""
     return patch_side(arch) if variant == PLAIN and not is_timm(arch) else get_arch(arch).patch
 
 
@@ -124,7 +124,7 @@ class ViTPyramid(nn.Module):
         # a plain ViT's with layer scales, once their tables are handed to them.
         a, variant, upernet = get_arch(self.arch), self.variant, self.upernet
         alike = replace(variant, beit=False, layer_scale=variant.layer_scale or variant.beit)
-        size = (self.grid[0] * a.patch, self.grid[1] * a.patch)
+        size = (self.stored[0] * a.patch, self.stored[1] * a.patch)
         vit = build_vit(self.arch, size, drop_path=drop_path, variant=alike)
         assert not isinstance(vit, TimmEncoder)  # it has a pyramid of its own: `pyramid_class`
         self.patch_embed = PatchEmbed(None, self.side, 3, a.dim, flatten=False, strict_img_size=False)
@@ -162,6 +162,11 @@ class ViTPyramid(nn.Module):
         self.upsample_4x = nn.Sequential(deconvolution(dim), norm(dim), nn.GELU(), deconvolution(dim))
         self.upsample_2x = deconvolution(dim)
         self.downsample = nn.MaxPool2d(2)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """The grid of the positions that are stored."""
+        return self.grid
 
     @property
     def prefix(self) -> int:
@@ -240,8 +245,9 @@ class ViTPyramid(nn.Module):
         """The patches [B, D, H, W] with their positions added, interpolated to that grid."""
         if self.pos_embed is None:
             return x
-        patches = self.pos_embed[:, -self.grid[0] * self.grid[1] :]
-        return x + resize(patches.transpose(1, 2).unflatten(2, self.grid), (x.shape[2], x.shape[3]))
+        height, width = self.stored
+        patches = self.pos_embed[:, -height * width :]
+        return x + resize(patches.transpose(1, 2).unflatten(2, self.stored), (x.shape[2], x.shape[3]))
 
     def attention_bias(
         self,

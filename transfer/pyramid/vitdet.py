@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_core.vit import PLAIN, Variant, get_arch
-from transfer.pyramid.model import ViTPyramid, in_windows
+from transfer.pyramid.model import ViTPyramid, in_windows, pretraining_grid
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import Block
@@ -19,6 +19,8 @@ class ViTDetPyramid(ViTPyramid):
 
     New parameters are blocks.i.rel_pos_h and rel_pos_w [2 * side - 1, channels of a head], zeros at first, and
     stages.{0,1,2,3}, of strides 4 to 32. The blocks that end each quarter attend globally, the others in windows.
+    Positions are stored, and trained, for the grid of pre-training and interpolated in each forward pass, as in its
+    code: few and smooth, where every patch of a large image would learn one of its own.
     """
 
     def __init__(
@@ -47,6 +49,10 @@ class ViTDetPyramid(ViTPyramid):
             nn.Sequential(*scaling, *outputs(width, dim)) for scaling, width in zip(scalings(self.channels), widths)
         )
         self.channels = dim
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        return (pretraining_grid(self.arch),) * 2
 
     def add_tables(self) -> None:
         a = get_arch(self.arch)

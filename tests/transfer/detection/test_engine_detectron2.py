@@ -365,13 +365,15 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(root, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "zeros in a weight", "other head", "other groups"])
 def test_a_checkpoint_that_does_not_fit_is_refused(root, tmp_path, damage):
-    job = make_job(root, tmp_path)
+    job = make_job(root, tmp_path, layer_decay=1.0)
     model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
     path = tmp_path / CHECKPOINT_FILE
     if damage == "cut":
         path.write_bytes(b"PK\x03\x04 cut short")
-    elif damage == "other groups":  # as an earlier version had them
-        optimizer = torch.optim.AdamW(model.parameters())
+    elif damage == "other groups":  # as many, but the first has what belongs to the second
+        first, second = parameter_groups(model, 0.1)
+        first["params"].append(second["params"].pop())
+        optimizer = torch.optim.AdamW([first, second])
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": 2}, path)
     else:
         state = model.state_dict()

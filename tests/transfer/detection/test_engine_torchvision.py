@@ -21,7 +21,7 @@ from tests.fixtures.detection import TASK, job_of
 from tests.fixtures.transfer import assert_same_weights
 from transfer.data.coco import IDS, read_split, training_examples
 from transfer.detection import engine_torchvision
-from transfer.detection.engine_torchvision import Jittered, MaskRCNN, head_norm, large_scale_jitter, predict
+from transfer.detection.engine_torchvision import Jittered, MaskRCNN, head_norm, predict
 from transfer.detection.shared import DETECTOR_FILE, RoIBatchNorm, build_pyramid, parameter_groups
 from transfer.pyramid import ViTPyramid
 
@@ -35,91 +35,7 @@ def batch_of(job, count: int = 4):
     return collate([dataset[Sample(i, i)] for i in range(count)])[:2]
 
 
-# Large-scale jitter
-
-
-def coordinates(width: int, height: int) -> Image.Image:
-    """Red says the column, green the row."""
-    rows, columns = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
-
-
-def jittered(seed: int, image: Image.Image, masks: np.ndarray, size: int, scales: tuple[float, float]):
-    torch.manual_seed(seed)
-    return large_scale_jitter(image, masks, size, scales)
-
-
-@pytest.mark.parametrize("size", [(96, 72), (60, 120)])
-def test_scaling_by_1_fits_the_image_into_the_square_and_half_are_flipped(size):
-    image, mask = coordinates(*size), np.zeros((1, *size[::-1]), np.uint8)
-    mask[0, 10:30, : size[0] // 3] = 1
-    ratio = 48 / max(size)
-    target = tuple(round(side * ratio) for side in size)
-    straight = np.asarray(image.resize(target, Image.Resampling.BILINEAR))
-    flipped = np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize(target, Image.Resampling.BILINEAR))
-    flips = 0
-    for seed in range(60):
-        found, masks = jittered(seed, image, mask, 48, (1.0, 1.0))
-        pixels = np.asarray(found)
-        is_flipped = np.array_equal(pixels, flipped)
-        assert is_flipped or np.array_equal(pixels, straight)
-        assert masks.shape == (1, target[1], target[0])
-        # The mask covers the left third, or the right one of a flipped image.
-        columns, third = masks[0].any(dim=0).nonzero().flatten(), target[0] // 3
-        assert (len(columns), columns[0]) == (third, target[0] - third if is_flipped else 0)
-        flips += is_flipped
-    assert 18 <= flips <= 42
-
-
-def test_scales_cover_their_range():
-    """Below 1 the image is smaller than the square, from 1 on it is cut to it."""
-    image, mask = coordinates(96, 72), np.ones((1, 72, 96), np.uint8)
-    widths = [jittered(seed, image, mask, 64, (0.25, 2.0))[0].width for seed in range(100)]
-    assert 16 <= min(widths) <= 19
-    assert max(widths) == 64
-    assert 40 <= sum(width == 64 for width in widths) <= 75  # 1 / 1.75 of them
-    assert {jittered(seed, image, mask, 64, (0.5, 0.5))[0].size for seed in range(5)} == {(32, 24)}
-
-
-def test_crops_lie_anywhere_and_masks_move_with_their_pixels():
-    """Scaled by 2, the pixels say which part of the image the crop is: the mask must be that part of the mask."""
-    image, size = coordinates(120, 120), 60
-    mask = np.zeros((2, 120, 120), np.uint8)
-    mask[0, 20:70, 50:110] = 1
-    mask[1] = 1
-    corners = []
-    for seed in range(80):
-        found, masks = jittered(seed, image, mask, size, (2.0, 2.0))
-        pixels = np.asarray(found).astype(int)
-        assert found.size == (60, 60)
-        assert masks[1].all()
-        inside = (pixels[..., 1] >= 20) & (pixels[..., 1] < 70) & (pixels[..., 0] >= 50) & (pixels[..., 0] < 110)
-        assert np.array_equal(masks[0].numpy().astype(bool), inside)
-        if pixels[0, 0, 0] < pixels[0, -1, 0]:  # not flipped
-            corners.append(pixels[0, 0, :2])
-    assert len(corners) > 25
-    assert (np.min(corners, axis=0) <= 5).all()
-    assert (np.max(corners, axis=0) >= 54).all()
-    assert (np.std(corners, axis=0) > 12).all()
-    assert abs(np.corrcoef(np.transpose(corners))[0, 1]) < 0.3
-
-
-def test_masks_cover_the_painted_objects_at_any_scale():
-    """A blue ellipse on grey: after the jitter, the mask holds the blue pixels, except those mixed at its edge."""
-    rows, columns = np.mgrid[:90, :70]
-    mask = (((rows - 50) / 25) ** 2 + ((columns - 30) / 18) ** 2 < 1).astype(np.uint8)
-    pixels = np.full((90, 70, 3), 128, np.uint8)
-    pixels[mask == 1] = (0, 0, 255)
-    seen = 0
-    for seed in range(40):
-        found, masks = jittered(seed, Image.fromarray(pixels), mask[None], 64, (0.3, 2.0))
-        found = np.asarray(found).astype(int)
-        kept = masks[0].numpy().astype(bool)
-        pure, plain = found[..., 2] > 240, found[..., 2] < 140
-        assert kept[pure].all()
-        assert not kept[plain].any()
-        seen += pure.any() and plain.any()
-    assert seen > 25
+# The training images
 
 
 def test_a_sample_is_a_function_of_seed_and_position(root):
@@ -153,7 +69,7 @@ def test_boxes_are_made_anew_and_objects_that_are_cut_away_are_gone(root):
             assert not padded[:, :, width:].any()
         for mask, box, label in zip(masks, target["boxes"].tolist(), target["labels"].tolist()):
             rows, columns = np.nonzero(mask)
-            assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert box == pytest.approx([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], abs=1)
             # The pixels below the mask are of the colour of the class: labels stay with their masks.
             colour = np.median(image.numpy()[:, mask.astype(bool)], axis=1)
             assert min(COLOURS, key=lambda category: np.abs(colour - COLOURS[category]).sum()) == IDS[label - 1]

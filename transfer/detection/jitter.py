@@ -1,0 +1,119 @@
+"""Large-scale jitter (Ghiasi et al. 2021, arXiv 2012.07177): what a training sees of an image, and of its objects."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from transfer.data.coco_json import runs
+
+SMALLEST = 1e-5  # px: a box with a shorter side holds no object, as in detectron2
+
+
+@dataclass(frozen=True)
+class View:
+    """An image of `size`, mirrored or not, scaled to `scaled`, of which the rectangle `box` is cut out. All in px,
+    width before height; the box is left, top, right, bottom."""
+
+    size: tuple[int, int]
+    flipped: bool
+    scaled: tuple[int, int]
+    box: tuple[int, int, int, int]
+
+    @property
+    def width(self) -> int:
+        return self.box[2] - self.box[0]
+
+    @property
+    def height(self) -> int:
+        return self.box[3] - self.box[1]
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """Its pixels."""
+        if self.flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image.resize(self.scaled, Image.Resampling.BILINEAR).crop(self.box)
+
+    def object(self, outline: list[np.ndarray] | dict) -> tuple[np.ndarray, np.ndarray] | None:
+        """What is seen of an object with that outline (`Example.outlines`): its box, float32 x0, y0, x1, y1, and its
+        mask, uint8 [height, width]. None if it lies outside."""
+        return self.of_runs(outline) if isinstance(outline, dict) else self.of_polygons(outline)
+
+    def of_polygons(self, outline: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Polygons keep their corners, so that the box of a small object is exact."""
+        polygons = [self.corners(polygon) for polygon in outline]
+        limits = np.array([self.width, self.height], float)
+        points = np.concatenate([points_within(polygon, limits) for polygon in polygons])
+        if not len(points):
+            return None
+        box = np.concatenate([points.min(axis=0), points.max(axis=0)])
+        if (box[2:] - box[:2] <= SMALLEST).any():
+            return None
+        rles = mask_util.frPyObjects([polygon.ravel() for polygon in polygons], self.height, self.width)
+        mask = mask_util.decode(mask_util.merge(rles))
+        if not mask.any():  # thinner than a pixel: the pixels that it touches, for nothing would be a wrong target
+            mask[int(box[1]) : int(np.ceil(box[3])), int(box[0]) : int(np.ceil(box[2]))] = 1
+        return box.astype(np.float32), mask
+
+    def corners(self, polygon: np.ndarray) -> np.ndarray:
+        """x0, y0, x1, y1, ... in the image -> [n, 2] in the view."""
+        points = polygon.reshape(-1, 2).copy()
+        if self.flipped:
+            points[:, 0] = self.size[0] - points[:, 0]
+        return points * np.divide(self.scaled, self.size) - self.box[:2]
+
+    def of_runs(self, outline: dict) -> tuple[np.ndarray, np.ndarray] | None:
+        """By nearest neighbour, which picks rows and columns: no more than the view is computed."""
+        mask = mask_util.decode(runs(outline, self.size[1], self.size[0]))
+        if self.flipped:
+            mask = mask[:, ::-1]
+        columns, rows = (
+            ((np.arange(self.box[axis], self.box[axis + 2]) + 0.5) * self.size[axis] / self.scaled[axis]).astype(int)
+            for axis in (0, 1)
+        )
+        mask = np.ascontiguousarray(mask[rows][:, columns])
+        if not mask.any():
+            return None
+        across, down = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        # To the border after the last pixel inside.
+        return np.array([across[0], down[0], across[-1] + 1, down[-1] + 1], np.float32), mask
+
+
+def draw_view(image_size: tuple[int, int], size: int, scales: tuple[float, float]) -> View:
+    """Mirror with probability 1/2, scale the image to fit a square of `size` times a random factor from `scales`, and
+    cut it at random to at most size x size. Random numbers come from torch's global generator."""
+    flipped = bool(torch.rand(()) < 0.5)
+    factor = scales[0] + (scales[1] - scales[0]) * torch.rand(()).item()
+    ratio = min(size * factor / side for side in image_size)
+    width, height = (max(1, round(side * ratio)) for side in image_size)
+    left, top = (int(max(side - size, 0) * torch.rand(()).item()) for side in (width, height))
+    return View(image_size, flipped, (width, height), (left, top, left + min(width, size), top + min(height, size)))
+
+
+def points_within(polygon: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Points [m, 2] whose bounding box is that of the part of a polygon, corners [n, 2], that lies in the rectangle
+    from 0 to `limits`; none if nothing does. They are the ends of its edges' parts inside (Liang and Barsky 1984), and
+    the rectangle's corners that lie in the polygon."""
+    step = np.roll(polygon, -1, axis=0) - polygon
+    with np.errstate(divide="ignore", invalid="ignore"):  # an edge may be parallel to a side
+        enter, leave = -polygon / step, (limits - polygon) / step
+    parallel = step == 0
+    outside = parallel & ((polygon < 0) | (polygon > limits))
+    enter, leave = np.minimum(enter, leave), np.maximum(enter, leave)
+    first = np.where(parallel, 0, enter).max(axis=1, initial=0)
+    last = np.where(parallel, 1, leave).min(axis=1, initial=1)
+    seen = (first <= last) & ~outside.any(axis=1)
+    ends = [polygon[seen] + at[seen, None] * step[seen] for at in (first, last)]
+    corners = np.array([[0.0, 0.0], [limits[0], 0.0], [0.0, limits[1]], limits])
+    return np.concatenate([*ends, corners[[inside(polygon, corner) for corner in corners]]]).clip(0, limits)
+
+
+def inside(polygon: np.ndarray, point: np.ndarray) -> bool:
+    """Whether a ray from the point to the right crosses the polygon's edges an odd number of times."""
+    start, end = polygon, np.roll(polygon, -1, axis=0)
+    crossed = (start[:, 1] > point[1]) != (end[:, 1] > point[1])
+    start, end = start[crossed], end[crossed]
+    at = start[:, 0] + (point[1] - start[:, 1]) * (end[:, 0] - start[:, 0]) / (end[:, 1] - start[:, 1])
+    return int((at > point[0]).sum()) % 2 == 1
