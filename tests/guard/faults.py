@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from transfer.classification import job, train
-from transfer.detection import engine_torchvision, shared
+from transfer.detection import shared
+from transfer.detection.jitter import View
 from transfer.pyramid import ViTPyramid
 from transfer.segmentation import mmseg_plugin
 from transfer.segmentation import train as segmentation
@@ -38,8 +39,13 @@ def dropped_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def shifted_boxes(patch: pytest.MonkeyPatch) -> None:
-    boxes = engine_torchvision.masks_to_boxes
-    patch.setattr(engine_torchvision, "masks_to_boxes", lambda masks: boxes(masks) + HALF_A_PATCH)
+    seen = View.object
+
+    def shifted(self: View, outline: Any) -> Any:
+        found = seen(self, outline)
+        return found and (found[0] + HALF_A_PATCH, found[1])
+
+    patch.setattr(View, "object", shifted)
 
 
 def labels_off_by_one(patch: pytest.MonkeyPatch) -> None:

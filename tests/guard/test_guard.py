@@ -39,6 +39,11 @@ def test_every_fault_names_runs_that_have_expectations():
     assert all(set(runs) <= RUNS.keys() for runs, _ in FAULTS.values())
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_can_still_be_planted(fault, monkeypatch):
+    FAULTS[fault][1](monkeypatch)
+
+
 def test_the_maps_are_the_expected_ones_and_a_bias_in_bf16_is_seen(tmp_path, monkeypatch):
     expected = json.loads(EXPECTED.read_text())["maps"]
     assert compare(expected, maps(tmp_path)) == []
