@@ -193,6 +193,13 @@ def test_rates_and_decay_are_those_of_detectron2s_own(everything):
     assert len(mine) == len(wanted) == len(ours)
 
 
+def test_on_a_cpu_the_maps_have_channels_first_in_memory():
+    """With channels last, as timm's norm leaves them, the gradients of the RPN take twice as long (docs/speed.md)."""
+    with torch.no_grad():
+        maps = ViTDetPyramid(ARCH, 64, window=3)(torch.randn(2, 3, 64, 64))
+    assert all(m.is_contiguous() for m in maps)
+
+
 def test_positions_are_those_of_pretraining_and_follow_the_image():
     """At the size of pre-training they are added as they are, at twice of it as interpolated."""
     a = get_arch(ARCH)

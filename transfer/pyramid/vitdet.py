@@ -79,24 +79,35 @@ class ViTDetPyramid(ViTPyramid):
 def scalings(dim: int) -> tuple[list[nn.Module], ...]:
     """From the map of the patches, [B, dim, H, W], to four, two, one and half times its sides."""
 
-    from timm.layers import LayerNorm2d
-
     def doubled(width: int) -> nn.ConvTranspose2d:
         return nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
 
-    four = [doubled(dim), LayerNorm2d(dim // 2), nn.GELU(), doubled(dim // 2)]
+    four = [doubled(dim), map_norm(dim // 2), nn.GELU(), doubled(dim // 2)]
     return four, [doubled(dim)], [], [nn.MaxPool2d(2)]
 
 
 def outputs(width: int, dim: int) -> list[nn.Module]:
-    from timm.layers import LayerNorm2d
-
     return [
         nn.Conv2d(width, dim, 1, bias=False),
-        LayerNorm2d(dim),
+        map_norm(dim),
         nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-        LayerNorm2d(dim),
+        map_norm(dim),
     ]
+
+
+def map_norm(dim: int) -> nn.Module:
+    """A layer norm over the channels of [B, dim, H, W]."""
+    from timm.layers import LayerNorm2d
+
+    norm = LayerNorm2d(dim)
+    norm.register_forward_hook(channels_first)
+    return norm
+
+
+def channels_first(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The same numbers, on a CPU in the usual layout. timm's norm leaves the channels last in memory, from where the
+    gradients of the convolutions on large maps, here and in the RPN, take up to twice as long."""
+    return output if output.is_cuda else output.contiguous()
 
 
 def run_vitdet_block(block: "Block", x: Tensor, window: int) -> Tensor:
