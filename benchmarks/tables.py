@@ -268,7 +268,7 @@ TABLES = (
         name="ade20k",
         title="ADE20K semantic segmentation",
         caption="UperNet, mIoU (%) on the validation images, which are resized for the test and scored at their own "
-        "size; one scale unless said otherwise, as in Table 5 of the MAE paper.",
+        "size; one scale unless said otherwise. The paper's are those of its Table 5.",
         published="ade20k",
         columns=(
             Column("ade20k", "miou", "mIoU"),

@@ -160,16 +160,18 @@ def rounding_settings(t: Training) -> dict[str, Any]:
     }
 
 
-# What a checkpoint that someone changed, or another version wrote, raises while it is loaded.
+# What may be raised while a checkpoint is loaded: by one that was changed or is of another version, or by the device.
 UNLOADABLE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def unloadable(path: Path, error: Exception) -> UserError:
-    """What to say of a checkpoint whose loading ended with one of UNLOADABLE. The device's failures are among them, for
-    which nobody should delete it."""
+    """What to say of a checkpoint whose loading ended with one of UNLOADABLE. Nobody should delete it because the
+    device failed."""
     problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA" in problem:
-        return UserError(f"{path} could not be loaded onto the device ({problem}): free it, then start again")
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(f"no memory on the device for {path} ({problem}): free some there, then start again")
+    if str(error).startswith("CUDA"):
+        return UserError(f"the device failed while {path} was loaded ({problem}): the file is untouched, start again")
     return UserError(f"{path} does not fit this model ({problem}): delete it, or choose another --out")
 
 

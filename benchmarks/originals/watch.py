@@ -130,7 +130,7 @@ def relative(a: float, b: float) -> float:
 
 def apart(again: Watched, ours: Watched) -> float:
     """How far losses may differ, relative: as far as those of `again`, which is ours with sums in another order, ever
-    do from ours, and 1e-6, some eight units in the last place of a float32."""
+    do from ours, but at least 1e-6, some eight units in the last place of a float32."""
     return max([ROUNDING, *(relative(a, b) for a, b in zip(again.losses, ours.losses))])
 
 

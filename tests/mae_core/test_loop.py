@@ -264,6 +264,29 @@ def test_a_checkpoint_with_a_missing_or_wrong_part_is_refused(noise_images, refe
             runs.train(noise_images, tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "no memory on the device for .*free some",
+        ),
+        (RuntimeError("CUDA error: an illegal memory access"), "the device failed while .* the file is untouched"),
+    ],
+)
+def test_a_device_that_fails_is_not_taken_for_a_bad_checkpoint(
+    noise_images, reference, tmp_path, monkeypatch, error, says
+):
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    shutil.copytree(reference, tmp_path / "a")
+    monkeypatch.setattr(MaskedAutoencoder, "load_state_dict", failing)
+    with pytest.raises(UserError, match=says) as found:
+        runs.train(noise_images, tmp_path / "a")
+    assert "delete" not in str(found.value)
+
+
 def test_a_checkpoint_with_zeros_inside_a_weight_is_refused(noise_images, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "a")
     path = tmp_path / "a" / CHECKPOINT_FILE

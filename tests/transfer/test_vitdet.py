@@ -120,8 +120,8 @@ def test_the_recipe_is_that_of_the_published_configs(arch, expected):
     assert (r.epochs, r.layer_decay, r.drop_path) == expected
     assert (r.lr, r.weight_decay, r.batch, r.window, r.image_size) == (1e-4, 0.1, 64, 14, 1024)
     assert sources(arch, "vitdet").keys() == vars(r).keys()
-    # Of 184,375 iterations: warm-up of 250, a tenth from 163,889 and a hundredth from 177,546 on; ViT-H has three
-    # quarters of each.
+    # Of 184,375 iterations (here 1,843 an epoch): warm-up of 250, a tenth from 163,889 and a hundredth from 177,546 on;
+    # ViT-H has three quarters of each.
     total, rate = schedule(replace(r, batch=64), 1843 * 64 + 48)
     assert total == 1843 * r.epochs
     assert rate(round(125 / 184_375 * total)) == pytest.approx(0.5e-4, rel=0.01)
@@ -194,7 +194,7 @@ def test_rates_and_decay_are_those_of_detectron2s_own(everything):
 
 
 def test_on_a_cpu_the_maps_have_channels_first_in_memory():
-    """With channels last, as timm's norm leaves them, the gradients of the RPN take twice as long (docs/speed.md)."""
+    """With channels last, as timm's norm leaves them, gradients take longer (docs/speed.md)."""
     with torch.no_grad():
         maps = ViTDetPyramid(ARCH, 64, window=3)(torch.randn(2, 3, 64, 64))
     assert all(m.is_contiguous() for m in maps)
@@ -208,6 +208,7 @@ def test_positions_are_those_of_pretraining_and_follow_the_image():
     assert pyramid.pos_embed.shape == (1, side**2, a.dim)
     nothing, own = torch.zeros(1, a.dim, side, side), pyramid.pos_embed.transpose(1, 2).unflatten(2, (side, side))
     assert torch.equal(pyramid.at_positions(nothing), own)
+    assert ViTDetPyramid(ARCH, 96, window=3, pretraining_size=96).pos_embed.shape == (1, (96 // a.patch) ** 2, a.dim)
     larger = torch.nn.functional.interpolate(own, scale_factor=2, mode="bicubic", align_corners=False)
     torch.testing.assert_close(pyramid.at_positions(torch.zeros(1, a.dim, 2 * side, 2 * side)), larger)
 

@@ -64,11 +64,13 @@ class Jittered(Dataset):
         view = draw_view(image.size, size, (self.r.min_scale, self.r.max_scale))
         # As in detectron2's ViTDet: objects cropped away are dropped, and boxes fit what the crop left of the outlines.
         seen = [(label + 1, *found) for label, o in zip(example.labels, example.outlines) if (found := view.object(o))]
-        masks = np.stack([mask for *_, mask in seen]) if seen else np.zeros((0, view.height, view.width), np.uint8)
+        masks = torch.zeros(len(seen), size, size, dtype=torch.uint8)
+        for whole, (*_, mask) in zip(masks, seen):
+            whole[: view.height, : view.width] = torch.from_numpy(mask)
         target = {
             "boxes": torch.tensor(np.array([box for _, box, _ in seen], np.float32).reshape(-1, 4)),
             "labels": torch.tensor([label for label, *_ in seen], dtype=torch.int64),
-            "masks": F.pad(torch.from_numpy(masks), (0, size - view.width, 0, size - view.height)),
+            "masks": masks,
             "size": (view.height, view.width),
         }
         return shared.pad_to_square(view.of(image), size), target, ""
@@ -206,18 +208,21 @@ def train_and_predict(job: Job) -> Predictions:
         ),
     )
     distributed.broadcast_buffers(model)
-    results, artifacts = shared.save_artifacts(job, model, predict(model, job))
+    at_once = (
+        state.micro_batch if state.micro_batch < micro_batch else machine.micro_batch or 8
+    )  # less: memory was short
+    results, artifacts = shared.save_artifacts(job, model, predict(model, job, at_once))
     facts, notes = shared.batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)
     return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
 
 
 @torch.inference_mode()
-def predict(model: MaskRCNN, job: Job) -> list[dict]:
-    """COCO results of this process's validation images, in float32 as in detectron2."""
+def predict(model: MaskRCNN, job: Job, at_once: int = 8) -> list[dict]:
+    """COCO results of this process's validation images, so many at a time, in float32 as in detectron2."""
     machine, size, found = job.machine, job.recipe.image_size, []
     model.eval()
-    for batch in shared.validation_batches(job, machine.micro_batch or 8):
+    for batch in shared.validation_batches(job, at_once):
         images = [shared.fit_long_side(image, size) for _, image in batch]
         sizes = [{"size": image.size[::-1]} for image in images]
         squares = torch.stack([shared.pad_to_square(image, size) for image in images])

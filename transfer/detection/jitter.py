@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from transfer.data.coco_json import runs
+from transfer.data.coco_json import FAR, runs
 
 SMALLEST = 1e-5  # px: a box with a shorter side holds no object, as in detectron2
+TOUCH = 1e-7  # px: what reaches less far into a view only touches it
 
 
 @dataclass(frozen=True)
@@ -43,26 +44,30 @@ class View:
 
     def of_polygons(self, outline: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
         """Polygons keep their corners, so that the box of a small object is exact."""
-        polygons = [self.corners(polygon) for polygon in outline]
         limits = np.array([self.width, self.height], float)
-        points = np.concatenate([points_within(polygon, limits) for polygon in polygons])
+        polygons = [self.corners(polygon) for polygon in outline]
+        starts, ends = (np.concatenate(e) for e in zip(*(edges_within(polygon, limits) for polygon in polygons)))
+        points = np.concatenate([starts, ends, *(corners_within(polygon, limits) for polygon in polygons)])
         if not len(points):
             return None
-        box = np.concatenate([points.min(axis=0), points.max(axis=0)])
+        box = np.concatenate([points.min(axis=0), points.max(axis=0)]).astype(np.float32)
         if (box[2:] - box[:2] <= SMALLEST).any():
             return None
         rles = mask_util.frPyObjects([polygon.ravel() for polygon in polygons], self.height, self.width)
-        mask = mask_util.decode(mask_util.merge(rles))
-        if not mask.any():  # thinner than a pixel: the pixels that it touches, for nothing would be a wrong target
-            mask[int(box[1]) : int(np.ceil(box[3])), int(box[0]) : int(np.ceil(box[2]))] = 1
-        return box.astype(np.float32), mask
+        mask = np.ascontiguousarray(mask_util.decode(mask_util.merge(rles)))
+        if not mask.any():  # it is thinner than a pixel. An empty mask would be a wrong target: its outline is drawn
+            for start, end in zip(starts, ends):
+                steps = np.linspace(0, 1, int(2 * np.abs(end - start).max()) + 2)[:, None]
+                columns, rows = (start + steps * (end - start)).astype(int).clip(0, limits.astype(int) - 1).T
+                mask[rows, columns] = 1
+        return box, mask
 
     def corners(self, polygon: np.ndarray) -> np.ndarray:
         """x0, y0, x1, y1, ... in the image -> [n, 2] in the view."""
         points = polygon.reshape(-1, 2).copy()
         if self.flipped:
             points[:, 0] = self.size[0] - points[:, 0]
-        return points * np.divide(self.scaled, self.size) - self.box[:2]
+        return (points * np.divide(self.scaled, self.size) - self.box[:2]).clip(-FAR, FAR)
 
     def of_runs(self, outline: dict) -> tuple[np.ndarray, np.ndarray] | None:
         """By nearest neighbour, which picks rows and columns: no more than the view is computed."""
@@ -92,22 +97,35 @@ def draw_view(image_size: tuple[int, int], size: int, scales: tuple[float, float
     return View(image_size, flipped, (width, height), (left, top, left + min(width, size), top + min(height, size)))
 
 
-def points_within(polygon: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Points [m, 2] whose bounding box is that of the part of a polygon, corners [n, 2], that lies in the rectangle
-    from 0 to `limits`; none if nothing does. They are the ends of its edges' parts inside (Liang and Barsky 1984), and
-    the rectangle's corners that lie in the polygon."""
+def edges_within(polygon: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the parts of a polygon's edges that lie in the rectangle from 0 to `limits` start and end, [m, 2] each
+    (Liang and Barsky 1984). What only touches the rectangle from outside is not in it.
+
+    Of the part of the polygon in the rectangle, these points and those of `corners_within` have the bounding box."""
+    low, high = np.full(2, TOUCH), limits - TOUCH
     step = np.roll(polygon, -1, axis=0) - polygon
     with np.errstate(divide="ignore", invalid="ignore"):  # an edge may be parallel to a side
-        enter, leave = -polygon / step, (limits - polygon) / step
+        enter, leave = (low - polygon) / step, (high - polygon) / step
     parallel = step == 0
-    outside = parallel & ((polygon < 0) | (polygon > limits))
+    outside = parallel & ((polygon < low) | (polygon > high))
     enter, leave = np.minimum(enter, leave), np.maximum(enter, leave)
     first = np.where(parallel, 0, enter).max(axis=1, initial=0)
     last = np.where(parallel, 1, leave).min(axis=1, initial=1)
     seen = (first <= last) & ~outside.any(axis=1)
-    ends = [polygon[seen] + at[seen, None] * step[seen] for at in (first, last)]
-    corners = np.array([[0.0, 0.0], [limits[0], 0.0], [0.0, limits[1]], limits])
-    return np.concatenate([*ends, corners[[inside(polygon, corner) for corner in corners]]]).clip(0, limits)
+    starts, ends = (polygon[seen] + at[seen, None] * step[seen] for at in (first, last))
+    return to_the_border(starts, limits), to_the_border(ends, limits)
+
+
+def corners_within(polygon: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """The corners [m, 2] of the rectangle from 0 to `limits` that lie in the polygon."""
+    low, high = np.full(2, TOUCH), limits - TOUCH
+    corners = np.array([low, [high[0], low[1]], [low[0], high[1]], high])
+    return to_the_border(corners[[inside(polygon, corner) for corner in corners]], limits)
+
+
+def to_the_border(points: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    points = np.where(points < 2 * TOUCH, 0.0, points)
+    return np.where(points > limits - 2 * TOUCH, limits, points)
 
 
 def inside(polygon: np.ndarray, point: np.ndarray) -> bool:

@@ -34,7 +34,7 @@ DETECTOR_FILE = "detector.safetensors"
 # the overlap above which the lower-scored of two is dropped; detections per image.
 ANCHOR_STRIDES, ANCHOR_RATIOS = 8, (0.5, 1.0, 2.0)
 SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
-# Beside norm layers (but those of ViTDet's maps), what has no weight decay, by its name. freqs: learned rotary
+# Names of what has no weight decay, in addition to norm layers (but not those of ViTDet's maps). freqs: learned rotary
 # positions. gamma_1, gamma_2: EVA's layer scales.
 NO_DECAY = ("pos_embed", "freqs", "bias_global", "bias_windowed", "gamma", "gamma_1", "gamma_2")
 
@@ -86,12 +86,14 @@ def in_float32(output: Any) -> Any:
     return type(output)(in_float32(part) for part in output)
 
 
-def new_pyramid(arch: str, variant: Variant, r: DetectionRecipe, activation_checkpointing: bool = False) -> ViTPyramid:
-    """The recipe's pyramid, without a checkpoint's weights."""
+def new_pyramid(
+    arch: str, variant: Variant, r: DetectionRecipe, activation_checkpointing: bool = False, pretraining_size: int = 0
+) -> ViTPyramid:
+    """The recipe's pyramid, without a checkpoint's weights. pretraining_size: of `ViTDetPyramid`."""
     own: dict[str, Any] = {"variant": variant, "window": r.window, "drop_path": r.drop_path}
     own |= {"activation_checkpointing": activation_checkpointing}
     if isinstance(r, ViTDetRecipe):
-        return ViTDetPyramid(arch, r.image_size, dim=r.fpn_dim, **own)
+        return ViTDetPyramid(arch, r.image_size, dim=r.fpn_dim, pretraining_size=pretraining_size, **own)
     return pyramid_class(arch)(arch, r.image_size, **own)
 
 
@@ -99,8 +101,10 @@ def build_pyramid(job: Job) -> tuple[ViTPyramid, str]:
     """The pyramid with the checkpoint's weights, and a one-line summary of the loading."""
     r, machine = job.recipe, job.machine
     torch.manual_seed(seed_for(job.seed) % 2**63)
-    pyramid = new_pyramid(job.checkpoint.arch, job.checkpoint.variant, r, machine.activation_checkpointing)
-    report = load_pyramid(pyramid, job.checkpoint)
+    source = job.checkpoint
+    size = int(source.meta["image_size"])
+    pyramid = new_pyramid(source.arch, source.variant, r, machine.activation_checkpointing, size)
+    report = load_pyramid(pyramid, source)
     return pyramid, report.summary()
 
 

@@ -23,9 +23,9 @@ BEIT = ((r"gamma_([12])$", r"ls\1.gamma"), (r"attn\.[qv]_bias$", "attn.qkv.bias"
 
 def load_pyramid(pyramid: ViTPyramid, source: Checkpoint) -> LoadReport:
     """Load a checkpoint's encoder: all its tensors but the last norm, which no map passes through, and, where the
-    pyramid has none, the class token and registers. Positions and BEiT's tables are resized to the pyramid's grid and
-    windows, ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT). The LayerNorms get the checkpoint's
-    eps; timm's encoders keep theirs. CheckpointError if a tensor is missing or has another shape.
+    pyramid has none, the class token and registers. Positions and BEiT's tables are resized to what the pyramid stores,
+    ViT-H's patch projection to 16 px (by pseudo-inverse, as in FlexiViT). The LayerNorms get the checkpoint's eps;
+    timm's encoders keep theirs. CheckpointError if a tensor is missing or has another shape.
 
     The pseudo-inverse keeps the token of a flat patch. ViTDet's authors interpolate the projection
     (facebookresearch/long_seq_mae issue 2), which makes that token 1.3 times as large."""

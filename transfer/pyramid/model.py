@@ -79,7 +79,7 @@ class ViTPyramid(nn.Module):
     positions in pos_embed [1, P + N, D] are kept, and new are blocks.i.bias, blocks.i.bias_class and, where the encoder
     has none, blocks.i.ls1.gamma and ls2.gamma (ones). BEiT has no pos_embed, and blocks.i.bias with either.
 
-    image_size: side or (height, width) in px for which positions and global bias tables are stored; both are
+    image_size: side or (height, width) in px for which positions (`stored`) and global bias tables are stored; both are
     interpolated for other sizes. variant: what the encoder has beyond a plain ViT. taps: the blocks whose output
     becomes a map. window: side in patches of the windows in all other blocks, 0 for global attention everywhere.
     upernet: UperNet's blocks, all global. norm: makes the stride-4 branch's normalisation layer for a number of

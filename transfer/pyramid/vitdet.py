@@ -19,8 +19,10 @@ class ViTDetPyramid(ViTPyramid):
 
     New parameters are blocks.i.rel_pos_h and rel_pos_w [2 * side - 1, channels of a head], zeros at first, and
     stages.{0,1,2,3}, of strides 4 to 32. The blocks that end each quarter attend globally, the others in windows.
-    Positions are stored, and trained, for the grid of pre-training and interpolated in each forward pass, as in its
-    code: few and smooth, where every patch of a large image would learn one of its own.
+    Positions are stored, and trained, for the grid of pre-training and interpolated in each forward pass, as in
+    ViTDet's code. That keeps them few and smooth: stored for the image, every patch would learn its own.
+
+    pretraining_size: side in px of the images of pre-training; 0: the architecture's.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class ViTDetPyramid(ViTPyramid):
         dim: int = 256,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
+        pretraining_size: int = 0,
     ) -> None:
         if variant.beit:
             raise ValueError("BEiT has relative positions of its own")
+        self.pretraining_size = pretraining_size
         super().__init__(
             arch,
             image_size,
@@ -52,7 +56,7 @@ class ViTDetPyramid(ViTPyramid):
 
     @property
     def stored(self) -> tuple[int, int]:
-        return (pretraining_grid(self.arch),) * 2
+        return (self.pretraining_size // get_arch(self.arch).patch or pretraining_grid(self.arch),) * 2
 
     def add_tables(self) -> None:
         a = get_arch(self.arch)
@@ -105,8 +109,8 @@ def map_norm(dim: int) -> nn.Module:
 
 
 def channels_first(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """The same numbers, on a CPU in the usual layout. timm's norm leaves the channels last in memory, from where the
-    gradients of the convolutions on large maps, here and in the RPN, take up to twice as long."""
+    """The same numbers, on a CPU in the usual layout. timm's norm leaves the channels last in memory, where the
+    gradients of the convolutions on large maps, here and in the RPN, take longer (docs/speed.md)."""
     return output if output.is_cuda else output.contiguous()
 
 

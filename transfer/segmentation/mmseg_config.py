@@ -44,7 +44,7 @@ def config_of(
         "model": model_of(checkpoint, r, machine),
         "work_dir": str(work / "mmengine"),
         "test_dataloader": test_loader(folder, test_pipeline(r), machine, limit),
-        "test_cfg": {"type": "PrecisionTestLoop", "machine": asdict(machine)},
+        "test_cfg": {"type": "WatchedTestLoop"},
         "test_evaluator": {"type": "ImageAreas", "kept": list(kept)},
         "default_hooks": dict.fromkeys(
             ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")

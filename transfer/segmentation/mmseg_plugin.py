@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mae_core import distributed
-from mae_core.machine import Machine
 from mae_core.vit import Variant
 from mae_core.workers import begin_worker, bytes_of, fitting_workers
 from transfer.data.ade20k import check_pair
@@ -98,7 +97,9 @@ def make_pyramid(arch: str, variant: dict[str, Any], **options: Any) -> ViTPyram
 
 def loss_only(head: Any, seg_logits: Tensor, batch_data_samples: list) -> dict[str, Tensor]:
     """The loss of one of mmseg's heads with one loss, in place of its own `loss_by_feat`: without the accuracy that it
-    computes beside it, which nobody reads and for which the host would wait for the GPU twice."""
+    computes beside it, which nobody reads and for which the host would wait for the GPU twice. Logits are upsampled in
+    float32 at least, as by mmsegmentation 0.x, which the public numbers are from."""
+    seg_logits = seg_logits.to(torch.promote_types(seg_logits.dtype, torch.float32))
     labels = head._stack_batch_gt(batch_data_samples)
     size, labels = labels.shape[2:], labels.squeeze(1)
     if seg_logits.device.type == "cpu":
@@ -142,17 +143,16 @@ def register() -> None:
             folder = Path(self.data_prefix["img_path"])
             return [entry for entry in super().load_data_list() if Path(entry["img_path"]).parent == folder]
 
-    class PrecisionTestLoop(TestLoop):
-        """mmengine's, in a Machine's precision; calls `each` with the number of images done."""
+    class WatchedTestLoop(TestLoop):
+        """mmengine's, in float32; calls `each` with the number of images done."""
 
-        def __init__(self, runner: Any, dataloader: dict, evaluator: Any, machine: dict, each: Callable) -> None:
+        def __init__(self, runner: Any, dataloader: dict, evaluator: Any, each: Callable) -> None:
             super().__init__(runner, with_workers_that_fit(dataloader, DATASETS), evaluator)
-            self.machine, self.each = Machine(**machine), each
+            self.each = each
 
         @torch.inference_mode()
         def run_iter(self, idx: int, data_batch: dict) -> None:
-            with self.machine.autocast():
-                outputs = self.runner.model.test_step(data_batch)
+            outputs = self.runner.model.test_step(data_batch)
             self.evaluator.process(data_samples=outputs, data_batch=data_batch)
             self.each(idx + 1)
 
@@ -191,5 +191,5 @@ def register() -> None:
     for head in (UPerHead, FCNHead):
         MODELS.register_module(module=type(f"LossOnly{head.__name__}", (head,), {"loss_by_feat": loss_only}))
     TRANSFORMS.register_module(name="CheckPair", module=CheckPair)
-    LOOPS.register_module(name="PrecisionTestLoop", module=PrecisionTestLoop)
+    LOOPS.register_module(name="WatchedTestLoop", module=WatchedTestLoop)
     METRICS.register_module(name="ImageAreas", module=ImageAreas)

@@ -161,6 +161,16 @@ def test_boxes_keep_their_place_in_bf16(pyramid, r):
         assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
+def test_training_in_bf16_is_tested_in_float32(root, tmp_path):
+    job = make_job(root, tmp_path, Machine(precision="bf16"))
+    model = engine_detectron2.build_model(ViTPyramid(ARCH, 64, window=6), job.recipe, RoIBatchNorm)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    engine_detectron2.predict(model, job)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_batch_without_objects_trains(pyramid, r):
     model = engine_detectron2.build_model(pyramid, r, RoIBatchNorm).train()
     nothing = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.long))

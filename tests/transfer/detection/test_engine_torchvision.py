@@ -110,6 +110,15 @@ def test_padding_is_zero_after_normalisation_and_the_rest_is_the_checkpoint_s(ro
         assert not normalised[1, :, :, 23:].any()
 
 
+def test_training_in_bf16_is_tested_in_float32(root, tmp_path):
+    job = job_of(root, tmp_path, Machine(precision="bf16"))
+    model, seen = model_of(job), []
+    model.body.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    predict(model, job)
+    assert seen
+    assert not any(seen)
+
+
 def test_a_job_normalises_as_its_checkpoint_says(root, tmp_path, monkeypatch):
     job = job_of(root, tmp_path, epochs=1)
     job = replace(job, checkpoint=replace(job.checkpoint, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3)))

@@ -206,6 +206,41 @@ def test_boxes_are_those_of_shapely():
     assert compared > 500
 
 
+# An L around the lower right of an image of 100 x 80, which touches the rectangle from (30, 20) on.
+L = np.array([0.0, 0, 90, 0, 90, 20, 30, 20, 30, 70, 0, 70])
+
+
+def test_what_only_touches_the_view_is_outside():
+    assert view_of(box=(30, 20, 100, 80)).object([L]) is None
+    found, mask = view_of(box=(29, 19, 100, 80)).object([L])
+    assert found.tolist() == [0, 0, 61, 51]
+    assert mask.sum() == 61 + 50
+    # One part reaches in, another touches the border elsewhere.
+    parts = [np.array([25.0, 20, 50, 20, 50, 40, 25, 40]), np.array([10.0, 60, 30, 60, 30, 75, 10, 75])]
+    assert view_of(box=(30, 20, 100, 80)).object(parts)[0].tolist() == [0, 0, 20, 20]
+
+
+def test_a_box_that_float32_makes_flat_holds_no_object():
+    """1023.99998 is 1024 there, and a box without width has no overlap with itself: the loss would be NaN."""
+    view = view_of((2000, 100), scaled=(2000, 100), box=(0, 0, 1024, 100))
+    for reach in (2e-5, 2e-4, 1e-3, 0.1):
+        found = view.object([np.array([1024 - reach, 10, 1100, 10, 1100, 50, 1024 - reach, 50])])
+        assert found is None or found[0][2] > found[0][0]
+    assert found is not None
+
+
+def test_a_strip_thinner_than_a_pixel_keeps_its_shape():
+    strip = np.array([10.0, 10, 12, 10, 302, 300, 300, 300])
+    for scale in (0.1, 0.2, 0.4):
+        side = round(310 * scale)
+        view = view_of((310, 310), scaled=(side, side), box=(0, 0, side, side))
+        box, mask = view.object([strip])
+        assert box == pytest.approx(np.array([10, 10, 302, 300]) * side / 310, abs=1e-3)
+        rows, columns = np.nonzero(mask)
+        assert np.abs(rows - columns).max() <= 1
+        assert 0.9 * 290 * scale < mask.sum() < 3.2 * 290 * scale
+
+
 def test_what_is_thinner_than_a_pixel_keeps_its_box_and_the_pixels_that_it_touches():
     found, mask = view_of(scaled=(10, 8), box=(0, 0, 10, 8)).object([np.array([41.0, 31, 44, 31, 44, 33, 41, 33])])
     assert found == pytest.approx([4.1, 3.1, 4.4, 3.3])

@@ -86,7 +86,7 @@ def test_a_run_leaves_a_record_the_weights_and_a_picture(root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_precision_is_on_in_training_and_test(root, tmp_path, monkeypatch, precision, dtype):
+def test_precision_is_on_in_training_and_the_test_is_in_float32(root, tmp_path, monkeypatch, precision, dtype):
     seen = {"train": set(), "test": set()}
     job = make_job(root, tmp_path, Machine(precision=precision), iterations=2)
     build = train.make_runner
@@ -100,7 +100,7 @@ def test_precision_is_on_in_training_and_test(root, tmp_path, monkeypatch, preci
     monkeypatch.setattr(train, "make_runner", watched)
     record = run_job(job)
     assert record.status == "ok", record.reason
-    assert seen == {"train": {dtype}, "test": {dtype}}
+    assert seen == {"train": {dtype}, "test": {torch.float32}}
     assert all(tensor.dtype != torch.bfloat16 for tensor in load_file(tmp_path / SEGMENTER_FILE).values())
 
 
