@@ -65,8 +65,7 @@ def test_both_engines_have_as_many_weights_as_vitdet(models):
     workloads = dense_workloads("coco", "vit_base_patch16", 64, 1, Machine())
     assert list(workloads) == ["ours, torchvision", "ours, detectron2", "detectron2's ViTDet"]
     ours, again, theirs = map(weights, models)
-    # Theirs keep the 197 positions of pre-training, ours have those of the 16 patches.
-    assert again == theirs - (197 - 16) * 768
+    assert again == theirs - 768  # theirs keep the class token's position, which they do not use
     # torchvision's heads have the background's box and mask too.
     assert ours == again + 4 * (1024 + 1) + (256 + 1)
     for step in workloads.values():
