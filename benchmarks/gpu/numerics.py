@@ -86,16 +86,17 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def boxes(room: Room) -> Iterator[Line]:
-    """Maps and proposals of the torchvision engine under bf16 are float32, so that coordinates do not lie on bf16's
-    grid, which is 2 px wide beyond 256 px and 4 beyond 512."""
+    """In training the maps and proposals of the torchvision engine are float32 under bf16, so that coordinates do not
+    lie on bf16's grid, which is 2 px wide beyond 256 px and 4 beyond 512. (Tests are in float32 throughout.)"""
     torch.manual_seed(0)
     r, size = detection_recipe(room.base, room.recipe), room.many(1024, 384)
     body = ViTPyramid(room.base, size, window=r.window)
-    model = MaskRCNN(body, r, RoIBatchNorm).to(room.device).eval()
+    model = MaskRCNN(body, r, RoIBatchNorm).to(room.device).train()
     images = torch.rand(1, 3, size, size, device=room.device) * 255
-    with torch.inference_mode(), torch.autocast(room.device, torch.bfloat16):
+    target = {"boxes": torch.tensor([[8.0, 8.0, size / 2, size / 2]], device=room.device)}
+    with torch.no_grad(), torch.autocast(room.device, torch.bfloat16):
         maps = model.features(images, [(size, size)])
-        found = model.rpn(ImageList(images, [(size, size)]), maps)[0][0]
+        found = model.rpn(ImageList(images, [(size, size)]), maps, [target])[0][0]
     inside = found[(found > 256) & (found < size - 1)]
     off_grid = (inside != inside.bfloat16().float()).float().mean().item() if len(inside) else 0.0
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in (*maps.values(), found)}

@@ -256,15 +256,18 @@ def train_and_predict(job: Job) -> Predictions:
 @torch.inference_mode()
 def predict(model: GeneralizedRCNN, job: Job) -> list[dict]:
     """COCO results of this process's validation images, in float32 as detectron2's own."""
-    machine, size, found = job.machine, job.recipe.image_size, []
+    machine, size = job.machine, job.recipe.image_size
     model.eval()
-    for batch in shared.validation_batches(job, machine.micro_batch or 8):
+
+    def detect(batch: shared.Tested) -> list[dict]:
         images = [pil_to_tensor(shared.fit_long_side(image, size)) for _, image in batch]
         inputs = [{"image": image, "height": e.height, "width": e.width} for (e, _), image in zip(batch, images)]
-        outputs = model(inputs)
+        outputs, found = model(inputs), []
         for (example, _), output in zip(batch, outputs):
             instances = output["instances"].to("cpu")
             boxes, scores = instances.pred_boxes.tensor.float().numpy(), instances.scores.float().numpy()
             masks = instances.pred_masks.numpy().astype("uint8")
             found += shared.to_results(example, boxes, scores, instances.pred_classes.numpy(), masks)
-    return found
+        return found
+
+    return shared.detections(job, detect, machine.micro_batch or 8)

@@ -208,35 +208,42 @@ def train_and_predict(job: Job) -> Predictions:
         ),
     )
     distributed.broadcast_buffers(model)
-    at_once = (
-        state.micro_batch if state.micro_batch < micro_batch else machine.micro_batch or 8
-    )  # less: memory was short
-    results, artifacts = shared.save_artifacts(job, model, predict(model, job, at_once))
+    results, artifacts = shared.save_artifacts(job, model, predict(model, job))
     facts, notes = shared.batchnorm_facts(r, machine, state.micro_batch, synchronised=norm is nn.SyncBatchNorm)
     notes = (*DEPARTURES, *notes, *state.notes)
     return Predictions(results, state.step, state.seconds, notes, {"loaded": loaded, **facts}, artifacts)
 
 
 @torch.inference_mode()
-def predict(model: MaskRCNN, job: Job, at_once: int = 8) -> list[dict]:
-    """COCO results of this process's validation images, so many at a time, in float32 as in detectron2."""
-    machine, size, found = job.machine, job.recipe.image_size, []
+def predict(model: MaskRCNN, job: Job) -> list[dict]:
+    """COCO results of this process's validation images, in float32 as in detectron2."""
+    machine, size = job.machine, job.recipe.image_size
     model.eval()
-    for batch in shared.validation_batches(job, at_once):
+
+    def detect(batch: shared.Tested) -> list[dict]:
         images = [shared.fit_long_side(image, size) for _, image in batch]
         sizes = [{"size": image.size[::-1]} for image in images]
         squares = torch.stack([shared.pad_to_square(image, size) for image in images])
-        outputs = model(squares.to(machine.device), sizes)
+        outputs, found = model(squares.to(machine.device), sizes), []
         for (example, _), image, output in zip(batch, images, outputs):
-            scale = torch.tensor([example.width / image.width, example.height / image.height]).repeat(2)
-            limit = torch.tensor([example.width, example.height]).repeat(2)
-            whole, soft = output["boxes"].float().cpu() * scale, output["masks"].float().cpu()
-            boxes = whole.clamp(min=torch.zeros(4), max=limit)
-            kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie wholly in the padding
-            # A mask belongs to the whole box, which may reach into the padding: pasting cuts at the image.
-            masks = paste_masks_in_image(soft[kept], whole[kept], (example.height, example.width))[:, 0] > 0.5
-            labels, scores = (output[key].float().cpu()[kept].numpy() for key in ("labels", "scores"))
-            found += shared.to_results(
-                example, boxes[kept].numpy(), scores, labels.astype(int) - 1, masks.byte().numpy()
-            )
-    return found
+            found += results_of(example, image.size, output)
+        return found
+
+    return shared.detections(job, detect, machine.micro_batch or 8)
+
+
+def results_of(example: Example, seen: tuple[int, int], output: dict[str, Tensor]) -> list[dict]:
+    """COCO results of one image. seen: the width and height to which it was resized; output: the model's, whose masks
+    are pasted where it computed them, since a CPU takes 2 ms for each."""
+    device = output["boxes"].device
+    scale = torch.tensor([example.width / seen[0], example.height / seen[1]], device=device).repeat(2)
+    limit = torch.tensor([example.width, example.height], device=device).repeat(2)
+    whole = output["boxes"].float() * scale
+    boxes = whole.clamp(min=torch.zeros_like(scale), max=limit)
+    kept = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)  # some lie wholly in the padding
+    # A mask belongs to the whole box, which may reach into the padding: pasting cuts at the image.
+    soft = output["masks"].float()[kept]
+    masks = paste_masks_in_image(soft, whole[kept], (example.height, example.width))[:, 0] > 0.5
+    labels, scores = (output[key][kept].cpu().numpy() for key in ("labels", "scores"))
+    arrays = boxes[kept].cpu().numpy(), scores, labels.astype(int) - 1, masks.byte().cpu().numpy()
+    return shared.to_results(example, *arrays)

@@ -17,9 +17,10 @@ from mae_core import distributed
 from mae_core.data import seed_for
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
-from mae_core.machine import Machine
+from mae_core.machine import Machine, lack_of_memory_named
 from mae_core.optim import half_cosine
 from mae_core.progress import Progress
+from mae_core.training import restart
 from mae_core.vit import Variant
 from mae_core.writing import write_json
 from transfer.data.coco import IDS, Example, Examples, read_split
@@ -37,6 +38,8 @@ SCORE_THRESHOLD, NMS_THRESHOLD, DETECTIONS = 0.05, 0.5, 100
 # Names of what has no weight decay, in addition to norm layers (but not those of ViTDet's maps). freqs: learned rotary
 # positions. gamma_1, gamma_2: EVA's layer scales.
 NO_DECAY = ("pos_embed", "freqs", "bias_global", "bias_windowed", "gamma", "gamma_1", "gamma_2")
+
+Tested = list[tuple[Example, Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def tested_examples(job: Job) -> Examples:
     return examples.few(job.data.limit)
 
 
-def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Image.Image]]]:
+def validation_batches(job: Job, size: int) -> Iterator[Tested]:
     """This process's batches of the validation images (`distributed.local_batches`). Shows progress."""
     examples = tested_examples(job)
     batches = distributed.local_batches(len(examples), size)
@@ -206,6 +209,29 @@ def validation_batches(job: Job, size: int) -> Iterator[list[tuple[Example, Imag
         yield [(examples[i], open_image(examples[i])) for i in batch]
         done += len(batch)
         progress.update(done, len(batch))
+
+
+def detections(job: Job, detect: Callable[[Tested], list[dict]], at_once: int) -> list[dict]:
+    """COCO results of this process's validation images: what `detect` finds in `at_once` of them; when GPU memory runs
+    out, in half as many from there on. A test keeps no activations, but it is in float32. UserError if there is no
+    memory for one image."""
+    found: list[dict] = []
+    for batch in validation_batches(job, at_once):
+        while batch:
+            part = batch[:at_once]
+            try:
+                with lack_of_memory_named():
+                    found += detect(part)
+                batch = batch[len(part) :]
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    what = f"out of GPU memory while one image of {job.recipe.image_size} px is tested in float32"
+                    raise UserError(f"{what}: take a GPU with more, or free this one; {restart(job.work)}") from None
+            # Here the error is gone, and with it what its traceback held of the GPU's memory.
+            at_once = len(part) // 2
+            torch.cuda.empty_cache()
+    return found
 
 
 def open_image(example: Example) -> Image.Image:

@@ -437,3 +437,31 @@ def test_a_mask_whose_box_reaches_into_the_padding_stays_on_its_object(tmp_path,
 
 def test_nothing_detected_is_an_empty_list(root, tmp_path):
     assert predict(Fixed([], torch.zeros(0, 1, 28, 28)), job_of(root, tmp_path)) == []
+
+
+def test_lack_of_memory_halves_what_is_tested_at_once(tmp_path):
+    """As often as needed, and from there on; the detections are those of a test that had enough."""
+    write_coco(tmp_path)
+    write_split(tmp_path, "val", [(60, 40)] * 7, [rectangle(FIRST_ID["val"] + i, 1, 5, 5, 9, 9) for i in range(7)])
+    job = job_of(tmp_path, tmp_path / "work", Machine(micro_batch=5), image_size=60)
+    masks = torch.ones(1, 1, 28, 28)
+
+    class Small(Fixed):
+        room, error, sizes = 2, torch.OutOfMemoryError("too many"), ()
+
+        def forward(self, images, targets):
+            self.sizes += (len(images),)
+            if len(images) > self.room:
+                raise self.error
+            return super().forward(images, targets)
+
+    expected = predict(Fixed([[10.0, 8, 42, 40]], masks), job)
+    assert [entry["image_id"] for entry in expected] == [FIRST_ID["val"] + i for i in range(7)]
+    small = Small([[10.0, 8, 42, 40]], masks)
+    assert predict(small, job) == expected
+    assert small.sizes == (5, 2, 2, 1, 2)
+    small.error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert predict(small, job) == expected
+    small.room = 0
+    with pytest.raises(UserError, match="out of GPU memory while one image of 60 px is tested"):
+        predict(small, job)
