@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 try:
+    from benchmarks.ablation_data import check_images, note_images
     from benchmarks.ablation_grid import DEFAULTS, DVAE, MINI_IMAGES, TABLES, Cell
     from benchmarks.ablation_tables import ACCURACY, ACCURACY_FLOPS, TASKS, WALL_CLOCK, Row, write_table
     from benchmarks.children import launcher, machine_flags, run_child
@@ -114,6 +115,7 @@ def pretrain_cell(cell: Cell, args: argparse.Namespace) -> tuple[Path, str]:
     named = dataclasses.asdict(recipe(arch, args.recipe))
     if changed := {k: v for k, v in dataclasses.asdict(r).items() if v != named[k]}:
         command += ["--set", *(f"{k}={as_typed(v)}" for k, v in changed.items())]
+    note_images(work, data)
     log = args.out / "logs" / f"pretrain-{work.name}.log"
     code, last = run_child(command, log)
     if code == 0:
@@ -224,6 +226,8 @@ def make_tables(args: argparse.Namespace, machine: Machine) -> list[bool]:
             args.data = args.out / "data"
             miniature.imagenet(args.data)
             unlabelled(args.data, MINI_IMAGES)
+        for cell in (cell for table in args.table if table != "2" for cell in table_cells(table, args)):
+            check_images(cell_folder(cell, args), pretraining_data(args))
         return [wall_clock_table(args, machine) if t == "2" else accuracy_table(t, args) for t in args.table]
 
 

@@ -10,11 +10,12 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.markdown import harmless, markdown_table
+from benchmarks.rows import experiment, makers_of
 from benchmarks.samples import sample_of
 from benchmarks.significance import Difference, Sample, compare, holm, word
 from benchmarks.suite import TASKS
@@ -36,16 +37,28 @@ is better or worse where the corrected p is below 0.05. docs/predictions.md desc
 
 @dataclass(frozen=True)
 class Run:
-    """A record with predictions, and where it lies."""
+    """A record with predictions, and where it lies. tuned: the record of the fine-tuning whose classifier it is of."""
 
     record: Record
     path: Path
+    tuned: Record | None = None
+
+    @property
+    def origin(self) -> str:
+        """How that classifier was made, in words."""
+        r = self.tuned
+        return f"{r.recipe_label}, {r.data.get('label')} data, version {r.identity.get('task_version')}" if r else ""
+
+    @property
+    def experiment(self) -> tuple[str, ...]:
+        """What its seeds share."""
+        return tuple(experiment(r) for r in (self.record, self.tuned) if r)
 
 
 @dataclass(frozen=True)
 class Row:
     """A task that both sides have. trained: the numbers are of trainings, or of classifiers that were fine-tuned.
-    differs: what else is not the same. why: not empty if it was not compared."""
+    differs: what else is not the same. why: not empty if it was not compared. recipe: where the task has several."""
 
     task: str
     metric: str
@@ -55,6 +68,11 @@ class Row:
     trained: bool = False
     differs: tuple[str, ...] = ()
     why: str = ""
+    recipe: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.task} ({self.recipe})" if self.recipe else self.task
 
 
 def runs_of(name: str, out: Path) -> list[Run]:
@@ -73,7 +91,8 @@ def runs_of(name: str, out: Path) -> list[Run]:
     if len(names) > 1:
         listed = ", ".join(sorted(f"{known} {str(sha)[:8]}" for known, sha in names))
         raise UserError(f"'{name}' is several checkpoints: {listed}; choose one, by its SHA-256 where names are equal")
-    return [Run(r, path) for r, path in chosen if r.status == "ok"]
+    makers = makers_of(r for r, _ in everything)
+    return [Run(r, path, makers.get(r.identity.get("parent") or "")) for r, path in chosen if r.status == "ok"]
 
 
 def runs_in(folder: Path) -> Path:
@@ -96,13 +115,21 @@ def drawn(record: Record) -> bool:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, dict[tuple, list[Run]]]:
-    """Task -> (recipe, engine, precision, images) -> its seeds' runs, the latest of each."""
-    found: dict[str, dict[tuple, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    """Task -> (recipe, how the classifier was made, engine, precision, images) -> its seeds' runs, the latest of each.
+    All are of one experiment, the latest's: not of two versions of a task, or of data that were changed."""
+    found: dict[str, dict[tuple, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run.record.finished):
         r = run.record
-        key = (r.recipe_label, r.engine, r.machine.get("precision", ""), r.predictions.get("images", ""))
-        found[r.task][key][r.seed] = run
-    return {task: {key: distinct(seeds) for key, seeds in groups.items()} for task, groups in found.items()}
+        made = run.origin.rpartition(", version")[0]  # another version is not compared, and says so
+        key = (r.recipe_label, made, r.engine, r.machine.get("precision", ""), r.predictions.get("images", ""))
+        found[r.task][key].append(run)
+    return {
+        task: {
+            key: distinct({run.record.seed: run for run in group if run.experiment == group[-1].experiment})
+            for key, group in groups.items()
+        }
+        for task, groups in found.items()
+    }
 
 
 def distinct(seeds: dict[int, Run]) -> list[Run]:
@@ -120,20 +147,27 @@ def rows_of(a: Sequence[Run], b: Sequence[Run], data: Path | None) -> list[Row]:
 
 def rows_of_task(a: dict[tuple, list[Run]], b: dict[tuple, list[Run]], data: Path | None) -> list[Row]:
     """Equal recipes with each other; if there are none, the only one of either side, which names the difference."""
-    pairs = [(a[key], b[key]) for key in a if key in b]
+    pairs = [key for key in a if key in b]
     if not pairs:
         if len(a) > 1 or len(b) > 1:
             first = next(iter(a.values()))[0].record
-            labels = [" / ".join(dict.fromkeys(key[0] for key in side)) for side in (a, b)]
+            labels = [" / ".join(dict.fromkeys(recipe_of(key) for key in side)) for side in (a, b)]
             return [Row(first.task, first.metric, why=f"A was run with {labels[0]}, B with {labels[1]}: no two agree")]
-        pairs = [(next(iter(a.values())), next(iter(b.values())))]
-    return [row_of(mine, theirs, data) for mine, theirs in pairs]
+        return [row_of(next(iter(a.values())), next(iter(b.values())), data)]
+    if len(pairs) == 1:
+        return [row_of(a[key], b[key], data) for key in pairs]
+    return [replace(row_of(a[key], b[key], data), recipe=recipe_of(key)) for key in pairs]
+
+
+def recipe_of(key: tuple) -> str:
+    recipe, made = key[:2]
+    return f"{recipe}, classifier from {made}" if made else recipe
 
 
 def row_of(a: list[Run], b: list[Run], data: Path | None) -> Row:
-    first, other = a[0].record, b[0].record
+    first = a[0].record
     row = partial(Row, first.task, first.metric, (len(a), len(b)))
-    if why := refused(first, other):
+    if why := refused(a[0], b[0]):
         return row(why=why)
     try:
         samples = [[sample(run, data) for run in side] for side in (a, b)]
@@ -146,14 +180,16 @@ def row_of(a: list[Run], b: list[Run], data: Path | None) -> Row:
     except UserError as e:
         return row(why=str(e))
     trained = trains(first.task) or bool(first.identity.get("parent"))
-    return row(mine[0].images, difference, trained, differing(first, other))
+    return row(mine[0].images, difference, trained, differing(a[0], b[0]))
 
 
-def refused(a: Record, b: Record) -> str:
-    """Why two records cannot be compared; "" if they can."""
-    versions = [r.identity.get("task_version") for r in (a, b)]
-    if versions[0] != versions[1]:
-        return f"version {versions[0]} of the task against {versions[1]}, whose numbers differ: run it again"
+def refused(mine: Run, theirs: Run) -> str:
+    """Why two runs cannot be compared; "" if they can."""
+    a, b = mine.record, theirs.record
+    for what, pair in (("the task", (a, b)), ("the fine-tuning", (mine.tuned, theirs.tuned))):
+        versions = [r.identity.get("task_version") if r else None for r in pair]
+        if versions[0] != versions[1] and None not in versions:
+            return f"version {versions[0]} of {what} against {versions[1]}, whose numbers differ: run it again"
     if without := [name for name, r in (("A", a), ("B", b)) if not r.predictions]:
         return f"{' and '.join(without)} kept no predictions: an earlier version made the record; run it again"
     if a.predictions["images"] != b.predictions["images"]:
@@ -161,12 +197,19 @@ def refused(a: Record, b: Record) -> str:
     return ""
 
 
-def differing(a: Record, b: Record) -> tuple[str, ...]:
-    """What else is not the same, in words: the knobs of the recipe, and how it ran."""
-    found = differences(a.recipe, b.recipe)
-    own = [(r.recipe_name, r.engine, str(r.machine.get("precision", "")), str(r.data.get("label"))) for r in (a, b)]
-    names = ("recipe", "engine", "precision", "data")
-    return (*(f"{name}: {mine} -> {theirs}" for name, mine, theirs in zip(names, *own) if mine != theirs), *found)
+def differing(mine: Run, theirs: Run) -> tuple[str, ...]:
+    """What else is not the same, in words: the knobs of the recipe, how it ran, and what the classifier comes from."""
+    a, b = mine.record, theirs.record
+    own = [
+        (r.recipe_name, r.engine, str(r.machine.get("precision", "")), str(r.data.get("label")), run.origin)
+        for r, run in ((a, mine), (b, theirs))
+    ]
+    names = ("recipe", "engine", "precision", "data", "classifier")
+    found = [f"{name}: {one} -> {other}" for name, one, other in zip(names, *own) if one != other]
+    prints = [r.data.get("fingerprint") for r in (a, b)]
+    if prints[0] != prints[1] and all(prints):
+        found.append("the data to learn from are not the same")
+    return (*found, *differences(a.recipe, b.recipe))
 
 
 def sample(run: Run, data: Path | None) -> tuple[Sample, bool]:
@@ -191,12 +234,12 @@ def written(rows: Sequence[Row], a: str, b: str) -> str:
         result = word(d, p, better.get(row.task, True))
         numbers = [f"{d.a:.2f}", f"{d.b:.2f}", f"{d.value + 0.0:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}"]
         seeds = " / ".join(map(str, row.seeds))
-        lines.append([row.task, row.metric, *numbers, shown(d.p), shown(p), result, str(row.images), seeds, d.test])
+        lines.append([row.title, row.metric, *numbers, shown(d.p), shown(p), result, str(row.images), seeds, d.test])
         if row.differs:
-            notes.append(f"- {row.task}, A -> B: {'; '.join(row.differs)}")
+            notes.append(f"- {row.title}, A -> B: {'; '.join(row.differs)}")
         if row.trained and row.seeds == (1, 1):
-            notes.append(f"- {row.task}: one training each, so how much trainings differ by chance is not counted")
-    notes += [f"- {row.task}: not compared: {row.why}" for row in rows if row.why]
+            notes.append(f"- {row.title}: one training each, so how much trainings differ by chance is not counted")
+    notes += [f"- {row.title}: not compared: {row.why}" for row in rows if row.why]
     parts = [f"A: {a}\nB: {b}", ABOUT.strip(), markdown_table(lines, left=2, padded=True) if tested else ""]
     return harmless("\n\n".join(part for part in (*parts, "\n".join(notes)) if part))
 

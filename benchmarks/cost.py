@@ -15,7 +15,7 @@ from benchmarks.timing import matmul_rate
 from mae_core.errors import UserError
 from mae_core.machine import Machine, hardware
 from mae_core.writing import read_object, write_json
-from transfer.run import read_record
+from transfer.run import altered, read_record
 from transfer.task import RECORD_FILE, Job, Part, Record
 
 # Seconds before the first image, where they were not measured: the imports, the checkpoint, the model; of a fork of a
@@ -165,12 +165,12 @@ def keep_measured(out: Path, rates: Mapping[str, float]) -> None:
 
 
 def read_records(out: Path) -> list[Record]:
-    """Those that can be read; the report says which cannot."""
+    """Those that can be read and are as they were written; the report says which are not."""
     records = []
     for path in sorted(out.glob(f"runs/**/{RECORD_FILE}")):
         with contextlib.suppress(UserError):
             records.append(read_record(path))
-    return records
+    return [record for record in records if not altered(record)]
 
 
 def recorded_rates(records: Iterable[Record], jobs: Sequence[Job]) -> dict[str, float]:
@@ -185,7 +185,7 @@ def recorded_rates(records: Iterable[Record], jobs: Sequence[Job]) -> dict[str, 
         if timed and parts:
             key = key_of(timed, parts[0].kind, record.hardware)
             images[key] += record.images_seen
-            seconds[key] += max(record.seconds, 0.1) / side_by_side(timed.machine)
+            seconds[key] += max(record.seconds, 0.1) * side_by_side(timed.machine)
     return {key: images[key] / seconds[key] for key in images}
 
 

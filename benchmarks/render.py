@@ -8,6 +8,7 @@ from typing import NamedTuple
 from benchmarks.checkpoints import pretraining
 from benchmarks.markdown import harmless, markdown_table
 from benchmarks.rows import Cell, Line, Section, counted_runs, fill, group_by_row, records_for, row_key
+from benchmarks.suite import TASKS
 from benchmarks.tables import TABLES, Column, Table, with_fractions
 from benchmarks.verdict import THRESHOLD
 from transfer.task import Record
@@ -143,7 +144,8 @@ def cell_text(cell: Cell, column: Column) -> str:
     number = fixed(cell.value, column.decimals)
     if cell.stderr is not None:
         number += f" ± {fixed(cell.stderr, column.decimals)}"
-    seeds = [f"{cell.seeds} seeds, sd {fixed(cell.sd, column.decimals)}"] if cell.seeds > 1 else []
+    spread = "" if cell.sd is None else f", sd {fixed(cell.sd, column.decimals)}"  # a mean of tasks has none
+    seeds = [f"{cell.seeds} seeds{spread}"] if cell.seeds > 1 else []
     seeds += [cell.without] if cell.without else []
     return f"{number} ({', '.join(seeds)})" if seeds else number
 
@@ -177,7 +179,7 @@ def footnotes(records: list[Record], lines: list[Line], columns: list[Column]) -
     rows = group_by_row(records)
     by_record = {(c.task, c.train_fraction): c for c in columns}.values()  # several columns may show one record
     counting = [r for members in rows.values() for column in by_record for r in counted_runs(members, column)]
-    notes += data_notes(counting, columns)
+    notes += [*outdated(counting, columns), *data_notes(counting, columns)]
     remarks = [(f"{r.status}: {r.task}, {checkpoint_label(r)}", r.reason, r.seed) for r in counting if r.status != "ok"]
     remarks += [(f"note: {r.task}, {checkpoint_label(r)}", note, r.seed) for r in counting for note in r.notes]
     if remarks:
@@ -204,6 +206,33 @@ def verdicts(lines: list[Line], columns: list[Column], said: set[str]) -> list[s
             if text:
                 found[f"{x.name} {x.sha256[:8]}", without_paths(text)].append(c.title)
     return [f"- verdict: {row}, {', '.join(titles)}: {text}" for (row, text), titles in found.items()]
+
+
+def outdated(counting: list[Record], columns: list[Column]) -> list[str]:
+    """Which numbers an earlier version of their task made, and which rows of a column rest on different data."""
+    now = {task.name: task.version for task in TASKS}
+    old, apart = defaultdict(list), defaultdict(list)
+    for c in columns:
+        shown = [r for r in counting if c.shows(r) and r.status == "ok" and c.metric in r.metrics]
+        versions = {(checkpoint_label(r), r.identity.get("task_version")) for r in shown}
+        for label, version in sorted(versions, key=str):
+            if version != (current := now.get(c.task, version)):
+                old[c.task, version, current, label].append(c.title)
+        files = defaultdict(set)
+        for r in shown:
+            files[str(r.data.get("fingerprint") or "")[:8]].add(checkpoint_label(r))
+        if len(files) > 1:
+            words = ", ".join(
+                f"{'; '.join(sorted(rows))} on {name or 'unknown'}" for name, rows in sorted(files.items())
+            )
+            apart[words].append(c.title)
+    notes = [
+        f"- version: {label}, {', '.join(titles)}: of version {version} of {task}, which is at {current} now and gives "
+        "other numbers (CHANGELOG.md): run it again"
+        for (task, version, current, label), titles in old.items()
+    ]
+    words = "not the same in all rows, by the fingerprint of their files"
+    return [*notes, *(f"- data of {', '.join(titles)}: {words}: {rows}" for rows, titles in apart.items())]
 
 
 def data_notes(counting: list[Record], columns: list[Column]) -> list[str]:

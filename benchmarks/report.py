@@ -18,7 +18,17 @@ from typing import Any
 from benchmarks.markdown import no_formula
 from benchmarks.page.build import page
 from benchmarks.render import fixed, summary_markdown, table_markdown, without_paths
-from benchmarks.rows import Cell, Section, canonical_json, fill, records_for, row_key
+from benchmarks.rows import (
+    Cell,
+    Section,
+    canonical_json,
+    experiment,
+    fill,
+    makers_of,
+    rank,
+    records_for,
+    row_key,
+)
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.claim import claimed, clear_leftovers
 from mae_core.command_line import answered
@@ -136,8 +146,9 @@ def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
     """The records of each section, the official one first.
 
     A share of the training images makes a column, not a section. A robustness number whose classifier was fine-tuned
-    with another recipe or on other data says so in its label. A record without a data label (nothing was found) goes
-    to the sections of its recipe with the same data root.
+    with another recipe or on other data says so in its label, and so does one whose fine-tuning is not the experiment
+    that counts in the tables, but one of an earlier version or of data that were changed. A record without a data label
+    (nothing was found) goes to the sections of its recipe with the same data root.
     """
     title = data_titles(records)
     by_engine = {column.task for table in TABLES if table.by_engine for column in table.columns}
@@ -150,20 +161,23 @@ def group_by_section(records: list[Record]) -> dict[Section, list[Record]]:
     def origin_of(r: Record) -> Section:
         return section_of(r) if train_fraction(r) == 1 else section_of(r)._replace(recipe=r.recipe_label)
 
-    tunings = (r for r in records if r.task == "imagenet_finetune" and CLASSIFIER_FILE in r.artifacts)
+    tunings = [r for r in records if r.task == "imagenet_finetune" and CLASSIFIER_FILE in r.artifacts]
     tuned = {(r.checkpoint.get("sha256"), r.seed) for r in tunings}
-    origin = {sha: origin_of(r) for r in records for sha in r.artifacts.values()}
+    makers = makers_of(records)
+    latest = {(row_key(r), origin_of(r)): experiment(r) for r in sorted(tunings, key=rank)}
     sections, homes = defaultdict(list), defaultdict(set)
     for r in records:
         if r.data.get("label"):
             section = section_of(r)
             homes[section.recipe, r.data.get("root"), section.engine].add(section)
             classifier = r.identity.get("parent") or ""
-            parent = origin.get(classifier, section)
-            if classifier and classifier not in origin and (r.checkpoint.get("sha256"), r.seed) in tuned:
+            maker = makers.get(classifier)
+            if maker is None and classifier and (r.checkpoint.get("sha256"), r.seed) in tuned:
                 section = section._replace(recipe=f"{section.recipe}, classifier changed after its record")
-            elif parent != section:
+            elif maker and (parent := origin_of(maker)) != section:
                 section = section._replace(recipe=f"{section.recipe}, classifier from {parent.recipe}, {parent.data}")
+            if maker and latest.get((row_key(maker), origin_of(maker)), experiment(maker)) != experiment(maker):
+                section = section._replace(recipe=f"{section.recipe}, classifier of an earlier fine-tuning")
             sections[section].append(r)
     for r in records:
         if not r.data.get("label"):

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -166,6 +167,12 @@ def experiment(record: Record) -> str:
     return json.dumps({k: v for k, v in record.identity.items() if k not in ("seed", "parent")}, sort_keys=True)
 
 
+def makers_of(records: Iterable[Record]) -> dict[str, Record]:
+    """SHA-256 of each file that a run left -> its record. The identity of a run on another's classifier has the file's
+    hash as its `parent`."""
+    return {sha256: r for r in records for sha256 in r.artifacts.values()}
+
+
 def records_for(records: list[Record], table: Table) -> list[Record]:
     """Those of its tasks; of one that has optional columns only, those with a number for such a column."""
     wanted = {column.task for column in table.columns if not column.optional}
@@ -246,6 +253,7 @@ def make_cell(records: list[Record], row: Row, column: Column, section: Section,
     if not numbers:
         word = next((status for status, n in without.items() if n), "")
         return Cell("" if any(r.status == "ok" for r in counting) else word)
+    without["without this number"] = sum(r.status == "ok" for r in counting) - len(numbers)
     numbers = one_of_equals(numbers)
     values = [r.metrics[column.metric] for r in numbers]
     errors = [r.stderr[column.metric] for r in numbers if column.metric in r.stderr]

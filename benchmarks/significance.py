@@ -128,16 +128,15 @@ def over_images(a: Sequence[Sample], b: Sequence[Sample], groups: int) -> tuple[
 
 
 def seed_variances(a: np.ndarray, b: np.ndarray) -> list[tuple[float, int]]:
-    """(variance of a mean over seeds, its degrees of freedom) for each side; [] if no side has two seeds."""
+    """(variance of the difference that comes of the seeds, degrees of freedom) of each independent estimate of it: one
+    for each side, or one in all where a side has one seed and is given the other's; [] if no side has two."""
     own = [float(values.var(ddof=1)) if len(values) > 1 else None for values in (a, b)]
     known = [variance for variance in own if variance is not None]
     if not known:
         return []
-    freedom = max(len(a), len(b)) - 1
-    return [
-        (known[0] / len(values), freedom) if variance is None else (variance / len(values), len(values) - 1)
-        for variance, values in zip(own, (a, b))
-    ]
+    if len(known) == 1:  # one estimate for both sides: its degrees of freedom count once
+        return [(known[0] * (1 / len(a) + 1 / len(b)), max(len(a), len(b)) - 1)]
+    return [(variance / len(values), len(values) - 1) for variance, values in zip(known, (a, b))]
 
 
 def counted_twice(rows: np.ndarray) -> float:

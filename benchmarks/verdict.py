@@ -108,6 +108,8 @@ def obstacles_of(
             found.append(("random weights", "the encoder was not pre-trained"))
         elif method := other_method(first.checkpoint):
             found.append((f"an encoder of {method}", f"the published number is MAE's, the checkpoint is {method}'s"))
+    if column.tolerance is not None and (first.checkpoint.get("meta") or {}).get("encoder_sha256"):
+        found.append(("other weights", "the published number is of the released classifier, this one was trained here"))
     if first.limit:
         found.append((f"limited to {first.limit} images", f"at most {first.limit} images of each split were used"))
         recipe = recipe.replace(f", limit {first.limit}", "", 1)

@@ -76,14 +76,22 @@ def follow(run: Path, out: Path, flags: Sequence[str]) -> int:
 
 
 def points_of(records: Sequence[Record], weights: Sequence[Path]) -> list[Point]:
-    """The headlines of these weights, by task, seed and epochs; of one file that two names have, one."""
+    """The headlines of these weights, by task, seed and epochs; of one file that two names have, one. Of a task that
+    was run by several recipes, on several data or by several versions, those that are as the latest."""
     names = {str(path) for path in weights}
+    mine = [r for r in records if r.status == "ok" and str(r.checkpoint.get("path")) in names]
+    latest = {r.task: setting(r) for r in sorted(mine, key=lambda r: r.finished)}
     found = {}
-    for r in records:
-        if r.status == "ok" and str(r.checkpoint.get("path")) in names and (epochs := epochs_of(r)) is not None:
+    for r in mine:
+        if setting(r) == latest[r.task] and (epochs := epochs_of(r)) is not None:
             values = r.metrics[r.metric], r.stderr.get(r.metric)
             found[r.task, r.seed, epochs] = Point(r.task, r.metric, epochs, r.seed, *values)
     return [found[key] for key in sorted(found)]
+
+
+def setting(record: Record) -> dict[str, Any]:
+    """What the points of one curve share."""
+    return {key: value for key, value in record.identity.items() if key not in ("checkpoint", "seed", "parent")}
 
 
 def epochs_of(record: Record) -> int | None:

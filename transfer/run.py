@@ -149,9 +149,12 @@ def mark(job: Job) -> None:
 
 
 def finished(job: Job) -> Record | None:
-    """The successful record of exactly this job in its work folder, if there is one: the job need not run again."""
+    """The successful record of exactly this job in its work folder, if there is one: the job need not run again.
+    UserError if it was altered: what rests on it would be too."""
     path = job.work / RECORD_FILE
     record = read_record(path) if path.exists() else None
+    if record and altered(record):
+        raise UserError(f"{path} was altered after its run: put the original back, or delete it to run the task again")
     return record if record and record.status == "ok" and record.identity == job.identity() else None
 
 

@@ -96,7 +96,7 @@ def filled(block: Block, book: Book) -> list[Filled]:
 def fill_one(table: Table, section: Section, records: list[Record], book: Book) -> Filled:
     lines = fill(table, section, records)
     columns = [c for c in table.columns if not c.optional or any(shows_number(r, c) for r in records)]
-    published = published_numbers(table) if table.published else []
+    published = published_numbers(table, section.recipe) if table.published else []
     members = group_by_row(records)
     entries = []
     for line in lines:
@@ -201,13 +201,14 @@ def named(found: Filled, n: int, entry: Entry, several: bool) -> Entry:
 
 
 def marked(cells: list[list[Entry]], column: Column, ours: Iterable[Cell]) -> list[list[Entry]]:
-    """The best number is marked, with those that lie within two standard errors of it, if there is anything to beat."""
+    """The best number is marked, with those that lie within two standard errors of it, if there is anything to beat.
+    The error is of the test images and, where there are several seeds, of their mean."""
     numbers = [entry.order for entries in cells for entry in entries if entry.order is not None]
     if len(numbers) < 2 or not column.better:
         return cells
     sign = 1 if column.better == "higher" else -1
     best = max(numbers, key=lambda number: sign * number)
-    errors = {cell.value: cell.stderr or 0.0 for cell in ours}
+    errors = {c.value: math.hypot(c.stderr or 0.0, (c.sd or 0.0) / math.sqrt(c.seeds or 1)) for c in ours}
 
     def good(entry: Entry) -> bool:
         if entry.order is None:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.compare import main, rows_of, runs_of
 from benchmarks.samples import areas_of, corruption_errors
 from mae_core.errors import UserError
-from tests.fixtures.records import CHECKPOINT, ok
+from tests.fixtures.records import CHECKPOINT, DATA, ok
 from transfer.classification.robustness import ALEXNET_ERROR, mce, mce_stderr
 from transfer.data.miou import columns_of, scores
 from transfer.data.predictions import write_predictions
@@ -102,6 +102,53 @@ def test_equal_recipes_are_compared_and_others_left_alone(tmp_path):
         write(tmp_path, name, right(0.6, 1))
     assert [row.difference.a for row in rows(tmp_path)] == pytest.approx([row.difference.b for row in rows(tmp_path)])
     assert len(rows(tmp_path)) == 2
+
+
+def tuned(out: Path, name: str, version: int = 1, seed: int = 0, **changes) -> dict:
+    """A fine-tuning in `out`; returns what the identity of a run on its classifier says beside its task."""
+    sha256 = f"{name}{version}{seed}{sorted(changes.get('overrides', ()))}".encode().hex().ljust(64, "0")
+    identity = {"task": "imagenet_finetune", "task_version": version, "seed": seed, "overrides": changes}
+    changes = {"artifacts": {"classifier.safetensors": sha256}, "identity": identity} | changes
+    write(out, name, right(0.8), "imagenet_finetune", seed, **changes)
+    return {"task": "imagenet_a", "task_version": 1, "seed": seed, "parent": sha256}
+
+
+def test_classifiers_of_different_recipes_are_compared_each_with_its_like(tmp_path):
+    """The latest number on ImageNet-A is of an overridden fine-tuning, but its own recipe is called the same."""
+    for name, shares in (("a", (0.8, 0.2)), ("b", (0.5,))):
+        for share, overrides, month in zip(shares, ({}, {"epochs": 1}), (5, 6)):
+            on = tuned(tmp_path, name, overrides=overrides)
+            finished = f"2026-0{month}-01T10:00:00+00:00"
+            write(tmp_path, name, right(share, 1), "imagenet_a", identity=on, finished=finished)
+    row = rows(tmp_path)[-1]
+    assert (row.task, row.seeds, row.differs) == ("imagenet_a", (1, 1), ())
+    assert row.difference.a == 100 * np.mean(right(0.8, 1)["top1"] == right(0.8, 1)["label"])
+
+
+def test_a_classifier_of_another_recipe_is_named_and_one_of_another_version_refused(tmp_path):
+    write(tmp_path, "a", right(0.8, 1), "imagenet_a", identity=tuned(tmp_path, "a", overrides={"epochs": 1}))
+    write(tmp_path, "b", right(0.5, 2), "imagenet_a", identity=tuned(tmp_path, "b"))
+    row = rows(tmp_path)[-1]
+    assert any("mini with epochs=1, miniature data" in what for what in row.differs)
+    write(tmp_path, "c", right(0.5, 2), "imagenet_a", identity=tuned(tmp_path, "c", version=2))
+    assert rows(tmp_path, "b", "c")[-1].why.startswith("version 1 of the fine-tuning against 2")
+
+
+def test_only_the_latest_experiment_of_a_side_counts(tmp_path):
+    """Seed 1 was run by an earlier version: it is neither averaged with seed 0 nor what the other side is held to."""
+    times = {version: {"finished": f"2026-0{version}-01T10:00:00+00:00"} for version in (2, 3)}
+    for name, versions in (("a", {0: 3, 1: 2}), ("b", {0: 3})):
+        for seed, version in versions.items():
+            identity = {"task": "imagenet_knn", "task_version": version, "seed": seed}
+            write(tmp_path, name, right(0.8, seed), seed=seed, identity=identity, **times[version])
+    (row,) = rows(tmp_path)
+    assert (row.seeds, row.why) == ((1, 1), "")
+
+
+def test_other_data_to_learn_from_are_named(tmp_path):
+    write(tmp_path, "a", right(0.8, 1))
+    write(tmp_path, "b", right(0.5, 2), data={**DATA, "fingerprint": "e" * 64})
+    assert rows(tmp_path)[0].differs == ("the data to learn from are not the same",)
 
 
 def test_several_recipes_of_which_no_two_agree_are_named(tmp_path):

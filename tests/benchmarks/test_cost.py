@@ -259,6 +259,20 @@ def test_a_record_lends_its_rate_to_all_that_its_rate_depends_on():
     assert recorded_rates(none, jobs) == {}
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_a_record_of_several_gpus_foretells_its_own_job(on_h100, gpus):
+    """Its seconds are those of all GPUs at work side by side."""
+    job = job_of("imagenet_linprobe", "vit_base_patch16", **on_h100 | {"processes": gpus})
+    training, evaluation = job.task.parts(job)
+    on_cpu = job_of("imagenet_linprobe", "vit_base_patch16")
+    record = record_of(on_cpu, 36_000, training.images, hardware=H100)
+    record = replace(record, machine=asdict(job.machine))
+    found = estimate(job, Rates(recorded=recorded_rates([record], [job])))
+    start = FORKED if gpus == 1 else STARTUP
+    tested = 36_000 * evaluation.images * evaluation.passes / (training.images * training.passes)
+    assert found == Estimate(pytest.approx(start + 36_000 + tested), "records")
+
+
 def test_measured_rates_are_kept_beside_older_ones_and_a_damaged_file_is_named(tmp_path):
     assert cost.read_measured(tmp_path) == {}
     cost.keep_measured(tmp_path, {"a": 1.5, "b": 2})

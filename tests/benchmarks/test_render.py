@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 
 from benchmarks.markdown import markdown_table
-from tests.fixtures.records import DATA, broken, grid, made, ok
+from tests.fixtures.records import CHECKPOINT, DATA, VERSIONS, broken, grid, made, ok
 
 
 def test_engine_and_precision_are_columns_only_where_they_vary(tmp_path):
@@ -46,6 +46,37 @@ def test_what_the_data_lack_stands_below_once_with_its_columns(tmp_path):
     plain = made(tmp_path / "plain", ok("imagenet_finetune", top1=50.0))
     assert "data of" not in (plain / "summary.md").read_text()
     assert set(pd.read_csv(plain / "summary.csv", keep_default_na=False).data_findings) == {""}
+
+
+def test_numbers_of_an_earlier_version_and_rows_on_other_data_are_named(tmp_path):
+    """Two encoders beside each other: one was fine-tuned before the task changed, on data that were made again."""
+    new = ok("imagenet_finetune", top1=74.0)
+    old = replace(
+        ok("imagenet_finetune", top1=87.0),
+        checkpoint={**CHECKPOINT, "name": "old", "sha256": "cd" * 32},
+        identity={**new.identity, "task_version": VERSIONS["imagenet_finetune"] - 1},
+        data={**DATA, "fingerprint": "e" * 64},
+    )
+    lines = (made(tmp_path, new, old) / "tables/imagenet.md").read_text().splitlines()
+    now = VERSIONS["imagenet_finetune"]
+    assert (
+        f"- version: old cdcdcdcd, fine-tuning: of version {now - 1} of imagenet_finetune, which is at {now} now"
+        in ("\n".join(lines))
+    )
+    (data,) = (line for line in lines if line.startswith("- data of fine-tuning: not the same"))
+    assert data.endswith(": old cdcdcdcd on eeeeeeee, enc abababab on ffffffff")
+    same = made(tmp_path / "same", new, replace(new, checkpoint={**CHECKPOINT, "name": "other"}))
+    assert not {"- version", "- data of"} & {
+        line.split(":")[0] for line in (same / "summary.md").read_text().splitlines()
+    }
+
+
+def test_a_seed_without_the_number_of_a_column_is_counted(tmp_path):
+    """As one that ran before the metric was there."""
+    with_it = [ok("imagenet_a", seed, top1=36.0 + seed, clean_200_top1=90.0) for seed in (0, 1)]
+    row = grid(made(tmp_path, *with_it, ok("imagenet_a", 2, top1=38.0)))[0]
+    assert row["IN-A ↑"] == "37.00 (3 seeds, sd 1.00)"
+    assert row["clean, classes of IN-A ↑"] == "90.00 (2 seeds, sd 0.00, 1 without this number)"
 
 
 def test_a_task_without_a_table_is_in_the_summary(tmp_path):

@@ -185,6 +185,25 @@ def test_a_number_of_a_classifier_that_was_changed_after_its_record_stands_apart
     }
 
 
+def test_a_number_of_an_earlier_fine_tuning_is_not_averaged_with_later_ones(tmp_path):
+    """The first two seeds were fine-tuned by version 2 of the task; then one of them again by version 3."""
+
+    def pair(seed: int, version: int, top1: float, shifted: float) -> list[Record]:
+        time, sha256 = f"2026-0{version}-01T10:00:00+00:00", f"{seed}{version}" * 32
+        tuned = official(ok("imagenet_finetune", seed, top1=top1), artifacts={"classifier.safetensors": sha256})
+        tuned = replace(tuned, identity={**tuned.identity, "task_version": version}, finished=time)
+        on_a = official(ok("imagenet_a", seed, top1=shifted))
+        return [tuned, replace(on_a, identity={**on_a.identity, "parent": sha256}, finished=time)]
+
+    records = [*pair(0, 2, 83.0, 30.0), *pair(1, 2, 83.2, 30.4), *pair(0, 3, 83.6, 36.0)]
+    found = cells(made(tmp_path, *records), "robustness").query("row == 'ours'")
+    assert dict(zip(found.recipe, zip(found["imagenet_a.top1"], found["imagenet_a.top1.seeds"]))) == {
+        "paper": (36.0, 1),
+        "paper, classifier of an earlier fine-tuning": (30.2, 2),
+    }
+    assert cells(tmp_path, "imagenet").query("row == 'ours'")["imagenet_finetune.top1"].tolist() == [83.6]
+
+
 def test_skipped_and_failed_stand_in_the_row_of_the_checkpoint(tmp_path):
     missing = {**DATA, "label": "", "status": "missing"}
     unknown_side = {"machine": PRECISION, "recipe": {"image_size": 0}}

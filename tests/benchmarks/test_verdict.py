@@ -198,6 +198,13 @@ def test_the_released_classifier_is_judged_by_what_its_own_code_varies():
     assert [c.verdict for c in found] == ["matches", "below by 0.16 (tolerance 0.1)", "above by 0.14 (tolerance 0.1)"]
 
 
+def test_a_classifier_of_ours_is_not_judged_as_if_it_were_the_released_one():
+    """As evaluated for its calibration: 83.5 lies within the spread of trainings, but not within what code varies."""
+    trained_here = checkpoint(encoder_sha256="ab" * 32, task="imagenet_finetune")
+    found = cell(run("imagenet_eval", value=83.5, checkpoint=trained_here), column="imagenet_eval.top1")
+    assert found.verdict == "not comparable: other weights"
+
+
 def test_partial_tuning_and_training_from_scratch_are_judged_too():
     partial = run("imagenet_partial", "top1@4", 84.0, checkpoint=checkpoint(LARGE, epochs="800", norm_pix="false"))
     assert cell(partial, column="imagenet_partial.top1@4").reference == "84.2 (MAE, 800 ep, pixels)"

@@ -122,6 +122,19 @@ def test_the_curve_is_of_these_weights_alone_by_epochs(tmp_path):
         assert min(picture.size) > 300
 
 
+def test_a_curve_joins_no_points_of_different_recipes(tmp_path):
+    """The first weights were also evaluated by another k, and the later ones only by the recipe's own."""
+    weights = [tmp_path / f"epoch-{epochs:04}.safetensors" for epochs in (10, 20)]
+
+    def at(path, epochs, k, day, top1):
+        made = record(path, epochs, top1=top1)
+        return replace(made, identity={**made.identity, "recipe": {"k": k}}, finished=f"2026-05-0{day}T10:00:00+00:00")
+
+    records = [at(weights[0], 10, 20, 1, 30.0), at(weights[0], 10, 1, 2, 55.0), at(weights[1], 20, 20, 3, 40.0)]
+    for order in (records, records[::-1]):
+        assert [(point.epochs, point.value) for point in points_of(order, weights)] == [(10, 30.0), (20, 40.0)]
+
+
 @pytest.mark.parametrize("epochs", ["ten", "", "9" * 5000, 2.5, [3], -1, True, "\x1b[2J", "\u0663"])
 def test_epochs_that_are_no_number_are_a_sentence(tmp_path, epochs):
     with pytest.raises(

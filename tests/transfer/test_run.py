@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -245,6 +245,16 @@ def test_a_number_answers_only_for_its_own_experiment(job, field):
     other = CHANGES[field](job)
     assert [name for name, value in other.identity().items() if value != job.identity()[name]] == [field]
     assert finished(other) is None
+
+
+def test_an_altered_record_is_not_taken_for_done_nor_overwritten(job):
+    record = run_job(job)
+    write_json(job.work / RECORD_FILE, asdict(replace(record, metrics={**record.metrics, record.metric: 99.0})))
+    with pytest.raises(UserError, match=rf"{RECORD_FILE} was altered after its run: put the original back, or delete"):
+        finished(job)
+    with pytest.raises(UserError, match="was altered"):
+        run_job(job)
+    assert read_record(job.work / RECORD_FILE).metrics[record.metric] == 99.0
 
 
 @pytest.mark.parametrize("knob", [f.name for f in fields(type(FINETUNE.recipe(ARCH, "mini")))])

@@ -57,6 +57,7 @@ PARTIAL = replace(
     name="imagenet_partial",
     refuses=checks.refuses_timms,
     title="ImageNet-1k, fine-tuning the last blocks",
+    version=FINETUNE.version + LINPROBE.version - 2,  # the curve's first point is a linear probe
     metric="top1@1",
     cost=35,
     recipe=recipes.partial_recipe,

@@ -207,6 +207,25 @@ def summary(out: Path) -> str:
     return (out / "summary.md").read_text(encoding="utf-8")
 
 
+def test_the_mark_allows_for_the_spread_over_seeds(tmp_path):
+    """3.3 apart: three standard errors of the images, but 1.6 of both means over three seeds."""
+    records = [
+        replace(ok("imagenet_finetune", seed, {"top1": 0.8}, top1=mean + 2.45 * (seed - 1)),
+                checkpoint={**CHECKPOINT, "name": name, "sha256": name * 64})
+        for name, mean in (("a", 74.9), ("b", 71.6)) for seed in range(3)
+    ]  # fmt: skip
+    marks = [kind for kind, _ in overview(read_page(made(tmp_path, *records)), "fine-tuning")]
+    assert marks == ["number ok best"] * 2
+
+
+def test_a_number_published_for_another_recipe_has_its_source_too(tmp_path):
+    record = official(ok("coco", box_ap=51.0, mask_ap=45.0), engine="detectron2")
+    page = read_page(made(tmp_path, replace(record, recipe_name="vitdet", recipe={"image_size": 1024})))
+    stories = [story for story in page.data["stories"] if "(published)" in story["title"]]
+    assert "51.6" in {story["text"] for story in stories}
+    assert all("source" in {line[0] for line in story["lines"]} for story in stories)
+
+
 def test_an_official_number_stands_beside_the_published_ones(tmp_path):
     page = read_page(made(tmp_path, official(ok("imagenet_finetune", top1=82.1, stderr={"top1": 0.2}))))
     [(_, text)] = overview(page, "fine-tuning")
