@@ -17,7 +17,7 @@ from mae_core import distributed, native
 from mae_core.batch import Batch, InTurn, Numbered, Placed
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
-from mae_core.files import EXTENSIONS, is_image, printable, walk
+from mae_core.files import EXTENSIONS, folders_below, images_among, printable
 from mae_core.seeds import seed_all as seed_all
 from mae_core.seeds import seed_for as seed_for
 from mae_core.shards import list_members, list_shards
@@ -40,22 +40,38 @@ PILLOW_PIXELS = "decoded and resized by Pillow (bicubic)"
 
 def list_images(root: Path) -> list[Path]:
     """Every image below a folder, as `walk` finds them, sorted; UserError if there is none."""
+    return [Path(file) for file in image_paths(root)]
+
+
+def image_paths(root: Path) -> list[str]:
+    """The paths of `list_images`, in its order."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images")
-    files = sorted(path for path in walk(root) if is_image(path.name))
+    files = [file for folder, names in folders_below(root) for file in paths_of(folder, images_among(names))]
     if not files:
         raise UserError(f"{root} holds no image ({', '.join(sorted(EXTENSIONS))})")
-    return files
+    return in_order(files)
+
+
+def paths_of(folder: str, names: list[str]) -> list[str]:
+    """As str(Path(folder, name)), for millions: a Path takes ten times the time and twice the memory."""
+    start = os.path.join(folder, "").removeprefix("./")
+    return [start + name for name in names]
+
+
+def in_order(files: list[str]) -> list[str]:
+    """Sorted folder by folder, as Paths are: "a/b" before "a b"."""
+    return [file.replace("\0", "/") for file in sorted(file.replace("/", "\0") for file in files)]
 
 
 def images_or_shards(root: Path) -> list[str]:
     """Every image below a folder, or inside the .tar files below it; UserError if there are none or both."""
     shards = list_shards(root)
     if not shards:
-        return [str(path) for path in list_images(root)]
+        return image_paths(root)
     entries = list_members(shards)
     try:
-        loose = list_images(root)[0]
+        loose = image_paths(root)[0]
     except UserError:
         return entries
     raise UserError(f"{root} has both tar files ({shards[0].name}) and loose images ({loose}): keep them apart")
@@ -188,7 +204,8 @@ def loader(
     dataset: Samples, batches: Any, workers: int, device: str, held: int = 1
 ) -> Iterator[tuple[Tensor, Any, list[str]]]:
     """(images, labels, unreadable names) for lists of Samples or indices, which `workers` processes prepare, or fewer
-    if this machine has no room for so many. held: batches that the caller keeps at a time. UserError if one dies.
+    if this machine has no room for so many. held: batches that the caller keeps at a time; they stay in shared
+    memory, but for those of Images. UserError if one dies.
 
     It serves for one pass: a training has one loader for all its epochs, so that workers start once.
     """
@@ -197,7 +214,8 @@ def loader(
     pinned = device.startswith("cuda")
     if first:
         like = collate([dataset[first[0]]] * len(first))
-        workers = fitting_workers(workers, like, held)
+        # Images are copied out of shared memory when their turn comes: the caller keeps none there.
+        workers = fitting_workers(workers, like, 1 if isinstance(dataset, Images) else held)
         if workers and isinstance(dataset, Images):
             source, batches = InTurn(dataset, like[0], PREFETCH * workers + 1), Numbered(batches)
     with lost_batches_explained():

@@ -33,9 +33,15 @@ def images_among(names: list[str]) -> list[str]:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """Every file below a folder that is not passed over, at any depth and through links, which Path.rglob silently
-    skips: class folders are often links into a larger set. Each real folder is visited once, so that a link to a folder
-    above it neither repeats the data nor goes on for ever."""
+    """Every file of `folders_below`."""
+    for folder, names in folders_below(root):
+        yield from (Path(folder, name) for name in names)
+
+
+def folders_below(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) for a folder and every one below it, without what is passed over, at any depth and
+    through links, which Path.rglob silently skips: class folders are often links into a larger set. Each real folder is
+    visited once, so that a link to a folder above it neither repeats the data nor goes on for ever."""
     seen: set[tuple[int, int]] = set()
     for folder, inner, names in os.walk(root, followlinks=True):
         found = os.stat(folder)
@@ -44,7 +50,7 @@ def walk(root: Path) -> Iterator[Path]:
             continue
         seen.add((found.st_dev, found.st_ino))
         inner[:] = sorted(name for name in inner if not passed_over(name))
-        yield from (Path(folder, name) for name in names if not passed_over(name))
+        yield folder, [name for name in names if not passed_over(name)]
 
 
 def leaves(name: str) -> bool:

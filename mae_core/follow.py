@@ -1,6 +1,7 @@
 """Following a pre-training by the k-NN accuracy of its encoder on a labelled folder."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.data import Images, list_images, loader, normalize, pretraining_transform
+from mae_core.data import Images, image_paths, loader, normalize, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
 from mae_core.machine import Machine
@@ -34,8 +35,8 @@ def labelled_folder(root: Path) -> Labelled:
     for split in ("train", "val"):
         if not (root / split).is_dir():
             raise UserError(f"{root} has no folder {split}: k-NN needs {root}/train/CLASS/* and {root}/val/CLASS/*")
-        files = list_images(root / split)
-        splits[split] = [(f, f.relative_to(root / split).parts[0]) for f in files]
+        above = os.path.join(root / split, "")
+        splits[split] = [(f, f.removeprefix(above).partition("/")[0]) for f in image_paths(root / split)]
     names = [sorted({name for _, name in splits[split]}) for split in ("train", "val")]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1]))[0]
@@ -45,7 +46,7 @@ def labelled_folder(root: Path) -> Labelled:
     def thinned(pairs: list, limit: int) -> tuple[list[Path], list[int]]:
         count = min(limit, len(pairs))
         kept = [pairs[i * len(pairs) // count] for i in range(count)]
-        return [file for file, _ in kept], [label_of[name] for _, name in kept]
+        return [Path(file) for file, _ in kept], [label_of[name] for _, name in kept]
 
     return Labelled(thinned(splits["train"], TRAIN_IMAGES), thinned(splits["val"], VAL_IMAGES), len(label_of))
 

@@ -2,7 +2,8 @@
 
 Everything random is a function of (seed, step, position), never of what ran before: a killed run resumes from its last
 checkpoint and ends with the same weights, and a sample's augmentation does not depend on the number of processes or
-workers.
+workers. With three processes or more the weights are equal to rounding: the first steps of each start add gradients up
+in another order.
 """
 
 import math
@@ -30,6 +31,7 @@ from mae_core.training import (
     LOG_FILE,
     State,
     Training,
+    check_agreement,
     diverged,
     end_epoch,
     restart,
@@ -87,6 +89,7 @@ def fit(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training, 
     t, main = training, distributed.is_main()
     state = State(micro_batch=t.micro_batch)
     resume(model, optimizer, t, state, ema)
+    check_agreement(t.work, state.step, len(t.dataset), t.fixed)
     if state.step >= t.steps:
         return with_unreadable(state)
     unreadable = UnreadableFiles(state.unreadable)

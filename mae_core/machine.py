@@ -93,7 +93,7 @@ def machine_from(args: argparse.Namespace, processes: int = 0) -> Machine:
         precision={"auto": "bf16" if device == "cuda" else "fp32"}.get(args.precision, args.precision),
         precision_given=args.precision != "auto",
         micro_batch=args.micro_batch,
-        workers=args.workers if args.workers >= 0 else default_workers(processes),
+        workers=args.workers if args.workers >= 0 else default_workers(here),
         activation_checkpointing=args.activation_checkpointing,
         compile=args.compile and can_compile(device),
         processes=processes,

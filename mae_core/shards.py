@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mae_core.errors import UserError
-from mae_core.files import EXTENSIONS, is_image, open_regular, walk
+from mae_core.files import EXTENSIONS, folders_below, is_image, open_regular
 from mae_core.writing import read_object
 
 ENTRY = re.compile(rb"(?P<tar>.+\.tar)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
@@ -24,7 +24,10 @@ LISTING = "shards.json"  # what write_shards.py writes first, beside its shards
 def list_shards(root: Path) -> list[Path]:
     """Every .tar file below a folder, as `walk` finds them, sorted. UserError if some that write_shards.py listed are
     not there yet."""
-    found = [path for path in walk(root) if path.suffix == ".tar" or path.name == LISTING]
+    folders = folders_below(root)
+    found = [
+        Path(folder, name) for folder, names in folders for name in names if name.endswith(".tar") or name == LISTING
+    ]
     for listing in (path for path in found if path.name == LISTING):
         try:
             names = read_object(listing)["shards"]

@@ -206,10 +206,22 @@ def resume(model: nn.Module, optimizer: Any, t: Training, state: State, ema: Any
     except UNLOADABLE as e:
         raise unloadable(path, e) from None
     if moved:
-        note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal only to rounding"
+        # Drop path draws for a micro-batch as a whole.
+        draws = " and the draws of drop path" * any(one.startswith("micro_batch:") for one in moved)
+        note = f"resumed at step {state.step} on a changed machine ({'; '.join(moved)}): equal but for rounding{draws}"
         state.notes += (note,)
     if distributed.is_main():
         print(f"resuming {t.label} at step {state.step}/{t.steps}", *moved, sep="; ", flush=True)
+
+
+def check_agreement(work: Path, step: int, images: int, fixed: dict[str, Any]) -> None:
+    """UserError in every process unless all go on from the same step of the same run: one whose node does not see the
+    checkpoint, or other data, would train other weights, or wait for ever."""
+    found = [{"step": s, "images": n, **f} for s, n, f in distributed.gather_to_all((step, images, as_json(fixed)))]
+    for rank, theirs in enumerate(found):
+        if differs := differences(found[0], theirs):
+            what = f"processes 0 and {rank} do not go on from the same place ({'; '.join(differs)})"
+            raise UserError(f"{what}: --out {work} and the data must be the same on all nodes")
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:

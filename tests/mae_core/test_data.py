@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from torchvision import transforms as v1
 
 from mae_core import data, distributed
 from mae_core.batch import InTurn, Numbered
-from mae_core.data import Images, Sample, TrainingStream, list_images, loader, normalize, pretraining_transform
+from mae_core.data import (
+    Images,
+    Sample,
+    TrainingStream,
+    images_or_shards,
+    list_images,
+    loader,
+    normalize,
+    pretraining_transform,
+)
 from mae_core.decode import read_pixels
 from mae_core.errors import UserError
 
@@ -154,6 +164,18 @@ def test_list_images(tmp_path):
     (tmp_path / "subset").mkdir()
     (tmp_path / "subset" / "class").symlink_to(tmp_path / "set" / "b")
     assert [f.name for f in list_images(tmp_path / "subset")] == ["y.png", "z.JPEG"]
+
+
+def test_a_listing_has_the_order_of_paths_wherever_it_is_called(tmp_path, monkeypatch):
+    """Folder by folder: as plain texts "a b" would come before "a/b", and "a-1.png" before "a/1.png"."""
+    for name in ("a/1.png", "a/b/2.png", "a b/1.png", "a-1.png", "a.png", "B/1.png", "ä/1.png", "a/b.png", "a\t/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = images_or_shards(tmp_path)
+    assert found == [str(path) for path in sorted(tmp_path.rglob("*.png"))]
+    monkeypatch.chdir(tmp_path)
+    assert images_or_shards(Path(".")) == [str(path) for path in sorted(Path(".").rglob("*.png"))]
+    assert images_or_shards(Path("a")) == ["a/1.png", "a/b/2.png", "a/b.png"]
 
 
 def test_list_images_refuses_what_holds_none(tmp_path):

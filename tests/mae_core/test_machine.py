@@ -70,6 +70,8 @@ def test_there_is_a_gpu_for_each_process(gpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")  # on two machines
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert (resolved().device, resolved().processes) == ("cuda", 16)
+    monkeypatch.setattr(machine, "cores", lambda: 96)
+    assert resolved().workers == 12  # a machine's cores are shared by the processes that run there
 
 
 def test_a_gpu_that_torch_cannot_use_is_named(gpus, tmp_path, monkeypatch):

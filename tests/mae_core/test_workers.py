@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mae_core import workers
-from mae_core.data import Targets, loader
+from mae_core.data import Images, Sample, Targets, list_images, loader, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.workers import MIB, fitting_workers
 from tests.fixtures import ROOT
@@ -103,6 +103,24 @@ def test_workers_are_started_only_as_many_as_fit(machine, capsys):
     assert torch.cat(images).flatten().tolist() == [0.0, 1.0]
     assert here == [os.getpid()]
     assert "starting 0 of them" in capsys.readouterr().out
+
+
+def test_batches_of_images_are_counted_only_until_they_are_taken(machine, noise_images, monkeypatch, capsys):
+    """They are copied out of shared memory one by one: a step of many keeps none there."""
+    files = list_images(noise_images)[:4]
+    size = 4 * (3 * 48 * 48 + 8)  # bytes of the images and their labels
+    monkeypatch.setattr(workers, "MIB", 1)
+    machine(0, 10_000)
+    free = SimpleNamespace(
+        f_bavail=10 * size, f_frsize=1
+    )  # of which nine tenths: two of each of four, and the one taken
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: free)
+    images = Images(files, pretraining_transform(48))
+    batches = [[Sample(i, i) for i in range(4)]] * 2
+    list(loader(images, batches, 16, "cpu", held=32))
+    said = capsys.readouterr().out
+    assert f"16 --workers would fill {33 * size} MiB" in said
+    assert "starting 4 of them" in said
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("gone")])

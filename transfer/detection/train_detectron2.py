@@ -29,7 +29,7 @@ from mae_core.optim import adamw, set_learning_rate
 from mae_core.progress import Progress
 from mae_core.stopping import stop_requested
 from mae_core.tracker import Curves, Run
-from mae_core.training import CHECKPOINT_FILE, UNLOADABLE, restart, unloadable
+from mae_core.training import CHECKPOINT_FILE, UNLOADABLE, check_agreement, restart, unloadable
 from mae_core.workers import begin_worker, dead_workers_explained, fitting_workers, lost_batches_explained
 from transfer.data.coco import Example
 from transfer.detection.recipe import DetectionRecipe
@@ -236,6 +236,7 @@ def train(model: nn.Module, examples: Sequence[Example], job: Job, micro_batch: 
     checkpointer = Checkpointer(model, str(job.work), optimizer=optimizer)
     saved = checkpointer.resume_or_load("", resume=True)
     first, seconds = saved.get("iteration", 0), saved.get("seconds", 0.0)
+    check_agreement(job.work, first, len(examples), job.identity())
     if first >= iterations:
         return iterations, seconds
     if first and distributed.is_main():
