@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,20 +31,29 @@ VERSION = 1  # raised whenever the same inputs give other features
 
 
 class Representation(nn.Module):
-    """Images -> [B, D] from an encoder, after its final norm: the class token or the mean of the patch tokens."""
+    """Images -> [B, D] from an encoder: the class token or the mean of the patch tokens, after the final norm or, with
+    norm=False, as the last block leaves them."""
 
-    def __init__(self, encoder: ViT, pool: str) -> None:
+    def __init__(self, encoder: ViT, pool: str, norm: bool = True) -> None:
         super().__init__()
-        self.encoder, self.pool, self.dim = encoder, pool, encoder.embed_dim
+        self.encoder, self.pool, self.norm, self.dim = encoder, pool, norm, encoder.embed_dim
+        self.name = "class token" if pool == "token" else "mean of the patch tokens"
+        self.name += f" {'after' if norm else 'before'} the final norm"
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.encoder.forward_features(images)
-        return tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
+        if self.norm:
+            tokens = self.encoder.forward_features(images)
+            return tokens[:, 0] if self.pool == "token" else tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
+        last: Any = self.encoder.forward_intermediates(
+            images, indices=1, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )
+        patches, prefix = last[0]
+        return prefix[:, 0] if self.pool == "token" else patches.mean(dim=1)
 
 
-def feature_folder(job: Job) -> Path:
+def feature_folder(job: Job, norm: bool = True) -> Path:
     """The folder of the features, beside the task's runs so that those of one checkpoint share it, and named by a hash
-    of everything that the features depend on."""
+    of everything that the features depend on. norm: as `Representation` takes it."""
     c = job.checkpoint
     depends = {
         "version": VERSION,
@@ -55,6 +65,8 @@ def feature_folder(job: Job) -> Path:
         "precision": job.machine.precision,
         "data": job.data.fingerprint,
     }
+    if not norm:
+        depends["norm"] = False
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     return job.work.parent / f"features-{digest[:12]}"
 

@@ -73,11 +73,10 @@ def knn(job: Job) -> Result:
         raise UserError(
             f"{folder}/train has {len(voters.files)} images{of_it}, fewer than k={job.recipe.k}: set a smaller k"
         )
-    pool = job.checkpoint.pool
     encoder = model_of(job.checkpoint, job.recipe.image_size)
     summary = load_encoder(encoder, job.checkpoint).summary()
     device = job.machine.device
-    model = Representation(encoder, pool).to(device)
+    model = Representation(encoder, job.checkpoint.pool).to(device)
     store = feature_folder(job)
     paths = [store / f"{name}.safetensors" for name in ("train", "val")]
     found = [read_or_computed(job, model, split, path) for split, path in zip((train, val), paths)]
@@ -105,7 +104,6 @@ def knn(job: Job) -> Result:
     for name, tensor in {"neighbours": nearest, "neighbour_labels": labels, "similarities": similarity}.items():
         values = gathered(tensor[:, : job.recipe.k].cpu().numpy())
         kept[name] = values if name == "similarities" else values.astype(np.int32)
-    feature = "class token after the final norm" if pool == "token" else "mean of the patch tokens after the final norm"
     return Result(
         metrics,
         stderr,
@@ -114,7 +112,7 @@ def knn(job: Job) -> Result:
         seconds=sum(seconds for _, seconds in found) + time.monotonic() - started,
         predictions=write_predictions(job.work, {MAIN: kept}),
         resolved={
-            "feature": feature,
+            "feature": model.name,
             "features": store.name,
             "pixels": PILLOW_PIXELS,
             "load": summary,

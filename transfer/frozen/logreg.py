@@ -106,16 +106,18 @@ def images_of(job: Job, subset: Subset) -> tuple[Split, Split]:
 def store_of(job: Job, val: Split) -> Path:
     """Where the features lie: all lists share those of the validation images."""
     shared = replace(job.data, fingerprint=fingerprint(Path(job.data.root), val))
-    return feature_folder(replace(job, data=shared, work=job.work.parents[1] / "imagenet_logreg" / "run"))
+    return feature_folder(replace(job, data=shared, work=job.work.parents[1] / "imagenet_logreg" / "run"), norm=False)
 
 
 def logreg(job: Job, subset: Subset) -> Result:
-    """Top-1 of the validation images. The feature is that of k-NN: the one the checkpoint was trained with."""
+    """Top-1 of the validation images. The feature is the class token before the final norm (MSN's `forward_blocks` in
+    src/deit.py, MIM-Refiner's `use_next_norm: false`), or the mean of the patch tokens of a checkpoint that was trained
+    with it."""
     r, device = job.recipe, job.machine.device
     train, val = images_of(job, subset)
     encoder = model_of(job.checkpoint, r.image_size)
     load = load_encoder(encoder, job.checkpoint).summary()
-    model, store = Representation(encoder, job.checkpoint.pool).to(device), store_of(job, val)
+    model, store = Representation(encoder, job.checkpoint.pool, norm=False).to(device), store_of(job, val)
     listed = f"{subset.name}-{job.seed}" if len(subset.lists) > 1 else subset.name
     paths = [store / f"{listed}.safetensors", store / "val.safetensors"]
     (x, first), (tests, second) = (
@@ -137,6 +139,7 @@ def logreg(job: Job, subset: Subset) -> Result:
         notes=() if ended else (f"L-BFGS was stopped after {steps} iterations, before the minimum",),
         resolved={
             "load": load,
+            "feature": model.name,
             "list": subset.list_of(Path(job.data.root), job.seed).relative_to(job.data.root).as_posix(),
             "train_images": len(train.files),
             "pixels": PILLOW_PIXELS,

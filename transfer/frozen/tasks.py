@@ -72,6 +72,7 @@ LOGREG = tuple(
         KNN,
         name=f"imagenet_logreg_{subset.name}",
         title=f"ImageNet-1k, logistic regression on {subset.title}",
+        version=2,
         cost=6,
         recipe=logreg.recipe,
         sources=logreg.sources,

@@ -5,17 +5,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 from benchmarks.verify import verify
-from mae_core.checkpoint import read_checkpoint
+from mae_core.checkpoint import load_encoder, model_of, read_checkpoint
+from mae_core.data import normalize as normalize_images
 from tests.fixtures import ROOT
 from tests.fixtures.lowshot import write_numbered, write_shots
-from tests.fixtures.transfer import CLASSES, assert_objection_is_right, make_job, small_checkpoint
+from tests.fixtures.transfer import (
+    CLASSES,
+    OTHERS,
+    assert_objection_is_right,
+    make_job,
+    other_checkpoint,
+    small_checkpoint,
+)
 from transfer.data.imagenet import read_split
 from transfer.data.lowshot import SUBSETS, read_subset
 from transfer.data.predictions import read_predictions
+from transfer.data.transforms import eval_transform
+from transfer.frozen.features import Representation, feature_folder
 from transfer.frozen.logreg import CHUNK, fit, images_of, normalised, store_of
 from transfer.frozen.tasks import LOGREG
 from transfer.miniature import imagenet as miniature
@@ -88,6 +100,47 @@ def test_a_run_is_scored_among_all_classes_and_keeps_its_features(data, tmp_path
     }  # fmt: skip
     (found,) = read_predictions(job.work / "predictions.parquet").values()
     assert found["label"].tolist() == [c for c in CLASSES for _ in range(2)]
+
+
+def test_the_feature_is_the_class_token_that_the_last_block_leaves(data, tmp_path):
+    """MSN's `forward_blocks`: without the final norm, which makes k-NN's feature of it."""
+    write_shots(data)
+    job = make_job(TASK["imagenet_logreg_2shot"], data, tmp_path / "runs/x/imagenet_logreg_2shot/0")
+    job = replace(job, checkpoint=read_checkpoint(str(MINI)))
+    record = run_job(job)
+    assert record.resolved["feature"] == "class token before the final norm"
+    _, val = images_of(job, SUBSETS[3])
+    kept = load_file(store_of(job, val) / "val.safetensors")["features"]
+    model = model_of(job.checkpoint, 48).eval()
+    load_encoder(model, job.checkpoint)
+    transform = eval_transform(48, job.recipe.transform)
+    images = normalize_images(torch.stack([transform(Image.open(file).convert("RGB")) for file in val.files]))
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        for block in model.blocks:
+            tokens = block(tokens)
+        after = model.forward_features(images)[:, 0]
+        torch.testing.assert_close(kept, tokens[:, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.norm(kept), after, rtol=1e-4, atol=1e-4)
+    assert (kept - after).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_features_of_other_encoders_lack_the_final_norm_too(name):
+    source = other_checkpoint(OTHERS[name])
+    model = model_of(source).eval()
+    load_encoder(model, source)
+    images = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (Representation(model, "token", norm)(images) for norm in (False, True))
+    torch.testing.assert_close(model.norm(before), after)
+    assert not torch.allclose(before, after)
+
+
+def test_features_before_and_after_the_norm_lie_apart(data, tmp_path):
+    write_shots(data)
+    job = make_job(TASK["imagenet_logreg_2shot"], data, tmp_path / "runs/x/imagenet_logreg_2shot/0")
+    assert feature_folder(job) != feature_folder(job, norm=False)
 
 
 def test_each_knob_moves_the_number(data, tmp_path):
