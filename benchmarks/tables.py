@@ -113,14 +113,14 @@ TABLES = (
         title="ImageNet-1K, frozen encoder",
         caption="Top-1 accuracy (%) of what is trained on a frozen encoder's tokens. Attentive probing: attention "
         "pools the patches (EP, ICLR 2026). Heads of one pass (DINOv2): one is chosen on held-out training images; "
-        "the best on the test images is no result, and its optimism is how far it lies above the chosen one.",
+        "the linear one best on the test images is no result; its optimism: how far it is above the one chosen.",
         published="frozen",
         columns=(
             Column("imagenet_attnprobe", "top1", "attentive probing, last epoch"),
             Column("imagenet_probes", "top1_linear", "linear heads, chosen on train, last epoch", optional=True),
             Column("imagenet_probes", "top1_attentive", "attentive heads, chosen on train, last epoch", optional=True),
             Column("imagenet_probes", "top1", "all heads, chosen on train, last epoch", optional=True),
-            Column("imagenet_probes", "top1_best_on_test", "best on test, no result", "", optional=True),
+            Column("imagenet_probes", "top1_best_on_test", "best linear head on test, no result", "", optional=True),
             Column("imagenet_probes", "optimism", "optimism of that", "", optional=True),
         ),
     ),

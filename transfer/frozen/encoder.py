@@ -20,7 +20,9 @@ from transfer.data.imagenet import read_split
 from transfer.data.split import Split, few_of_both
 from transfer.task import Job
 
-IMAGES_OF_A_GPU = 512  # in the official probes, so that a BatchNorm sees as many
+# As the logs of efficient-probing's MAE rows say (logs/mae_*/ep.txt; its README's commands have 512), so that a
+# BatchNorm sees as many.
+IMAGES_OF_A_GPU = 256
 
 
 class Tokens(nn.Module):

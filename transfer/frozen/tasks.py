@@ -43,6 +43,7 @@ ATTNPROBE = replace(
     KNN,
     name="imagenet_attnprobe",
     title="ImageNet-1k, attentive probing",
+    version=2,
     cost=22,
     recipe=attnprobe.recipe,
     sources=attnprobe.sources,

@@ -117,6 +117,22 @@ def test_the_number_is_that_of_the_saved_probe_on_the_untouched_encoder(root, tm
     assert (record.n_eval, record.images_seen) == (12, 64)
 
 
+def test_a_batchnorm_sees_as_many_images_as_on_a_gpu_of_the_sources_logs(root, tmp_path, monkeypatch):
+    """ "Batch size per GPU: 256, effective batch size: 4096", say those of MAE's ViT-S, ViT-B and ViT-L."""
+    found = []
+
+    def stopped(heads, optimizer, training):
+        found.append(training)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frozen, "check_batch", lambda *_: None)
+    monkeypatch.setattr(frozen, "fit", stopped)
+    monkeypatch.setattr("transfer.frozen.attnprobe.epoch_rate", lambda *_: lambda step: 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(make_job(ATTNPROBE, root, tmp_path / "work", batch=4096))
+    assert (found[0].batch, found[0].micro_batch) == (4096, 256)
+
+
 def test_an_encoder_that_changes_is_no_probe(root, tmp_path, monkeypatch):
     def tampered(*arguments):
         state = fit(*arguments)
