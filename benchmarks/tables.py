@@ -139,8 +139,8 @@ TABLES = (
     Table(
         name="frozen_segmentation",
         title="Semantic segmentation by a frozen encoder",
-        caption="mIoU (%) on the validation images. Linear: one layer on the patch tokens (DINOv2, DINOv3), at the "
-        "images' own size. k-NN: the nearest training patches (CAPI), on images scaled to the input side.",
+        caption="mIoU (%) on the validation images. Linear: one layer on the patch tokens, at the images' own size; "
+        "DINOv3's are the best of eight evaluations there. k-NN: the nearest training patches (CAPI), images scaled.",
         published="frozen_segmentation",
         columns=(
             Column("ade20k_linear", "miou", "ADE20K, linear"),

@@ -179,8 +179,8 @@ def probe_metrics(test: Rows, held: Rows, names: Sequence[str]) -> dict[str, flo
             found[f"top1_{kind}" if kind else "top1"] = on_test[best]
             if not kind and (test["heads"][:, best] != test["top1"]).any():
                 raise UserError("the classes kept as top1 are not those of the head that was chosen")
-    best = max(score for score, name in zip(on_test, names) if name.startswith("linear"))
-    return found | {"top1_best_on_test": best, "optimism": best - found["top1_linear"]}
+    highest = max(score for score, name in zip(on_test, names) if name.startswith("linear"))
+    return found | {"top1_best_on_test": highest, "optimism": highest - found["top1_linear"]}
 
 
 def neighbour_metrics(rows: Rows, k: int, temperature: float) -> dict[str, float]:

@@ -50,10 +50,7 @@ class Views:
     image does not fill has the mean colour and no class. All of it depends on seed and position alone."""
 
     def __init__(self, pairs: Sequence[Pair], scenes: SceneSet, recipe: Any, seed: int) -> None:
-        from torchvision.transforms import v2
-
         self.pairs, self.scenes, self.recipe, self.seed = pairs, scenes, recipe, seed
-        self.distort = v2.RandomPhotometricDistort((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -78,7 +75,7 @@ class Views:
         image, label = crop(image, label, r.image_size, r.max_class_share)
         if torch.rand(()).item() < r.flip:
             image, label = hflip(image), hflip(label)
-        image = self.distort(image) if r.photometric else image
+        image = distorted(image) if r.photometric else image
         right, below = r.image_size - image.shape[2], r.image_size - image.shape[1]
         image = pad(image, [0, 0, right, below], fill=[round(255 * mean) for mean in MEAN])
         return image, {"label": pad(label, [0, 0, right, below], fill=VOID)[0].long()}, ""
@@ -99,6 +96,31 @@ def crop(image: Tensor, label: Tensor, side: int, share: float) -> tuple[Tensor,
         if counts.numel() and counts.max() < share * counts.sum() and (counts > 0).sum() > 1:
             break
     return image[:, top : top + side, left : left + side], part
+
+
+def distorted(image: Tensor) -> Tensor:
+    """An image uint8 [3, H, W] in other colours, as DINOv3's PhotoMetricDistortion makes them
+    (dinov3/eval/segmentation/transforms.py): up to 32 brighter or darker, contrast about 0 and saturation times 0.5 to
+    1.5, the hue turned by up to half its circle. Each happens in half the cases, in that order, but in half of them
+    contrast comes last. Every step ends in whole numbers from 0 to 255, rounded down."""
+    from torchvision.transforms.functional import adjust_hue, adjust_saturation
+
+    def drawn(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand(()).item()
+
+    def whole(values: Tensor) -> Tensor:
+        return values.clamp(0, 255).to(torch.uint8)
+
+    steps: list[Callable[[Tensor], Tensor]] = [
+        lambda x: whole(x + drawn(-32, 32)),
+        lambda x: adjust_saturation(x, drawn(0.5, 1.5)),
+        lambda x: adjust_hue(x, drawn(-0.5, 0.5)),
+    ]
+    steps.insert(1 if drawn(0, 1) < 0.5 else 3, lambda x: whole(x * drawn(0.5, 1.5)))
+    for step in steps:
+        if drawn(0, 1) < 0.5:
+            image = step(image)
+    return image
 
 
 def whole_image(file: Path, short: int) -> Tensor:

@@ -24,7 +24,7 @@ from transfer.data.findings import Data
 from transfer.data.inputs import input_objections
 from transfer.data.miou import columns_of, scores
 from transfer.data.predictions import MAIN, names_of, write_predictions
-from transfer.frozen.encoder import Tokens, frozen_encoder, train_heads
+from transfer.frozen.encoder import Tokens, frozen_encoder, in_float32, train_heads
 from transfer.frozen.scenes import VOID, SceneSet, Views, areas_of, readable, whole_image
 from transfer.run import origin, save_trained
 from transfer.task import Job, Objection, Part, Result
@@ -97,6 +97,7 @@ class PatchSegmenter(nn.Module):
         nn.init.normal_(self.layer.weight, std=0.01)
         nn.init.zeros_(self.layer.bias)  # type: ignore[arg-type]  # it has one
 
+    @in_float32
     def forward(self, tokens: Tensor) -> Tensor:
         side = math.isqrt(tokens.shape[2] - 1)
         maps = tokens[:, -1, 1:].mT.unflatten(2, (side, side))
@@ -104,10 +105,10 @@ class PatchSegmenter(nn.Module):
 
 
 def loss(head: nn.Module, tokens: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy over the labelled pixels; a crop without any has none."""
-    logits = F.interpolate(head(tokens).float(), label.shape[1:], mode="bilinear")
-    total = F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum")
-    return total / (label != VOID).sum().clamp(min=1)
+    """Cross-entropy, 0 where a pixel has no class, averaged over all pixels: as in DINOv3 (dinov3/eval/segmentation/
+    loss.py), and so the same whatever the micro-batch."""
+    logits = F.interpolate(head(tokens), label.shape[1:], mode="bilinear")
+    return F.cross_entropy(logits, label, ignore_index=VOID, reduction="sum") / label.numel()
 
 
 def rate_of(r: SegLinearRecipe, step: int, steps: int) -> float:

@@ -118,7 +118,7 @@ def test_the_number_is_that_of_the_saved_probe_on_the_untouched_encoder(root, tm
 
 
 def test_a_batchnorm_sees_as_many_images_as_on_a_gpu_of_the_sources_logs(root, tmp_path, monkeypatch):
-    """ "Batch size per GPU: 256, effective batch size: 4096", say those of MAE's ViT-S, ViT-B and ViT-L."""
+    """Those of MAE's ViT-S, ViT-B and ViT-L: "Batch size per GPU: 256", "Effective batch size: 4096"."""
     found = []
 
     def stopped(heads, optimizer, training):

@@ -1,5 +1,6 @@
 """Linear segmentation of a frozen encoder: its views, its windows, its score and its training."""
 
+import colorsys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.fixtures.transfer import (
 )
 from transfer.data.miou import metrics_of
 from transfer.frozen import encoder as frozen
-from transfer.frozen.scenes import ADE20K, VOC, VOID, Views, areas_of, crop, whole_image
+from transfer.frozen.scenes import ADE20K, VOC, VOID, Views, areas_of, crop, distorted, whole_image
 from transfer.frozen.segment import HEAD_FILE, PatchSegmenter, SegLinearRecipe, loss, rate_of, sliding
 from transfer.frozen.tasks import ADE20K_LINEAR, VOC_LINEAR
 from transfer.miniature import dense
@@ -139,15 +140,81 @@ def test_windows_are_averaged_where_they_overlap():
     torch.testing.assert_close(found[1, 0, 69], means[2])
 
 
-def test_the_loss_is_torchs_over_the_labelled_pixels():
+def draws(image, count=1000):
+    torch.manual_seed(0)
+    return torch.stack([distorted(image) for _ in range(count)]).int()
+
+
+def test_brightness_is_added_and_then_contrast_scales_about_zero():
+    """A black image becomes at most 32, times 1.5; one of 250 at least half of 250 - 32. Of a grey one a quarter stays
+    as it is, since hue and saturation leave it."""
+    black, bright, grey = (draws(torch.full((3, 2, 2), value, dtype=torch.uint8)) for value in (0, 250, 100))
+    assert 40 < black.max() <= 48
+    assert 109 <= bright.min() < 122
+    assert (grey == grey[:, :1, :1, :1]).all()
+    assert 0.2 < (grey == 100).all(dim=(1, 2, 3)).float().mean() < 0.3
+    assert 180 < grey.max() <= 198
+    assert 34 <= grey.min() < 45
+
+
+def test_channels_are_distorted_alike_and_never_change_places(monkeypatch):
+    """Without hue and saturation all channels get one sum and one factor. How these two are called: each in half the
+    cases; a factor comes before the hue in a quarter of its cases, after it in another quarter."""
+    saturations, hues, given, last = [], [], [], []
+    image = torch.tensor([120, 80, 40], dtype=torch.uint8).view(3, 1, 1)
+    functional = "torchvision.transforms.functional"
+    monkeypatch.setattr(f"{functional}.adjust_saturation", lambda x, factor: (saturations.append(factor), x)[1])
+    monkeypatch.setattr(f"{functional}.adjust_hue", lambda x, by: (hues.append(by), given.append(x.int()), x)[2])
+    torch.manual_seed(0)
+    for _ in range(1000):
+        before = len(hues)
+        made = distorted(image).int()
+        last += [made] * (len(hues) - before)
+        factor = (made[0] - made[2]).item() / 80
+        assert 0.48 <= factor <= 1.52
+        assert abs(2 * made[1] - made[0] - made[2]).item() <= 2  # each was rounded down
+        assert abs(made[0].item() / factor - 120) <= 32 + 4 / factor  # 1 / 80 of 120, and what was rounded
+    for found, low, high in ((saturations, 0.5, 1.5), (hues, -0.5, 0.5)):
+        assert 440 < len(found) < 560
+        assert low <= min(found) < low + 0.05
+        assert high - 0.05 < max(found) <= high
+    scaled = [abs((x[0] - x[2]).item() - 80) > 1 for x in given]
+    changed = [not torch.equal(x, y) for x, y in zip(given, last)]
+    assert all(0.2 < np.mean(found) < 0.3 for found in (scaled, changed))
+    assert not (np.array(scaled) & np.array(changed)).any()
+
+
+def test_the_hue_turns_by_up_to_half_a_circle():
+    """Red becomes every colour of the wheel, which brightness, contrast and saturation cannot make of it."""
+    red = torch.tensor([200, 40, 40], dtype=torch.uint8).view(3, 1, 1)
+    hues = [colorsys.rgb_to_hsv(*(made.flatten() / 255).tolist())[0] for made in draws(red)]
+    counts = np.histogram(hues, bins=12, range=(0, 1))[0]
+    assert counts[1:11].min() > 20
+
+
+def test_the_loss_is_torchs_over_all_pixels_and_the_same_in_parts():
     head = PatchSegmenter(8, 3, dropout=0.0).eval()
     tokens = torch.randn(2, 1, 17, 8)
     label = torch.randint(0, 3, (2, 16, 16))
     label[0, :4] = VOID
     maps = tokens[:, 0, 1:].transpose(1, 2).reshape(2, 8, 4, 4)
     logits = F.interpolate(head.layer(head.norm(maps)), (16, 16), mode="bilinear")
-    torch.testing.assert_close(loss(head, tokens, label), F.cross_entropy(logits, label, ignore_index=VOID))
+    each = F.cross_entropy(logits, label, ignore_index=VOID, reduction="none")
+    assert (each[0, :4] == 0).all()
+    torch.testing.assert_close(loss(head, tokens, label), each.mean())
+    parts = [loss(head, tokens[i : i + 1], label[i : i + 1]) for i in range(2)]  # of which one has fewer labels
+    torch.testing.assert_close(sum(parts) / 2, loss(head, tokens, label))
     assert loss(head, tokens, torch.full_like(label, VOID)) == 0
+
+
+def test_the_head_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    head, tokens = PatchSegmenter(8, 3, dropout=0.0).eval(), torch.randn(2, 1, 17, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(tokens)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, head(tokens))
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 @pytest.mark.parametrize("task", [ADE20K_LINEAR, VOC_LINEAR], ids=lambda task: task.name)
