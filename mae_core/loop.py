@@ -235,6 +235,8 @@ def updated(optimizer: torch.optim.Optimizer, step: int, t: Training, state: Sta
     before = versions()
     try:
         with lack_of_memory_named():
+            if t.before_step is not None:
+                t.before_step(step)
             optimizer.step()
         return True
     except torch.OutOfMemoryError:

@@ -34,7 +34,8 @@ class Training:
     the tensors of its forward passes, all with the batch first. loss_of: (model, *tensors) -> mean loss.
     fixed: what must be equal in a resumed run. tracker: where its curves go besides TensorBoard. repeats: samples of
     each image in a batch. after_epoch: called by every process with the number of epochs done and the state; what it
-    returns enters the epoch's line of the log. synchronised: the forward pass waits for the other processes, as
+    returns enters the epoch's line of the log. before_step: called with the step, once its gradients are complete and
+    before the optimizer uses them. synchronised: the forward pass waits for the other processes, as
     SyncBatchNorm's does.
     """
 
@@ -55,6 +56,7 @@ class Training:
     after_epoch: Callable[[int, "State"], dict[str, Any]] | None = None
     prepared: int = 0
     synchronised: bool = False
+    before_step: Callable[[int], None] | None = None
 
     @property
     def steps_per_epoch(self) -> int:

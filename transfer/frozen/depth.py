@@ -1,5 +1,5 @@
-"""Depth on NYU Depth V2 by the tokens of a frozen encoder, as DINOv2 evaluates it: recipe, views, training and score,
-and its linear head. `dpt` has the other one.
+"""Depth on NYU Depth V2 by the tokens of a frozen encoder, as DINOv2 evaluates it: recipe, training and score, and its
+linear head. `dpt` has the other one.
 
 The depth of a place is a mean over bins, weighted by what the layer gives for each. DINOv2's second loss, of
 gradients, takes differences along the axes of the batch and of the one channel in place of the image's, and is 0 for
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_core import distributed
-from mae_core.data import Sample, seed_all
-from mae_core.decode import UNREADABLE, read_image
+from mae_core.decode import read_image
 from mae_core.errors import UserError
 from mae_core.flops import count_flops
 from mae_core.optim import adamw
@@ -28,17 +27,17 @@ from mae_core.space import Space, training_space
 from mae_core.vit import ViT, get_arch
 from transfer.data import nyu
 from transfer.data.predictions import MAIN, names_of, write_predictions
-from transfer.frozen.encoder import Tokens, frozen_encoder, train_heads
+from transfer.frozen.depth_views import KINECT, DepthViews, at_least
+from transfer.frozen.encoder import Tokens, frozen_encoder, in_float32, train_heads
 from transfer.frozen.features import flops
-from transfer.frozen.scenes import Pair, readable, scaled
+from transfer.frozen.scenes import Pair, readable
 from transfer.frozen.segment import HEAD_FILE, epochs_of, sliding
 from transfer.run import origin, save_trained
 from transfer.task import Job, Part, Result
 
 MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
-KINECT = (480, 640)  # px, of NYU's images
-# What of those is trained on and scored, rows and columns: Eigen et al.'s crop, and BTS's for the training.
-TRAINED, SCORED = (slice(45, 472), slice(43, 608)), (slice(45, 471), slice(41, 601))
+SCORED = (slice(45, 471), slice(41, 601))  # what of NYU's images is scored, rows and columns: Eigen et al.'s crop
+RISE = 0.3  # of the steps, after which mmcv's OneCycle turns back
 TRAINED_HEAD = 3  # forward passes of a head that is trained: its backward pass takes two
 DINOV2 = "DINOv2's depth config in Jiawei-Yang/Denoising-ViT evaluation/configs/vitb_nyu_linear_config.py"
 
@@ -46,15 +45,18 @@ DINOV2 = "DINOv2's depth config in Jiawei-Yang/Denoising-ViT evaluation/configs/
 @dataclass(frozen=True, kw_only=True)
 class DepthRecipe:
     """image_size: side of the square training crops and of the windows of the test; stride: of those. lr: of a batch
-    of `batch`. rotate: degrees at most, of half the images; colour: whether half of them change in gamma, brightness
-    and colour."""
+    of `batch`. betas: AdamW's; the first falls to lowest_beta1 and rises back (`beta1_of`). max_norm: of a gradient at
+    most. rotate: degrees at most, of half the images; colour: whether half of them change in gamma, brightness and
+    colour."""
 
     image_size: int = bounded(1)
     iterations: int = bounded(1)
     warmup_iterations: int = bounded(0)
     batch: int = bounded(1)
     lr: float = bounded(0)
-    betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.9, 0.999))
+    betas: tuple[float, float] = bounded(0, 1, below=True, default=(0.95, 0.999))
+    lowest_beta1: float = bounded(0, 1, below=True, default=0.85)
+    max_norm: float = bounded(1e-6, default=35.0)
     weight_decay: float = bounded(0, default=0.01)
     flip: float = bounded(0, 1, default=0.5)
     rotate: float = bounded(0, 45, default=2.5)
@@ -93,65 +95,8 @@ def recipe(arch: str, name: str) -> LinearDepthRecipe:
 def sources(arch: str, name: str = "paper") -> dict[str, str]:
     found = {field.name: DINOV2 for field in fields(LinearDepthRecipe)}
     square = "its crops are 416 x 544 and its test images whole; ours are square, for encoders of any kind"
+    found |= dict.fromkeys(("betas", "lowest_beta1"), f"{DINOV2}, whose momentum_config OneCycle sets the first one")
     return found | {"image_size": f"{DINOV2}; {square}; a multiple of the patch", "stride": f"stand-in: {square}"}
-
-
-class DepthViews:
-    """Sample -> (uint8 [3, S, S], {"label": metres [S, S], 0 where unknown}, unreadable file name or ""): BTS's views
-    for NYU: without the white border, turned a little, cropped, flipped, with other colours. All of it depends on seed
-    and position alone. An image with a side below image_size is scaled up to it."""
-
-    def __init__(self, pairs: Sequence[Pair], r: DepthRecipe, seed: int) -> None:
-        self.pairs, self.r, self.seed = pairs, r, seed
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor], str]:
-        from torchvision.transforms import v2
-        from torchvision.transforms.v2.functional import hflip, pil_to_tensor, rotate
-
-        seed_all(self.seed, sample.position)
-        (image_file, depth_file), r = self.pairs[sample.index], self.r
-        try:
-            image = pil_to_tensor(read_image(image_file))
-            depth = torch.from_numpy(nyu.read_depth(depth_file))[None]
-        except UNREADABLE:
-            shape = r.image_size, r.image_size
-            return torch.zeros(3, *shape, dtype=torch.uint8), {"label": torch.zeros(shape)}, str(image_file)
-        if tuple(depth.shape[1:]) == KINECT:
-            image, depth = image[:, *TRAINED], depth[:, *TRAINED]
-        image, depth = at_least(image, depth, r.image_size)
-        if r.rotate and torch.rand(()).item() < 0.5:
-            degrees = r.rotate * (2 * torch.rand(()).item() - 1)
-            image, depth = rotate(image, degrees, v2.InterpolationMode.BILINEAR), rotate(depth, degrees)
-        top, left = (int(torch.randint(0, length - r.image_size + 1, ())) for length in depth.shape[1:])
-        place = slice(top, top + r.image_size), slice(left, left + r.image_size)
-        image, depth = image[:, *place], depth[:, *place]
-        if torch.rand(()).item() < r.flip:
-            image, depth = hflip(image), hflip(depth)
-        return recoloured(image) if r.colour else image, {"label": depth[0]}, ""
-
-
-def at_least(image: Tensor, depth: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Both scaled up where the short side is below `side`; depths are those of the nearest pixel."""
-    from torchvision.transforms import v2
-    from torchvision.transforms.v2.functional import resize
-
-    height, width = depth.shape[1:]
-    if min(height, width) >= side:
-        return image, depth
-    size = scaled((height, width), side)
-    return resize(image, size, v2.InterpolationMode.BILINEAR), resize(depth, size, v2.InterpolationMode.NEAREST)
-
-
-def recoloured(image: Tensor) -> Tensor:
-    """In half the cases: a gamma of 0.9 to 1.1, brightness times 0.75 to 1.25, each channel times 0.9 to 1.1."""
-    if torch.rand(()).item() < 0.5:
-        return image
-    gamma, brightness = 0.9 + 0.2 * torch.rand(()), 0.75 + 0.5 * torch.rand(())
-    channels = 0.9 + 0.2 * torch.rand(3, 1, 1)
-    return (255 * ((image / 255) ** gamma * brightness * channels).clamp(0, 1)).round().to(torch.uint8)
 
 
 class PatchDepth(nn.Module):
@@ -163,29 +108,33 @@ class PatchDepth(nn.Module):
         self.layer = nn.Conv2d(2 * dim, bins, 1)
         self.register_buffer("depths", torch.linspace(MIN_DEPTH, MAX_DEPTH, bins), persistent=False)
 
+    @in_float32
     def forward(self, tokens: Tensor) -> Tensor:
         side = math.isqrt(tokens.shape[2] - 1)
         patches, first = tokens[:, -1, 1:], tokens[:, -1, :1]
         both = torch.cat([patches, first.expand_as(patches)], dim=2).mT.unflatten(2, (side, side))
-        weights = F.interpolate(self.layer(both).float(), scale_factor=4, mode="bilinear").relu() + 0.1
+        weights = F.interpolate(self.layer(both), scale_factor=4, mode="bilinear").relu() + 0.1
         return torch.einsum("bkhw,k->bhw", weights / weights.sum(dim=1, keepdim=True), self.depths)[:, None]
 
 
 def loss(head: nn.Module, tokens: Tensor, depth: Tensor) -> Tensor:
-    """The mean of `scale_invariant` over the images: one that no micro-batch changes, where DINOv2 takes the pixels of
-    its two images a GPU together."""
-    predicted = F.interpolate(head(tokens).float(), depth.shape[1:], mode="bilinear")[:, 0]
-    return scale_invariant(predicted, depth).mean()
+    """`scale_invariant` of each pair of neighbouring images, which are the two that a GPU of DINOv2 had, averaged: the
+    same whatever the micro-batch and the number of GPUs as long as the first is even. Of an odd one the last image
+    stands alone and counts half as much as a pair."""
+    predicted = F.interpolate(head(tokens), depth.shape[1:], mode="bilinear")[:, 0]
+    pairs = zip(predicted.split(2), depth.split(2))
+    return torch.stack([len(metres) * scale_invariant(metres, truth) for metres, truth in pairs]).sum() / len(depth)
 
 
 def scale_invariant(predicted: Tensor, depth: Tensor) -> Tensor:
-    """Of metres [B, H, W]: [B], sqrt(var(g) + 0.15 mean(g)^2) of the log ratios g of the known pixels (AdaBins, arXiv
-    2011.14141, after Eigen et al. 2014); 0 where fewer than two are known."""
-    known = (depth > 0).flatten(1)
-    ratio = (torch.log(predicted + MIN_DEPTH) - torch.log(depth + MIN_DEPTH)).flatten(1) * known
-    count = known.sum(dim=1)
-    mean = ratio.sum(dim=1) / count.clamp(min=1)
-    variance = ((ratio - mean[:, None]).square() * known).sum(dim=1) / (count - 1).clamp(min=1)
+    """Of metres of any one shape: sqrt(var(g) + 0.15 mean(g)^2) of the log ratios g of all known pixels (AdaBins, arXiv
+    2011.14141, after Eigen et al. 2014; facebookresearch/dinov2 dinov2/eval/depth/models/losses/sigloss.py); 0 where
+    fewer than two are known."""
+    known = depth > 0
+    ratio = (torch.log(predicted + MIN_DEPTH) - torch.log(depth + MIN_DEPTH)) * known
+    count = known.sum()
+    mean = ratio.sum() / count.clamp(min=1)
+    variance = ((ratio - mean).square() * known).sum() / (count - 1).clamp(min=1)
     square = variance + 0.15 * mean.square()
     some = (count > 1) & (square > 0)  # the root has no slope at 0
     return torch.where(some, torch.where(some, square, 1.0).sqrt(), 0.0)
@@ -197,6 +146,16 @@ def rate_of(r: DepthRecipe, step: int, steps: int) -> float:
     if step < r.warmup_iterations:
         rate *= 1 - (1 - step / r.warmup_iterations) * (1 - 0.001)
     return rate
+
+
+def beta1_of(r: DepthRecipe, step: int, steps: int) -> float:
+    """Half a cosine from betas[0] down to lowest_beta1 over 30 % of the steps and another one back, as mmcv's OneCycle
+    of the momentum (mmcv 1.x runner/hooks/momentum_updater.py)."""
+    turn = RISE * steps - 1
+    start, end, part = (r.betas[0], r.lowest_beta1, step / turn)
+    if step > turn:
+        start, end, part = end, start, (step - turn) / (steps - 1 - turn)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * part))
 
 
 def linear_tokens(encoder: ViT) -> Tokens:
@@ -223,10 +182,25 @@ def depth(job: Job, tokens_of: Callable[[ViT], Tokens], head_of: Callable[[Job],
     epochs = epochs_of(r, len(train))
     steps = epochs * (len(train) // r.batch)
     views = DepthViews(train, r, job.seed)
+
+    def before_step(step: int) -> None:
+        nn.utils.clip_grad_norm_(head.parameters(), r.max_norm)
+        for group in optimizer.param_groups:
+            group["betas"] = beta1_of(r, step, steps), r.betas[1]
+
     state, checksum = train_heads(
-        job, tokens, head, views, optimizer, loss, lambda step: rate_of(r, step, steps), epochs
+        job,
+        tokens,
+        head,
+        views,
+        optimizer,
+        loss,
+        lambda step: rate_of(r, step, steps),
+        epochs,
+        before_step=before_step,
     )
-    errors = errors_of(nn.Sequential(tokens, head.eval()), test, job)
+    # The depths of each window are cut to what there is, as DINOv2 cuts those of each view.
+    errors = errors_of(nn.Sequential(tokens, head.eval(), nn.Hardtanh(MIN_DEPTH, MAX_DEPTH)), test, job)
     metrics = metrics_of(errors)
     stderr = {name: float(values.std(ddof=1) / len(test) ** 0.5) for name, values in metrics.items()}
     return Result(
@@ -239,7 +213,8 @@ def depth(job: Job, tokens_of: Callable[[ViT], Tokens], head_of: Callable[[Job],
         predictions=write_predictions(
             job.work, {MAIN: {"image": names_of([image for image, _ in test]), **dict(zip(COLUMNS, errors.T))}}
         ),
-        notes=state.notes,
+        notes=state.notes
+        + (f"the last of every {state.micro_batch} images had no second one in its loss",) * (state.micro_batch % 2),
         resolved={
             "load": load,
             "iterations": state.step,

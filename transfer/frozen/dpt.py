@@ -14,7 +14,7 @@ from mae_core.space import Space
 from mae_core.vit import ViT, get_arch
 from transfer.frozen import depth
 from transfer.frozen.depth import MIN_DEPTH, DepthRecipe
-from transfer.frozen.encoder import Tokens
+from transfer.frozen.encoder import Tokens, in_float32
 from transfer.pyramid import quarters
 from transfer.task import Job, Part, Result
 
@@ -41,7 +41,8 @@ def recipe(arch: str, name: str) -> DPTRecipe:
 def sources(arch: str, name: str = "paper") -> dict[str, str]:
     linear = "stand-in, DINOv2's configuration of DPT could not be read: that of its linear head"
     found = {key: f"{linear}; {source}" for key, source in depth.sources(arch, name).items() if key != "bins"}
-    return found | {"lr": TOOLBOX, "weight_decay": TOOLBOX, "betas": TOOLBOX, "channels": f"{HUB}; {TOOLBOX}"}
+    toolbox = dict.fromkeys(("lr", "weight_decay", "betas", "lowest_beta1", "max_norm"), TOOLBOX)
+    return found | toolbox | {"channels": f"{HUB}; {TOOLBOX}"}
 
 
 class DPT(nn.Module):
@@ -89,8 +90,9 @@ class DPT(nn.Module):
             found = self.fusions[number](found, maps[number])
         return self.joined(found)
 
+    @in_float32
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.metres(doubled(self.narrow(self.maps(tokens)))).float().relu() + MIN_DEPTH
+        return self.metres(doubled(self.narrow(self.maps(tokens)))).relu() + MIN_DEPTH
 
 
 class Fusion(nn.Module):

@@ -89,10 +89,11 @@ def train_heads(
     lr_at: Callable[[int], float],
     epochs: int,
     synchronised: bool = False,
+    before_step: Callable[[int], None] | None = None,
 ) -> tuple[State, str]:
     """Train the heads on the tokens of the dataset, in job.recipe's batches, resuming from the checkpoint in job.work,
-    which holds the heads alone. loss_of: (heads, tokens, labels) -> loss; lr_at: step -> rate. Returns the final state
-    and a checksum of the encoder, which proves that it did not change."""
+    which holds the heads alone. loss_of: (heads, tokens, labels) -> loss; lr_at: step -> rate. before_step: as
+    `Training` takes it. Returns the final state and a checksum of the encoder, which proves that it did not change."""
     r, machine = job.recipe, job.machine
     check_batch(len(dataset), r.batch, f"the training split of {job.data.root}")
     before = parameters_sha256(tokens.state_dict().items())
@@ -124,6 +125,7 @@ def train_heads(
             synchronised=synchronised,
             prepare=prepare,
             loss_of=loss_of,
+            before_step=before_step,
         ),
     )
     if parameters_sha256(tokens.state_dict().items()) != before:

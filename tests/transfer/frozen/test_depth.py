@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,14 +30,15 @@ from transfer.data.nyu import FOLDER, pairs, read_depth
 from transfer.frozen import depth as linear
 from transfer.frozen import encoder as frozen
 from transfer.frozen.depth import (
-    DepthViews,
     LinearDepthRecipe,
     PatchDepth,
+    beta1_of,
     metrics_of,
     rate_of,
     scale_invariant,
     sums_of,
 )
+from transfer.frozen.depth_views import DepthViews, recoloured
 from transfer.frozen.segment import HEAD_FILE
 from transfer.frozen.tasks import NYU_LINEAR
 from transfer.miniature import dense
@@ -63,22 +65,52 @@ def job_of(root, work, machine=None, seed=0, **knobs) -> Job:
 def test_the_recipe_is_that_of_its_source():
     r = NYU_LINEAR.recipe("vit_base_patch16", "paper")
     assert (r.image_size, r.batch, r.iterations, r.warmup_iterations, r.bins) == (416, 16, 38_400, 12_800, 256)
-    assert (r.lr, r.weight_decay, r.betas, r.flip, r.rotate) == (5e-3, 0.01, (0.9, 0.999), 0.5, 2.5)
+    assert (r.lr, r.weight_decay, r.max_norm, r.flip, r.rotate) == (5e-3, 0.01, 35, 0.5, 2.5)
     assert NYU_LINEAR.recipe("vit_large_patch14", "paper").image_size == 406
     # mmcv: half a cosine, and a line from a thousandth over the warm-up.
     rates = [rate_of(r, step, 38_400) / r.lr for step in (0, 6400, 19_200, 38_400)]
     assert rates == pytest.approx([1e-3, (1 + math.cos(math.pi / 6)) / 2 * (0.001 + 0.999 / 2), 0.5, 0], abs=1e-9)
 
 
+@pytest.mark.parametrize("steps", [4, 100, 38_400])
+def test_beta1_goes_through_torchs_one_cycle(steps):
+    """OneCycleLR cycles it as mmcv's OneCycle of the momentum: 0.95, 0.85 after 30 % of the steps, 0.95."""
+    r, optimizer = NYU_LINEAR.recipe(ARCH, "paper"), torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, steps)
+    for step in range(steps):
+        if step % max(1, steps // 100) == 0 or step == steps - 1:
+            assert beta1_of(r, step, steps) == pytest.approx(optimizer.param_groups[0]["betas"][0], abs=1e-12)
+        if step < steps - 1:
+            optimizer.step()
+            cycle.step()
+    assert (r.betas, r.lowest_beta1) == ((0.95, 0.999), 0.85)
+
+
+def test_the_optimizer_gets_cut_gradients_and_the_steps_beta1(root, tmp_path, monkeypatch):
+    given, original = [], torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        norm = torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()
+        given.append((norm.item(), self.param_groups[0]["betas"]))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    job = job_of(root, tmp_path / "work", max_norm=1e-3)
+    assert run_job(job).status == "ok"
+    norms, betas = zip(*given)
+    assert norms == pytest.approx([1e-3] * 4, rel=1e-3)
+    assert list(betas) == [(beta1_of(job.recipe, step, 4), 0.999) for step in range(4)]
+
+
 def test_the_loss_of_hand_cases():
-    truth = torch.tensor([[[1.0, 2.0], [4.0, 0.0]]])  # the last one is unknown
+    truth = torch.tensor([[1.0, 2.0], [4.0, 0.0]])  # the last one is unknown
     eps = 1e-3
     # Twice as far everywhere: no variance but for the 1 mm, a mean of log 2.
     predicted = 2 * (truth + eps) - eps
-    predicted[0, 1, 1] = 99.0
+    predicted[1, 1] = 99.0
     assert scale_invariant(predicted, truth).item() == pytest.approx(math.sqrt(0.15) * math.log(2), rel=1e-5)
     # Log ratios 0.3, 0 and -0.3: no mean, a variance of 0.09.
-    predicted = (truth + eps) * torch.tensor([[[0.3, 0.0], [-0.3, 0.0]]]).exp() - eps
+    predicted = (truth + eps) * torch.tensor([[0.3, 0.0], [-0.3, 0.0]]).exp() - eps
     assert scale_invariant(predicted, truth).item() == pytest.approx(0.3, rel=1e-5)
 
 
@@ -87,11 +119,79 @@ def test_images_without_depth_or_without_error_have_a_slope_all_the_same():
     predicted = torch.full((3, 3, 3), 2.0)
     predicted[2] = 3.0
     predicted.requires_grad_()
-    losses = scale_invariant(predicted, truth)
-    assert losses[:2].tolist() == [0, 0]
-    losses.mean().backward()
+    losses = [scale_invariant(metres, depth) for metres, depth in zip(predicted, truth)]
+    assert losses[:2] == [0, 0]
+    sum(losses).backward()
     assert predicted.grad.isfinite().all()
     assert predicted.grad[2].abs().sum() > 0
+
+
+class Says(nn.Module):
+    """Metres [B, 1, 3, 4] that are the tokens."""
+
+    def forward(self, tokens):
+        return tokens
+
+
+def test_the_loss_takes_the_pixels_of_two_images_together():
+    """As SigLoss does with the two of a GPU: images that are too far and too near by the same factor have no mean, and
+    all of their error is variance. By NumPy, in float64."""
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.uniform(1, 9, (6, 3, 4)), rng.uniform(1, 9, (6, 3, 4))
+    truth[0, :2], truth[3] = 0, 0  # unknown: half of an image, and a whole one
+
+    def by_hand(*images: int) -> float:
+        places = [(i, *place) for i in images for place in zip(*np.nonzero(truth[i]))]
+        g = np.array([np.log(predicted[place] + 1e-3) - np.log(truth[place] + 1e-3) for place in places])
+        return (g.var(ddof=1) + 0.15 * g.mean() ** 2) ** 0.5
+
+    head, tokens, depth = Says(), *(torch.tensor(x, dtype=torch.float32) for x in (predicted[:, None], truth))
+    pairs = [by_hand(0, 1), by_hand(2, 3), by_hand(4, 5)]
+    assert linear.loss(head, tokens, depth).item() == pytest.approx(np.mean(pairs), rel=1e-5)
+    # The same in parts of two and four. Of three images the last stands alone.
+    parts = [linear.loss(head, tokens[part], depth[part]).item() for part in (slice(2), slice(2, 6))]
+    assert (2 * parts[0] + 4 * parts[1]) / 6 == pytest.approx(np.mean(pairs), rel=1e-5)
+    odd = linear.loss(head, tokens[:3], depth[:3]).item()
+    assert odd == pytest.approx((2 * by_hand(0, 1) + by_hand(2)) / 3, rel=1e-5)
+    one = torch.full((2, 1, 3, 4), 4.0)
+    assert linear.loss(head, one, torch.stack([one[0, 0] / 2, one[1, 0] * 2])).item() > 0.69
+
+
+def test_an_odd_micro_batch_is_noted(root, tmp_path):
+    record = run_job(job_of(root, tmp_path / "work", Machine(micro_batch=1)))
+    assert record.notes == ("the last of every 1 images had no second one in its loss",)
+    assert run_job(job_of(root, tmp_path / "even", Machine(micro_batch=2))).notes == ()
+
+
+def test_micro_batches_of_two_make_the_same_head(root, tmp_path, trained):
+    job, _ = trained
+    parted = job_of(root, tmp_path / "work", Machine(micro_batch=2))
+    assert run_job(parted).status == "ok"
+    whole, parts = (load_file(one.work / HEAD_FILE) for one in (job, parted))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_the_head_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    head, tokens = PatchDepth(8, 16), torch.randn(2, 1, 1 + 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(tokens)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, head(tokens))
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize(("said", "cut"), [(25.0, 10.0), (-3.0, 1e-3), (4.0, 4.0)])
+def test_depths_are_cut_to_what_there_is(said, cut, root, tmp_path, monkeypatch):
+    original = PatchDepth.forward
+    monkeypatch.setattr(
+        PatchDepth, "forward", lambda self, x: original(self, x) if self.training else original(self, x) * 0 + said
+    )
+    record = run_job(job_of(root, tmp_path / "work"))
+    truths = [read_depth(file) for _, file in pairs(root / FOLDER, "val")]
+    expected = metrics_of(np.stack([sums_of(np.full_like(truth, cut), truth) for truth in truths]))
+    assert record.metrics == pytest.approx({name: values.mean() for name, values in expected.items()}, rel=1e-4)
 
 
 def test_the_score_of_a_hand_case():
@@ -151,7 +251,7 @@ def test_views_depend_on_seed_and_position_alone_and_stay_aligned(root, tmp_path
 def test_colours_change_in_half_of_the_views():
     torch.manual_seed(0)
     grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    made = [linear.recoloured(grey) for _ in range(200)]
+    made = [recoloured(grey) for _ in range(200)]
     same = sum(torch.equal(one, grey) for one in made)
     assert 70 < same < 130
     values = torch.stack(made).float()

@@ -111,6 +111,17 @@ def test_the_last_layers_are_dinov2s():
     assert head(tokens).shape == (2, 1, 64, 64)
 
 
+def test_it_computes_in_float32_under_autocast():
+    torch.manual_seed(0)
+    head, tokens = DPT(32, 8), torch.randn(2, 4, 1 + 16, 32)
+    torch.nn.init.normal_(head.metres[2].weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(tokens)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, head(tokens))
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 def test_it_starts_where_it_can_learn():
     """At 2 m, whatever the tokens: the last ReLU gives 0 for none, and after two steps every parameter has moved."""
     for scale in (1, 100):
@@ -121,7 +132,7 @@ def test_it_starts_where_it_can_learn():
         optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4, weight_decay=0)
         for _ in range(2):
             optimizer.zero_grad()
-            depth.scale_invariant(head(tokens)[:, 0], truth).mean().backward()
+            depth.scale_invariant(head(tokens)[:, 0], truth).backward()
             optimizer.step()
         assert all((p != old).any() for p, old in zip(head.parameters(), before))
 
@@ -144,6 +155,8 @@ def test_the_recipe_is_the_linear_heads_at_its_own_rate():
     changed = {name for name, value in vars(ours).items() if getattr(linear, name, None) != value}
     assert changed == {"lr", "channels"}
     assert set(sources(ARCH)) == set(vars(ours))
+    # The Toolbox cycles beta1 and cuts gradients as DINOv2's configuration of the linear head does.
+    assert (ours.betas, ours.lowest_beta1, ours.max_norm) == ((0.95, 0.999), 0.85, 35)
 
 
 @pytest.fixture(scope="module")
