@@ -1,6 +1,7 @@
 """The frozen encoder under what is trained on it: its tokens, the images, and the training of heads on both."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
@@ -52,7 +53,8 @@ def in_float32(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
 
     @wraps(forward)
     def wrapped(head: Any, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = tokens.device.type  # "meta", where only FLOPs are counted, has no autocast
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             return forward(head, tokens.float())
 
     return wrapped
