@@ -47,13 +47,16 @@ class Claim:
 
     def keep(self) -> None:
         while not self.ended.wait(BEAT):
-            with contextlib.suppress(OSError):  # the next one may come through
+            with contextlib.suppress(OSError):  # the next one may come through; who takes over deletes the file
                 os.utime(self.path, follow_symlinks=False)
-                if highest(self.folder) > self.number and not self.ended.is_set():
-                    # What this process writes from here on would mix with what the other one does.
-                    print(f"error: {self.folder}: another run took over while this one stood still", file=sys.stderr)
-                    sys.stderr.flush()
-                    os._exit(1)
+            latest = self.number
+            with contextlib.suppress(OSError):
+                latest = highest(self.folder)
+            if latest > self.number and not self.ended.is_set():
+                # What this process writes from here on would mix with what the other one does.
+                print(f"error: {self.folder}: another run took over while this one stood still", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
 
     def release(self) -> None:
         self.ended.set()
@@ -67,14 +70,15 @@ class Claim:
 
 
 class Watch:
-    """Looks at the claim on a folder again and again: a claim of another machine shows only by its touches whether it
-    still holds."""
+    """Looks at the claim on a folder again and again, at least every 2 * BEAT seconds: a claim of another machine shows
+    only by its touches whether it still holds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.number = -1  # of the claim looked at; -1: there is none
         self.seen: tuple[int, int] = (-1, 0)  # that number and the time of its last touch
         self.since = 0.0
+        self.looked = 0.0  # when it last did: it may itself have stood still, as in a call of NFS
         self.certain = False  # the holder is known to be at work
 
     def holder(self) -> dict[str, Any] | None:
@@ -97,10 +101,14 @@ class Watch:
         if owner.get("place") == place():
             self.certain = is_alive(owner)
             return owner if self.certain else None
+        now = time.monotonic()
         if self.seen != (number, touched):
             self.certain = self.seen[0] == number
-            self.seen, self.since = (number, touched), time.monotonic()
-        return owner if time.monotonic() - self.since < SILENT else None
+            self.seen, self.since = (number, touched), now
+        elif now - self.looked > 2 * BEAT:  # nobody watched meanwhile
+            self.since = now
+        self.looked = now
+        return owner if now - self.since < SILENT else None
 
 
 def take_claim(folder: Path, wait: bool = False) -> Claim:

@@ -76,10 +76,10 @@ def clock(monkeypatch):
     return clock
 
 
-def elsewhere(folder: Path, number: int = 0) -> Path:
+def elsewhere(folder: Path) -> Path:
     """A claim of another machine."""
     folder.mkdir(exist_ok=True)
-    path = folder / f".claim.{number}"
+    path = folder / ".claim.0"
     path.write_text(json.dumps(claim.this_process() | {"host": "node7", "place": "another boot", "pid": 4711}))
     return path
 
@@ -154,12 +154,27 @@ def test_a_claim_that_is_being_written_is_respected_and_one_that_stays_empty_is_
     assert 1000 + claim.SILENT <= clock.now < 1000 + claim.SILENT + 1
 
 
+def test_a_watcher_that_stood_still_itself_begins_to_watch_anew(tmp_path, clock):
+    """A call of NFS took ten minutes, in which nobody could touch the claim."""
+    elsewhere(tmp_path)
+    watch = Watch(tmp_path)
+    assert watch.holder()["host"] == "node7"
+    clock.now += 600
+    awake = clock.now
+    while watch.holder():
+        clock.sleep(0.5)
+    assert awake + claim.SILENT <= clock.now < awake + claim.SILENT + 1
+
+
 def test_a_run_whose_claim_was_taken_over_ends_before_it_does_harm(tmp_path):
+    """Who takes over deletes the file that the old holder touches."""
     program = HOLD.replace("take_claim(Path", "import mae_core.claim as c; c.BEAT = 0.05\ntake_claim(Path")
     sleeper = start(program, tmp_path)
     assert sleeper.stdout.readline() == "taken\n"
-    elsewhere(tmp_path, 1)
+    other = claim.create(tmp_path, 1)
+    assert os.listdir(tmp_path) == [".claim.1"]
     _, said = sleeper.communicate(timeout=300)
+    other.release()
     assert sleeper.returncode == 1
     assert said == f"error: {tmp_path}: another run took over while this one stood still\n"
 
