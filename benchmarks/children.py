@@ -35,7 +35,8 @@ def launcher(processes: int, nodes: int = 1, endpoint: str = "", name: str = "")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     if nodes > 1:
         torchrun += ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
-        return [*torchrun, "--rdzv-conf", f"join_timeout={LATEST}"]
+        # Who comes first waits for the others, and who does not listen at the endpoint for the one who will.
+        return [*torchrun, "--rdzv-conf", f"join_timeout={LATEST},read_timeout={LATEST}"]
     # --standalone makes torchrun choose a free port.
     return [*torchrun, "--standalone"] if processes > 1 else [sys.executable]
 

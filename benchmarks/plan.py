@@ -86,6 +86,9 @@ def machine_of(args: argparse.Namespace) -> Machine:
         return machine_elsewhere(args)
     if args.nodes > 1 and not args.rdzv_endpoint:
         raise UserError(f"--nodes {args.nodes}: say where they meet, --rdzv-endpoint HOST:PORT of one of them")
+    if args.nodes > 1 and ((args.gpus_per_job or args.gpus) < args.gpus or args.jobs > 1):
+        flag = "--jobs" if args.jobs > 1 else "--gpus-per-job"
+        raise UserError(f"{flag} with --nodes: two trainings would meet at one endpoint; leave it out")
     machine = machine_from(args, args.gpus)
     if args.jobs > 1 and machine.device == "cuda":
         raise UserError(f"--jobs {args.jobs} is for CPUs: on GPUs --gpus and --gpus-per-job say what runs side by side")

@@ -186,6 +186,7 @@ def parsed(content: bytes) -> dict[str, Any]:
 def this_process() -> dict[str, Any]:
     pid = os.getpid()
     owner = {"host": socket.gethostname(), "place": place(), "pid": pid, "begun": begun(pid)}
+    owner |= {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     return owner | {"since": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

@@ -5,17 +5,18 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.children import Child, stop_all, task_command
 from benchmarks.launch.board import Board
 from benchmarks.launch.units import Unit, in_order, label_of, log_name, wall_time
 from benchmarks.plan import with_classifier
 from benchmarks.report import report
-from mae_core.claim import Watch, in_words
+from mae_core.claim import Watch, in_words, place
 from mae_core.machine import cores
 from mae_core.progress import duration
 from mae_core.stopping import stop_postponed
@@ -28,6 +29,9 @@ LATE = 60.0  # seconds
 LOOK = 1.0  # seconds between two looks at a claim that another run holds
 
 
+Mark = tuple[int, int]  # inode and time of a record
+
+
 @dataclass
 class Running:
     unit: Unit
@@ -36,6 +40,9 @@ class Running:
     child: Child
     title: str
     started: float
+    before: dict[Path, Mark | None] = field(
+        default_factory=dict
+    )  # by work folder: its record when the child was started
 
 
 @dataclass
@@ -54,6 +61,8 @@ class Suite:
     told: set[Path] = field(default_factory=set)
     look_at: dict[Unit, float] = field(default_factory=dict)
     numbers: dict[Unit, int] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)  # of the GPUs that are free, those that other runs use
+    look_for_taken: float = 0.0
 
     def __post_init__(self) -> None:
         self.total, self.places = len(self.waiting), len(self.free)
@@ -66,38 +75,68 @@ class Suite:
                 self.running.remove(running)
                 self.free = sorted([*self.free, *running.slots])
                 self.take(running, code)
-        for unit in in_order(self.waiting, self.places, self.wanted):
-            if all(other in self.ended for other in unit.after) and time.monotonic() >= self.look_at.get(unit, 0.0):
-                self.start(unit)
+        if self.gpus and self.free and self.waiting and time.monotonic() >= self.look_for_taken:
+            self.taken = self.used_by_others()
+            self.look_for_taken = time.monotonic() + LOOK
+        self.start_what_can_start()
         self.board.show({running.title: running.child.last for running in self.running})
         return bool(self.waiting or self.running)
+
+    def start_what_can_start(self) -> None:
+        """With several nodes, each of which decides by itself, all must come to the same training: they take the plan's
+        order, whatever they estimate, and start none before what stands before it has ended on every node."""
+        several = any(unit.nodes > 1 for unit in self.waiting)
+        before = False  # something that could run has yet to end, here or on another node
+        for unit in list(self.waiting) if several else in_order(self.waiting, self.places, self.wanted):
+            if not all(other in self.ended for other in unit.after):
+                continue
+            if several and before and unit.nodes > 1:
+                break
+            if time.monotonic() >= self.look_at.get(unit, 0.0):
+                self.start(unit)
+            before = before or unit in self.waiting
+
+    def used_by_others(self) -> set[int]:
+        """The GPUs that other runs of this machine use for jobs of this plan: children of a run_all that was killed
+        go on."""
+        owners = [owner for unit in self.waiting for owner in self.owners(unit, [item.job for item in unit.items])]
+        names = {name for o in owners if o.get("place") == place() for name in str(o.get("gpus", "")).split(",")}
+        return {slot for slot in range(self.places) if self.gpu_name(slot) in names}
+
+    def gpu_name(self, slot: int) -> str:
+        """What CUDA_VISIBLE_DEVICES calls it, for this process and for its children."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return visible.split(",")[slot] if visible else str(slot)
+
+    def position(self, unit: Unit) -> str:
+        return f"[{self.numbers.setdefault(unit, len(self.numbers) + 1)}/{self.total}]"
 
     def wanted(self, unit: Unit) -> int:
         return wanted(unit, self.gpus)
 
     def start(self, unit: Unit) -> None:
         """Start what is left of a unit, if there is room for it and no other run is at work on it."""
-        if self.wanted(unit) > len(self.free):
+        slots = [slot for slot in self.free if slot not in self.taken][: self.wanted(unit)]
+        if len(slots) < self.wanted(unit):
             return
-        number = self.numbers.setdefault(unit, len(self.numbers) + 1)
-        position = f"[{number}/{self.total}]"
-        jobs = []
+        jobs, before = [], {}
         for item in unit.items:
             # The fine-tuning that it waited for may have run by now.
             job = with_classifier(item.job, item.finetune) if item.finetune else item.job
             if any(record.identity == job.identity() for record in self.records):
                 continue
+            before[job.work] = mark_of(job)
             record = cached_or_skipped(job)
             if record is None:
                 jobs.append(job)
             else:
                 self.records.append(record)
-                self.board.say(f"{position} {job.checkpoint.name} {record.headline}")
+                self.board.say(f"{self.position(unit)} {job.checkpoint.name} {record.headline}")
         if not jobs:
             self.end(unit)
-        elif not self.held(jobs, position):
-            slots, self.free = self.free[: self.wanted(unit)], self.free[self.wanted(unit) :]
-            self.launch(unit, jobs, slots, position)
+        elif not self.owners(unit, jobs):
+            self.free = [slot for slot in self.free if slot not in slots]
+            self.launch(unit, jobs, slots, before)
             self.waiting.remove(unit)
         else:
             self.look_at[unit] = time.monotonic() + LOOK
@@ -110,35 +149,33 @@ class Suite:
     def watch(self, job: Job) -> Watch:
         return self.watches.setdefault(job.work, Watch(job.work))
 
-    def held(self, jobs: Sequence[Job], position: str) -> bool:
-        """Whether another run is at work on one of the jobs; said once."""
+    def owners(self, unit: Unit, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What the claims of other runs on these jobs of a unit say; each is told of once."""
+        found = []
         for job in jobs:
             owner = self.watch(job).holder()
             if owner is None:
                 continue
+            found.append(owner)
             if owner and job.work not in self.told:
                 self.told.add(job.work)
-                self.board.say(f"{position} {label_of([job])}: {in_words(owner)} is at work on it; its result will do")
-            return True
-        return False
+                which = f"{self.position(unit)} {label_of([job])}"
+                self.board.say(f"{which}: {in_words(owner)} is at work on it; its result will do")
+        return found
 
-    def launch(self, unit: Unit, jobs: list[Job], slots: list[int], position: str) -> None:
-        for job in jobs:
-            (job.work / RECORD_FILE).unlink(missing_ok=True)  # of an earlier attempt that failed
+    def launch(self, unit: Unit, jobs: list[Job], slots: list[int], before: dict[Path, Mark | None]) -> None:
         where = f" ({'GPU' if self.gpus else 'place'} {', '.join(map(str, slots))})" if self.places > 1 else ""
-        title = f"{position} {label_of(jobs)}{where}"
+        title = f"{self.position(unit)} {label_of(jobs)}{where}"
         log = self.args.out / "logs" / f"{shortened(log_name(jobs))}.log"
         command = task_command(jobs, self.args)
         with stop_postponed():  # or nobody would know of a child that has just begun
             child = Child(command, log, self.environment(slots))
-            self.running.append(Running(unit, jobs, slots, child, title, time.monotonic()))
+            self.running.append(Running(unit, jobs, slots, child, title, time.monotonic(), before))
 
     def environment(self, slots: Sequence[int]) -> dict[str, str]:
         """What confines a child to its places."""
         if self.gpus:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else [str(slot) for slot in range(max(slots) + 1)]
-            return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in slots)}
+            return {"CUDA_VISIBLE_DEVICES": ",".join(map(self.gpu_name, slots))}
         if self.places == 1 or "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, cores() // self.places))}
@@ -148,16 +185,15 @@ class Suite:
         runs what is left of it."""
         took = duration(time.monotonic() - running.started)
         if code == 0:
-            wait_for_records(running.jobs)
-        left = [job for job in running.jobs if not (job.work / RECORD_FILE).exists()]
+            wait_for_records(running.jobs, running.before)
+        left = [job for job in running.jobs if not has_record(job, running.before)]
         elsewhere = any(self.watch(job).holder() is not None for job in left)
         again = left if elsewhere or len(left) < len(running.jobs) else []
         for job in (job for job in running.jobs if job not in again):
-            record = read_or_write_failure(job, code, running.child.last_word, running.child.log)
+            record = read_or_write_failure(job, running.before, code, running.child.last_word, running.child.log)
             self.records.append(record)
             where = f"seed {job.seed}, {took}"
-            position = running.title.partition("]")[0] + "]"
-            self.board.say(f"{position} {job.checkpoint.name} {record.headline} ({where})")
+            self.board.say(f"{self.position(running.unit)} {job.checkpoint.name} {record.headline} ({where})")
         if again:
             self.waiting.insert(0, running.unit)
         else:
@@ -166,18 +202,36 @@ class Suite:
             report(self.args.out, going=bool(self.waiting or self.running))
 
 
-def wait_for_records(jobs: Sequence[Job]) -> None:
+def mark_of(job: Job) -> Mark | None:
+    """What tells the record in a job's folder from an earlier one; None if there is none. The earlier one stays until
+    the job itself begins: another run may have put its result there meanwhile."""
+    try:
+        descriptor = os.open(job.work / RECORD_FILE, os.O_RDONLY)  # only then does NFS ask the server
+    except FileNotFoundError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return status.st_ino, status.st_mtime_ns
+
+
+def has_record(job: Job, before: Mapping[Path, Mark | None]) -> bool:
+    """Whether there is another record than before."""
+    return mark_of(job) not in (None, before.get(job.work))
+
+
+def wait_for_records(jobs: Sequence[Job], before: Mapping[Path, Mark | None]) -> None:
     """A record that another node has written may take a moment to show on a shared file system."""
     deadline = time.monotonic() + LATE
-    while not all((job.work / RECORD_FILE).exists() for job in jobs) and time.monotonic() < deadline:
+    while not all(has_record(job, before) for job in jobs) and time.monotonic() < deadline:
         time.sleep(1.0)
 
 
-def read_or_write_failure(job: Job, code: int, last: str, log: Path) -> Record:
+def read_or_write_failure(job: Job, before: Mapping[Path, Mark | None], code: int, last: str, log: Path) -> Record:
     """The record the child wrote, or a failed one in its place if it died without writing any."""
-    path = job.work / RECORD_FILE
-    if path.exists():
-        return read_record(path)
+    if has_record(job, before):
+        return read_record(job.work / RECORD_FILE)
     died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     reason = f"its process ended with {died} and left no record; last line: {last} (log: {log})"
     record = describe(job, status="failed", reason=reason)

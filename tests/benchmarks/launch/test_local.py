@@ -15,79 +15,13 @@ from benchmarks import run_all
 from benchmarks.launch import local
 from benchmarks.launch.local import read_or_write_failure, run_units
 from benchmarks.launch.units import Unit, make_units
-from benchmarks.plan import Item, make_plan
+from benchmarks.plan import Item
 from mae_core.claim import claimed
 from mae_core.machine import Machine
+from tests.benchmarks.launch.told import ARCH, Told, plan
 from tests.fixtures import ROOT
 from tests.fixtures.page import read_page
-from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.run import describe, read_record, with_work_folder, write_record
-
-TWO = CLASSES[:2]
-ARCH = "random:vit_mini_patch8"
-# A child that writes down when it runs and where, and ends when that many have begun.
-CHILD = """
-import os, pathlib, shutil, sys, time
-log, company = sys.argv[1:]
-def note(text):
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(file, f"{text} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}\\n".encode())
-note("begin " + sys.argv[0])
-deadline = time.monotonic() + 300
-while pathlib.Path(log).read_text().count("begin") < int(company) and time.monotonic() < deadline:
-    time.sleep(0.01)
-note("end " + sys.argv[0])
-"""
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    root = write_imagenet(tmp_path / "data", train=4, val=3, classes=TWO)
-    write_split(root / "imagenet-a", 1, TWO)
-    write_split(root / "imagenet-r", 1, TWO)
-    return root
-
-
-@pytest.fixture
-def flags(tmp_path: Path, data: Path) -> list[str]:
-    return ["--ckpt", ARCH, "--recipe", "mini", "--data", str(data), "--out", str(tmp_path / "out")]
-
-
-def plan(flags: list[str], *more: str):
-    args = run_all.parse([*flags, *more])
-    return make_plan(args), args
-
-
-class Told:
-    """Stands for the children's command: each notes its jobs in a file, waits until so many have begun, and leaves a
-    record of each job, or of the first few."""
-
-    def __init__(self, folder: Path, monkeypatch, company: int = 1, leave: int | None = None) -> None:
-        self.log, self.company, self.leave, self.started = folder / "children", company, leave, []
-        monkeypatch.setattr(local, "task_command", self.command)
-
-    def command(self, jobs, args) -> list[str]:
-        self.started.append([job.task.name for job in jobs])
-        names = "+".join(f"{job.task.name}/{job.seed}" for job in jobs)
-        lines = [f"import sys; sys.argv = {[names, str(self.log), str(self.company)]!r}", CHILD]
-        for job in jobs[: self.leave]:
-            prepared = job.work.parent / f"{job.work.name}.prepared"
-            done = describe(job, status="ok", metrics={job.task.metric: 1.0})
-            write_record(done, prepared)
-            lines.append(f"os.makedirs({str(job.work)!r}, exist_ok=True)")
-            lines.append(f"shutil.move({str(prepared / 'record.json')!r}, {str(job.work)!r})")
-        return [sys.executable, "-c", "\n".join(lines)]
-
-    def events(self) -> list[list[str]]:
-        return [line.split() for line in self.log.read_text().splitlines()]
-
-    def together(self) -> int:
-        """The most children that ran at a time."""
-        running, most = 0, 0
-        for what, *_ in self.events():
-            running += 1 if what == "begin" else -1
-            most = max(most, running)
-        return most
 
 
 def test_the_sets_of_one_classifier_share_a_unit_that_waits_for_its_training(flags) -> None:
@@ -210,7 +144,7 @@ def test_what_another_run_is_at_work_on_is_left_to_it_and_its_result_taken(
 def test_a_child_that_dies_leaves_a_failed_record(flags, tmp_path: Path) -> None:
     items, _ = plan(flags, "--tasks", "imagenet_linprobe", "--set", "imagenet_linprobe.batch=4")
     job = items[0].job
-    record = read_or_write_failure(job, -signal.SIGKILL, "step 3", tmp_path / "log")
+    record = read_or_write_failure(job, {}, -signal.SIGKILL, "step 3", tmp_path / "log")
     assert record.status == "failed"
     assert "SIGKILL" in record.reason
     assert read_record(job.work / "record.json") == record
