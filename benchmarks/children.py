@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -124,6 +125,28 @@ class Child:
         """Ask it to save and end. torchrun passes SIGTERM on to its processes; a plain child takes SIGINT."""
         self.process.send_signal(signal.SIGTERM if self.torchrun else signal.SIGINT)
 
+    def kill(self) -> None:
+        """torchrun's processes do not end with it, each being in a session of its own."""
+        if self.torchrun and isinstance(self.process, subprocess.Popen) and self.process.poll() is None:
+            kill_with_descendants(self.process.pid)
+        else:
+            self.process.kill()
+
+
+def kill_with_descendants(process: int) -> None:
+    """Kill a process and, on Linux, all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = [process]
+    for one in found:
+        found += children.get(one, [])
+    for one in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(one, signal.SIGKILL)
+
 
 def stop_all(children: Sequence[Child]) -> None:
     """Ask all of them to save and end, and wait for it. Another Ctrl-C kills them."""
@@ -138,7 +161,7 @@ def stop_all(children: Sequence[Child]) -> None:
             pass
     finally:
         for child in children:
-            child.process.kill()
+            child.kill()
 
 
 def run_child(command: Sequence[str], log: Path) -> tuple[int, str]:

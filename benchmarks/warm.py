@@ -32,6 +32,7 @@ FAMILIES = "transfer."  # python -m transfer.NAME runs tasks that are in transfe
 # A server's forks have its environment, since libraries read theirs when they are loaded. But for these:
 READ_LATE = {"CUDA_VISIBLE_DEVICES"}
 GPUS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's driver, also under Windows; AMD's
+SAVING = 600  # seconds that torchrun leaves its processes to finish a step and save; by default 30
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a scheduler sends them to all processes of a job
 
 
@@ -43,7 +44,8 @@ def waiting(environment: Mapping[str, str]) -> dict[str, str]:
 
 def surroundings() -> dict[str, str]:
     """The environment of the children of this process."""
-    return {**waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1"}
+    saving = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVING)}
+    return {**saving, **waiting(os.environ), **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen | Fork":

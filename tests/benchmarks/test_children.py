@@ -7,15 +7,20 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousParameters, c10d_rendezvous_backend
+from torch.distributed.run import config_from_args, parse_args
 
 from benchmarks import run_all
-from benchmarks.children import Child, run_child, stop_all, task_command
+from benchmarks.children import Child, launcher, run_child, stop_all, task_command
 from benchmarks.plan import make_plan
 from benchmarks.suite import TASKS
+from benchmarks.warm import surroundings
 from mae_core.checkpoint import save_weights
+from mae_core.claim import begun
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import CLASSES, write_c, write_imagenet
 from transfer import cli
@@ -163,3 +168,65 @@ def test_children_are_stopped_together_and_killed_by_a_second_ctrl_c(tmp_path: P
     assert [child.wait(300) for child in children] == [-signal.SIGKILL] * 2
     assert [child.last for child in children] == ["asked"] * 2
     assert "Ctrl-C again to kill" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_kills_the_processes_of_torchrun_too(tmp_path: Path) -> None:
+    """They have sessions of their own, and would go on without it."""
+    program = tmp_path / "deaf.py"
+    program.write_text(
+        "import os, pathlib, signal, time\n"
+        "def note(what): pathlib.Path(__file__).with_name(f'{what}-{os.getpid()}').touch()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: note('asked'))\n"
+        "note('begun')\n"
+        "while True: time.sleep(1)\n"
+    )
+
+    def noted(what: str) -> list[int]:
+        found: list[int] = []
+        while len(found) < 2:
+            time.sleep(0.01)
+            found = [int(path.name.partition("-")[2]) for path in tmp_path.glob(f"{what}-*")]
+        return found
+
+    torchrun = Child([*launcher(2), str(program)], tmp_path / "log")
+    processes = noted("begun")
+
+    def strike() -> None:
+        noted("asked")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=strike, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        stop_all([torchrun])
+    assert torchrun.wait(300) == -signal.SIGKILL
+    while any(begun(process) for process in processes):  # its zombie is nobody
+        time.sleep(0.01)
+
+
+def test_torchrun_leaves_its_processes_time_to_save(tmp_path: Path, monkeypatch) -> None:
+    """By torch's own reading of the environment, whose default is half a minute."""
+    program = "from torch.distributed.launcher.api import LaunchConfig as C; print(C(1, 1, 1).shutdown_timeout)"
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    assert run_child([sys.executable, "-c", program], tmp_path / "log") == (0, "600")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    assert surroundings()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
+
+
+def test_who_comes_first_to_the_meeting_of_nodes_waits(monkeypatch) -> None:
+    """What torch makes of the command: how long it tries to reach the endpoint, and waits for the others there."""
+    _, _, _, *flags = launcher(2, 2, "node7:29500", "a-name")
+    config, _, _ = config_from_args(parse_args([*flags, "-m", "transfer.classification"]))
+    options = dict(config.rdzv_configs)
+    asked = []
+
+    def store(host: str, port: int, timeout: timedelta, **others: object) -> None:
+        asked.append((host, port, timeout))
+
+    monkeypatch.setattr(c10d_rendezvous_backend, "TCPStore", store)
+    meeting = RendezvousParameters(
+        config.rdzv_backend, config.rdzv_endpoint, config.run_id, config.min_nodes, config.max_nodes, **options
+    )
+    c10d_rendezvous_backend._create_tcp_store(meeting)
+    week = 7 * 24 * 3600
+    assert asked == [("node7", 29500, timedelta(seconds=week))]
+    assert meeting.get_as_int("join_timeout") == week
