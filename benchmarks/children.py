@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.warm import start, surroundings
 from mae_core.files import printable
 from mae_core.settings import as_typed
-from mae_core.stopping import stop_postponed
+from mae_core.stopping import stop_postponed, stop_signals
 from mae_core.writing import named_if_refused, open_to_append
 from transfer.jobs import task_argument
 from transfer.task import Job
@@ -133,8 +133,8 @@ class Child:
             self.process.kill()
 
 
-def kill_with_descendants(process: int) -> None:
-    """Kill a process and, on Linux, all that descend from it."""
+def with_descendants(process: int) -> list[int]:
+    """A process and, on Linux, all that descend from it."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -143,15 +143,21 @@ def kill_with_descendants(process: int) -> None:
     found = [process]
     for one in found:
         found += children.get(one, [])
-    for one in found:
+    return found
+
+
+def kill_with_descendants(process: int) -> None:
+    for one in with_descendants(process):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(one, signal.SIGKILL)
 
 
 def stop_all(children: Sequence[Child]) -> None:
-    """Ask all of them to save and end, and wait for it. Another Ctrl-C kills them."""
+    """Ask all of them to save and end, and wait for it. Another Ctrl-C kills them; no other signal does."""
     if not children:
         return
+    # A scheduler may send SIGTERM to all processes of a job, and once more by their parent.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals() if number != signal.SIGINT}
     try:
         for child in children:
             child.stop()
@@ -162,6 +168,8 @@ def stop_all(children: Sequence[Child]) -> None:
     finally:
         for child in children:
             child.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_child(command: Sequence[str], log: Path) -> tuple[int, str]:

@@ -1,20 +1,19 @@
 """The units of a plan as SLURM jobs, by submitit: each runs its part of the plan with the command that a user would."""
 
 import argparse
-import os
 import re
-import signal
 import subprocess
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.launch.on_node import OnNode
 from benchmarks.launch.units import Unit, key_of, unit_command
 from benchmarks.plan import Item
 from mae_core.claim import claimed
 from mae_core.errors import UserError
 from mae_core.settings import did_you_mean
+from mae_core.stopping import stop_held
 from mae_core.writing import read_object, write_json
 from transfer.jobs import cached_or_skipped
 
@@ -26,51 +25,6 @@ KNOWN += ("nodelist", "comment", "array_parallelism", "signal_delay_s", "mail_ty
 REQUEUES = 10_000  # submitit's own limit of 3 would end a long training
 
 
-class OnNode:
-    """Runs a command within a SLURM job; submitit calls it in one process of each node. On SLURM's signal, before the
-    time limit or a preemption, the command saves and ends, and the job is queued again to go on."""
-
-    def __init__(self, command: list[str], nodes: int) -> None:
-        self.command, self.nodes = command, nodes
-        self.process: subprocess.Popen | None = None
-        self.waiter: threading.Thread | None = None
-
-    def __call__(self) -> None:
-        self.process = subprocess.Popen([*self.command, *self.meeting()])
-        # Waited for in a thread: the signal's handler runs within this one, which must hold no lock of Popen's.
-        self.waiter = threading.Thread(target=self.process.wait)
-        self.waiter.start()
-        self.join()
-        if code := self.process.returncode:
-            raise SystemExit(code if code > 0 else 1)
-
-    def join(self) -> None:
-        assert self.waiter is not None
-        while self.waiter.is_alive():
-            self.waiter.join(0.2)
-
-    def meeting(self) -> list[str]:
-        """Where the nodes of a job find each other."""
-        if self.nodes == 1:
-            return []
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000
-        return ["--nodes", str(self.nodes), "--rdzv-endpoint", f"{names.stdout.split()[0]}:{port}"]
-
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        if self.process is not None:
-            os.kill(self.process.pid, signal.SIGINT)
-            self.join()
-        return DelayedSubmission(OnNode(self.command, self.nodes))
-
-
 def parameters(settings: Sequence[str]) -> dict[str, Any]:
     """["time=1-12:00:00", "partition=gpu"] -> submitit's parameters; UserError for any other."""
     found: dict[str, Any] = dict(DEFAULTS)
@@ -80,6 +34,8 @@ def parameters(settings: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--slurm {setting}: write KEY=VALUE, as in partition=gpu")
         if key not in KNOWN:
             raise UserError(f"--slurm {setting}: unknown key; {did_you_mean(key, KNOWN)}")
+        if key == "signal_delay_s" and not value.isdecimal():
+            raise UserError(f"--slurm {setting}: give seconds")
         found[key] = minutes(value) if key == "time" else int(value) if value.isdecimal() else value
     return found
 
@@ -161,12 +117,15 @@ def submit(units: Sequence[Unit], args: argparse.Namespace) -> int:
             for (gpus, nodes, after), members in groups.items():
                 executor.parameters.clear()
                 executor.update_parameters(**wanted, **resources(members[0], gpus, nodes), dependency=after)
-                jobs = send(executor, [OnNode(unit_command(left[unit], args, gpus), nodes) for unit in members])
+                calls = [on_node(unit, unit_command(left[unit], args, gpus), wanted) for unit in members]
+                with stop_held():  # for sbatch too: a job that nobody has noted would be submitted again
+                    jobs = send(executor, calls)
+                    for unit, job in zip(members, jobs):
+                        ids |= {key_of(item.job): job for item in left[unit]}
+                    write_json(jobs_file(args.out), {**known, **ids})
                 for unit, job in zip(members, jobs):
-                    ids |= {key_of(item.job): job for item in left[unit]}
                     print(f"SLURM job {job}: {unit.label}{f' (after {after})' if after else ''}", flush=True)
                 count += len(jobs)
-                write_json(jobs_file(args.out), {**known, **ids})
             waiting = [unit for unit in waiting if unit not in ready]
     # SLURM lists a job for a while after its record is there.
     queued = sum(item.state != "done" and key_of(item.job) in there for unit in units for item in unit.items)
@@ -188,6 +147,12 @@ def resources(unit: Unit, gpus: int, nodes: int) -> dict[str, Any]:
     on_gpus = unit.first.machine.device.startswith("cuda")
     asked: dict[str, Any] = {"nodes": nodes, "ntasks_per_node": 1, "job_name": "mae-transfer"}
     return asked | ({"gpus_per_node": gpus} if on_gpus else {})
+
+
+def on_node(unit: Unit, command: list[str], wanted: Mapping[str, Any]) -> OnNode:
+    """What a unit's job runs. wanted: submitit's parameters."""
+    results = unit.first.work.absolute().parents[1]
+    return OnNode(command, unit.nodes, 60.0 * wanted["time"], float(wanted["signal_delay_s"]), results, unit.first.seed)
 
 
 def send(executor: Any, calls: Sequence[OnNode]) -> list[str]:

@@ -21,6 +21,7 @@ from benchmarks.suite import TASKS
 from benchmarks.warm import surroundings
 from mae_core.checkpoint import save_weights
 from mae_core.claim import begun
+from mae_core.stopping import stop_on_signals
 from mae_core.vit import build_vit
 from tests.fixtures.transfer import CLASSES, write_c, write_imagenet
 from transfer import cli
@@ -168,6 +169,35 @@ def test_children_are_stopped_together_and_killed_by_a_second_ctrl_c(tmp_path: P
     assert [child.wait(300) for child in children] == [-signal.SIGKILL] * 2
     assert [child.last for child in children] == ["asked"] * 2
     assert "Ctrl-C again to kill" in capsys.readouterr().out
+
+
+def test_a_schedulers_signal_that_comes_again_does_not_kill_who_still_saves(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys, time; signal.signal(2, lambda *_: print('asked', flush=True)); print('begun')\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "print('saved')"
+    )
+    child = Child([sys.executable, "-u", "-c", program, str(tmp_path / "go")], tmp_path / "log")
+    while child.last != "begun":
+        time.sleep(0.01)
+
+    def strike() -> None:
+        while child.last != "asked":
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # in which it would be killed
+        (tmp_path / "go").touch()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stop_on_signals()
+    threading.Thread(target=strike, daemon=True).start()
+    try:
+        stop_all([child])
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (child.wait(300), child.last) == (0, "saved")
 
 
 def test_a_second_ctrl_c_kills_the_processes_of_torchrun_too(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_times_are_slurms(text, found) -> None:
         ("partitin=gpu", "did you mean partition?"),
         ("time=soon", "give minutes, H:MM:SS or D-HH:MM:SS"),
         ("nodes=2", "unknown key"),
+        ("signal_delay_s=2m", "give seconds"),
     ],
 )
 def test_a_wrong_setting_is_refused(setting, said) -> None:
@@ -107,6 +108,23 @@ def test_on_a_cluster_the_gpus_are_not_those_of_the_machine_that_submits(data, t
     assert "  on SLURM, bf16" in capsys.readouterr().out.splitlines()
 
 
+def test_ctrl_c_leaves_no_job_that_nobody_has_noted(data, tmp_path) -> None:
+    """It reaches sbatch too, as in a terminal: the next call would submit the job again."""
+    pytest.importorskip("submitit")
+    # As a program in C, which inherits the signals that are blocked.
+    strike = f"#!{sys.executable}\nimport os\nfor p in (os.getppid(), os.getpid()): os.kill(p, 2)\n"
+    strike += "print('Submitted batch job 17')\n"
+    for name, script in {"srun": "#!/bin/sh\n", "sbatch": strike}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "out"
+    call = [sys.executable, "-m", "benchmarks.run_all", *flags(data, out, "imagenet_knn"), *SLURM]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 130, done.stderr
+    assert list(json.loads((out / "slurm" / "jobs.json").read_text()).values()) == ["17"]
+
+
 @pytest.fixture(scope="session")
 def cluster():
     pytest.importorskip("submitit")
@@ -162,8 +180,8 @@ def test_a_training_that_is_preempted_goes_on_and_ends_with_the_same_weights(clu
     """USR2 is what SLURM sends before a preemption or the time limit; a requeue by hand ends the job without it."""
     out, plain = tmp_path / "out", tmp_path / "plain"
     wanted = ["imagenet_finetune"]
-    submit(cluster, *flags(data, out, *wanted, epochs=150), *SLURM, "--save-minutes", "0")
-    cluster.wait(lambda: any(out.glob("runs/**/checkpoint.pth")), LIMIT)
+    submit(cluster, *flags(data, out, *wanted, epochs=150), *SLURM, "--save-minutes", "600")
+    cluster.wait(lambda: any(log.read_text() for log in out.glob("runs/**/log.jsonl")), LIMIT)
     [job] = json.loads((out / "slurm" / "jobs.json").read_text()).values()
     cluster.call(*by, job)
     cluster.wait(lambda: not cluster.queue(), LIMIT)
