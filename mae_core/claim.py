@@ -10,6 +10,7 @@ ends when it has not been touched for a while by the clock of the one who watche
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -31,6 +32,10 @@ BEAT = 10.0  # seconds between two touches
 SILENT = 120.0  # seconds without one after which the owner counts as gone
 # What `replacing` and safetensors call a file until it is whole.
 LEFTOVER = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")
+
+
+class InUse(UserError):
+    """Another run holds the folder."""
 
 
 class Claim:
@@ -111,19 +116,19 @@ class Watch:
         return owner if now - self.since < SILENT else None
 
 
-def take_claim(folder: Path, wait: bool = False) -> Claim:
-    """Claim a folder, which is made if missing, and clear it of what killed runs left. UserError that names who holds
-    it already; wait: until that one ends, instead."""
+def take_claim(folder: Path, wait: bool = False, patience: float = math.inf) -> Claim:
+    """Claim a folder, which is made if missing, and clear it of what killed runs left. InUse, which names who holds it
+    already; wait: until that one ends, instead, or for `patience` seconds (more than SILENT)."""
     with named_if_refused(folder / ".claim"):
         folder.mkdir(parents=True, exist_ok=True)
-        watch, told = Watch(folder), False
+        watch, told, deadline = Watch(folder), False, time.monotonic() + patience
         while True:
             owner = watch.holder()
             if owner is None and (claim := create(folder, watch.number + 1)):
                 clear_leftovers(folder)
                 return claim
-            if owner and watch.certain and not wait:
-                raise UserError(f"{folder} is in use by {in_words(owner)}: wait, or use another --out")
+            if owner and ((watch.certain and not wait) or time.monotonic() > deadline):
+                raise InUse(f"{folder} is in use by {in_words(owner)}: wait, or use another --out")
             if owner and not told:
                 told = True
                 what = "waiting for it" if wait else f"watching for {SILENT:.0f} s whether it is at work"

@@ -1,5 +1,6 @@
 """The processes that torchrun started: who this one is, and what they do together. Without torchrun there is one."""
 
+import math
 import os
 import sys
 import traceback
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mae_core.claim import take_claim
+from mae_core.claim import InUse, take_claim
 from mae_core.errors import UserError
 
 T = TypeVar("T")
@@ -24,6 +25,7 @@ P = ParamSpec("P")
 PRESET = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 UNSET = f"start several processes with torchrun, or one with `env {' '.join(f'-u {name}' for name in PRESET)}`"
 TOGETHER = timedelta(hours=2)  # ranks wait for rank 0 while it evaluates or writes: 10 minutes are too short
+ROUND = 600.0  # seconds that rank 0 waits for another run before it lets the others know
 JOINING = timedelta(minutes=1)  # without torchrun, which waits for all before it starts any
 
 
@@ -184,14 +186,17 @@ def any_process(*flags: bool) -> tuple[bool, ...]:
 def alone_in(folder: Path, wait: bool = False) -> Iterator[None]:
     """Claim a folder for all processes of this run. If another run is at work there, each gets the UserError, or waits
     for its end."""
-    claim, problem = None, ""
-    if is_main():
-        try:
-            claim = take_claim(folder, wait)
-        except UserError as e:
-            problem = str(e)
+    claim, problem, waits = None, "", True
     try:
-        if problem := gather_to_all(problem)[0]:
+        while waits:
+            problem, waits = "", False
+            if is_main():
+                try:
+                    claim = take_claim(folder, wait, ROUND if world_size() > 1 else math.inf)
+                except UserError as e:
+                    problem, waits = str(e), wait and isinstance(e, InUse)
+            problem, waits = gather_to_all((problem, waits))[0]
+        if problem:
             raise UserError(problem)
         yield
     finally:

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -184,10 +185,12 @@ def versions(further: Sequence[str] = ()) -> dict[str, str]:
 COMMIT_FILE = "COMMIT"
 
 
+@cache
 def commit() -> str:
     """The commit of the checkout that tracks this file, with "-dirty" where tracked files differ from it; in a bundle
     (benchmarks/gpu_bundle.py) the one it was made from. Empty without one, also where a wheel is installed inside
-    another project's checkout."""
+    another project's checkout. Asked once for a process and its forks, to be called when it begins its work: the
+    sources may change while it runs."""
     path = Path(__file__).resolve()
     bundled = path.parent.parent / COMMIT_FILE
     if bundled.exists():

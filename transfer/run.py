@@ -190,6 +190,7 @@ def run_job(job: Job, wait: bool = False) -> Record:
 
 def run_claimed(job: Job) -> Record:
     started = time.monotonic()
+    commit()  # that of the code which runs, not of what lies there when the record is written
     mark(job)
     if distributed.is_main():
         for name in (RECORD_FILE, TRACEBACK_FILE):  # from an earlier attempt

@@ -130,7 +130,11 @@ def test_a_bundle_never_replaces_a_folder_of_other_files(tmp_path, capsys):
 def test_a_bundle_knows_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "mae_core" / "machine.py"))
     (tmp_path / machine.COMMIT_FILE).write_text("0123abc\n")
-    assert machine.commit() == "0123abc"
+    machine.commit.cache_clear()
+    try:
+        assert machine.commit() == "0123abc"
+    finally:
+        machine.commit.cache_clear()
 
 
 def test_both_ways_of_pretraining_start_anew(tmp_path, monkeypatch):

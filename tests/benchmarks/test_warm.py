@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,20 @@ def test_the_environment_is_the_childs_own_and_what_libraries_read_at_once_takes
     assert len(imports(place)) == 1
     assert ended(place, said, OMP_NUM_THREADS="2") == (0, "None 2 None")
     assert [line.split()[1] for line in imports(place)] == ["1", "2"]
+
+
+@pytest.mark.slow
+def test_records_name_the_commit_of_the_code_that_was_imported(place: Path, monkeypatch) -> None:
+    """A checkout that is updated changes nothing for a server that runs."""
+    for package in ("mae_core", "benchmarks"):
+        shutil.copytree(ROOT / package, place / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(place)
+    said = "from mae_core import machine; print(machine.__file__, machine.commit())"
+    found = []
+    for commit in ("monday", "tuesday"):
+        (place / "COMMIT").write_text(commit)
+        found.append(ended(place, said))
+    assert found == [(0, f"{place}/mae_core/machine.py monday")] * 2
 
 
 def test_they_work_where_the_client_works_and_draw_other_numbers(place: Path, monkeypatch) -> None:

@@ -1,11 +1,13 @@
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import pytest
 
 from mae_core import distributed
+from mae_core.claim import claimed
 from mae_core.distributed import PRESET, check_alone, process_group, rank, world_size
 from mae_core.errors import UserError
 from tests.fixtures.transfer import PROCESS, TORCHRUN
@@ -34,6 +36,25 @@ def main():
     return 1
 
 sys.exit(main())
+"""
+
+# Run by torchrun: two processes wait for another run's folder, and the second notes for how long.
+WAITS = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from mae_core import distributed
+distributed.TOGETHER, distributed.ROUND = timedelta(seconds=8), 1.0
+with distributed.process_group("cpu"):
+    begun, gather = time.monotonic(), distributed.gather_to_all
+    def noted(value):
+        found = gather(value)
+        if distributed.rank() == 1:
+            Path(sys.argv[2]).write_text(str(time.monotonic() - begun))
+        return found
+    distributed.gather_to_all = noted
+    with distributed.alone_in(Path(sys.argv[1]), wait=True):
+        print("in", flush=True)
 """
 
 
@@ -121,3 +142,19 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_others(tmp_path, error
     done = subprocess.run([sys.executable, *TORCHRUN, script], **PROCESS, capture_output=True, text=True, timeout=500)
     assert said in "\n" + done.stderr
     assert done.returncode == 1
+
+
+@pytest.mark.slow
+def test_processes_wait_for_another_run_longer_than_for_each_other(tmp_path):
+    """They wait for each other for two hours, here for eight seconds, and for a training that another run is at work on
+    as long as it takes."""
+    script, note = tmp_path / "waits.py", tmp_path / "note"
+    script.write_text(WAITS)
+    with claimed(tmp_path / "work"):
+        command = [sys.executable, *TORCHRUN, script, tmp_path / "work", note]
+        run = subprocess.Popen(command, **PROCESS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while run.poll() is None and not (note.exists() and float(note.read_text() or 0) > 12):
+            time.sleep(0.05)
+    said, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, said
+    assert said.count("in\n") == 2

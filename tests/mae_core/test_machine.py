@@ -11,6 +11,17 @@ from mae_core import flags, machine
 from mae_core.errors import UserError
 
 
+def commit_now():
+    machine.commit.cache_clear()
+    return machine.commit()
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    machine.commit.cache_clear()
+
+
 def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(tmp_path, monkeypatch):
     """A wheel inside another project's checkout (its .venv, say) must not report that project's commit."""
 
@@ -23,22 +34,22 @@ def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(tmp_path, mo
     path.parent.mkdir()
     path.write_text("as installed\n")
     monkeypatch.setattr(machine, "__file__", str(path))
-    assert machine.commit() == ""  # in no checkout
+    assert commit_now() == ""  # in no checkout
 
     git("init", "--quiet")
     (tmp_path / "theirs.txt").write_text("another project\n")
     git("add", "theirs.txt")
     git("commit", "--quiet", "-m", "theirs")
-    assert machine.commit() == ""  # in a checkout that does not track it
+    assert commit_now() == ""  # in a checkout that does not track it
 
     git("add", "lib")
     git("commit", "--quiet", "-m", "ours")
     head = git("rev-parse", "HEAD")
     assert len(head) == 40
-    assert machine.commit() == head
+    assert commit_now() == head
 
     (tmp_path / "theirs.txt").write_text("changed, in another folder\n")
-    assert machine.commit() == f"{head}-dirty"
+    assert commit_now() == f"{head}-dirty"
 
 
 def resolved(*given, processes=0):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mae_core import machine
 from mae_core.claim import claimed
 from mae_core.errors import UserError
 from mae_core.machine import Machine
@@ -60,6 +61,23 @@ def test_a_job_that_succeeds_leaves_a_record_with_its_biography(job):
     assert record.recipe["epochs"] == 2
     assert torch.__version__.startswith(record.versions["torch"])
     assert record.peak_memory_gib > 0
+
+
+def test_the_commit_is_that_of_the_code_that_ran(tmp_path, monkeypatch):
+    """Not that of a checkout which was updated meanwhile."""
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "mae_core" / "machine.py"))
+    file = tmp_path / machine.COMMIT_FILE
+    file.write_text("monday")
+
+    def run(job: Job) -> Result:
+        file.write_text("tuesday")
+        return succeed(job)
+
+    machine.commit.cache_clear()
+    try:
+        assert run_job(job_that(run, tmp_path / "work")).commit == "monday"
+    finally:
+        machine.commit.cache_clear()
 
 
 def test_names_that_no_file_may_have_are_shortened_and_stay_apart(job):
