@@ -27,22 +27,20 @@ from transfer.task import RECORD_FILE, Job, Record
 POLL = 0.1  # seconds between two looks at the children
 LATE = 60.0  # seconds
 LOOK = 1.0  # seconds between two looks at a claim that another run holds
-
-
 Mark = tuple[int, int]  # inode and time of a record
 
 
 @dataclass
 class Running:
+    """A child at work. before: by work folder, its record when the child was started."""
+
     unit: Unit
     jobs: list[Job]
     slots: list[int]
     child: Child
     title: str
     started: float
-    before: dict[Path, Mark | None] = field(
-        default_factory=dict
-    )  # by work folder: its record when the child was started
+    before: dict[Path, Mark | None] = field(default_factory=dict)
 
 
 @dataclass
