@@ -306,7 +306,7 @@ def test_the_miniatures_records_foretell_each_other_within_a_quarter(monkeypatch
     first = [record for record in MINIATURE if record.seed == 0]
     known = [record for record in first if record.checkpoint["name"] == "mae_mini"]
     long = {record.task: record for record in first if record not in known and record.seconds > 60}
-    alike = (("imagenet_finetune",), ("coco",), ("ade20k",))
+    alike = (("imagenet_finetune",), ("imagenet_linprobe",), ("coco",), ("ade20k",))
     alike += (("places205", "places365"), ("inat2017", "inat2018", "inat2019"))
     assert long.keys() == {task for tasks in alike for task in tasks}
     rates = Rates(recorded=recorded_rates(known, [as_job(record) for record in known]))
