@@ -6,8 +6,10 @@ import os
 from functools import cache
 from pathlib import Path
 
-from mae_core.data import images_or_shards
 from mae_core.errors import UserError
+from mae_core.listing import images_or_shards
+from mae_core.pretrain import WEIGHTS_FILE
+from mae_core.training import CHECKPOINT_FILE
 from mae_core.writing import read_object, write_json
 from transfer.data.findings import spread
 
@@ -16,9 +18,14 @@ MEASURED = 1000  # images, spread over the list, whose sizes are looked at: a mi
 
 
 def note_images(work: Path, data: Path) -> None:
-    """Note in a cell's folder which images it is pre-trained on, from its beginning on."""
-    if not (work / IMAGES_FILE).exists():
-        write_json(work / IMAGES_FILE, images_of(data))
+    """Note in a cell's folder, before it is begun, which images it will be pre-trained on: as they are now, since
+    earlier cells may have taken days."""
+    if not begun(work):
+        write_json(work / IMAGES_FILE, images_of.__wrapped__(data))
+
+
+def begun(work: Path) -> bool:
+    return any((work / name).exists() for name in (WEIGHTS_FILE, CHECKPOINT_FILE))
 
 
 def check_images(work: Path, data: Path) -> None:
@@ -26,7 +33,7 @@ def check_images(work: Path, data: Path) -> None:
     only now be complete. Earlier versions noted nothing."""
     marker = work / IMAGES_FILE
     try:
-        noted = read_object(marker) if marker.exists() else None
+        noted = read_object(marker) if marker.exists() and begun(work) else None
     except (OSError, ValueError) as e:
         raise UserError(f"{marker} is damaged ({e}): delete it") from None
     if noted not in (None, images_of(data)):

@@ -28,11 +28,12 @@ try:
     from mae_core.checkpoint import sha256_of
     from mae_core.claim import claimed, clear_leftovers
     from mae_core.command_line import answered
-    from mae_core.data import images_or_shards
     from mae_core.distributed import check_alone
     from mae_core.errors import UserError
     from mae_core.flags import add_common_flags, seed
+    from mae_core.listing import images_or_shards
     from mae_core.machine import Machine, hardware, machine_from
+    from mae_core.pretrain import WEIGHTS_FILE
     from mae_core.progress import duration
     from mae_core.recipe import PretrainRecipe, recipe
     from mae_core.settings import as_typed, override, unknown
@@ -48,8 +49,6 @@ except ModuleNotFoundError as e:
     where = "run it with the Python that has this project installed: .venv/bin/python after `make install`"
     print(f"error: {sys.executable} lacks {e.name}: {where}", file=sys.stderr)
     sys.exit(2)
-
-WEIGHTS_FILE = "mae.safetensors"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -28,12 +28,12 @@ from mae_core.data import (
     STD,
     Images,
     TrainingStream,
-    images_or_shards,
     loader,
     normalize,
     pretraining_transform,
 )
 from mae_core.errors import UserError
+from mae_core.listing import images_or_shards
 from mae_core.machine import Machine, suit_attention
 from mae_core.outputs import outputs_of
 from mae_core.shards import bytes_of, list_shards

@@ -10,9 +10,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae_core import distributed
-from mae_core.data import Images, image_paths, loader, normalize, pretraining_transform
+from mae_core.data import Images, loader, normalize, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.knn import knn_predict
+from mae_core.listing import image_paths
 from mae_core.machine import Machine
 
 # At most so many, spread evenly over the list: ImageNet's 1.28 million would take longer than an epoch's training.

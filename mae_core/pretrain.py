@@ -20,12 +20,13 @@ from mae_core import distributed
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import save_weights
 from mae_core.command_line import answered
-from mae_core.data import Images, images_or_shards, normalize, pretraining_transform, seed_for
+from mae_core.data import Images, normalize, pretraining_transform, seed_for
 from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.fitted_target import make_target, tokenizer_sha256
 from mae_core.flags import add_machine_flags, add_tracker_flag, named_path, non_negative_int, program, seed
 from mae_core.follow import Labelled, knn_top1, labelled_folder
+from mae_core.listing import images_or_shards
 from mae_core.loop import check_batch, fit, micro_batch_for
 from mae_core.machine import Machine, can_compile, hardware, machine_from, peak_memory_gib
 from mae_core.masking import mask_noise

@@ -20,10 +20,11 @@ from torchvision.transforms import InterpolationMode, v2
 from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.checkpoint import Checkpoint, CheckpointError, check_shapes, printable, read_checkpoint
 from mae_core.command_line import answered
-from mae_core.data import MEAN, STD, list_images, normalize
+from mae_core.data import MEAN, STD, normalize
 from mae_core.decode import UNREADABLE, read_image
 from mae_core.errors import UserError
 from mae_core.flags import named_path, program, seed
+from mae_core.listing import list_images
 from mae_core.patches import patchify, unpatchify
 from mae_core.targets import KMeansTokenizer, PCATarget, Target, TokenTarget
 from mae_core.vit import ARCHS

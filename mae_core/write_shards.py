@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_core import distributed
 from mae_core.command_line import answered
-from mae_core.data import MAX_UNREADABLE, images_or_shards
+from mae_core.data import MAX_UNREADABLE
 from mae_core.decode import UNREADABLE, as_rgb, opened
 from mae_core.errors import UserError
 from mae_core.files import printable
 from mae_core.flags import named_path, non_negative_int
+from mae_core.listing import images_or_shards
 from mae_core.machine import cores
 from mae_core.progress import Progress
 from mae_core.shards import LISTING, bytes_of, member_name

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mae_core.data import list_images
 from mae_core.errors import UserError
+from mae_core.listing import list_images
 
 
 def some_images(data: Path, folder: Path, train: int, val: int = 0) -> Path:

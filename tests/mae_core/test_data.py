@@ -10,18 +10,10 @@ from torchvision import transforms as v1
 
 from mae_core import data, distributed
 from mae_core.batch import InTurn, Numbered
-from mae_core.data import (
-    Images,
-    Sample,
-    TrainingStream,
-    images_or_shards,
-    list_images,
-    loader,
-    normalize,
-    pretraining_transform,
-)
+from mae_core.data import Images, Sample, TrainingStream, loader, normalize, pretraining_transform
 from mae_core.decode import read_pixels
 from mae_core.errors import UserError
+from mae_core.listing import images_or_shards, list_images
 
 
 def flat(stream):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mae_core.data import images_or_shards, list_images
 from mae_core.decode import UNREADABLE, read_image, read_pixels
 from mae_core.errors import UserError
 from mae_core.files import escape_output, images_among, is_image, leaves, leaving, open_regular, printable, walk
+from mae_core.listing import images_or_shards, list_images
 from mae_core.writing import write_json
 
 

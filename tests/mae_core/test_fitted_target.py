@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from mae_core.checkpoint import read_file, save_weights
-from mae_core.data import Images, Sample, list_images, normalize, pretraining_transform
+from mae_core.data import Images, Sample, normalize, pretraining_transform
 from mae_core.errors import UserError
 from mae_core.fitted_target import PATCHES_PER_IMAGE, TARGET_FILE, make_target, sample_patches
+from mae_core.listing import list_images
 from mae_core.patches import patchify
 from mae_core.recipe import recipe
 

@@ -14,6 +14,7 @@ from mae_core import data, native
 from mae_core.crops import Crop
 from mae_core.data import Images, Sample, loader, pretraining_transform, seed_all, seed_for
 from mae_core.errors import UserError
+from mae_core.listing import images_or_shards
 from mae_core.native.__main__ import build
 from tests.fixtures import SHARED
 from tests.fixtures.image import broken_files, encoded, odd_files, photograph
@@ -170,7 +171,7 @@ def test_batches_are_assembled_in_their_place_whoever_reads(tmp_path, used):
         (tmp_path / f"{number}.{kind.lower()}").write_bytes(encoded(photograph(60 + number, 50, number), kind))
     files = sorted(tmp_path.iterdir())
     pack(tmp_path / "x" / "0.tar", [(file.name, file.read_bytes()) for file in files])
-    entries = data.images_or_shards(tmp_path / "x")
+    entries = images_or_shards(tmp_path / "x")
     batches = [[Sample(0, 0), Sample(1, 1), Sample(1, 2), Sample(2, 3)], [Sample(3, 4), Sample(4, 5), Sample(5, 6)]]
     expected = None
     for listed in (files, entries):
@@ -195,7 +196,7 @@ def test_entries_of_any_name_are_found_in_their_tar(tmp_path, used):
     entries = []
     for folder in ("x", "y.tar!", "z@1+2.tar"):
         pack(tmp_path / folder / "0.tar", list(zip(names, contents)))
-        entries += data.images_or_shards(tmp_path / folder)
+        entries += images_or_shards(tmp_path / folder)
     dataset = Images(entries, pretraining_transform(32), seed=4)
     assert len(entries) == 3 * len(names)
     for index in range(len(entries)):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.data import Images, list_images
+from mae_core.data import Images
 from mae_core.errors import UserError
+from mae_core.listing import list_images
 from mae_core.machine import Machine
 from mae_core.outputs import outputs_of
 from transfer.data.transforms import eval_transform

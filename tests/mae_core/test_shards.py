@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from mae_core.data import images_or_shards
 from mae_core.decode import read_image, read_pixels
 from mae_core.errors import UserError
+from mae_core.listing import images_or_shards
 from mae_core.shards import list_members, list_shards
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mae_core import workers
-from mae_core.data import Images, Sample, Targets, list_images, loader, pretraining_transform
+from mae_core.data import Images, Sample, Targets, loader, pretraining_transform
 from mae_core.errors import UserError
+from mae_core.listing import list_images
 from mae_core.workers import MIB, fitting_workers
 from tests.fixtures import ROOT
 
@@ -111,9 +112,8 @@ def test_batches_of_images_are_counted_only_until_they_are_taken(machine, noise_
     size = 4 * (3 * 48 * 48 + 8)  # bytes of the images and their labels
     monkeypatch.setattr(workers, "MIB", 1)
     machine(0, 10_000)
-    free = SimpleNamespace(
-        f_bavail=10 * size, f_frsize=1
-    )  # of which nine tenths: two of each of four, and the one taken
+    # Nine tenths of it are two of each of four workers, and the one taken.
+    free = SimpleNamespace(f_bavail=10 * size, f_frsize=1)
     monkeypatch.setattr(workers.os, "statvfs", lambda path: free)
     images = Images(files, pretraining_transform(48))
     batches = [[Sample(i, i) for i in range(4)]] * 2

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mae_core import write_shards
-from mae_core.data import images_or_shards
 from mae_core.decode import read_image
+from mae_core.listing import images_or_shards
 from tests.fixtures import ROOT
 from tests.fixtures.image import broken_files, encoded, photograph
 from transfer.data.imagenet import read_split, wnids
