@@ -157,18 +157,18 @@ def stop_all(children: Sequence[Child]) -> None:
     if not children:
         return
     # A scheduler may send SIGTERM to all processes of a job, and once more by their parent.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals() if number != signal.SIGINT}
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in stop_signals() if number != signal.SIGINT}
     try:
         for child in children:
             child.stop()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # the terminal, or who reads, may be gone
             print("\nstopping: the step under way is finished and saved (Ctrl-C again to kill)", flush=True)
         while any(child.wait(0.1) is None for child in children):
             pass
     finally:
         for child in children:
             child.kill()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

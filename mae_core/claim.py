@@ -191,8 +191,13 @@ def parsed(content: bytes) -> dict[str, Any]:
 def this_process() -> dict[str, Any]:
     pid = os.getpid()
     owner = {"host": socket.gethostname(), "place": place(), "pid": pid, "begun": begun(pid)}
-    owner |= {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    owner |= {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES", ""), "allocation": allocation()}
     return owner | {"since": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def allocation() -> str:
+    """The scheduler's job, within which the numbers of GPUs mean the same."""
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 @cache

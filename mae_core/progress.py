@@ -1,5 +1,6 @@
 """One line of progress at a time: how far, how fast, how much longer."""
 
+import errno
 import os
 import sys
 import time
@@ -45,6 +46,9 @@ class Progress:
                 print(f"\r\033[K{line}", end="\n" if done >= self.total else "", flush=True)
             else:
                 print(line, flush=True)
-        except BrokenPipeError:  # the reader is gone: the work goes on
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # The reader or the terminal is gone: the work goes on.
             self.enabled = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ from mae_core.checkpoint import read_checkpoint
 from mae_core.command_line import answered
 from mae_core.errors import UserError
 from mae_core.flags import add_common_flags, add_limit_flag, seed
-from mae_core.machine import Machine, machine_from
+from mae_core.machine import Machine, commit, machine_from
 from mae_core.settings import finite
 from mae_core.stopping import stop_on_signals
 from transfer.data.findings import Data, guarded, limited
@@ -82,6 +82,7 @@ def main(tasks: Sequence[Task], arguments: list[str] | None = None) -> int:
 
 
 def run(tasks: Sequence[Task], args: argparse.Namespace) -> int:
+    commit()  # of the code that runs: the checkout may be updated while the data are looked at
     if distributed.world_size() == 1:  # torchrun ends its processes itself
         stop_on_signals()
     chosen = find_tasks(args.task, tasks)

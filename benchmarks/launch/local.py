@@ -16,7 +16,8 @@ from benchmarks.launch.board import Board
 from benchmarks.launch.units import Unit, in_order, label_of, log_name, wall_time
 from benchmarks.plan import with_classifier
 from benchmarks.report import report
-from mae_core.claim import Watch, in_words, place
+from mae_core.claim import Watch, allocation, in_words, place
+from mae_core.errors import UserError
 from mae_core.machine import cores
 from mae_core.progress import duration
 from mae_core.stopping import stop_postponed
@@ -60,7 +61,9 @@ class Suite:
     look_at: dict[Unit, float] = field(default_factory=dict)
     numbers: dict[Unit, int] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)  # of the GPUs that are free, those that other runs use
-    look_for_taken: float = 0.0
+    next_look: float = 0.0
+    # Trainings on several nodes whose part here ended early, and their records when it began.
+    parted: dict[Unit, dict[Path, Mark | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total, self.places = len(self.waiting), len(self.free)
@@ -73,9 +76,9 @@ class Suite:
                 self.running.remove(running)
                 self.free = sorted([*self.free, *running.slots])
                 self.take(running, code)
-        if self.gpus and self.free and self.waiting and time.monotonic() >= self.look_for_taken:
-            self.taken = self.used_by_others()
-            self.look_for_taken = time.monotonic() + LOOK
+        if self.waiting and time.monotonic() >= self.next_look:
+            self.look()
+            self.next_look = time.monotonic() + LOOK
         self.start_what_can_start()
         self.board.show({running.title: running.child.last for running in self.running})
         return bool(self.waiting or self.running)
@@ -84,22 +87,29 @@ class Suite:
         """With several nodes, each of which decides by itself, all must come to the same training: they take the plan's
         order, whatever they estimate, and start none before what stands before it has ended on every node."""
         several = any(unit.nodes > 1 for unit in self.waiting)
-        before = False  # something that could run has yet to end, here or on another node
+        unfinished = False  # something that could run has yet to end, here or on another node
         for unit in list(self.waiting) if several else in_order(self.waiting, self.places, self.wanted):
             if not all(other in self.ended for other in unit.after):
                 continue
-            if several and before and unit.nodes > 1:
+            if several and unfinished and unit.nodes > 1:
                 break
             if time.monotonic() >= self.look_at.get(unit, 0.0):
                 self.start(unit)
-            before = before or unit in self.waiting
+            unfinished = unfinished or unit in self.waiting
 
-    def used_by_others(self) -> set[int]:
-        """The GPUs that other runs of this machine use for jobs of this plan: children of a run_all that was killed
-        go on."""
+    def look(self) -> None:
+        """At the claims of others: a machine that has gone shows only to who looks again and again. The GPUs that other
+        runs of this machine use for jobs of this plan are not free: children of a run_all that was killed go on. Two
+        allocations of a scheduler may each call their own GPU 0."""
+        for watch in self.watches.values():
+            watch.holder()
+        if not (self.gpus and self.free):
+            return
         owners = [owner for unit in self.waiting for owner in self.owners(unit, [item.job for item in unit.items])]
-        names = {name for o in owners if o.get("place") == place() for name in str(o.get("gpus", "")).split(",")}
-        return {slot for slot in range(self.places) if self.gpu_name(slot) in names}
+        here = {"place": place(), "allocation": allocation()}
+        own = [owner for owner in owners if here.items() <= owner.items()]
+        names = {name for owner in own for name in str(owner.get("gpus", "")).split(",")}
+        self.taken = {slot for slot in range(self.places) if self.gpu_name(slot) in names}
 
     def gpu_name(self, slot: int) -> str:
         """What CUDA_VISIBLE_DEVICES calls it, for this process and for its children."""
@@ -133,6 +143,9 @@ class Suite:
         if not jobs:
             self.end(unit)
         elif not self.owners(unit, jobs):
+            if unit in self.parted:
+                self.take_from_other_nodes(unit, jobs)
+                return
             self.free = [slot for slot in self.free if slot not in slots]
             self.launch(unit, jobs, slots, before)
             self.waiting.remove(unit)
@@ -164,7 +177,7 @@ class Suite:
     def launch(self, unit: Unit, jobs: list[Job], slots: list[int], before: dict[Path, Mark | None]) -> None:
         where = f" ({'GPU' if self.gpus else 'place'} {', '.join(map(str, slots))})" if self.places > 1 else ""
         title = f"{self.position(unit)} {label_of(jobs)}{where}"
-        log = self.args.out / "logs" / f"{shortened(log_name(jobs))}.log"
+        log = log_of(jobs, self.args.out)
         command = task_command(jobs, self.args)
         with stop_postponed():  # or nobody would know of a child that has just begun
             child = Child(command, log, self.environment(slots))
@@ -178,6 +191,19 @@ class Suite:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, cores() // self.places))}
 
+    def take_from_other_nodes(self, unit: Unit, jobs: list[Job]) -> None:
+        """Take the records of a training that this node's processes have left early, once nobody is at work on it.
+        UserError if there is none: the nodes would not come to the same training again by themselves."""
+        before = self.parted[unit]
+        wait_for_records(jobs, before)
+        if not all(has_record(job, before) for job in jobs):
+            what = f"{label_of(jobs)} has ended early on this node, and no other one has left its result"
+            raise UserError(f"{what}: start the same command again on all nodes ({log_of(jobs, self.args.out)})")
+        for job in jobs:
+            self.records.append(read_record(job.work / RECORD_FILE))
+            self.board.say(f"{self.position(unit)} {job.checkpoint.name} {self.records[-1].headline}")
+        self.end(unit)
+
     def take(self, running: Running, code: int) -> None:
         """Take the records that a child has left. One that ended early took the rest of its unit with it: the next one
         runs what is left of it."""
@@ -186,7 +212,10 @@ class Suite:
             wait_for_records(running.jobs, running.before)
         left = [job for job in running.jobs if not has_record(job, running.before)]
         elsewhere = any(self.watch(job).holder() is not None for job in left)
-        again = left if elsewhere or len(left) < len(running.jobs) else []
+        parted = running.unit.nodes > 1 and code != 0 and bool(left)
+        if parted:
+            self.parted[running.unit] = running.before
+        again = left if parted or elsewhere or len(left) < len(running.jobs) else []
         for job in (job for job in running.jobs if job not in again):
             record = read_or_write_failure(job, running.before, code, running.child.last_word, running.child.log)
             self.records.append(record)
@@ -198,6 +227,10 @@ class Suite:
             self.end(running.unit)
         with contextlib.suppress(Exception):  # the report at the end says what is wrong; the jobs go on meanwhile
             report(self.args.out, going=bool(self.waiting or self.running))
+
+
+def log_of(jobs: Sequence[Job], out: Path) -> Path:
+    return out / "logs" / f"{shortened(log_name(jobs))}.log"
 
 
 def mark_of(job: Job) -> Mark | None:

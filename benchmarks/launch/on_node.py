@@ -41,14 +41,17 @@ class OnNode:
     ) -> None:
         self.command, self.nodes, self.limit, self.delay = command, nodes, limit, delay
         self.results, self.seed, self.idle = results, seed, idle
+        self.begun: float | None = None  # when; None: not yet
+        self.before: dict[Path, int] = {}
         self.process: subprocess.Popen | None = None
         self.waiter: threading.Thread | None = None
         self.asked = 0.0  # when the command was to be stopped
         self.passed_on = False
 
     def __call__(self) -> None:
-        self.begun, self.before = time.monotonic(), self.kept()
         signal.signal(signal.SIGTERM, self.ask)
+        self.before = self.kept()
+        self.begun = time.monotonic()
         command = [*self.command, *self.meeting()]
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         try:
@@ -115,7 +118,8 @@ class OnNode:
         self.ask()
         if not self.join(max(self.delay - RESERVE, self.delay / 2)) and self.process is not None:
             kill_with_descendants(self.process.pid)
-        used_up = time.monotonic() - self.begun >= 0.8 * (self.limit - self.delay)  # else it was preempted
+        began = time.monotonic() if self.begun is None else self.begun
+        used_up = time.monotonic() - began >= 0.8 * (self.limit - self.delay)  # else it was preempted
         idle = self.idle if not used_up else self.idle + 1 if self.kept() == self.before else 0
         if idle > 1:
             raise UserError(

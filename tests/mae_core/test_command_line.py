@@ -9,7 +9,9 @@ import pytest
 
 from mae_core.command_line import answered
 from mae_core.errors import UserError
+from mae_core.progress import Progress
 from tests.fixtures import ROOT
+from tests.fixtures.terminal import closed_terminal
 from tests.fixtures.transfer import raising
 
 
@@ -37,6 +39,14 @@ def test_the_code_of_the_work_is_that_of_the_command_and_a_mistake_of_ours_is_no
     assert answered(lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):
         answered(lambda: 1 // 0)
+
+
+def test_work_goes_on_where_the_terminal_of_its_progress_is_gone():
+    with closed_terminal():
+        progress = Progress("train", 2)
+        progress.update(2, 8)
+        print("what comes later is refused no more", flush=True)
+    assert not progress.enabled
 
 
 def test_a_reader_that_is_gone_is_no_traceback():

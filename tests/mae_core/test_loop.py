@@ -1,9 +1,15 @@
 """The training loop by pre-trainings: in this process (quick), and in processes that are killed, stopped and run in
 pairs (slow)."""
 
+import fcntl
 import json
+import os
+import pty
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 import time
 import weakref
 from types import SimpleNamespace
@@ -17,7 +23,9 @@ from mae_core.autoencoder import MaskedAutoencoder
 from mae_core.errors import UserError
 from mae_core.machine import Machine
 from mae_core.training import CHECKPOINT_FILE, LOG_FILE, State, end_epoch, truncate_log
+from tests.fixtures import ROOT
 from tests.fixtures import pretrain as runs
+from tests.fixtures.waiting import PATIENCE, wait_for
 
 
 def test_log_has_one_line_per_epoch(reference):
@@ -406,6 +414,29 @@ def test_ctrl_c_and_a_closed_terminal_save_and_exit_with_130(noise_images, tmp_p
     step = torch.load(tmp_path / CHECKPOINT_FILE)["state"]["step"]
     assert 4 <= step < 2000
     assert len(runs.log(tmp_path)) == step // 4
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_gone_does_not_cost_the_save(noise_images, tmp_path):
+    """Its kernel sends SIGHUP, and refuses from then on what is printed there."""
+    terminal, ours = pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, *map(str, runs.command(noise_images, tmp_path, epochs=500)), "--save-minutes", "600"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), ours)
+    process = subprocess.Popen(command, **streams, cwd=ROOT, preexec_fn=take_terminal)
+    os.close(ours)
+    try:
+        wait_for(lambda: (tmp_path / LOG_FILE).exists() or process.poll() is not None)
+        assert not (tmp_path / CHECKPOINT_FILE).exists()
+        os.close(terminal)
+        process.wait(PATIENCE)
+    finally:
+        process.kill()
+    assert torch.load(tmp_path / CHECKPOINT_FILE)["state"]["step"] >= 4
 
 
 # Run by torchrun: pre-train, with only the second of two processes out of memory in its first forward passes, or from

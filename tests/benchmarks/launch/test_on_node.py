@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from benchmarks.launch.on_node import OnNode
 from mae_core.claim import begun
 from mae_core.errors import UserError
 from tests.fixtures import ROOT
+from tests.fixtures.waiting import PATIENCE, wait_for
 
 pytest.importorskip("submitit")
-PATIENCE = 300  # seconds, for what takes a few where nothing is wrong
 # In place of submitit: SLURM's signal before the limit saves, and the job is queued again.
 JOB = """
 import os, signal, sys
@@ -52,13 +51,6 @@ time.sleep(600)
 """
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "reached"),
@@ -83,7 +75,8 @@ def test_a_training_saves_whichever_processes_the_signal_reaches(flags, tmp_path
         if number == signal.SIGUSR2:
             assert job.wait(PATIENCE) == 75
         else:
-            assert job.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                job.wait(5)
         assert len(list(out.glob("runs/**/checkpoint.pth"))) == 1
         assert not list(out.glob("runs/**/record.json"))
     finally:
