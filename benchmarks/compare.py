@@ -206,9 +206,11 @@ def differing(mine: Run, theirs: Run) -> tuple[str, ...]:
     ]
     names = ("recipe", "engine", "precision", "data", "classifier")
     found = [f"{name}: {one} -> {other}" for name, one, other in zip(names, *own) if one != other]
-    prints = [r.data.get("fingerprint") for r in (a, b)]
-    if prints[0] != prints[1] and all(prints):
-        found.append("the data to learn from are not the same")
+    pairs = {"the data are": (a, b), "the data of the fine-tunings are": (mine.tuned, theirs.tuned)}
+    for what, pair in pairs.items():
+        prints = [r.data.get("fingerprint") if r else None for r in pair]
+        if prints[0] != prints[1] and all(prints):
+            found.append(f"{what} not the same files")
     return (*found, *differences(a.recipe, b.recipe))
 
 

@@ -121,4 +121,7 @@ def measured(job: Job, args: argparse.Namespace) -> tuple[float | None, float, s
                 child.wait(ENDING)
                 child.process.kill()
                 child.wait()
-    return sightings.rate(), (sightings.started() or began) - began, child.last_word
+    rate = sightings.rate()
+    if rate and not job.task.trains:
+        rate /= part.passes  # the images that it shows are features alone; a search or a fit follows
+    return rate, (sightings.started() or began) - began, child.last_word

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from benchmarks.rows import (
     records_for,
     row_key,
 )
+from benchmarks.suite import TASKS
 from benchmarks.tables import TABLES, Table, train_fraction, with_fractions
 from mae_core.claim import claimed, clear_leftovers
 from mae_core.command_line import answered
@@ -109,7 +111,21 @@ def find_records(out: Path) -> tuple[list[tuple[Record, Path]], list[str]]:
             records.append((shown(record), path))
         except UserError as e:
             unreadable.append(str(e))
+    makers = makers_of(record for record, _ in records)
+    records = [(with_remark(record, makers), path) for record, path in records]
     return sorted(records, key=lambda found: (canonical_json(found[0]), found[1])), unreadable
+
+
+def with_remark(record: Record, makers: dict[str, Record]) -> Record:
+    """The record, with a note if its classifier was fine-tuned by an earlier version of that task: its own version is
+    that of the evaluation."""
+    maker = makers.get(record.identity.get("parent") or "")
+    if maker is None:
+        return record
+    version = maker.identity.get("task_version")
+    now = next((task.version for task in TASKS if task.name == maker.task), version)
+    old = f"the classifier is of version {version} of {maker.task}, which is at {now} now"
+    return record if version == now else replace(record, notes=(*record.notes, old))
 
 
 def shown(record: Record) -> Record:

@@ -168,9 +168,9 @@ def experiment(record: Record) -> str:
 
 
 def makers_of(records: Iterable[Record]) -> dict[str, Record]:
-    """SHA-256 of each file that a run left -> its record. The identity of a run on another's classifier has the file's
-    hash as its `parent`."""
-    return {sha256: r for r in records for sha256 in r.artifacts.values()}
+    """SHA-256 of each file that a run left -> its record; of two that left the same, the one that counts in the tables.
+    The identity of a run on another's classifier has the file's hash as its `parent`."""
+    return {sha256: r for r in sorted(records, key=rank) for sha256 in r.artifacts.values()}
 
 
 def records_for(records: list[Record], table: Table) -> list[Record]:

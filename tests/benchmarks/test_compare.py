@@ -145,10 +145,14 @@ def test_only_the_latest_experiment_of_a_side_counts(tmp_path):
     assert (row.seeds, row.why) == ((1, 1), "")
 
 
-def test_other_data_to_learn_from_are_named(tmp_path):
+def test_other_data_are_named(tmp_path):
     write(tmp_path, "a", right(0.8, 1))
     write(tmp_path, "b", right(0.5, 2), data={**DATA, "fingerprint": "e" * 64})
-    assert rows(tmp_path)[0].differs == ("the data to learn from are not the same",)
+    assert rows(tmp_path)[0].differs == ("the data are not the same files",)
+    for name, fingerprint in (("c", "c" * 64), ("d", "d" * 64)):
+        on = tuned(tmp_path, name, data={**DATA, "label": "subset", "fingerprint": fingerprint})
+        write(tmp_path, name, right(0.5, 2), "imagenet_a", identity=on)
+    assert rows(tmp_path, "c", "d")[-1].differs == ("the data of the fine-tunings are not the same files",)
 
 
 def test_several_recipes_of_which_no_two_agree_are_named(tmp_path):

@@ -204,6 +204,41 @@ def test_a_number_of_an_earlier_fine_tuning_is_not_averaged_with_later_ones(tmp_
     assert cells(tmp_path, "imagenet").query("row == 'ours'")["imagenet_finetune.top1"].tolist() == [83.6]
 
 
+@pytest.mark.parametrize("commits", [("1" * 40, "f" * 40), ("f" * 40, "1" * 40)])
+def test_a_fine_tuning_that_a_later_version_repeats_to_the_bit_hides_no_number(tmp_path, commits):
+    """As where the recipe does not use what the version changed: both records have left the same classifier, and the
+    number on ImageNet-A is of either."""
+    tuned = official(ok("imagenet_finetune", top1=83.0), artifacts={"classifier.safetensors": "c" * 64})
+    now, times = tuned.identity["task_version"], ("2026-02-01T10:00:00+00:00", "2026-03-01T10:00:00+00:00")
+    twice = [
+        replace(tuned, identity={**tuned.identity, "task_version": version}, commit=commit, finished=time)
+        for version, commit, time in zip((now - 1, now), commits, times)
+    ]
+    on_a = official(ok("imagenet_a", top1=30.0))
+    out = made(tmp_path, *twice, replace(on_a, identity={**on_a.identity, "parent": "c" * 64}))
+    found = cells(out, "robustness").query("row == 'ours'")
+    assert dict(zip(found.recipe, found["imagenet_a.top1"])) == {"paper": 30.0}
+    assert "the classifier is of version" not in (out / "summary.md").read_text()
+
+
+def test_a_classifier_of_an_earlier_version_is_named_beside_its_numbers(tmp_path):
+    """One encoder was fine-tuned again by this version, the other one never: their columns on shifted images are the
+    same."""
+    records = []
+    for name, back in (("new", 0), ("old", 1)):
+        checkpoint = {**CHECKPOINT, "name": name, "sha256": name.encode().hex().ljust(64, "0")}
+        tuned = official(ok("imagenet_finetune", top1=83.0), checkpoint=checkpoint, artifacts={"c": name * 20})
+        version = tuned.identity["task_version"] - back
+        records.append(replace(tuned, identity={**tuned.identity, "task_version": version}))
+        on_a = official(ok("imagenet_a", top1=30.0), checkpoint=checkpoint)
+        records.append(replace(on_a, identity={**on_a.identity, "parent": name * 20}))
+    text = (made(tmp_path, *records) / "tables" / "robustness.md").read_text()
+    notes = [line for line in text.splitlines() if "the classifier is of version" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("- note: imagenet_a, old ")
+    assert notes[0].endswith(f"of version {version} of imagenet_finetune, which is at {version + 1} now")
+
+
 def test_skipped_and_failed_stand_in_the_row_of_the_checkpoint(tmp_path):
     missing = {**DATA, "label": "", "status": "missing"}
     unknown_side = {"machine": PRECISION, "recipe": {"image_size": 0}}

@@ -148,6 +148,17 @@ def rate_of(r: DepthRecipe, step: int, steps: int) -> float:
     return rate
 
 
+def alone_in_loss(micro_batch: int) -> tuple[str, ...]:
+    """A note on images that had no second one in `loss`."""
+    if micro_batch % 2 == 0:
+        return ()
+    return (
+        "each image stood alone in its loss"
+        if micro_batch == 1
+        else f"of every {micro_batch} images the last one stood alone in its loss",
+    )
+
+
 def beta1_of(r: DepthRecipe, step: int, steps: int) -> float:
     """Half a cosine from betas[0] down to lowest_beta1 over 30 % of the steps and another one back, as mmcv's OneCycle
     of the momentum (mmcv 1.x runner/hooks/momentum_updater.py)."""
@@ -213,8 +224,7 @@ def depth(job: Job, tokens_of: Callable[[ViT], Tokens], head_of: Callable[[Job],
         predictions=write_predictions(
             job.work, {MAIN: {"image": names_of([image for image, _ in test]), **dict(zip(COLUMNS, errors.T))}}
         ),
-        notes=state.notes
-        + (f"the last of every {state.micro_batch} images had no second one in its loss",) * (state.micro_batch % 2),
+        notes=(*state.notes, *alone_in_loss(state.micro_batch)),
         resolved={
             "load": load,
             "iterations": state.step,

@@ -159,7 +159,7 @@ def test_the_loss_takes_the_pixels_of_two_images_together():
 
 def test_an_odd_micro_batch_is_noted(root, tmp_path):
     record = run_job(job_of(root, tmp_path / "work", Machine(micro_batch=1)))
-    assert record.notes == ("the last of every 1 images had no second one in its loss",)
+    assert record.notes == ("each image stood alone in its loss",)
     assert run_job(job_of(root, tmp_path / "even", Machine(micro_batch=2))).notes == ()
 
 

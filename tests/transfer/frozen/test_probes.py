@@ -162,10 +162,12 @@ def test_a_run_keeps_what_its_numbers_are_made_of(root, tmp_path):
     )
     # Of what each head says, made different: a number that is not the chosen head's is found.
     shown = {"label": np.arange(4), "top1": np.array([0, 1, 9, 9]), "heads": np.array([[9, 0], [9, 1], [9, 9], [3, 9]])}
-    made = probe_metrics(shown, shown, ["linear, z", "attentive, a"])
+    made = probe_metrics(shown, shown, ["linear, z", "attentive, a"], linear_alone=True)
     assert (made["top1_linear"], made["top1_best_on_test"], made["optimism"]) == (25.0, 25.0, 0.0)
+    of_version_1 = probe_metrics(shown, shown, ["linear, z", "attentive, a"], linear_alone=False)  # the best of all
+    assert (of_version_1["top1_best_on_test"], of_version_1["optimism"]) == (50.0, 0.0)
     with pytest.raises(UserError, match="not those of the head that was chosen"):
-        probe_metrics(shown | {"top1": np.arange(4)}, shown, ["linear, z", "attentive, a"])
+        probe_metrics(shown | {"top1": np.arange(4)}, shown, ["linear, z", "attentive, a"], linear_alone=True)
     assert len(load_file(job.work / PROBES_FILE)) == 8 * 2 + 7  # BatchNorm has three buffers
 
 
