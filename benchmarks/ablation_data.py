@@ -36,7 +36,7 @@ def check_images(work: Path, data: Path) -> None:
         noted = read_object(marker) if marker.exists() and begun(work) else None
     except (OSError, ValueError) as e:
         raise UserError(f"{marker} is damaged ({e}): delete it") from None
-    if noted not in (None, images_of(data)):
+    if noted is not None and noted != images_of(data):
         what = f"{work} was pre-trained on other images than {data} holds now"
         raise UserError(f"{what}: move it away to pre-train it again, or choose another --out")
 

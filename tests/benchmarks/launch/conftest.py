@@ -4,16 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.launch.told import ARCH, TWO
-from tests.fixtures.transfer import write_imagenet, write_split
+from tests.benchmarks.launch.told import ARCH, small_data
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    root = write_imagenet(tmp_path / "data", train=4, val=3, classes=TWO)
-    write_split(root / "imagenet-a", 1, TWO)
-    write_split(root / "imagenet-r", 1, TWO)
-    return root
+    return small_data(tmp_path / "data", "imagenet-a", "imagenet-r")
 
 
 @pytest.fixture

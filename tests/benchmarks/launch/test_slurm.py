@@ -14,14 +14,12 @@ from benchmarks import run_all
 from benchmarks.launch.slurm import minutes, parameters
 from mae_core.errors import UserError
 from tests.benchmarks.launch.cluster import PROGRAMS, Cluster
+from tests.benchmarks.launch.told import ARCH, TWO, small_data
 from tests.fixtures import ROOT
-from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.data.imagenet import wnids
 from transfer.run import read_record
 from transfer.task import Record
 
-ARCH = "random:vit_mini_patch8"
-TWO = CLASSES[:2]
 KNOBS = ["imagenet_finetune.batch=4", "imagenet_finetune.warmup_epochs=0", "imagenet_knn.k=2"]
 SLURM = ["--launcher", "slurm", "--slurm", "cpus_per_task=1", "mem=2G", "time=120"]
 LIMIT = 900  # seconds for what takes some thirty on two quiet cores
@@ -62,10 +60,7 @@ def test_settings_of_slurm_are_submitits() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    root = write_imagenet(tmp_path / "data", train=4, val=3, classes=TWO)
-    write_split(root / "imagenet-a", 1, TWO)
-    write_split(root / "imagenet-sketch", 1, TWO)
-    return root
+    return small_data(tmp_path / "data", "imagenet-a", "imagenet-sketch")
 
 
 def flags(data: Path, out: Path, *tasks: str, epochs: int = 2) -> list[str]:

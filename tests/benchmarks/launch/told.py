@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks import run_all
 from benchmarks.launch import local
 from benchmarks.plan import make_plan
-from tests.fixtures.transfer import CLASSES
+from tests.fixtures.transfer import CLASSES, write_imagenet, write_split
 from transfer.run import describe, write_record
 
 TWO = CLASSES[:2]
@@ -24,6 +24,14 @@ while pathlib.Path(log).read_text().count("begin") < int(company) and time.monot
     time.sleep(0.01)
 note("end " + sys.argv[0])
 """
+
+
+def small_data(root: Path, *shifted: str) -> Path:
+    """ImageNet of two classes, and one image of each in these other sets; returns root."""
+    write_imagenet(root, train=4, val=3, classes=TWO)
+    for name in shifted:
+        write_split(root / name, 1, TWO)
+    return root
 
 
 def plan(flags: list[str], *more: str):
